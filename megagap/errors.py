@@ -1,0 +1,61 @@
+"""The errors that a user can cause, each with a message that says what, where, and what to do.
+
+Faults of ours raise anything else and keep their traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class MegagapError(Exception):
+    """Base of all errors caused by input, settings or surroundings rather than by a bug of ours."""
+
+    kind = "error"
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {super().__str__()}"
+
+
+class ConfigError(MegagapError):
+    """The settings cannot be used: unknown, malformed, or contradicting each other."""
+
+    kind = "config error"
+
+
+class DataError(MegagapError):
+    """A data or tokenizer file is missing, damaged, or does not fit the model."""
+
+    kind = "data error"
+
+
+class CheckpointError(MegagapError):
+    """A checkpoint is missing, damaged, or belongs to another model or run."""
+
+    kind = "checkpoint error"
+
+
+class DistributedError(MegagapError):
+    """The processes cannot form the requested layout, or lost each other."""
+
+    kind = "distributed error"
+
+
+class DivergedError(MegagapError):
+    """Training produced losses or gradients that are not finite for too long."""
+
+    kind = "training diverged"
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a command-line ``main`` and exit: 0 when done, 2 with a message and no traceback on a user's fault.
+
+    Anything but a :class:`MegagapError` is a fault of ours: Python prints its traceback and exits with 1.
+    """
+    try:
+        main()
+    except MegagapError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

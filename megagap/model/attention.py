@@ -1,0 +1,56 @@
+"""Grouped-query causal self-attention with rotary positions, over this rank's heads."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagap.config import Model
+from megagap.ops import rotary
+from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel
+
+
+class Attention(nn.Module):
+    """One attention block: a region (see ``parallel/tensor.py``).
+
+    Heads are split over tp. Where tp exceeds the key/value heads, consecutive ranks share one: mesh axis ``kv``.
+    """
+
+    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.tensor_parallel = tensor_parallel
+        self.head_dim = model.head_dim
+        query_width = model.num_attention_heads * model.head_dim
+        key_width = model.num_key_value_heads * model.head_dim
+        key_parts = min(tensor_parallel.mesh.tp.size, model.num_key_value_heads)
+        bias = model.attention_bias
+
+        def column(projection: str, width: int, **sharing: object) -> ColumnParallelLinear:
+            return ColumnParallelLinear(
+                f"{name}.{projection}",
+                model.hidden_size,
+                width,
+                tensor_parallel,
+                bias=bias,
+                **sharing,  # type: ignore[arg-type]
+            )
+
+        sharing = dict(parts=key_parts, replica_axis="kv" if tensor_parallel.mesh.kv.size > 1 else None)
+        self.q_proj = column("q_proj", query_width)
+        self.k_proj = column("k_proj", key_width, **sharing)
+        self.v_proj = column("v_proj", key_width, **sharing)
+        self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream."""
+        x = self.tensor_parallel.enter(x)
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotary(q, k, cos, sin)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))

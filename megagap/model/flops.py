@@ -1,0 +1,40 @@
+"""The one formula for a model's size and its floating-point operations a token."""
+
+from dataclasses import dataclass
+
+from megagap.config import Model
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Forward and backward operations for one token, without recomputation and vocabulary padding."""
+
+    full: int
+    """Counting the whole attention square, as most systems quote it."""
+    causal: int
+    """Counting the half of it below the diagonal, which is all that causal attention needs."""
+
+
+def flops_per_token(model: Model, sequence_length: int) -> FlopsPerToken:
+    """6 operations for each matrix weight (2 forward, 4 backward; Kaplan et al. 2020, section 2.1) and attention's
+    12 · layers · query width · sequence (Narayanan et al. 2021, appendix), halved where the causal half is counted."""
+    layers, hidden = model.num_hidden_layers, model.hidden_size
+    query = model.num_attention_heads * model.head_dim
+    key_value = model.num_key_value_heads * model.head_dim
+    attention = hidden * (query + 2 * key_value) + query * hidden
+    feed_forward = 3 * hidden * model.intermediate_size
+    matrices = 6 * (layers * (attention + feed_forward) + hidden * model.vocab_size)
+    square = 12 * layers * query * sequence_length
+    return FlopsPerToken(full=matrices + square, causal=matrices + square // 2)
+
+
+def parameter_count(model: Model) -> int:
+    """All parameters, without padding; a tied embedding counts once."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    query = model.num_attention_heads * model.head_dim
+    key_value = model.num_key_value_heads * model.head_dim
+    attention = hidden * (query + 2 * key_value) + query * hidden
+    attention += (query + 2 * key_value + hidden) if model.attention_bias else 0
+    feed_forward = 3 * hidden * inner + ((2 * inner + hidden) if model.mlp_bias else 0)
+    embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
+    return model.num_hidden_layers * (attention + feed_forward + 2 * hidden) + hidden + embeddings

@@ -1,0 +1,134 @@
+"""Llama 3 (Grattafiori et al. 2024), written once as the mathematics of one pipeline stage over local shards.
+
+Parameter names are those of Hugging Face's ``LlamaForCausalLM``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megagap.config import Model
+from megagap.model.attention import Attention
+from megagap.model.rotary import rotary_tables
+from megagap.ops import rms_norm, swiglu
+from megagap.parallel.mesh import Mesh
+from megagap.parallel.shard import ShardedParameter
+from megagap.parallel.tensor import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+    vocab_logits,
+    vocab_parallel_cross_entropy,
+    vocab_shard,
+)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learnt gain (Zhang & Sennrich 2019), outside of regions."""
+
+    def __init__(self, name: str, size: int, eps: float, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.weight = tensor_parallel.parameter(tensor_parallel.replicated(f"{name}.weight", (size,)))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x)); a region."""
+
+    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.tensor_parallel = tensor_parallel
+        narrow, wide, bias = model.hidden_size, model.intermediate_size, model.mlp_bias
+        self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", narrow, wide, tensor_parallel, bias=bias)
+        self.up_proj = ColumnParallelLinear(f"{name}.up_proj", narrow, wide, tensor_parallel, bias=bias)
+        self.down_proj = RowParallelLinear(f"{name}.down_proj", wide, narrow, tensor_parallel, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tensor_parallel.enter(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, index: int, model: Model, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        name, size, eps = f"model.layers.{index}", model.hidden_size, model.rms_norm_eps
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", size, eps, tensor_parallel)
+        self.self_attn = Attention(f"{name}.self_attn", model, tensor_parallel)
+        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, tensor_parallel)
+        self.mlp = FeedForward(f"{name}.mlp", model, tensor_parallel)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaStage(nn.Module):
+    """The layers of one pipeline stage; the first has the token embedding, the last the norm and output projection.
+
+    Input: tokens [b, s] on the first stage, else the residual stream [b, s or s / tp, h] from the stage below.
+    Output: the residual stream, or on the last stage this tp rank's columns of the logits [b, s, v] without padding.
+    """
+
+    def __init__(self, model: Model, layers: range, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        mesh = tensor_parallel.mesh
+        self.model, self.tensor_parallel, self.queue = model, tensor_parallel, tensor_parallel.queue
+        self.is_first, self.is_last = mesh.is_first_stage, mesh.is_last_stage
+        vocabulary = (model.vocab_size, model.hidden_size, mesh.tp)
+        tied = model.tie_word_embeddings
+
+        if self.is_first or (self.is_last and tied):
+            shard = vocab_shard("model.embed_tokens.weight", *vocabulary, tied_across_stages=tied and mesh.pp.size > 1)
+            self.embed_tokens = VocabParallelEmbedding(shard, tensor_parallel)
+        self.layers = nn.ModuleList(Layer(index, model, tensor_parallel) for index in layers)
+        if self.is_last:
+            self.norm = RMSNorm("model.norm", model.hidden_size, model.rms_norm_eps, tensor_parallel)
+            self.output = (
+                self.embed_tokens.weight
+                if tied
+                else tensor_parallel.parameter(vocab_shard("lm_head.weight", *vocabulary))
+            )
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        """``length``: tokens of a whole sequence, which under sequence parallelism x does not show."""
+        cos, sin = self.rotary_tables(length)
+        if self.is_first:
+            x = self.embed_tokens(x)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        if self.is_last:
+            x = vocab_logits(self.tensor_parallel.enter(self.norm(x)), self.output, self.queue)
+        return x
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropy over the targets [b, s] that are not ignored; fp32 scalar. Last stage only."""
+        return vocab_parallel_cross_entropy(
+            logits, targets, self.output.shard.offsets[0], self.tensor_parallel.mesh.tp
+        )
+
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        if self._tables is None or self._tables[0].shape[0] < length:
+            self._tables = rotary_tables(self.model, length, self.tensor_parallel.mesh.device)
+        cos, sin = self._tables
+        return cos[:length], sin[:length]
+
+    def sharded_parameters(self) -> list[ShardedParameter]:
+        """Every parameter once, in the order in which the forward pass uses them."""
+        parameters = list(self.parameters())
+        assert all(isinstance(parameter, ShardedParameter) for parameter in parameters)
+        return parameters  # type: ignore[return-value]
+
+
+def build_stage(
+    model: Model, layers_per_stage: list[int], mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype
+) -> LlamaStage:
+    """This rank's stage, with unset parameters: ``model.init`` or a checkpoint fills them."""
+    first = sum(layers_per_stage[: mesh.pp.rank])
+    layers = range(first, first + layers_per_stage[mesh.pp.rank])
+    return LlamaStage(model, layers, TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype))

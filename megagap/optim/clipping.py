@@ -1,0 +1,12 @@
+"""Clipping by the global gradient norm (Pascanu et al. 2013, algorithm 1)."""
+
+import torch
+from torch import Tensor
+
+
+def clip_divisor(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of global ``norm`` are divided by so that it does not exceed ``limit`` (0: no clipping).
+
+    The inverse of ``torch.nn.utils.clip_grad_norm_``'s coefficient, its 1e-6 included. fp32 device scalar.
+    """
+    return ((norm + 1e-6) / limit).clamp(min=1.0) if limit else torch.ones_like(norm)

@@ -1,0 +1,100 @@
+"""The one record that every parameter carries: which part of which global tensor this rank holds.
+
+Initialisation, clipping, decay groups, checkpoints, Hugging Face conversion and the planner read only this.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rectangular part of a global tensor, as one rank stores it.
+
+    ``offsets`` and ``sizes`` are in elements of the *unpadded* global ``shape``. The local tensor has shape
+    ``local_shape``, which exceeds ``sizes`` only in dimension 0, where rows of padding follow the real ones.
+
+    ``replica_axis`` names the mesh axis along which other ranks hold the very same part (data-parallel copies,
+    which every parameter has, are not counted): ``"tp"`` for norms, ``"kv"`` for key/value heads shared by several
+    tensor-parallel ranks, ``"embedding"`` for an embedding tied across the first and the last stage. Rank 0 of that
+    axis owns the part: it alone counts it in norms and writes it to checkpoints.
+    ``partial_gradient``: each replica computes only its share of the gradient, and the shares must be summed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    replica_axis: str | None = None
+    partial_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        rank = len(self.shape)
+        assert len(self.offsets) == len(self.sizes) == len(self.local_shape) == rank, self
+        assert self.sizes[1:] == self.local_shape[1:] and self.sizes[0] <= self.local_shape[0], self
+        assert all(o >= 0 and o + n <= s for o, n, s in zip(self.offsets, self.sizes, self.shape, strict=True)), self
+
+    @property
+    def numel(self) -> int:
+        """Real elements, without padding. They are the first ``numel`` of the flattened local tensor."""
+        return prod(self.sizes)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether this is the token embedding, which is not decayed unless ``optim.decay_embeddings`` asks."""
+        return self.name.endswith("embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements ``[start, stop)`` of a shard's real part, flattened row by row, of one ``kind`` of its state.
+
+    ``tensor``: contiguous [stop - start]; read when saving, filled in place when loading.
+    """
+
+    kind: str
+    shard: Shard
+    start: int
+    stop: int
+    tensor: torch.Tensor
+
+
+def whole(name: str, shape: tuple[int, ...]) -> Shard:
+    """The record of a tensor that is not split and has no replicas (but data-parallel ones)."""
+    return Shard(name, shape, (0,) * len(shape), shape, shape)
+
+
+def split(name: str, shape: tuple[int, ...], dim: int, rank: int, size: int, **replicas: object) -> Shard:
+    """The ``rank``-th of ``size`` equal parts along ``dim``.
+
+    In dimension 0 the length need not divide: every part then has ``ceil(shape[0] / size)`` rows, and what reaches
+    beyond the tensor is padding. Elsewhere it must divide.
+    """
+    length = -(-shape[dim] // size)
+    start = min(rank * length, shape[dim])
+    stop = min(start + length, shape[dim])
+    assert dim == 0 or length * size == shape[dim], (name, shape, dim, size)
+    replace = lambda values, value: (*values[:dim], value, *values[dim + 1 :])  # noqa: E731
+    return Shard(
+        name,
+        shape,
+        replace((0,) * len(shape), start),
+        replace(shape, stop - start),
+        replace(shape, length),
+        **replicas,  # type: ignore[arg-type]
+    )
+
+
+class ShardedParameter(nn.Parameter):
+    """A parameter with its :class:`Shard`. Values are unspecified until ``model.init`` or a checkpoint fills them."""
+
+    shard: Shard
+
+    def __new__(cls, shard: Shard, device: torch.device, dtype: torch.dtype) -> "ShardedParameter":
+        self = super().__new__(cls, torch.zeros(shard.local_shape, device=device, dtype=dtype), requires_grad=True)
+        self.shard = shard
+        return self

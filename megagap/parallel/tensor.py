@@ -1,0 +1,307 @@
+"""Tensor and sequence parallelism: the layers whose matrices are split over the tp axis.
+
+A block of layers is a *region*: activations enter it whole, ``[b, s, h]``, are computed on in split form, and leave it
+as partial sums that are added up over tp (Shoeybi et al. 2019, section 3). Outside of regions the residual stream is
+replicated over tp, or, under sequence parallelism (Korthikanti et al. 2022, section 4.2.2), split along the sequence:
+``[b, s / tp, h]``. :class:`TensorParallel` moves between the two; the linear layers themselves do not communicate.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagap.parallel.collectives import all_gather, all_reduce, own_part, reduce_scatter
+from megagap.parallel.mesh import Axis, Mesh
+from megagap.parallel.shard import Shard, ShardedParameter, split, whole
+
+SEQUENCE = 1
+"""The sequence dimension of activations [b, s, h]."""
+
+IGNORED_TARGET = -100
+"""A target with this id counts neither in the loss nor in its gradient."""
+
+
+class WeightGradientQueue:
+    """Lets weight gradients wait: while deferring, linear layers queue them instead of computing them in backward.
+
+    Zero-bubble schedules (Qi et al. 2023) fill idle time with the queued work.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: list[Callable[[], None]] | None = None
+
+    @contextmanager
+    def deferring(self) -> Iterator[list[Callable[[], None]]]:
+        """Collect the jobs queued by the backward inside the block; calling each one later completes it."""
+        assert self._jobs is None, "already deferring"
+        self._jobs = []
+        try:
+            yield self._jobs
+        finally:
+            self._jobs = None
+
+    def add(self, job: Callable[[], None]) -> bool:
+        """Queue ``job`` if weight gradients are being deferred; False if it must be done now."""
+        if self._jobs is None:
+            return False
+        self._jobs.append(job)
+        return True
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How this rank's layers are split: handed to every layer of a stage."""
+
+    mesh: Mesh
+    sequence_parallel: bool
+    dtype: torch.dtype
+    queue: WeightGradientQueue = field(default_factory=WeightGradientQueue)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Residual stream into a region: [b, s or s / tp, h] -> [b, s, h] whole."""
+        enter = _GatherSequence if self.sequence_parallel else _Replicate
+        return enter.apply(x, self.mesh.tp) if self.mesh.tp.size > 1 else x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Partial sums [b, s, h] out of a region: -> [b, s or s / tp, h] summed over tp."""
+        leave = _ScatterSequence if self.sequence_parallel else _Sum
+        return leave.apply(y, self.mesh.tp) if self.mesh.tp.size > 1 else y
+
+    def sequence_part(self, length: int) -> int:
+        """Tokens of a sequence of ``length`` that the residual stream holds on this rank."""
+        return length // self.mesh.tp.size if self.sequence_parallel else length
+
+    def replicated(self, name: str, shape: tuple[int, ...]) -> Shard:
+        """The record of a parameter outside of regions. Under sequence parallelism each rank sees only its tokens."""
+        if self.mesh.tp.size == 1:
+            return whole(name, shape)
+        return Shard(
+            name, shape, (0,) * len(shape), shape, shape, replica_axis="tp", partial_gradient=self.sequence_parallel
+        )
+
+    def parameter(self, shard: Shard) -> ShardedParameter:
+        return ShardedParameter(shard, self.mesh.device, self.dtype)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with W [out, in] split by rows over ``axis`` (Shoeybi et al. 2019, section 3).
+
+    x: [b, s, in] whole, from :meth:`TensorParallel.enter`. y: [b, s, out / tp], this rank's columns.
+    ``parts``: into how many parts the rows are split; tp unless several ranks share one (key/value heads), in which
+    case ``replica_axis`` names the axis of the ranks that do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        tensor_parallel: TensorParallel,
+        *,
+        bias: bool = False,
+        parts: int | None = None,
+        replica_axis: str | None = None,
+    ) -> None:
+        super().__init__()
+        tp = tensor_parallel.mesh.tp
+        parts = parts or tp.size
+        place = dict(dim=0, rank=tp.rank * parts // tp.size, size=parts)
+        # Ranks that share rows use them for different queries, so each has a part of the gradient.
+        replicas = dict(replica_axis=replica_axis, partial_gradient=replica_axis is not None)
+        self.weight = tensor_parallel.parameter(
+            split(f"{name}.weight", (out_features, in_features), **place, **replicas)  # type: ignore[arg-type]
+        )
+        self.bias = None
+        if bias:
+            self.bias = tensor_parallel.parameter(
+                split(f"{name}.bias", (out_features,), **place, **replicas)  # type: ignore[arg-type]
+            )
+        self.queue = tensor_parallel.queue
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.queue)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with W [out, in] split by columns over tp; leaves the region (Shoeybi et al. 2019, section 3).
+
+    x: [b, s, in / tp], this rank's columns. y: [b, s or s / tp, out], summed over tp.
+    """
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, tensor_parallel: TensorParallel, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        tp = tensor_parallel.mesh.tp
+        self.tensor_parallel = tensor_parallel
+        self.weight = tensor_parallel.parameter(
+            split(f"{name}.weight", (out_features, in_features), dim=1, rank=tp.rank, size=tp.size)
+        )
+        # Added once, after the sum over tp.
+        self.bias = (
+            tensor_parallel.parameter(tensor_parallel.replicated(f"{name}.bias", (out_features,))) if bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tensor_parallel.leave(linear(x, self.weight, None, self.tensor_parallel.queue))
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the embedding table split over tp (Shoeybi et al. 2019, section 3); also the tied output projection.
+
+    tokens: [b, s], the same on every tp rank. Result: [b, s or s / tp, h].
+    A vocabulary that tp does not divide is padded at its end, for storage only: padded rows take no part in anything.
+    """
+
+    def __init__(self, shard: Shard, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.tensor_parallel = tensor_parallel
+        self.weight = tensor_parallel.parameter(shard)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tensor_parallel.mesh.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        rows = tokens - self.weight.shard.offsets[0]
+        mine = (rows >= 0) & (rows < self.weight.shard.sizes[0])
+        x = F.embedding(rows.where(mine, 0), self.weight)
+        return self.tensor_parallel.leave(x.where(mine.unsqueeze(-1), 0))
+
+
+def vocab_shard(name: str, vocab_size: int, hidden_size: int, tp: Axis, tied_across_stages: bool = False) -> Shard:
+    """The record of an embedding or output projection, its rows split over tp and padded to equal parts."""
+    replicas: dict[str, Any] = dict(replica_axis="embedding", partial_gradient=True) if tied_across_stages else {}
+    return split(name, (vocab_size, hidden_size), dim=0, rank=tp.rank, size=tp.size, **replicas)
+
+
+def vocab_logits(x: Tensor, weight: ShardedParameter, queue: WeightGradientQueue) -> Tensor:
+    """This rank's columns of the logits, without padding: x [b, s, h] whole -> [b, s, sizes[0]]."""
+    real_rows = weight.shard.sizes[0]
+    if real_rows == weight.shape[0]:
+        return linear(x, weight, None, queue)
+    return F.linear(x, weight[:real_rows])
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, first: int, tp: Axis) -> Tensor:
+    """Sum over tokens of the cross-entropy, without gathering logits: three reductions of one number a token.
+
+    logits: [b, s, v], this rank's columns, which are the vocabulary entries ``first … first + v``; v may be 0.
+    targets: [b, s] global ids, or ``IGNORED_TARGET``. Result: fp32 scalar, the same on every tp rank.
+    fp32 ``logits`` are overwritten: their storage holds the softmax for the backward pass, which can run once.
+    """
+    return _VocabParallelCrossEntropy.apply(logits, targets, first, tp)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradientQueue) -> Tensor:
+    """x Wᵀ + b whose weight gradient may wait in ``queue``."""
+    y = _Linear.apply(x, weight, queue)
+    return y if bias is None else y + bias
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, queue: WeightGradientQueue) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.queue = queue
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+
+        def weight_gradient() -> Tensor:
+            return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+        def accumulate() -> None:
+            torch.autograd.backward(weight, weight_gradient())
+
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        waits = weight.is_leaf and ctx.needs_input_grad[1] and ctx.queue.add(accumulate)
+        return grad_x, (weight_gradient() if ctx.needs_input_grad[1] and not waits else None), None
+
+
+class _Replicate(torch.autograd.Function):
+    """Identity forward, sum over the axis backward (f of Shoeybi et al. 2019, figure 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous().clone(), ctx.axis), None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the axis forward, identity backward (g of Shoeybi et al. 2019, figure 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x.contiguous().clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along the sequence forward, reduce-scatter backward (g of Korthikanti et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.axis, SEQUENCE), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    """Reduce-scatter along the sequence forward, all-gather backward (ḡ of Korthikanti et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis, SEQUENCE), None
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: Axis) -> Tensor:
+        columns = logits.shape[-1]
+        peak = logits.amax(-1) if columns else logits.new_full(logits.shape[:-1], float("-inf"))
+        peak = all_reduce(peak.float(), tp, dist.ReduceOp.MAX)
+        shifted = logits.detach().float().sub_(peak.unsqueeze(-1))  # in place where logits are fp32
+        local = targets - first
+        mine = (local >= 0) & (local < columns)
+        at_target = (
+            shifted.gather(-1, local.where(mine, 0).unsqueeze(-1)).squeeze(-1).where(mine, 0)
+            if columns
+            else torch.zeros_like(peak)
+        )
+        exponentials = shifted.exp_()
+        total, at_target = all_reduce(torch.stack([exponentials.sum(-1), at_target]), tp)
+        counted = targets != IGNORED_TARGET
+        softmax = exponentials.div_(total.unsqueeze(-1))
+        ctx.save_for_backward(softmax, local, mine, counted)
+        ctx.dtype = logits.dtype
+        return (total.log() - at_target).where(counted, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, local, mine, counted = ctx.saved_tensors
+        if softmax.shape[-1]:
+            softmax.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), -mine.to(softmax.dtype).unsqueeze(-1))
+        return softmax.mul_((counted * grad).unsqueeze(-1)).to(ctx.dtype), None, None, None

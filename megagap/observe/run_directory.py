@@ -1,0 +1,171 @@
+"""The run directory: all there is to know of a run, and its one writer.
+
+    RUN/
+      config.toml        as resolved              environment.json   revision, versions, hardware, layout
+      metrics.jsonl      one object a step        tensorboard/       the same, for TensorBoard
+      logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
+      events.jsonl       append-only              status.json        state, step, message
+"""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import tomli_w
+import torch
+
+from megagap.config import Settings
+from megagap.errors import ConfigError
+from megagap.parallel.mesh import Mesh
+
+LOCK_SECONDS = 10.0
+"""How long a second run waits for the first to leave the directory."""
+
+State = Literal["running", "finished", "preempted", "failed"]
+
+
+class RunDirectory:
+    """The files of a run that rank 0 writes. On other ranks only paths."""
+
+    def __init__(self, path: Path, is_writer: bool) -> None:
+        self.path, self.is_writer = path, is_writer
+        self.step = 0
+        """Last step begun or loaded, for the status."""
+        self._lock: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process holds the directory and may write it."""
+        return self._lock is not None
+
+    def open(self, settings: Settings, mesh: Mesh) -> None:
+        """Become the directory's one writer and describe the run.
+
+        Raises :class:`ConfigError` if another process is writing it, or if it cannot be written.
+        """
+        if not self.is_writer:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = acquire(self.path / "lock")
+            config = tomli_w.dumps(settings.model_dump(exclude_none=True))
+            replace_text(self.path / "config.toml", config)
+            replace_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+
+    def status(self, state: State, message: str = "") -> None:
+        """What scripts look at to decide whether to requeue."""
+        if self.is_open:
+            text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()})
+            replace_text(self.path / "status.json", text + "\n")
+
+    def event(self, name: str, **details: Any) -> None:
+        """Append what must survive a resume that cuts the metrics back."""
+        if self.is_open:
+            with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": now(), "event": name, "step": self.step, **details}) + "\n")
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def acquire(path: Path) -> TextIO:
+    """Hold an advisory lock on ``path``, which names the holder, until the file is closed or the process ends."""
+    file = path.open("a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise ConfigError(
+                    f"run.dir {path.parent} is being written by {holder}\n"
+                    "  wait for it to end, stop it, or choose another run.dir."
+                ) from None
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
+    file.flush()
+    return file
+
+
+def log_to(folder: Path, rank: int) -> None:
+    """Send the package's log to ``folder/rank_NNNNN.log``, and rank 0's to the console too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("megagap")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers.clear()
+    file = logging.FileHandler(folder / f"rank_{rank:05}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(file)
+    if rank == 0:
+        console = logging.StreamHandler(sys.stderr)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(console)
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """What else a run's numbers depend on."""
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "started": now(),
+        "revision": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": socket.gethostname(),
+        "device": device,
+        "processes": mesh.world.size,
+        "layout": {axis: mesh.axis(axis).size for axis in ("pp", "dp", "cp", "tp")},
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old or the new text, never a part."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_revision() -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,74 @@
+"""Train a Llama-3 model: ``torchrun --nproc-per-node N -m megagap.train RECIPE.toml [--section.key value ...]``.
+
+One process without torchrun is a run like any other. Reading order: this file, ``training/trainer.py`` (the loop),
+``training/step.py`` (one step), then ``parallel/``, ``model/`` and ``optim/``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
+from megagap.observe.run_directory import RunDirectory, log_to
+from megagap.parallel.mesh import Mesh
+from megagap.training import launch
+from megagap.training.signals import StopRequest
+from megagap.training.trainer import train
+
+
+def main(arguments: list[str]) -> None:
+    process = launch.Process.from_environment()
+    recipe, overrides = parse_arguments(arguments)
+    launch.end_with_parent()
+    run: RunDirectory | None = None
+
+    def body() -> None:
+        nonlocal run
+        settings = load_recipe(recipe, parse_overrides(overrides), process.world_size)
+        device = launch.start(process)
+        mesh = make_mesh(settings, process, device)
+        run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
+        run.open(settings, mesh)
+        log_to(run.path / "logs", process.rank)
+        train(settings, mesh, run, StopRequest())
+        run.close()
+
+    def on_failure(message: str) -> None:
+        if run is not None:
+            run.event("failure", message=message)
+            run.status("failed", message)
+
+    launch.run(process, body, on_failure)
+
+
+def make_mesh(settings: Settings, process: launch.Process, device: torch.device) -> Mesh:
+    parallel = settings.parallel
+    return Mesh.create(
+        device=device,
+        world_size=process.world_size,
+        rank=process.rank,
+        pp=parallel.pp,
+        tp=parallel.tp,
+        kv_sharing=max(1, parallel.tp // settings.model.num_key_value_heads),
+    )
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m megagap.train",
+        description="Train a Llama-3 model as a recipe says. Start it under torchrun for more than one process.",
+        epilog="examples:\n"
+        "  python -m megagap.train recipe.toml --train.steps 100\n"
+        "  torchrun --nproc-per-node 8 -m megagap.train recipe.toml --parallel.tp 2 --parallel.pp 2\n\n"
+        "settings (default):" + describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="TOML file with the settings that differ from the defaults")
+    known, rest = parser.parse_known_args(arguments)
+    return known.recipe, rest
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

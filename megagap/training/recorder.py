@@ -1,0 +1,118 @@
+"""Turns step results into metrics, TensorBoard and console lines."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from megagap.config import Settings
+from megagap.errors import DivergedError
+from megagap.model.flops import flops_per_token
+from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
+from megagap.observe.run_directory import RunDirectory
+from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
+from megagap.parallel.mesh import Mesh
+from megagap.training.step import StepResult
+
+MOST_SKIPPED = 20
+"""Steps in a row whose update may be skipped before the run is given up as diverged."""
+
+log = logging.getLogger(__name__)
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    """Whether something done every so many steps (0: never), and at the end, is due."""
+    return every > 0 and (last or step % every == 0)
+
+
+class Recorder:
+    """Turns step results into metrics, one step late, and keeps the clock.
+
+    ``step_seconds`` runs from the end of a step to the end of the next, without what happens inside :meth:`pause`.
+    """
+
+    def __init__(self, settings: Settings, mesh: Mesh, run: RunDirectory, step: int) -> None:
+        self.settings, self.mesh, self.step = settings, mesh, step
+        self.metrics: MetricsFile | None = None
+        self.tensorboard: TensorBoard | None = None
+        if run.is_writer:
+            self.metrics = MetricsFile(run.metrics, step)
+            if settings.run.tensorboard:
+                self.tensorboard = TensorBoard(run.path / "tensorboard", step)
+        train = settings.train
+        self.tokens = train.global_batch_size * train.sequence_length
+        self.flops = flops_per_token(settings.model, train.sequence_length).full * self.tokens / mesh.world.size
+        self.peak = peak_tflops(mesh.device)
+        self.pending: tuple[StepResult, dict[str, Any]] | None = None
+        self.skipped_in_a_row = 0
+        self.last_end = time.perf_counter()
+        self.seconds: list[float] = []
+
+    def step_done(self, step: int, result: StepResult) -> None:
+        """Write the step before, and hold this one back until its numbers are there."""
+        self.flush()
+        end = time.perf_counter()
+        seconds, self.last_end = end - self.last_end, end
+        self.seconds = [*self.seconds[-49:], seconds]
+        tflops = self.flops / seconds / 1e12
+        train = self.settings.train
+        self.pending = result, {
+            "step": step,
+            "consumed_samples": step * train.global_batch_size,
+            "consumed_tokens": step * self.tokens,
+            "lr": result.lr,
+            "step_seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "tflops_per_device": tflops,
+            "mfu": None if self.peak is None else tflops / self.peak,
+            "memory_bytes": peak_memory_bytes(self.mesh.device),
+        }
+
+    def add_validation(self, losses: dict[str, float]) -> None:
+        """Put an evaluation into the record of the step just done."""
+        assert self.pending is not None
+        mean = sum(losses.values()) / len(losses)
+        record = {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in losses.items()}}
+        self.pending[1].update(record)
+        log.info("validation | %s", " | ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+
+    def flush(self) -> None:
+        """Read and write the record held back. Raises :class:`DivergedError` after too many skipped steps."""
+        if self.pending is None:
+            return
+        result, rest = self.pending
+        self.pending = None
+        loss, norm, accepted = torch.stack([result.loss, result.grad_norm, result.accepted.float()]).tolist()
+        record = {"step": rest["step"], "loss": loss, "grad_norm": norm, **rest, "skipped": not accepted}
+        self.skipped_in_a_row = 0 if accepted else self.skipped_in_a_row + 1
+        steps = self.settings.train.steps
+        shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
+        if self.metrics is not None:
+            self.metrics.write(record)
+            if self.tensorboard is not None and (shown or "validation_loss" in record):
+                self.tensorboard.write(record)
+        if shown or not accepted:
+            mean_seconds = sum(self.seconds) / len(self.seconds)
+            log.info(console_line(record, steps, (steps - record["step"]) * mean_seconds))
+        if self.skipped_in_a_row > MOST_SKIPPED:
+            raise DivergedError(
+                f"loss or gradients were not finite for {self.skipped_in_a_row} steps, up to step {record['step']}\n"
+                "  go on from an earlier checkpoint with a lower optim.lr, or look at the data of these steps."
+            )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside the block belongs to no step."""
+        start = time.perf_counter()
+        yield
+        self.last_end += time.perf_counter() - start
+
+    def close(self) -> None:
+        self.flush()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()

@@ -1,0 +1,66 @@
+"""Training a tokenizer: byte-level byte-pair encoding with Llama 3's pre-tokenisation."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megagap.data.files import write_text
+from megagap.data.jsonlines import read_texts, total_size
+from megagap.errors import DataError
+
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Llama 3's words: contractions, letters with a leading mark, at most three digits, punctuation, line ends, blanks."""
+
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+SMALLEST = 256 + 2
+"""Every byte and both special tokens."""
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+    """Train on ``texts``. The result has ``vocab_size`` ids if the texts have that many pairs to merge, else fewer."""
+    if vocab_size < SMALLEST:
+        raise DataError(f"a vocabulary of {vocab_size} is too small: 256 bytes and 2 special tokens need {SMALLEST}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path], output: str | Path, vocab_size: int, key: str = "text", show_progress: bool = False
+) -> int:
+    """Train on files (JSON lines or plain text) and write a folder that ``transformers.AutoTokenizer`` loads.
+
+    Returns the number of ids, which is less than ``vocab_size`` if the text was too short.
+    """
+    total_size(inputs)  # all files are there
+    tokenizer = train_bpe(read_texts(inputs, key), vocab_size, show_progress)
+    special = {"bos_token": BEGIN, "eos_token": END}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write the tokenizer to {folder}: {error.strerror}") from None
+    size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+    return size

@@ -1,0 +1,342 @@
+"""Token files in Megatron's byte format: ``PREFIX.bin`` holds raw tokens, ``PREFIX.idx`` says where documents start.
+
+``.idx``, little-endian: ``MMIDIDX\\0\\0``; u64 version = 1; u8 dtype code; u64 number of sequences S; u64 D = documents
++ 1; then, from byte 34 and unaligned, i32 lengths[S] in tokens, i64 pointers[S] in bytes, i64 document indices[D] in
+sequences (first 0, last S). As a rule a document is one sequence.
+"""
+
+import mmap
+import os
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megagap.data.files import partial_name, publish
+from megagap.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
+    code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
+}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+
+UINT16_VOCABULARY = 65_500
+"""Megatron's limit: vocabularies below it are stored as uint16."""
+
+LONGEST_SEQUENCE = 2**31 - 1
+BLOCK = 1 << 20
+"""Entries that full passes look at in one go, so that their memory stays flat."""
+
+
+def best_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 for vocabularies under 65,500, else int32, as Megatron does."""
+    return np.dtype("<u2") if vocab_size < UINT16_VOCABULARY else np.dtype("<i4")
+
+
+class IndexedDataset(Sequence[NDArray[Any]]):
+    """The sequences of a ``.bin``/``.idx`` pair, memory-mapped: ``ds[i]`` is a read-only view of the file.
+
+    Opening checks the header and the sizes of both files against each other, in constant time; :meth:`verify` looks
+    at every entry. Raises :class:`DataError` for files that are missing, cut short, or of another format.
+    """
+
+    prefix: str
+    dtype: np.dtype[Any]
+    lengths: NDArray[np.int32]
+    """[S] Tokens of each sequence."""
+    pointers: NDArray[np.int64]
+    """[S] Byte of the ``.bin`` at which each sequence starts."""
+    document_indices: NDArray[np.int64]
+    """[documents + 1] First sequence of each document; the last entry is S."""
+    tokens: NDArray[Any]
+    """[token_count] The whole ``.bin``."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.index_path, self.tokens_path = f"{prefix}.idx", f"{prefix}.bin"
+        index_size, tokens_size = _size_of(self.index_path), _size_of(self.tokens_path)
+        if index_size < HEADER.size:
+            raise DataError(
+                f"{self.index_path} is {index_size:,} bytes, shorter than the {HEADER.size} bytes of a header\n"
+                "  the file was cut short, or is no token index. Preprocess the text again."
+            )
+        index = _map(self.index_path)
+        magic, version, code, sequences, document_entries = HEADER.unpack_from(index)
+        if magic != MAGIC:
+            raise DataError(
+                f"{self.index_path} is no token index: it starts with {bytes(magic)!r} instead of {MAGIC!r}\n"
+                "  give the prefix of a .bin/.idx pair written by tools/preprocess_data.py or by Megatron."
+            )
+        if version != VERSION:
+            raise DataError(f"{self.index_path} is of format version {version}; only version {VERSION} can be read")
+        if code not in DTYPE_OF_CODE:
+            raise DataError(f"{self.index_path} has the unknown dtype code {code}; known are 1 to {len(DTYPE_OF_CODE)}")
+        self.dtype = DTYPE_OF_CODE[code]
+        promised = HEADER.size + sequences * (4 + 8) + document_entries * 8
+        if index_size != promised:
+            raise DataError(
+                f"{self.index_path} is {index_size:,} bytes, its header promises {promised:,} "
+                f"({sequences:,} sequences, {document_entries:,} document entries)\n"
+                f"  {_likely_cause(index_size, promised)}"
+            )
+        # The arrays are unaligned, which numpy handles; views cost nothing, whatever the number of documents.
+        pointers_at = HEADER.size + 4 * sequences
+        self.lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        self.pointers = np.frombuffer(index, "<i8", sequences, pointers_at)
+        self.document_indices = np.frombuffer(index, "<i8", document_entries, pointers_at + 8 * sequences)
+        if not document_entries or self.document_indices[0] != 0 or self.document_indices[-1] != sequences:
+            ends = [int(self.document_indices[i]) for i in (0, -1)] if document_entries else []
+            raise DataError(
+                f"{self.index_path} is damaged: its document indices should run from 0 to {sequences:,}, not {ends}"
+            )
+        promised = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if tokens_size != promised:
+            raise DataError(
+                f"{self.tokens_path} is {tokens_size:,} bytes, its .idx promises {promised:,}\n"
+                f"  {_likely_cause(tokens_size, promised)}"
+            )
+        if tokens_size % self.dtype.itemsize:
+            raise DataError(
+                f"{self.tokens_path} is {tokens_size:,} bytes, no multiple of {self.dtype.itemsize} bytes a token"
+            )
+        self.tokens = np.frombuffer(_map(self.tokens_path) if tokens_size else b"", self.dtype)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> NDArray[Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[NDArray[Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> NDArray[Any] | list[NDArray[Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, remainder = divmod(int(self.pointers[index]), self.dtype.itemsize)
+        stop = start + int(self.lengths[index])
+        if remainder or not 0 <= start <= stop <= len(self.tokens):
+            raise DataError(
+                f"{self.index_path} is damaged: sequence {index} should lie at tokens {start:,} to {stop:,} "
+                f"of {len(self.tokens):,}\n  check the whole file with tools/inspect_data.py PREFIX --verify."
+            )
+        return self.tokens[start:stop]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def document_count(self) -> int:
+        return len(self.document_indices) - 1
+
+    def document(self, index: int) -> NDArray[Any]:
+        """The tokens of a document, all its sequences joined."""
+        first, stop = int(self.document_indices[index]), int(self.document_indices[index + 1])
+        return self[first] if stop == first + 1 else np.concatenate([self.tokens[:0], *self[first:stop]])
+
+    def start_of(self, sequence: int) -> int:
+        """Index in :attr:`tokens` of the sequence's first token; the end of the file for ``sequence == len(self)``."""
+        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else len(self.tokens)
+
+    def sequences_between(self, start: int, stop: int) -> list[int]:
+        """Numbers of the sequences that have a token in ``tokens[start:stop]``, start < stop, of a contiguous file."""
+        assert 0 <= start < stop <= len(self.tokens), (start, stop)
+        # bisect rather than searchsorted, which would copy the whole unaligned array to align it.
+        first = bisect_right(self.pointers, start * self.dtype.itemsize) - 1
+        sequences = []
+        for sequence in range(first, len(self)):
+            if self.start_of(sequence) >= stop:
+                break
+            if self.lengths[sequence]:
+                sequences.append(sequence)
+        return sequences
+
+    def require_contiguous(self) -> None:
+        """Check in one pass that the sequences follow each other in file order without gaps. Raises DataError."""
+        expected = 0
+        for first in range(0, len(self), BLOCK):
+            lengths = self.lengths[first : first + BLOCK]
+            pointers = self.pointers[first : first + BLOCK]
+            ends = expected + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            starts = np.concatenate(([expected], ends[:-1]))
+            wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
+            if wrong.size:
+                i = int(wrong[0])
+                raise DataError(
+                    f"{self.index_path}: sequence {first + i} has length {lengths[i]} and starts at byte "
+                    f"{pointers[i]:,}, but the one before ends at byte {starts[i]:,}\n"
+                    "  the index is damaged or not in file order. Preprocess the text again."
+                )
+            expected = int(ends[-1])
+
+    def verify(self, vocab_size: int | None = None) -> None:
+        """A full pass over both files; with ``vocab_size``, every token must be below it. Raises DataError."""
+        self.require_contiguous()
+        for first in range(0, len(self.document_indices), BLOCK):
+            indices = self.document_indices[first : first + BLOCK + 1]
+            wrong = np.flatnonzero(np.diff(indices) < 0)
+            if wrong.size:
+                raise DataError(f"{self.index_path} is damaged: document {first + int(wrong[0])} has no end")
+        if vocab_size is None:
+            return
+        for first in range(0, len(self.tokens), BLOCK):
+            tokens = self.tokens[first : first + BLOCK]
+            wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+            if wrong.size:
+                at = first + int(wrong[0])
+                sequence = self.sequences_between(at, at + 1)[0]
+                raise DataError(
+                    f"{self.tokens_path}: token id {self.tokens[at]} in document {sequence} at position "
+                    f"{at - self.start_of(sequence)} is outside the vocabulary of {vocab_size:,}\n"
+                    "  the file was made with another tokenizer."
+                )
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        prefix = path.removesuffix(".idx").removesuffix(".bin")
+        there = [ending for ending in (".bin", ".idx") if os.path.exists(prefix + ending)]
+        hint = (
+            f"its {there[0]} is there: the pair is incomplete. Copy the other half too, or preprocess the text again."
+            if there
+            else "give the prefix of a .bin/.idx pair, without the ending."
+        )
+        raise DataError(f"{path} does not exist\n  {hint}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _map(path: str) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _likely_cause(size: int, promised: int) -> str:
+    if size < promised:
+        return "the file was cut short (disk full? copy interrupted?). Copy it again, or preprocess the text again."
+    return "the two files do not belong together, or the index is damaged. Preprocess the text again."
+
+
+class IndexedDatasetWriter:
+    """Writes a ``.bin``/``.idx`` pair; a context manager.
+
+    The files appear under their names only when whole, the index last, on leaving the context without an exception.
+    An existing pair is replaced. Raises :class:`DataError` for tokens that do not fit ``dtype``.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODE_OF_DTYPE:
+            known = ", ".join(str(known) for known in CODE_OF_DTYPE)
+            raise DataError(f"tokens cannot be stored as {self.dtype}; possible: {known}")
+        self._lengths = array("i")
+        self._document_ends = array("q")
+        self._tokens_partial = partial_name(f"{prefix}.bin")
+        self._index_partial = partial_name(f"{prefix}.idx")
+        try:
+            self._tokens_partial.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = open(self._tokens_partial, "wb", buffering=1 << 20)  # noqa: SIM115
+        except OSError as error:
+            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as fault:
+            raise DataError(f"cannot write {self.prefix}.bin and .idx: {fault.strerror}") from fault
+        finally:
+            self._file.close()
+            self._tokens_partial.unlink(missing_ok=True)
+            self._index_partial.unlink(missing_ok=True)
+
+    def add_document(self, tokens: ArrayLike) -> None:
+        """Add a document of one sequence."""
+        self.add_sequence(tokens)
+        self.end_document()
+
+    def add_sequence(self, tokens: ArrayLike) -> None:
+        """Add a sequence to the document that :meth:`end_document` will end."""
+        values = self._cast(np.asarray(tokens))
+        if len(values) > LONGEST_SEQUENCE:
+            raise DataError(
+                f"a sequence of {len(values):,} tokens is too long for {self.prefix}.idx: at most {LONGEST_SEQUENCE:,}"
+            )
+        try:
+            self._file.write(values.tobytes())
+        except OSError as error:
+            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from error
+        self._lengths.append(len(values))
+
+    def end_document(self) -> None:
+        """End a document with the sequences added since the last one ended."""
+        self._document_ends.append(len(self._lengths))
+
+    def _cast(self, given: NDArray[Any]) -> NDArray[Any]:
+        if given.dtype == self.dtype or not given.size:
+            return given.astype(self.dtype, copy=False).reshape(-1)
+        if given.dtype.kind in "iuf":
+            with np.errstate(invalid="ignore"):
+                values = given.astype(self.dtype)
+            wrong = np.flatnonzero(values != given)
+        else:
+            wrong = np.zeros(1, np.intp)
+        if wrong.size:
+            at = int(wrong[0])
+            raise DataError(
+                f"token {given.flat[at]} at position {at} of document {len(self._document_ends)} does not fit "
+                f"{self.dtype.name}, the type of {self.prefix}.bin\n  write with best_dtype(vocab_size)."
+            )
+        return values
+
+    def _finish(self) -> None:
+        if (self._document_ends[-1] if self._document_ends else 0) != len(self._lengths):
+            raise DataError(f"{self.prefix}: the last document was not ended (end_document)")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        with open(self._index_partial, "wb") as index:
+            self._write_index(index)
+            index.flush()
+            os.fsync(index.fileno())
+        # An old index must not stand beside new tokens, should we be killed in between.
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        publish(self._tokens_partial, f"{self.prefix}.bin")
+        publish(self._index_partial, f"{self.prefix}.idx")
+
+    def _write_index(self, index: BinaryIO) -> None:
+        lengths = np.frombuffer(self._lengths, np.int32)
+        ends = np.frombuffer(self._document_ends, np.int64)
+        index.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(ends) + 1))
+        index.write(lengths.astype("<i4").data)
+        start = 0
+        for first in range(0, len(lengths), BLOCK):
+            stops = start + np.cumsum(lengths[first : first + BLOCK], dtype=np.int64) * self.dtype.itemsize
+            index.write(np.concatenate(([start], stops[:-1])).astype("<i8").data)
+            start = int(stops[-1])
+        index.write(np.zeros(1, "<i8").data)
+        index.write(ends.astype("<i8").data)

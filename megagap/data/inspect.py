@@ -1,0 +1,86 @@
+"""What token files and training steps hold, as tables for people and as JSON for programs."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
+
+from megagap.data.indexed import VERSION, IndexedDataset
+from megagap.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the loader brings torch, which token files do without
+    from megagap.data.loader import Sample, TrainingData
+
+SHOWN_TOKENS = 64
+
+
+def dataset_table(dataset: IndexedDataset) -> Table:
+    """Header, counts and document lengths of a token file."""
+    table = Table(title=dataset.prefix, show_header=False)
+    lengths = dataset.lengths
+    statistics = (
+        f"min {lengths.min():,}, median {np.median(lengths):,.0f}, mean {lengths.mean():,.1f}, max {lengths.max():,}"
+        if len(lengths)
+        else "none"
+    )
+    for name, value in (
+        ("format", f"Megatron indexed dataset, version {VERSION}"),
+        ("token type", f"{dataset.dtype.name}, {dataset.dtype.itemsize} bytes"),
+        ("documents", f"{dataset.document_count:,}"),
+        ("sequences", f"{len(dataset):,}"),
+        ("tokens", f"{dataset.token_count:,}"),
+        ("tokens a sequence", statistics),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def documents_table(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None = None) -> Table:
+    """The first ``count`` documents: their first ids and, with a tokenizer, the text of these."""
+    table = _tokens_table(["document", "tokens"], tokenizer)
+    for index in range(min(count, dataset.document_count)):
+        tokens = dataset.document(index)
+        table.add_row(str(index), f"{len(tokens):,}", *_show(tokens, tokenizer))
+    return table
+
+
+def step_samples(data: "TrainingData", global_batch_size: int, step: int) -> list["Sample"]:
+    """The samples that training step ``step`` (from 1) reads, in batch order."""
+    first = (step - 1) * global_batch_size
+    return [data.sample(n) for n in range(first, first + global_batch_size)]
+
+
+def samples_json(samples: Sequence["Sample"]) -> str:
+    """``[{"sample": int, "source": str, "documents": [int], "tokens": [int]}, …]`` in one line."""
+    return json.dumps(
+        [
+            {"sample": s.sample, "source": s.source, "documents": s.documents, "tokens": s.tokens.tolist()}
+            for s in samples
+        ]
+    )
+
+
+def samples_table(samples: Sequence["Sample"], tokenizer: Tokenizer | None = None) -> Table:
+    """Each sample's source, documents and first ids and, with a tokenizer, the text of these."""
+    table = _tokens_table(["sample", "source", "documents"], tokenizer)
+    for s in samples:
+        table.add_row(str(s.sample), s.source, _shorten(s.documents, 8), *_show(s.tokens, tokenizer))
+    return table
+
+
+def _tokens_table(columns: list[str], tokenizer: Tokenizer | None) -> Table:
+    return Table(*columns, "first ids", *(["first text"] if tokenizer else []), show_lines=True)
+
+
+def _show(tokens: NDArray[Any], tokenizer: Tokenizer | None) -> list[str | Text]:
+    # As Text: square brackets in a document are no markup.
+    text = [Text(tokenizer.decode(tokens[:SHOWN_TOKENS].tolist()))] if tokenizer else []
+    return [_shorten(tokens[: SHOWN_TOKENS + 1].tolist(), SHOWN_TOKENS if not tokenizer else 12), *text]
+
+
+def _shorten(numbers: Sequence[int], shown: int) -> str:
+    return " ".join(map(str, numbers[:shown])) + (" …" if len(numbers) > shown else "")

@@ -1,0 +1,180 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megagap.data import preprocess as module
+from megagap.data.indexed import IndexedDataset
+from megagap.data.jsonlines import read_chunks
+from megagap.data.preprocess import preprocess
+from megagap.errors import DataError
+
+
+def documents_of(path: Path) -> list[str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [text for line in lines if (text := json.loads(line)["text"])]
+
+
+def backend(folder: Path):  # type: ignore[no-untyped-def]
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_documents_are_tokens_in_input_order(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    summary = preprocess([corpus, corpus], str(tmp_path / "out"), str(tokenizer_folder), append_eod=True)
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    expected = [[*backend(tokenizer_folder).encode(text).ids, 1] for text in documents_of(corpus)] * 2
+    assert [document.tolist() for document in dataset] == expected
+    assert dataset.dtype.name == "uint16"
+    assert (summary.documents, summary.empty, summary.tokens) == (400, 2, sum(map(len, expected)))
+    assert summary.input_bytes == 2 * corpus.stat().st_size
+
+
+def test_files_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chunks so small that many are under way at once.
+    monkeypatch.setattr(module, "read_chunks", lambda paths: read_chunks(paths, 500))
+    for workers in (1, 2):
+        preprocess([corpus], str(tmp_path / str(workers)), str(tokenizer_folder), workers=workers)
+    for ending in ("bin", "idx"):
+        one, two = ((tmp_path / f"{workers}_text_document.{ending}").read_bytes() for workers in (1, 2))
+        assert one == two
+
+
+def test_chunks_are_whole_lines_and_lose_nothing(corpus: Path) -> None:
+    chunks = list(read_chunks([corpus], 300))
+    assert len(chunks) > 10
+    assert b"".join(line for chunk in chunks for line in chunk.lines) == corpus.read_bytes()
+    first_lines = [chunk.first_line for chunk in chunks]
+    assert first_lines == [1 + sum(len(c.lines) for c in chunks[:i]) for i in range(len(chunks))]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "not valid JSON"),
+        (b'{"body": "x"}', "no key 'text'; it has 'body'"),
+        (b'["text"]', "not a JSON object"),
+        (b'{"text": 3}', "is int, not text"),
+        (b'{"text": "\xff"}', "not valid JSON"),
+        (b'{"text": "\\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_bad_document_names_file_and_line_and_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, line: bytes, message: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"bad\.jsonl, line 3: .*{message}"):
+        preprocess([path], str(tmp_path / "out"), str(tokenizer_folder))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_fault_in_a_worker_ends_the_run_with_its_message(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    with open(corpus, "a") as file:
+        file.write('{"body": "x"}\n')
+    with pytest.raises(DataError, match=r"corpus\.jsonl, line 203: the document has no key 'text'"):
+        preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder), workers=2)
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_missing_file_is_named_before_any_work(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.jsonl: No such file"):
+        preprocess([corpus, tmp_path / "absent.jsonl"], str(tmp_path / "out"), str(tokenizer_folder))
+
+
+def test_tokenizer_without_end_of_text_cannot_append_it(tmp_path: Path, corpus: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="no end-of-text token"):
+        preprocess([corpus], str(tmp_path / "out"), str(tmp_path), append_eod=True)
+
+
+def test_key_names_the_output(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "hello"}\n')
+    preprocess([tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), key="body")
+    assert IndexedDataset(tmp_path / "out_body_document").document_count == 1
+
+
+def test_empty_input_gives_an_empty_pair(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    preprocess([tmp_path / "a.jsonl"], str(tmp_path / "new/out"), str(tokenizer_folder))
+    assert len(IndexedDataset(tmp_path / "new/out_text_document")) == 0
+
+
+PROGRAM = """
+import sys
+from megagap.data import jsonlines, preprocess as module
+from megagap.errors import run_tool
+
+def endless(paths):
+    while True:
+        yield from jsonlines.read_chunks(paths, 2000)
+
+module.read_chunks = endless
+if __name__ == "__main__":
+    run_tool(lambda: module.preprocess(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=2))
+"""
+
+
+@pytest.fixture
+def endless_run(tmp_path: Path, corpus: Path, tokenizer_folder: Path):  # type: ignore[no-untyped-def]
+    """A run that never ends, and its worker processes."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command: list[str | Path] = [sys.executable, tmp_path / "program.py", corpus, tmp_path / "out", tokenizer_folder]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        workers = wait_for(lambda: found if len(found := worker_processes(run.pid)) == 2 else None)
+        wait_for(lambda: [path for path in tmp_path.glob("*.partial-*") if path.stat().st_size])
+        yield run, workers
+    finally:
+        run.kill()
+        run.wait()
+
+
+def wait_for(condition):  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def worker_processes(parent: int) -> list[int]:
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes in /proc")
+
+
+@needs_proc
+def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, workers = endless_run
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert errors.startswith("data error: a worker process died")
+    assert not list(tmp_path.glob("out*"))
+
+
+@needs_proc
+def test_workers_end_when_their_parent_is_killed(endless_run) -> None:  # type: ignore[no-untyped-def]
+    run, workers = endless_run
+    run.kill()
+    wait_for(lambda: not any(map(is_running, workers)))

@@ -1,0 +1,119 @@
+"""The data tools as a user runs them, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagap.data.indexed import IndexedDataset
+from megagap.data.loader import Source, TrainingData
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+RECIPE = """
+[model]
+preset = "tiny"
+[data]
+tokenizer = "bpe"
+sources = [{path = "fr_text_document", weight = 2}, {path = "en_text_document", name = "english"}]
+[train]
+steps = 10
+global_batch_size = 3
+sequence_length = 16
+seed = 5
+"""
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def succeed(tool: str, *arguments: object) -> str:
+    done = run(tool, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two corpora taken through the tools: a tokenizer, two pairs, a recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, word in (("fr", "bonjour [tout] le monde"), ("en", "hello [whole] world")):
+        texts = [f"{word} {i}. " * (i % 5 + 1) for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    inputs = (folder / "fr.jsonl", folder / "en.jsonl")
+    succeed("train_tokenizer.py", "--input", *inputs, "--output", folder / "bpe", "--vocab-size", 290)
+    for name in ("fr", "en"):
+        arguments = ("--input", folder / f"{name}.jsonl", "--output-prefix", folder / name)
+        printed = succeed(
+            "preprocess_data.py", *arguments, "--tokenizer", folder / "bpe", "--append-eod", "--workers", 2
+        )
+        assert "40 documents" in printed and len(printed.splitlines()) == 1
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+def test_inspect_shows_counts_and_text_of_a_pair(folder: Path) -> None:
+    printed = succeed("inspect_data.py", folder / "fr_text_document", "--tokenizer", folder / "bpe", "--verify")
+    assert f"{IndexedDataset(folder / 'fr_text_document').token_count:,}" in printed
+    assert "bonjour [tout]" in printed
+    assert "verified" in printed
+
+
+def test_step_json_is_what_training_reads(folder: Path) -> None:
+    printed = succeed("inspect_data.py", folder / "recipe.toml", "--train.seed", 7, "--step", 4, "--json")
+    assert len(printed.splitlines()) == 1
+    samples = json.loads(printed)
+    data = TrainingData(
+        [
+            Source("fr", (str(folder / "fr_text_document"),), 2),
+            Source("english", (str(folder / "en_text_document"),), 1),
+        ],
+        16,
+        seed=7,
+    )
+    assert [sample["sample"] for sample in samples] == [9, 10, 11]
+    assert [sample["tokens"] for sample in samples] == data.batch(9, 3).tolist()
+    for sample in samples:
+        assert list(sample) == ["sample", "source", "documents", "tokens"]
+        pair = IndexedDataset(folder / {"fr": "fr_text_document", "english": "en_text_document"}[sample["source"]])
+        joined = [token for document in sample["documents"] for token in pair[document].tolist()]
+        assert any(joined[i : i + 17] == sample["tokens"] for i in range(len(joined)))
+
+
+def test_step_table_shows_text(folder: Path) -> None:
+    printed = succeed("inspect_data.py", folder / "recipe.toml", "--step", 1)
+    assert "monde" in printed or "world" in printed
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("inspect_data.py", ["absent"], "data error: absent.idx does not exist"),
+        ("inspect_data.py", ["absent.toml", "--step", "1"], "config error: cannot read the recipe"),
+        ("inspect_data.py", ["absent.toml"], "--step N"),
+        ("inspect_data.py", ["absent", "--json"], "go with a RECIPE.toml"),
+        (
+            "preprocess_data.py",
+            ["--input", "absent", "--output-prefix", "x", "--tokenizer", "y"],
+            "data error: cannot read absent",
+        ),
+        ("train_tokenizer.py", ["--input", "absent", "--output", "x", "--vocab-size", "300"], "data error"),
+    ],
+)
+def test_user_faults_exit_2_with_a_message_and_no_traceback(tool: str, arguments: list[str], message: str) -> None:
+    done = run(tool, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_short_text_warns_that_ids_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcabc")
+    done = run("train_tokenizer.py", "--input", tmp_path / "a.txt", "--output", tmp_path / "t", "--vocab-size", 500)
+    assert done.returncode == 0
+    assert "warning: the text has only enough pairs" in done.stderr

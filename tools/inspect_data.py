@@ -1,0 +1,73 @@
+"""Show what a token file holds, or what a training step reads."""
+
+import argparse
+
+from rich.console import Console
+
+from megagap.data.indexed import IndexedDataset
+from megagap.data.inspect import dataset_table, documents_table, samples_json, samples_table, step_samples
+from megagap.data.tokenizer import load_tokenizer
+from megagap.errors import run_tool
+
+EXAMPLES = """
+examples:
+  python tools/inspect_data.py runs/data/fr_text_document --documents 5 --tokenizer runs/data/tokenizer
+  python tools/inspect_data.py runs/data/fr_text_document --verify
+  python tools/inspect_data.py examples/recipes/tiny.toml --train.seed 7 --step 100 --json
+
+--json prints one line: [{"sample": 0, "source": "fr", "documents": [12, 13], "tokens": [...]}, ...]
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s PREFIX [--documents N] [--tokenizer SPEC] [--verify]\n"
+        "       %(prog)s RECIPE.toml [--section.key value ...] --step N [--json]",
+    )
+    parser.add_argument("target", metavar="PREFIX | RECIPE.toml", help="a .bin/.idx pair, or a recipe")
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    parser.add_argument("--tokenizer", default="", metavar="SPEC", help="show text too; a recipe names its own")
+    parser.add_argument("--verify", action="store_true", help="check every entry, and with --tokenizer every token")
+    parser.add_argument("--step", type=int, metavar="N", help="training step, from 1")
+    parser.add_argument("--json", action="store_true", help="print the step as one line of JSON")
+    given, overrides = parser.parse_known_args(argv)
+    if not given.target.endswith(".toml"):
+        if overrides or given.step is not None or given.json:
+            parser.error("--step, --json and settings go with a RECIPE.toml, not with a PREFIX")
+        inspect_dataset(given.target, given.documents, given.tokenizer, given.verify)
+    elif given.step is None or given.step < 1:
+        parser.error("a recipe needs --step N, counted from 1")
+    else:
+        inspect_step(given.target, overrides, given.step, given.tokenizer, given.json)
+
+
+def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bool) -> None:
+    dataset = IndexedDataset(prefix.removesuffix(".idx").removesuffix(".bin"))
+    tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
+    console = Console()
+    console.print(dataset_table(dataset))
+    console.print(documents_table(dataset, documents, tokenizer))
+    if verify:
+        dataset.verify(tokenizer.vocab_size if tokenizer else None)
+        console.print("verified: every entry is sound" + (", every token is in the vocabulary" if tokenizer else ""))
+
+
+def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: str, as_json: bool) -> None:
+    from megagap.config import load_recipe, parse_overrides
+    from megagap.training.datasets import training_data
+
+    settings = load_recipe(recipe, parse_overrides(arguments))
+    samples = step_samples(training_data(settings), settings.train.global_batch_size, step)
+    if as_json:
+        print(samples_json(samples))
+        return
+    spec = tokenizer_spec or settings.data.tokenizer
+    Console().print(samples_table(samples, load_tokenizer(spec) if spec else None))
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,38 @@
+"""Train a byte-level BPE tokenizer and write it as a folder that transformers loads."""
+
+import argparse
+import sys
+
+from megagap.data.bpe import train_tokenizer
+from megagap.errors import run_tool
+
+EXAMPLES = """
+examples:
+  python tools/train_tokenizer.py --input runs/data/*.jsonl --output runs/data/tokenizer --vocab-size 8192
+  python tools/train_tokenizer.py --input book.txt --output tokenizer --vocab-size 4096
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .json lines, or plain text"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.json into")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
+    parser.add_argument("--json-keys", default="text", metavar="KEY", help="key of the text (default: text)")
+    given = parser.parse_args(argv)
+    size = train_tokenizer(given.input, given.output, given.vocab_size, given.json_keys, sys.stderr.isatty())
+    if size < given.vocab_size:
+        print(
+            f"warning: the text has only enough pairs for {size:,} of {given.vocab_size:,} ids; "
+            f"give more text, or set model.vocab_size = {size}",
+            file=sys.stderr,
+        )
+    print(f"{given.output}: {size:,} ids")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,116 @@
+"""Runs that are killed, stopped or started twice lose nothing."""
+
+import json
+import signal
+
+import pytest
+
+from megagap.observe.metrics import read_metrics
+from tests.launching import descendants, finish, kill_all, launch, wait_until
+from tests.recipes import write_recipe
+from tests.training_run import train_recipe
+
+
+def same_numbers(metrics):
+    return [{key: m[key] for key in ("step", "loss", "grad_norm", "lr", "consumed_samples")} for m in metrics]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=40), checkpoint=dict(every=8), parallel=dict(tp=2, pp=2))
+    expected = workers.run(8, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
+
+    killed = launch(recipe, 8)
+    wait_until(lambda: (tmp_path / "run/checkpoints/step_00000016").exists())
+    kill_all(killed)
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) < 40, "killed too late to show anything"
+    code, output = finish(launch(recipe, 8))
+
+    assert code == 0, output
+    assert same_numbers(read_metrics(tmp_path / "run/metrics.jsonl")) == same_numbers(expected)
+    events = [json.loads(line)["event"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert events.count("start") == 2 and events.count("resume") == 1
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, number):
+    recipe = write_recipe(tmp_path, train=dict(steps=2000))
+    process = launch(recipe, 1)
+    wait_until(lambda: (tmp_path / "run/status.json").exists())
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+    process.send_signal(number)
+    code, output = finish(process)
+    assert code == 0, output
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted" and number.name in status["message"]
+    metrics = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert 0 < status["step"] == metrics[-1]["step"] < 2000
+    assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
+
+
+def test_workers_end_with_a_killed_launcher(tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    process = launch(recipe, 2)
+    wait_until(lambda: (tmp_path / "run/status.json").exists())
+    pids = descendants(process.pid)
+    assert len(pids) >= 2
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(_alive(pid) for pid in pids), seconds=10)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_finished_run_says_so_and_exits_0(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    workers.run(1, train_recipe, recipe, [])
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    code, output = finish(launch(recipe, 1))
+    assert code == 0 and "is finished" in output
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_writer_is_refused_and_names_the_holder(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    first = launch(recipe, 1)
+    wait_until(lambda: (tmp_path / "run/status.json").exists())
+    code, output = finish(launch(recipe, 1))
+    kill_all(first)
+    assert code == 2 and f"process {first.pid} on" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"model": {"hidden_size": 32}}, "model.hidden_size was 64, is 32"),
+        ({"train": {"seed": 8}}, "train.seed was 7, is 8"),
+    ],
+)
+def test_going_on_with_another_model_or_data_is_refused_with_the_difference(workers, tmp_path, change, shown):
+    workers.run(1, train_recipe, write_recipe(tmp_path, train=dict(steps=2)), [])
+    section, settings = next(iter(change.items()))
+    recipe = write_recipe(tmp_path, **{"train": dict(steps=4), section: dict(steps=4) | settings if section == "train" else settings})
+    code, output = finish(launch(recipe, 1))
+    assert code == 2 and shown in output and "Traceback" not in output
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_a_folder_seeds_an_empty_run_and_another_layout_goes_on(workers, tmp_path):
+    """From one process's checkpoint to tp2 · pp2: the losses after it are those of the run left alone."""
+    recipe = write_recipe(tmp_path, train=dict(steps=8), checkpoint=dict(every=4))
+    (expected,) = workers.run(1, train_recipe, recipe, [])
+    overrides = [
+        f"checkpoint.load={tmp_path / 'run/checkpoints/step_00000004'}",
+        f"run.dir={tmp_path / 'branch'}",
+        "parallel.tp=2",
+        "parallel.pp=2",
+    ]
+    metrics = workers.run(4, train_recipe, recipe, overrides)[0]
+    assert [m["step"] for m in metrics] == [5, 6, 7, 8]
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected[4:]], rel=1e-5)

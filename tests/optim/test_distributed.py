@@ -1,0 +1,105 @@
+"""The distributed optimizer equals torch.optim.AdamW with clip_grad_norm_, whatever the ranks and buckets."""
+
+import pytest
+import torch
+
+from megagap.config import Optim
+from megagap.optim.clipping import clip_divisor
+from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.collectives import all_reduce
+from megagap.parallel.mesh import Mesh
+from megagap.parallel.shard import ShardedParameter, whole
+
+SHAPES = {"model.embed_tokens.weight": (7, 5), "a.weight": (3, 5), "norm.weight": (5,), "b.weight": (4, 4)}
+OPTIM = Optim(lr=0.05, weight_decay=0.3, clip_grad=1.5)
+
+
+def parameters() -> list[ShardedParameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for name, shape in SHAPES.items():
+        parameter = ShardedParameter(whole(name, shape), torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            parameter.copy_(torch.randn(shape, generator=generator))
+        made.append(parameter)
+    return made
+
+
+def gradient(step: int, rank: int, microbatch: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + 10 * rank + microbatch))
+
+
+def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[str, torch.Tensor]:
+    """Two microbatches of made-up gradients a step and rank; returns the final parameters by name."""
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
+    made = parameters()
+    optimizer = DistributedOptimizer(made, OPTIM, mesh, bucket_elements)
+    for step in range(steps):
+        optimizer.zero_gradients()
+        optimizer.wait_for_parameters()
+        for microbatch in range(2):
+            if microbatch == 1:
+                optimizer.expect_last_backward()
+            torch.autograd.backward(made, [gradient(step, rank, microbatch, p.shape) for p in made])
+        optimizer.finish_gradients()
+        norm = all_reduce(optimizer.squared_norm(), mesh.world).sqrt()
+        optimizer.step(OPTIM.lr, clip_divisor(norm, OPTIM.clip_grad), torch.tensor(True))
+    optimizer.wait_for_parameters()
+    return {p.shard.name: p.detach().clone() for p in made}
+
+
+def reference(ranks: int, steps: int = 3) -> dict[str, torch.Tensor]:
+    made = {p.shard.name: torch.nn.Parameter(p.detach().clone()) for p in parameters()}
+    embedding = [made["model.embed_tokens.weight"]]
+    rest = [p for name, p in made.items() if "embed" not in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": embedding, "weight_decay": 0.0}, {"params": rest, "weight_decay": OPTIM.weight_decay}],
+        lr=OPTIM.lr,
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+    )
+    for step in range(steps):
+        for p in made.values():
+            p.grad = sum(gradient(step, rank, m, p.shape) for rank in range(ranks) for m in range(2))
+        torch.nn.utils.clip_grad_norm_(made.values(), OPTIM.clip_grad)
+        optimizer.step()
+    return {name: p.detach() for name, p in made.items()}
+
+
+@pytest.mark.parametrize("bucket_elements", [1, 20, 10_000])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_updates_equal_torch_adamw_with_clipping(workers, ranks, bucket_elements):
+    expected = reference(ranks)
+    for values in workers.run(ranks, train, bucket_elements):
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rejected_step_changes_nothing():
+    mesh = Mesh.single()
+    made = parameters()
+    optimizer = DistributedOptimizer(made, OPTIM, mesh)
+    before = {s.kind + s.shard.name: s.tensor.clone() for s in optimizer.slices(owned_only=True)}
+    optimizer.zero_gradients()
+    torch.autograd.backward(made, [torch.full(p.shape, float("nan")) for p in made])
+    optimizer.finish_gradients()
+    optimizer.step(OPTIM.lr, torch.tensor(float("nan")), torch.tensor(False))
+    assert optimizer.updates == 0
+    for s in optimizer.slices(owned_only=True):
+        assert torch.equal(s.tensor, before[s.kind + s.shard.name])
+
+
+def padded_slices(rank: int, ranks: int) -> list[tuple[str, str, int, int]]:
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
+    optimizer = DistributedOptimizer(parameters(), OPTIM, mesh, 20)
+    return [(s.kind, s.shard.name, s.start, s.stop) for s in optimizer.slices(owned_only=True)]
+
+
+def test_slices_of_all_ranks_cover_every_element_once(workers):
+    covered: dict[tuple[str, str], list[int]] = {}
+    for slices in workers.run(4, padded_slices):
+        for kind, name, start, stop in slices:
+            covered.setdefault((kind, name), []).extend(range(start, stop))
+    assert set(covered) == {(k, n) for k in ("weight", "exp_avg", "exp_avg_sq") for n in SHAPES}
+    for (_, name), elements in covered.items():
+        assert sorted(elements) == list(range(torch.Size(SHAPES[name]).numel()))

@@ -1,0 +1,58 @@
+"""Every parallel layout trains like one process: same losses, same gradient norms."""
+
+import pytest
+
+from tests.recipes import write_recipe
+from tests.training_run import train_recipe
+
+STEPS = 10
+TOLERANCE = 1e-5
+
+LAYOUTS = {
+    "tp2": (2, dict(tp=2)),
+    "tp2 without sequence parallelism": (2, dict(tp=2, sequence_parallel=False)),
+    "tp4, more ranks than key/value heads": (4, dict(tp=4)),
+    "pp2": (2, dict(pp=2)),
+    "pp2, gpipe": (2, dict(pp=2, schedule="gpipe")),
+    "pp4, layers that do not divide": (4, dict(pp=4)),
+    "pp2, layers by hand": (2, dict(pp=2, layers_per_stage="[4,1]")),
+    "dp2": (2, {}),
+    "tp2 pp2": (4, dict(tp=2, pp=2)),
+    "tp2 dp2": (4, dict(tp=2)),
+    "pp2 dp2": (4, dict(pp=2)),
+    "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def reference(request, workers, tmp_path_factory):
+    """A recipe and its metrics from one process."""
+    folder = tmp_path_factory.mktemp("parity")
+    recipe = write_recipe(
+        folder,
+        model=dict(tie_word_embeddings=request.param),
+        train=dict(steps=STEPS, evaluate_every=5, evaluate_samples=5),
+    )
+    (metrics,) = workers.run(1, train_recipe, recipe, [f"run.dir={folder / 'one'}"])
+    return recipe, metrics
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(layout, reference, workers, tmp_path):
+    recipe, expected = reference
+    ranks, parallel = LAYOUTS[layout]
+    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
+    metrics = workers.run(ranks, train_recipe, recipe, [*overrides, f"run.dir={tmp_path}"])[0]
+    assert len(metrics) == len(expected) == STEPS
+    for ours, theirs in zip(metrics, expected, strict=True):
+        compared = {key for key in theirs if key in ("loss", "grad_norm") or key.startswith("validation_loss")}
+        assert {key: ours[key] for key in compared} == pytest.approx(
+            {key: theirs[key] for key in compared}, rel=TOLERANCE
+        ), ours["step"]
+    assert "validation_loss/fr" in metrics[-1]
+
+
+def test_the_reference_learns(reference):
+    """A parity test on a model that stands still would prove little."""
+    _, metrics = reference
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1

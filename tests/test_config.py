@@ -1,0 +1,168 @@
+"""Recipes: every fault is found at once and named; presets have the published shapes."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from megagap.config import describe_settings, load_recipe, parse_overrides, spread_layers
+from megagap.errors import ConfigError
+from megagap.model.flops import flops_per_token, parameter_count
+
+GOOD = {
+    "model": {"preset": "tiny"},
+    "data": {"sources": [{"path": "fr_text_document"}]},
+    "train": {"steps": 10, "global_batch_size": 8, "sequence_length": 64},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes) -> Path:
+        tree = {section: dict(settings) for section, settings in GOOD.items()}
+        for name, value in changes.items():
+            section, key = name.split("__")
+            tree.setdefault(section, {})[key] = value
+        path = tmp_path / "recipe.toml"
+        path.write_text(tomli_w.dumps(tree))
+        return path
+
+    return write
+
+
+def faults_of(path, overrides=(), world_size=None) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path, overrides, world_size)
+    return str(error.value)
+
+
+def test_command_line_beats_recipe_beats_preset_beats_defaults(recipe):
+    settings = load_recipe(recipe(model__num_hidden_layers=6, optim__lr=1e-3), ["optim.lr=2e-3"])
+    assert (settings.model.hidden_size, settings.model.num_hidden_layers) == (64, 6)
+    assert (settings.optim.lr, settings.optim.eps) == (2e-3, 1e-8)
+
+
+def test_all_faults_are_reported_at_once_with_rules_between_settings(recipe):
+    message = faults_of(recipe(parallel__tp=3, train__steps=-3, optim__learning_rate=1))
+    assert message.startswith("config error: ")
+    assert "parallel.tp = 3" in message and "possible: 1, 2, 4" in message
+    assert "train.steps = -3" in message and "must be at least 0" in message
+    assert "optim.learning_rate" in message and "unknown" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [("train.stesp=3", "train.steps"), ("train.lr=3", "optim.lr"), ("modle.preset=tiny", "model.preset")],
+)
+def test_an_unknown_setting_names_the_nearest_real_one(recipe, given, nearest):
+    assert f"did you mean {nearest}?" in faults_of(recipe(), [given])
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "complaint"),
+    [
+        ({"parallel__tp": 3}, None, "does not divide model.num_attention_heads"),
+        ({"model__num_key_value_heads": 3}, None, "does not divide model.num_attention_heads"),
+        ({"parallel__pp": 5}, None, "a stage would have none"),
+        ({"parallel__pp": 2, "parallel__layers_per_stage": [1, 1]}, None, "add up to 4 layers"),
+        ({"train__sequence_length": 4096}, None, "longer than model.max_position_embeddings = 2048"),
+        ({"parallel__tp": 2, "train__sequence_length": 63}, None, "no multiple of parallel.tp"),
+        ({"parallel__sequence_parallel": True}, None, "splits over parallel.tp, which is 1"),
+        ({"train__micro_batch_size": 3}, None, "does not divide train.global_batch_size"),
+        ({"parallel__tp": 2}, 3, "does not divide the 3 processes"),
+        ({"train__micro_batch_size": 4}, 4, "4 data-parallel ranks"),
+        ({"train__steps": 0}, None, "either train.steps or train.tokens"),
+        ({"train__tokens": 100}, None, "not both"),
+        ({"optim__schedule": "wsd"}, None, "must be at least 1"),
+        ({"optim__cooldown_steps": 3}, None, "has a meaning with"),
+        ({"optim__warmup_steps": 11}, None, "over train.steps = 10"),
+        ({"optim__min_lr": 1.0}, None, "is above optim.lr"),
+        ({"data__split": "98,2"}, None, "three shares"),
+        ({"data__sources": []}, None, "is required"),
+        ({"data__sources": [{"path": "a/x"}, {"path": "b/x"}]}, None, "names two sources"),
+        ({"train__evaluate_every": 5}, None, "needs a held-out set"),
+        ({"model__preset": "llama4"}, None, "possible: tiny, llama3-8b"),
+        ({"train__steps": "10"}, None, "train.steps = '10'"),
+        ({"train__precision": "fp8"}, None, "possible here: 'fp32'"),
+        ({"optim__lr": float("nan")}, None, "optim.lr"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(recipe, changes, world_size, complaint):
+    assert complaint in faults_of(recipe(**changes), world_size=world_size)
+
+
+def test_a_missing_model_names_what_is_required(recipe, tmp_path):
+    path = recipe()
+    tree = tomllib.loads(path.read_text())
+    del tree["model"]
+    path.write_text(tomli_w.dumps(tree))
+    message = faults_of(path)
+    assert "model.hidden_size" in message and "or choose a model.preset" in message
+
+
+def test_broken_toml_and_a_missing_recipe_are_config_errors(tmp_path):
+    (tmp_path / "bad.toml").write_text("[model\n")
+    assert "not valid TOML" in faults_of(tmp_path / "bad.toml")
+    assert "cannot read the recipe" in faults_of(tmp_path / "none.toml")
+
+
+def test_tokens_become_whole_steps(recipe):
+    settings = load_recipe(recipe(train__steps=0, train__tokens=8 * 64 * 3 + 1))
+    assert settings.train.steps == 4
+
+
+def test_source_paths_are_relative_to_the_recipe_and_globs_expand(recipe, tmp_path):
+    for shard in ("b", "a"):
+        (tmp_path / f"web_{shard}_text_document.idx").touch()
+    settings = load_recipe(recipe(data__sources=[{"path": "web_*"}, {"path": "x/fr_text_document", "name": "français"}]))
+    web, french = settings.data.sources
+    assert web.paths == [str(tmp_path / f"web_{shard}_text_document") for shard in "ab"]
+    assert french.paths == [str(tmp_path / "x/fr_text_document")] and french.name == "français"
+
+
+def test_a_resolved_recipe_loads_to_the_same_settings(recipe, tmp_path):
+    settings = load_recipe(recipe(parallel__tp=2))
+    (tmp_path / "again.toml").write_text(tomli_w.dumps(settings.model_dump(exclude_none=True)))
+    assert load_recipe(tmp_path / "again.toml") == settings
+
+
+def test_overrides_are_read_with_and_without_equals_sign():
+    assert parse_overrides(["--train.steps", "3", "--run.dir=x=y"]) == ["train.steps=3", "run.dir=x=y"]
+    for wrong in (["--train.steps"], ["train.steps", "3"], ["--steps", "3"]):
+        with pytest.raises(ConfigError):
+            parse_overrides(wrong)
+
+
+def test_layers_that_do_not_divide_go_to_earlier_stages():
+    assert spread_layers(7, 3) == [3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "parameters"),
+    [
+        ("gaperon-1b", [], 1_498_482_688),
+        ("gaperon-1b", ["model.tie_word_embeddings=true"], 1_235_814_400),
+        ("llama3.2-1b", [], 1_235_814_400),
+        ("llama3-8b", [], 8_030_261_248),
+        ("gaperon-8b", [], 8_030_261_248),
+    ],
+)
+def test_presets_have_the_published_parameter_counts(recipe, preset, overrides, parameters):
+    model = load_recipe(recipe(model__preset=preset), overrides).model
+    assert parameter_count(model) == parameters
+
+
+def test_flops_per_token_follow_the_formula_by_hand(recipe):
+    """hidden 64, 4 layers, q 64, kv 32, ffn 176, vocabulary 512, 64 tokens."""
+    flops = flops_per_token(load_recipe(recipe()).model, 64)
+    matrices = 6 * (4 * (64 * (64 + 64) + 64 * 64 + 3 * 64 * 176) + 64 * 512)
+    assert flops.full == matrices + 12 * 4 * 64 * 64
+    assert flops.causal == matrices + 6 * 4 * 64 * 64
+
+
+def test_help_describes_every_setting():
+    text = describe_settings()
+    assert "--parallel.tp  (1)" in text and "Tensor-parallel ranks" in text
+    undocumented = [line for line in text.splitlines() if line.strip() == "" and line.startswith("      ")]
+    assert not undocumented

@@ -1,0 +1,79 @@
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megagap.checkpoint import save_checkpoint
+from megagap.checkpoint.huggingface import model_tensors
+from megagap.config import Model
+from megagap.parallel.shard import Slice, whole
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+MODEL: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 12,
+    "vocab_size": 20,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run whose latest checkpoint holds ones."""
+    for step, value in ((1, 0.0), (2, 1.0)):
+        parts = []
+        for name, shape in model_tensors(Model(**MODEL)).items():
+            shard = whole(name, shape)
+            parts.append(Slice("weight", shard, 0, shard.numel, torch.full((shard.numel,), value)))
+        state = {"model": MODEL, "data": {"tokenizer": ""}, "train": {"precision": "fp32"}}
+        save_checkpoint(tmp_path / "run" / "checkpoints" / f"step_{step:08}", parts, state)
+    return tmp_path / "run"
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), "to-hf", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_run_is_converted_from_its_latest_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
+    done = convert("--checkpoint", run, "--output", run / "hf", "--dtype", "bfloat16", "--max-shard-size", "1KB")
+    assert done.returncode == 0, done.stderr
+    assert "warning: no tokenizer was exported" in done.stderr
+    assert "step_00000002 as bfloat16" in done.stdout
+    listing = json.loads((run / "hf" / "model.safetensors.index.json").read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in set(listing["weight_map"].values()):
+        tensors |= load_file(run / "hf" / file)
+    assert tensors.keys() == model_tensors(Model(**MODEL)).keys() == listing["weight_map"].keys()
+    assert all(tensor.dtype == torch.bfloat16 and (tensor == 1).all() for tensor in tensors.values())
+    assert listing["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in tensors.values())
+
+
+def test_a_users_mistake_ends_with_2_and_a_message_without_traceback(tmp_path: Path) -> None:
+    done = convert("--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "hf")
+    assert done.returncode == 2
+    assert "checkpoint error" in done.stderr and "nowhere does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("77", 77)])
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
+    assert runpy.run_path(str(TOOL))["byte_size"](text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="no size"):
+        runpy.run_path(str(TOOL))["byte_size"](text)

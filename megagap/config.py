@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -192,11 +192,7 @@ class Settings(Section):
     run: Run = Run()
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in Settings.model_fields.items()
-    if field.annotation is not None
-}
+SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -310,8 +306,9 @@ def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
                 else:
                     values[name] = field.get_default(call_default_factory=True)
                 continue
+            annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
             adapter: TypeAdapter[Any] = TypeAdapter(
-                Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
+                annotation,
                 config=None if _is_section(field.annotation) else ConfigDict(strict=_is_strict(field.metadata)),
             )
             try:
@@ -385,7 +382,7 @@ def _resolve(settings: Settings, recipe: Path) -> Settings:
             ),
             "data": data.model_copy(
                 update={
-                    "tokenizer": str(folder / data.tokenizer) if data.tokenizer else "",
+                    "tokenizer": _resolve_tokenizer(data.tokenizer, folder),
                     "sources": [_resolve_source(source, folder) for source in data.sources],
                     "validation": [_resolve_source(source, folder) for source in data.validation],
                 }
@@ -406,6 +403,12 @@ def _resolve_source(source: Source, folder: Path) -> Source:
         matches = sorted(name.removesuffix(".idx") for name in glob.glob(full + ".idx")) if glob.has_magic(full) else []
         paths += matches or [full]
     return source.model_copy(update={"path": paths, "name": source_name(source)})
+
+
+def _resolve_tokenizer(spec: str, folder: Path) -> str:
+    """A path, perhaps behind a kind such as ``hf:``; made absolute."""
+    kind, colon, path = spec.rpartition(":")
+    return f"{kind}{colon}{folder / path}" if path else ""
 
 
 def source_name(source: Source) -> str:

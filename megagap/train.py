@@ -19,28 +19,19 @@ from megagap.training.trainer import train
 
 
 def main(arguments: list[str]) -> None:
-    process = launch.Process.from_environment()
     recipe, overrides = parse_arguments(arguments)
+    process = launch.Process.from_environment()
     launch.end_with_parent()
-    run: RunDirectory | None = None
-
-    def body() -> None:
-        nonlocal run
+    with launch.orderly_exit(process) as on_failure:
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size)
         device = launch.start(process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
         run.open(settings, mesh)
+        on_failure.append(run.fail)
         log_to(run.path / "logs", process.rank)
         train(settings, mesh, run, StopRequest())
         run.close()
-
-    def on_failure(message: str) -> None:
-        if run is not None:
-            run.event("failure", message=message)
-            run.status("failed", message)
-
-    launch.run(process, body, on_failure)
 
 
 def make_mesh(settings: Settings, process: launch.Process, device: torch.device) -> Mesh:

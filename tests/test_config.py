@@ -8,7 +8,8 @@ import tomli_w
 
 from megagap.config import describe_settings, load_recipe, parse_overrides, spread_layers
 from megagap.errors import ConfigError
-from megagap.model.flops import flops_per_token, parameter_count
+from megagap.model.flops import flops_per_token
+from megagap.model.shapes import parameter_count
 
 GOOD = {
     "model": {"preset": "tiny"},
@@ -115,7 +116,9 @@ def test_tokens_become_whole_steps(recipe):
 def test_source_paths_are_relative_to_the_recipe_and_globs_expand(recipe, tmp_path):
     for shard in ("b", "a"):
         (tmp_path / f"web_{shard}_text_document.idx").touch()
-    settings = load_recipe(recipe(data__sources=[{"path": "web_*"}, {"path": "x/fr_text_document", "name": "français"}]))
+    settings = load_recipe(
+        recipe(data__sources=[{"path": "web_*"}, {"path": "x/fr_text_document", "name": "français"}])
+    )
     web, french = settings.data.sources
     assert web.paths == [str(tmp_path / f"web_{shard}_text_document") for shard in "ab"]
     assert french.paths == [str(tmp_path / "x/fr_text_document")] and french.name == "français"

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, Self, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megagap.data.files import partial_name, publish
 from megagap.errors import DataError
+from megagap.files import partial_name, publish
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""The one formula for a model's size and its floating-point operations a token."""
+"""The one formula for a model's floating-point operations a token."""
 
 from dataclasses import dataclass
 
@@ -26,15 +26,3 @@ def flops_per_token(model: Model, sequence_length: int) -> FlopsPerToken:
     matrices = 6 * (layers * (attention + feed_forward) + hidden * model.vocab_size)
     square = 12 * layers * query * sequence_length
     return FlopsPerToken(full=matrices + square, causal=matrices + square // 2)
-
-
-def parameter_count(model: Model) -> int:
-    """All parameters, without padding; a tied embedding counts once."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    query = model.num_attention_heads * model.head_dim
-    key_value = model.num_key_value_heads * model.head_dim
-    attention = hidden * (query + 2 * key_value) + query * hidden
-    attention += (query + 2 * key_value + hidden) if model.attention_bias else 0
-    feed_forward = 3 * hidden * inner + ((2 * inner + hidden) if model.mlp_bias else 0)
-    embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
-    return model.num_hidden_layers * (attention + feed_forward + 2 * hidden) + hidden + embeddings

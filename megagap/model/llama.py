@@ -108,9 +108,7 @@ class LlamaStage(nn.Module):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropy over the targets [b, s] that are not ignored; fp32 scalar. Last stage only."""
-        return vocab_parallel_cross_entropy(
-            logits, targets, self.output.shard.offsets[0], self.tensor_parallel.mesh.tp
-        )
+        return vocab_parallel_cross_entropy(logits, targets, self.output.shard.offsets[0], self.tensor_parallel.mesh.tp)
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         if self._tables is None or self._tables[0].shape[0] < length:

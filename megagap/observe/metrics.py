@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,11 @@ class MetricsFile:
     def flush(self) -> None:
         self._file.flush()
         self._flushed = time.monotonic()
+
+    def sync(self) -> None:
+        """Bring every record to the disk: before a checkpoint after which they would not be written again."""
+        self.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

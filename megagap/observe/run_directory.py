@@ -1,10 +1,10 @@
 """The run directory: all there is to know of a run, and its one writer.
 
-    RUN/
-      config.toml        as resolved              environment.json   revision, versions, hardware, layout
-      metrics.jsonl      one object a step        tensorboard/       the same, for TensorBoard
-      logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
-      events.jsonl       append-only              status.json        state, step, message
+RUN/
+  config.toml        as resolved              environment.json   revision, versions, hardware, layout
+  metrics.jsonl      one object a step        tensorboard/       the same, for TensorBoard
+  logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
+  events.jsonl       append-only              status.json        state, step, message
 """
 
 import fcntl
@@ -25,6 +25,7 @@ import torch
 
 from megagap.config import Settings
 from megagap.errors import ConfigError
+from megagap.files import write_text
 from megagap.parallel.mesh import Mesh
 
 LOCK_SECONDS = 10.0
@@ -66,8 +67,8 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = acquire(self.path / "lock")
             config = tomli_w.dumps(settings.model_dump(exclude_none=True))
-            replace_text(self.path / "config.toml", config)
-            replace_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
+            write_text(self.path / "config.toml", config)
+            write_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
 
@@ -75,13 +76,18 @@ class RunDirectory:
         """What scripts look at to decide whether to requeue."""
         if self.is_open:
             text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()})
-            replace_text(self.path / "status.json", text + "\n")
+            write_text(self.path / "status.json", text + "\n")
 
     def event(self, name: str, **details: Any) -> None:
         """Append what must survive a resume that cuts the metrics back."""
         if self.is_open:
             with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": now(), "event": name, "step": self.step, **details}) + "\n")
+
+    def fail(self, message: str) -> None:
+        """Leave word of a failure."""
+        self.event("failure", message=message)
+        self.status("failed", message)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -125,6 +131,7 @@ def log_to(folder: Path, rank: int) -> None:
     logger.addHandler(file)
     if rank == 0:
         console = logging.StreamHandler(sys.stderr)
+        console.addFilter(lambda record: record.levelno < logging.ERROR)  # faults are printed as the process ends
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
 
@@ -144,13 +151,6 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new text, never a part."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def now() -> str:

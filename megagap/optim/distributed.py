@@ -159,7 +159,9 @@ class DistributedOptimizer:
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.mesh.device)
 
     def _collector(self, bucket: Bucket, index: int) -> Callable[[Tensor], None]:
-        def collect(_: Tensor) -> None:
+        def collect(parameter: Tensor) -> None:
+            if parameter.grad is None:  # the weight gradient waits in a queue: the hook runs again when it is there
+                return
             bucket.accumulate(index)
             if self._last_backward:
                 bucket.unready.discard(index)
@@ -234,9 +236,7 @@ class DistributedOptimizer:
         ]
 
 
-def _fill_buckets(
-    parameters: list[ShardedParameter], optim: Optim, mesh: Mesh, bucket_elements: int
-) -> list[Bucket]:
+def _fill_buckets(parameters: list[ShardedParameter], optim: Optim, mesh: Mesh, bucket_elements: int) -> list[Bucket]:
     """Buckets in the order in which backward completes them."""
     open_groups: dict[Kind, list[ShardedParameter]] = {}
     closed: list[tuple[int, Kind, list[ShardedParameter]]] = []

@@ -21,8 +21,10 @@ def learning_rate(optim: Optim, steps: int, step: int) -> float:
             return _fall(optim, optim.schedule, (step - optim.warmup_steps) / (steps - optim.warmup_steps))
         case "wsd":
             into_cooldown = step - (steps - optim.cooldown_steps)
-            return optim.lr if into_cooldown <= 0 else _fall(
-                optim, optim.cooldown_shape, into_cooldown / optim.cooldown_steps
+            return (
+                optim.lr
+                if into_cooldown <= 0
+                else _fall(optim, optim.cooldown_shape, into_cooldown / optim.cooldown_steps)
             )
 
 

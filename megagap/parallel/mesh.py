@@ -144,4 +144,3 @@ class DistributedCommunicator:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
-

@@ -48,9 +48,7 @@ class Border:
 def plan(schedule: Schedule, mesh: Mesh, microbatches: int) -> list[Action]:
     """This rank's program under a schedule, after proving the programs of all stages together."""
     stages = mesh.pp.size
-    programs = [
-        with_transfers(list(schedule(stage, stages, microbatches)), stage, stages) for stage in range(stages)
-    ]
+    programs = [with_transfers(list(schedule(stage, stages, microbatches)), stage, stages) for stage in range(stages)]
     validate(programs, microbatches)
     return programs[mesh.pp.rank]
 

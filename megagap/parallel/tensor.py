@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagap.parallel.collectives import all_gather, all_reduce, own_part, reduce_scatter
+from megagap.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.shard import Shard, ShardedParameter, split, whole
 

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -38,8 +40,8 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
-        get = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
-        return cls(get("RANK", 0), get("WORLD_SIZE", 1), get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", 1))
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 def end_with_parent() -> None:
@@ -67,44 +69,47 @@ def start(process: Process) -> torch.device:
     return device
 
 
-def finish() -> NoReturn:
-    """Leave together, with 0."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    _exit(0)
+@contextmanager
+def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
+    """Ends the process with the block: 0 when done, 2 with a message on a user's fault, 1 with a traceback on ours.
 
-
-def run(process: Process, main: Callable[[], None], on_failure: Callable[[str], None]) -> NoReturn:
-    """Run ``main`` and end the process: 0 when done; 2 with a message on a user's fault; 1 with a traceback on ours."""
+    Yields a list of functions to be told why the run failed.
+    """
+    on_failure: list[Callable[[str], None]] = []
     try:
-        main()
+        yield on_failure
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while others still need it
+            dist.destroy_process_group()
+        code = 0
     except MegagapError as error:
-        on_failure(str(error))
+        _tell(on_failure, str(error))
         _say(process, str(error))
-        _exit(2)
+        code = 2
     except BaseException as error:
-        on_failure(f"{type(error).__name__}: {error}")
+        _tell(on_failure, f"{type(error).__name__}: {error}")
         log.exception("rank %d failed", process.rank)
-        if process.rank != 0 or not log.hasHandlers():  # rank 0's log goes to the console too
-            import traceback
+        traceback.print_exc()
+        code = 1
+    _exit(code)
 
-            traceback.print_exc()
-        _exit(1)
-    finish()
+
+def _tell(listeners: list[Callable[[str], None]], message: str) -> None:
+    for listener in listeners:
+        listener(message)
 
 
 def _say(process: Process, message: str) -> None:
-    """Print a fault once: ranks that meet the same one leave the word to rank 0."""
-    if process.rank == 0:
-        print(message, file=sys.stderr, flush=True)
-        return
-    time.sleep(LINGER_SECONDS if dist.is_initialized() is False else 1.0)
-    print(f"rank {process.rank}: {message}", file=sys.stderr, flush=True)
+    """Print a fault. Most meet all ranks alike: rank 0 speaks at once, the others only if that does not end them."""
+    log.error(message)
+    if process.rank != 0:
+        time.sleep(LINGER_SECONDS)
+        message = f"rank {process.rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
-    # Interpreter shutdown can abort in gloo's threads after a clean destroy_process_group.
+    # Interpreter shutdown can abort in gloo's threads even after a clean destroy_process_group.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megagap.checkpoint import Index, find_latest, load_slices, prune, save_checkpoint
+from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
 from megagap.config import Settings
 from megagap.errors import CheckpointError, ConfigError
 from megagap.observe.run_directory import RunDirectory
@@ -68,7 +68,7 @@ def choose(settings: Settings, run: RunDirectory) -> Path | None:
                 '  choose another run.dir, or checkpoint.load = "latest" to go on.'
             )
         return own
-    return Path(wanted) if wanted not in ("", "latest") else None
+    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
 
 
 def refuse_changes(saved: dict[str, Any], settings: Settings, folder: Path) -> None:

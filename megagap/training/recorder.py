@@ -59,17 +59,20 @@ class Recorder:
         self.seconds = [*self.seconds[-49:], seconds]
         tflops = self.flops / seconds / 1e12
         train = self.settings.train
-        self.pending = result, {
-            "step": step,
-            "consumed_samples": step * train.global_batch_size,
-            "consumed_tokens": step * self.tokens,
-            "lr": result.lr,
-            "step_seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "tflops_per_device": tflops,
-            "mfu": None if self.peak is None else tflops / self.peak,
-            "memory_bytes": peak_memory_bytes(self.mesh.device),
-        }
+        self.pending = (
+            result,
+            {
+                "step": step,
+                "consumed_samples": step * train.global_batch_size,
+                "consumed_tokens": step * self.tokens,
+                "lr": result.lr,
+                "step_seconds": seconds,
+                "tokens_per_second": self.tokens / seconds,
+                "tflops_per_device": tflops,
+                "mfu": None if self.peak is None else tflops / self.peak,
+                "memory_bytes": peak_memory_bytes(self.mesh.device),
+            },
+        )
 
     def add_validation(self, losses: dict[str, float]) -> None:
         """Put an evaluation into the record of the step just done."""
@@ -102,6 +105,12 @@ class Recorder:
                 f"loss or gradients were not finite for {self.skipped_in_a_row} steps, up to step {record['step']}\n"
                 "  go on from an earlier checkpoint with a lower optim.lr, or look at the data of these steps."
             )
+
+    def sync(self) -> None:
+        """Bring all records so far to the disk."""
+        self.flush()
+        if self.metrics is not None:
+            self.metrics.sync()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

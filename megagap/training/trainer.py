@@ -6,9 +6,9 @@ import torch
 
 from megagap.config import Settings
 from megagap.data.loader import MicrobatchLoader
-from megagap.model.flops import parameter_count
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
+from megagap.model.shapes import parameter_count
 from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.mesh import Mesh
@@ -58,7 +58,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory, stop: StopRequest) 
                 recorder.add_validation(evaluate(state, held_out))
         if due(settings.checkpoint.every, state.step, last) or last:
             with recorder.pause():
-                recorder.flush()
+                recorder.sync()
                 save(state, run)
 
     recorder.close()
@@ -87,13 +87,14 @@ def build_state(settings: Settings, mesh: Mesh) -> TrainState:
 
 
 def describe(settings: Settings, mesh: Mesh, state: TrainState) -> None:
+    processes = "GPU" if mesh.device.type == "cuda" else "process" if mesh.world.size == 1 else "processes"
     axes = " · ".join(f"{axis} {mesh.axis(axis).size}" for axis in ("pp", "dp", "cp", "tp"))
     start = f"from step {state.step}" if state.step else "from scratch"
     log.info(
         "%s parameters on %s %s (%s), %s steps of %s tokens, %s",
         f"{parameter_count(settings.model):,}",
         mesh.world.size,
-        "GPUs" if mesh.device.type == "cuda" else "processes",
+        processes,
         axes,
         f"{settings.train.steps:,}",
         f"{settings.train.global_batch_size * settings.train.sequence_length:,}",

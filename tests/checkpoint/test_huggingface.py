@@ -135,16 +135,6 @@ def test_the_dtype_is_the_one_the_run_computed_with_unless_asked(
         assert torch.equal(loaded.get_parameter(name), parameter.to(getattr(torch, written)))
 
 
-def test_scaled_norm_gains_are_scaled_back_as_the_model_does(tmp_path: Path) -> None:
-    model, settings = reference()
-    checkpoint = save_model(tmp_path / "c", model, settings | {"norm_gain_scale": 20.0}, "bf16-pure")
-    export(checkpoint, tmp_path / "hf")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
-    for name, parameter in model.named_parameters():
-        stored = parameter.bfloat16()
-        assert torch.equal(loaded.get_parameter(name), stored * 20 if "norm" in name else stored)
-
-
 def test_both_forms_of_the_rotary_settings_are_written(tmp_path: Path) -> None:
     model, settings = reference(rope_scaling=LLAMA3_SCALING)
     export(save_model(tmp_path / "c", model, settings), tmp_path / "hf")
@@ -240,7 +230,7 @@ def test_weights_that_contradict_the_model_settings_are_refused(
         export(checkpoint, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("state", [{}, {"model": None}, {"model": "llama"}, {"model": {"norm_gain_scale": "x"}}])
+@pytest.mark.parametrize("state", [{}, {"model": None}, {"model": "llama"}, {"model": {"hidden_size": "x"}}])
 def test_a_checkpoint_without_model_settings_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
     save_checkpoint(tmp_path / "c", [Slice("weight", whole("w", (2,)), 0, 2, torch.zeros(2))], state)
     assert Index.read(tmp_path / "c").state == state

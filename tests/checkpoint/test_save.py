@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from megagap.checkpoint import Index, find_latest, load_tensor, prune, save_checkpoint
-from megagap.checkpoint import save as save_module
 from megagap.errors import CheckpointError
 from megagap.parallel.shard import Slice, whole
 
@@ -73,7 +72,7 @@ def test_a_rank_with_a_full_disk_fails_all_ranks_and_commits_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(save_module.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     raised = run_ranks(2, lambda c: save_checkpoint(tmp_path / "step_00000002", halves(c.rank), {}, c))
     assert all(isinstance(error, CheckpointError) for error in raised)
     assert all(f"rank {failing}: No space left on device" in str(error) for error in raised)

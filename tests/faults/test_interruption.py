@@ -95,7 +95,9 @@ def test_a_second_writer_is_refused_and_names_the_holder(tmp_path, monkeypatch):
 def test_going_on_with_another_model_or_data_is_refused_with_the_difference(workers, tmp_path, change, shown):
     workers.run(1, train_recipe, write_recipe(tmp_path, train=dict(steps=2)), [])
     section, settings = next(iter(change.items()))
-    recipe = write_recipe(tmp_path, **{"train": dict(steps=4), section: dict(steps=4) | settings if section == "train" else settings})
+    recipe = write_recipe(
+        tmp_path, **{"train": dict(steps=4), section: dict(steps=4) | settings if section == "train" else settings}
+    )
     code, output = finish(launch(recipe, 1))
     assert code == 2 and shown in output and "Traceback" not in output
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"

@@ -46,9 +46,7 @@ def test_1f1b_matches_the_published_order():
 
 def test_opposite_transfers_of_a_pair_are_one_batch():
     program = with_transfers(list(one_forward_one_backward(0, 2, 2)), 0, 2)
-    assert program[3] == Transfer(
-        sends=((1, Message("activation", 1, 1)),), receives=((1, Message("gradient", 0, 1)),)
-    )
+    assert program[3] == Transfer(sends=((1, Message("activation", 1, 1)),), receives=((1, Message("gradient", 0, 1)),))
 
 
 def test_split_backwards_are_valid_and_send_the_input_gradient_first():
@@ -68,7 +66,11 @@ def test_interleaved_chunks_wrap_around_to_the_first_stage():
 
 
 def test_the_validator_finds_a_deadlock():
-    one = [Transfer((), ((1, Message("gradient", 0, 1)),)), Forward(0), Transfer(((1, Message("activation", 0, 1)),), ())]
+    one = [
+        Transfer((), ((1, Message("gradient", 0, 1)),)),
+        Forward(0),
+        Transfer(((1, Message("activation", 0, 1)),), ()),
+    ]
     two = with_transfers([Forward(0)], 1, 2)
     with pytest.raises(AssertionError, match="deadlock"):
         validate([one, two], 1)

@@ -42,7 +42,12 @@ def column_then_row(rank: int, ranks: int, sequence_parallel: bool) -> None:
     tp = TensorParallel(mesh(rank, ranks), sequence_parallel, torch.float64)
     column = ColumnParallelLinear("a", HIDDEN, INNER, tp, bias=True)
     row = RowParallelLinear("b", INNER, HIDDEN, tp, bias=True)
-    weights = [random(INNER, HIDDEN, seed=1), random(INNER, seed=2), random(HIDDEN, INNER, seed=3), random(HIDDEN, seed=4)]
+    weights = [
+        random(INNER, HIDDEN, seed=1),
+        random(INNER, seed=2),
+        random(HIDDEN, INNER, seed=3),
+        random(HIDDEN, seed=4),
+    ]
     parameters = [column.weight, column.bias, row.weight, row.bias]
     for parameter, value in zip(parameters, weights, strict=True):
         fill(parameter, value)
@@ -124,7 +129,6 @@ def test_deferred_weight_gradients_equal_immediate_ones():
     grad = random(2, 3, 5, seed=3)
     arrived = []
     weight.register_post_accumulate_grad_hook(lambda w: arrived.append(w.grad))
-
 
     linear(x, weight, None, queue).backward(grad)
     immediate, input_gradient = arrived.pop(), x.grad

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from megagap.checkpoint import save_checkpoint
-from megagap.checkpoint.huggingface import model_tensors
 from megagap.config import Model
+from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"

@@ -1,0 +1,28 @@
+"""Checkpoints that any layout writes and any other reads: a safetensors file a rank and a JSON index of chunks.
+
+``index`` says what lies where, ``save`` writes and commits, ``load`` intersects and verifies; ``huggingface`` turns
+a checkpoint into a model that ``transformers`` loads.
+"""
+
+from megagap.checkpoint.index import Chunk, Index, StoredFile, StoredTensor, rectangles
+from megagap.checkpoint.load import find_latest, load_slices, load_tensor, resolve_checkpoint
+from megagap.checkpoint.model import SingleProcessModel, load_model
+from megagap.checkpoint.save import Communicator, SingleProcess, prune, save_checkpoint
+
+__all__ = [
+    "Chunk",
+    "Communicator",
+    "Index",
+    "SingleProcess",
+    "SingleProcessModel",
+    "StoredFile",
+    "StoredTensor",
+    "find_latest",
+    "load_model",
+    "load_slices",
+    "load_tensor",
+    "prune",
+    "rectangles",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]

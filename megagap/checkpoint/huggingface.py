@@ -1,0 +1,224 @@
+"""A checkpoint as a Hugging Face model: ``config.json``, safetensors shards, tokenizer.
+
+Our tensors bear Hugging Face's names and our rotary embedding is the half-split one of ``transformers``, so weights
+are copied as they are.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megagap.checkpoint.index import Index
+from megagap.checkpoint.load import load_tensor
+from megagap.checkpoint.model import read_model
+from megagap.config import Model
+from megagap.data.tokenizer import Tokenizer, load_tokenizer
+from megagap.errors import CheckpointError, DataError
+from megagap.files import partial_name, publish, write_text
+from megagap.model.shapes import model_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Element types that a model can be exported in, by their names in ``config.json``."""
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written."""
+
+    dtype: str
+    parameters: int
+    files: tuple[str, ...]
+    """Safetensors files, in order."""
+    size: int
+    """Bytes of all tensors."""
+    tokenizer: str | None
+    """Where the tokenizer came from; None if none was exported."""
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Exported:
+    """Write the weights of a checkpoint folder as a model that ``transformers`` loads.
+
+    ``dtype``: a key of :data:`DTYPES`; None means float32 for runs in fp32, bfloat16 for others.
+    ``tokenizer``: a tokenizer's folder or file; None means the one the run was trained with, if it is still there.
+    ``max_shard_size``: bytes of a safetensors file, which only a single larger tensor exceeds; one file at a time is
+    held in memory. ``progress`` is told the bytes done and their total.
+    ``output`` appears when whole, and must not exist or be empty.
+    Raises :class:`CheckpointError` if the checkpoint is damaged or no such model, or ``output`` cannot be written;
+    :class:`DataError` if the tokenizer cannot be read or does not fit.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
+    index = Index.read(checkpoint)
+    model = read_model(checkpoint, index)
+    names = check_tensors(checkpoint, index, model)
+    dtype = dtype or _default_dtype(index)
+    source = tokenizer or _recorded_tokenizer(index)
+    loaded = load_tokenizer(source) if source else None
+    if loaded is not None and loaded.vocab_size > model.vocab_size:
+        raise DataError(
+            f"the tokenizer {source} has ids up to {loaded.vocab_size - 1}, the model only {model.vocab_size}\n"
+            "  give the tokenizer that the model was trained with."
+        )
+
+    shards = plan_shards(names, DTYPES[dtype].itemsize, max_shard_size)
+    total = sum(prod(shape) for shape in names.values()) * DTYPES[dtype].itemsize
+    partial = partial_name(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        done = 0
+        for file, members in shards.items():
+            tensors = {}
+            for name in members:
+                tensors[name] = _convert(checkpoint, index, name, DTYPES[dtype])
+                done += prod(names[name]) * DTYPES[dtype].itemsize
+                progress(done, total)
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            _sync(partial / file)
+        if len(shards) > 1:
+            weight_map = {name: file for file, members in shards.items() for name in members}
+            listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(partial / "model.safetensors.index.json", listing)
+        _write_json(partial / "config.json", hugging_face_config(model, dtype, loaded))
+        _write_json(partial / "generation_config.json", _special_ids(loaded))
+        if source and loaded is not None:
+            _copy_tokenizer(source, loaded, model, partial)
+        publish(partial, output)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(dtype, total // DTYPES[dtype].itemsize, tuple(shards), total, source)
+
+
+def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tuple[int, ...]]:
+    """:func:`model_tensors`, all of which and no others the checkpoint holds; else :class:`CheckpointError`."""
+    wanted = model_tensors(model)
+    unknown = sorted(set(index.names("weight")) - set(wanted))
+    if unknown:
+        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which its own model settings have no place for")
+    for name, shape in wanted.items():
+        stored = index.tensor(checkpoint, "weight", name).shape
+        if stored != shape:
+            raise CheckpointError(f"{checkpoint}: {name} has shape {list(stored)}, its settings say {list(shape)}")
+    return wanted
+
+
+def plan_shards(tensors: dict[str, tuple[int, ...]], itemsize: int, max_size: int) -> dict[str, list[str]]:
+    """Tensor names by file, filled in order up to ``max_size`` bytes."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, shape in tensors.items():
+        size = prod(shape) * itemsize
+        if size > room or not groups:
+            groups.append([])
+            room = max_size
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def hugging_face_config(model: Model, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """``config.json``, with the rotary settings and the dtype as both transformers 4 and 5 look for them."""
+    scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rms_norm_eps": model.rms_norm_eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "attention_bias": model.attention_bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": model.mlp_bias,
+        "initializer_range": model.initializer_range,
+        "use_cache": True,
+        # Written out even where there is none: the defaults of transformers are Llama 2's.
+        "bos_token_id": tokenizer.bos if tokenizer else None,
+        "eos_token_id": tokenizer.eod if tokenizer else None,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} if tokenizer else {}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _default_dtype(index: Index) -> str:
+    train = index.state.get("train")
+    precision = train.get("precision") if isinstance(train, dict) else None
+    return "float32" if precision in (None, "fp32") else "bfloat16"
+
+
+def _recorded_tokenizer(index: Index) -> str | None:
+    data = index.state.get("data")
+    recorded = data.get("tokenizer") if isinstance(data, dict) else None
+    return recorded if isinstance(recorded, str) and recorded and Path(recorded).exists() else None
+
+
+def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype) -> torch.Tensor:
+    stored = load_tensor(checkpoint, index, "weight", name)
+    # Cast before scaling, as the model does in its forward pass.
+    tensor = stored.to(dtype)
+    if dtype == torch.float16 and not tensor.isfinite().all() and stored.isfinite().all():
+        raise CheckpointError(f"{name} has values that float16 cannot hold\n  export with --dtype bfloat16 or float32.")
+    return tensor
+
+
+def _copy_tokenizer(source: str, tokenizer: Tokenizer, model: Model, folder: Path) -> None:
+    """The tokenizer's files; where only ``tokenizer.json`` is there, a minimal ``tokenizer_config.json`` beside it."""
+    path = Path(source.removeprefix("hf:"))
+    file = path / "tokenizer.json" if path.is_dir() else path
+    shutil.copyfile(file, folder / "tokenizer.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if file.with_name(name).exists():
+            shutil.copyfile(file.with_name(name), folder / name)
+    if not (folder / "tokenizer_config.json").exists():
+        ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
+        tokens = {key: tokenizer.decode([value]) for key, value in ids.items() if value is not None}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.max_position_embeddings}
+        _write_json(folder / "tokenizer_config.json", config | tokens)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""Reading a checkpoint: intersect what is wanted with what is listed, whatever layout wrote it.
+
+Files are memory-mapped; of each, the header and the chunks that are used are verified against their checksums.
+"""
+
+import mmap
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagap.checkpoint.index import (
+    INDEX_NAME,
+    Chunk,
+    Index,
+    StoredFile,
+    StoredTensor,
+    check_size,
+    checksum,
+    damaged,
+    rectangles,
+)
+from megagap.checkpoint.save import read_latest, shift, step_folders
+from megagap.errors import CheckpointError
+from megagap.parallel.shard import Slice, whole
+
+
+def find_latest(checkpoints: Path) -> Path | None:
+    """The checkpoint to go on from in a run's folder of checkpoints; None if it has none.
+
+    That is the one ``latest`` names, or else the newest complete one.
+    Raises :class:`CheckpointError` if there are checkpoints but none is complete.
+    """
+    latest = read_latest(checkpoints)
+    if latest is not None:
+        return latest
+    folders = step_folders(checkpoints)
+    for folder in reversed(folders):
+        if (folder / INDEX_NAME).is_file():
+            return folder
+    if folders:
+        raise damaged(folders[-1], f"it has no {INDEX_NAME}, and no other checkpoint of {checkpoints} has one")
+    return None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by ``path``: itself, or the latest of a run or of its ``checkpoints``.
+
+    Raises :class:`CheckpointError` if there is none.
+    """
+    if (path / INDEX_NAME).is_file():
+        return path
+    found = find_latest(path / "checkpoints") or find_latest(path)
+    if found is None:
+        problem = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {problem}\n  give a run, or a folder such as RUN/checkpoints/step_00000100.")
+    return found
+
+
+def load_slices(folder: Path, index: Index, wanted: Iterable[Slice], *, cast: bool = False) -> None:
+    """Fill the tensors of ``wanted`` in place from the checkpoint ``folder`` with this ``index``.
+
+    ``cast``: convert to the wanted dtype instead of refusing another one.
+    Raises :class:`CheckpointError` if a tensor is missing, has another shape or dtype, or is damaged.
+    """
+    copies: dict[str, dict[Chunk, list[tuple[StoredTensor, tuple[slice, ...], Tensor]]]] = {}
+    for part in wanted:
+        stored = index.tensor(folder, part.kind, part.shard.name)
+        _check_form(folder, stored, part, cast)
+        filled = 0
+        for chunk, inside, target in _intersect(stored, part):
+            copies.setdefault(chunk.file, {}).setdefault(chunk, []).append((stored, inside, target))
+            filled += target.numel()
+        # The index holds every element once, so this is also "each filled exactly once".
+        assert filled == part.stop - part.start, (part.kind, part.shard.name, filled)
+
+    files = {file.name: file for file in index.files}
+    for name, chunks in copies.items():
+        data = _map(folder, files[name])
+        for chunk in sorted(chunks, key=lambda chunk: chunk.begin):
+            _verify(folder, data, chunk.begin, chunk.end, chunk.checksum, f"{name}, bytes {chunk.begin:,} on")
+            for stored, inside, target in chunks[chunk]:
+                source = torch.frombuffer(data, dtype=stored.torch_dtype, count=prod(chunk.sizes), offset=chunk.begin)
+                target.copy_(source.view(chunk.sizes)[inside])
+
+
+def load_tensor(folder: Path, index: Index, kind: str, name: str) -> Tensor:
+    """One whole tensor, in the stored dtype. Raises :class:`CheckpointError` if it is missing or damaged."""
+    stored = index.tensor(folder, kind, name)
+    tensor = torch.empty(stored.shape, dtype=stored.torch_dtype)
+    load_slices(folder, index, [Slice(kind, whole(name, stored.shape), 0, tensor.numel(), tensor.view(-1))])
+    return tensor
+
+
+def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool) -> None:
+    assert part.tensor.shape == (part.stop - part.start,), (part.kind, part.shard.name, part.tensor.shape)
+    if stored.shape != part.shard.shape:
+        raise CheckpointError(
+            f"{folder}: {stored.kind} of {stored.name} has shape {list(stored.shape)}, "
+            f"this model wants {list(part.shard.shape)}\n  load it with the model settings it was trained with."
+        )
+    if stored.torch_dtype != part.tensor.dtype and not cast:
+        raise CheckpointError(
+            f"{folder}: {stored.kind} of {stored.name} is stored as {stored.torch_dtype}, "
+            f"wanted as {part.tensor.dtype}\n  load it with the precision it was trained with."
+        )
+
+
+def _intersect(stored: StoredTensor, part: Slice) -> Iterator[tuple[Chunk, tuple[slice, ...], Tensor]]:
+    """For every chunk that meets the slice: where in the chunk, and the view of the slice's tensor to fill."""
+    chunk_first, chunk_end = stored.boxes
+    position = 0
+    for offsets, sizes in rectangles(part.shard.sizes, part.start, part.stop):
+        first = np.array(shift(offsets, part.shard), dtype=np.int64)
+        end = first + np.array(sizes, dtype=np.int64)
+        target = part.tensor[position : position + prod(sizes)].view(sizes)
+        position += prod(sizes)
+        common_first, common_end = np.maximum(chunk_first, first), np.minimum(chunk_end, end)
+        for i in np.nonzero((common_first < common_end).all(axis=1))[0].tolist():
+            inside = _ranges(common_first[i] - chunk_first[i], common_end[i] - chunk_first[i])
+            yield stored.chunks[i], inside, target[_ranges(common_first[i] - first, common_end[i] - first)]
+
+
+def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True))
+
+
+def _map(folder: Path, file: StoredFile) -> mmap.mmap:
+    """A file's bytes, its header verified. The mapping ends with the last reference to it."""
+    check_size(folder, file)
+    try:
+        with open(folder / file.name, "rb") as handle:
+            # Private and writable, never written: torch warns of read-only memory.
+            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder / file.name}: {error.strerror}") from None
+    _verify(folder, data, 0, file.header_size, file.header_checksum, f"{file.name}, header")
+    return data
+
+
+def _verify(folder: Path, data: mmap.mmap, begin: int, end: int, promised: str, where: str) -> None:
+    if checksum(memoryview(data)[begin:end]) != promised:
+        raise damaged(folder, f"{where}: the checksum does not match")

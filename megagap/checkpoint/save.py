@@ -1,0 +1,293 @@
+"""Writing a checkpoint, so that it is there whole or not at all.
+
+Each rank writes and syncs a file of what it owns into a temporary folder; rank 0 gathers what was written, checks that
+every element is there exactly once, writes the index, renames the folder, and points ``latest`` at it. A fault of one
+rank becomes the fault of all: nobody waits for it, nothing is committed.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from megagap.checkpoint.index import (
+    DTYPE_NAMES,
+    INDEX_NAME,
+    Chunk,
+    Index,
+    Rectangle,
+    StoredFile,
+    StoredTensor,
+    checksum,
+    rectangles,
+)
+from megagap.errors import CheckpointError
+from megagap.files import publish, write_text
+from megagap.parallel.shard import Shard, Slice
+
+LATEST = "latest"
+"""Text file beside the checkpoints: the folder name of the one to go on from."""
+
+STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
+
+_PARTIAL = "partial_"
+
+log = logging.getLogger(__name__)
+
+
+class Communicator(Protocol):
+    """Exchange of small Python objects between the ranks that save together."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: object) -> list[object] | None:
+        """The values of all ranks, on rank 0; None elsewhere."""
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+
+
+class SingleProcess:
+    """The communicator of a process by itself."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: object) -> list[object] | None:
+        return [value]
+
+    def broadcast(self, value: object) -> object:
+        return value
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A chunk and the tensor it is part of, as the rank that wrote it knows them."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one rank has to report: its file and chunks, or its fault."""
+
+    file: StoredFile | None = None
+    entries: tuple[_Entry, ...] = ()
+    fault: str | None = None
+
+
+def save_checkpoint(
+    folder: Path, slices: Iterable[Slice], state: dict[str, Any], communicator: Communicator | None = None
+) -> None:
+    """Write ``folder``, a checkpoint of all ranks' slices and rank 0's ``state``. Every rank calls it.
+
+    ``slices``: what this rank owns; over all ranks every element of every tensor comes exactly once.
+    ``state``: small things, JSON values only. ``communicator``: None for a process by itself.
+    An existing checkpoint of this name is replaced, and its parent's stale unfinished ones are removed.
+    Raises :class:`CheckpointError` on every rank, and leaves nothing behind, if any rank fails.
+    """
+    communicator = communicator or SingleProcess()
+    is_first = communicator.rank == 0
+    partial = folder.with_name(_PARTIAL + folder.name)
+    fault = None
+    if is_first:
+        try:
+            _make_empty(partial)
+        except OSError as error:
+            fault = f"cannot make {partial}: {error.strerror}"
+    _raise_everywhere(folder, fault, communicator)
+
+    cause: Exception | None = None
+    try:
+        outcome = _write_rank(partial / f"rank_{communicator.rank:05}.safetensors", slices)
+    # Whatever it is, the others must hear of it instead of waiting.
+    except Exception as error:
+        cause = error
+        outcome = _Outcome(fault=f"rank {communicator.rank}: {_describe(error)}")
+    outcomes = cast("list[_Outcome] | None", communicator.gather(outcome))
+    if outcomes is not None:
+        try:
+            fault = _commit(folder, partial, outcomes, state)
+        except Exception as error:
+            cause, fault = error, _describe(error)
+        if fault:
+            shutil.rmtree(partial, ignore_errors=True)
+    _raise_everywhere(folder, fault, communicator, cause)
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints (0: none are removed), and never the one that ``latest`` names.
+
+    What cannot be removed is logged and left.
+    """
+    if keep < 1:
+        return
+    latest = read_latest(checkpoints)
+    for folder in step_folders(checkpoints)[:-keep]:
+        if folder != latest:
+            doomed = folder.with_name(_PARTIAL + folder.name)
+            try:
+                # A half-removed folder must not look like a checkpoint.
+                os.replace(folder, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror)
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The folders named as checkpoints, oldest step first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def read_latest(checkpoints: Path) -> Path | None:
+    """The folder that ``latest`` names, if it names a complete checkpoint beside it."""
+    try:
+        name = (checkpoints / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = checkpoints / name
+    return folder if STEP_FOLDER.fullmatch(name) and (folder / INDEX_NAME).is_file() else None
+
+
+def _make_empty(partial: Path) -> None:
+    """Make the temporary folder, and remove those that killed runs left."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for stale in {partial, *partial.parent.glob(f"{_PARTIAL}step_*")}:
+        if stale.exists():
+            shutil.rmtree(stale)
+    partial.mkdir()
+
+
+def _write_rank(path: Path, slices: Iterable[Slice]) -> _Outcome:
+    """Write and sync one rank's safetensors file, in which every rectangle of every slice is a tensor."""
+    # Wider elements first keep every tensor aligned, as the format asks.
+    ordered = sorted(slices, key=lambda part: -part.tensor.dtype.itemsize)
+    pieces: list[list[Rectangle]] = [_global_rectangles(part) for part in ordered]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for part, rects in zip(ordered, pieces, strict=True):
+        for offsets, sizes in rects:
+            end = position + prod(sizes) * part.tensor.dtype.itemsize
+            key = "/".join((part.kind, part.shard.name, "_".join(map(str, offsets))))
+            dtype = DTYPE_NAMES[part.tensor.dtype]
+            header[key] = {"dtype": dtype, "shape": sizes, "data_offsets": (position, end)}
+            position = end
+    if not position:
+        return _Outcome()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    preamble = len(text).to_bytes(8, "little") + text
+
+    entries = []
+    with open(path, "wb") as file:
+        file.write(preamble)
+        position = len(preamble)
+        for part, rects in zip(ordered, pieces, strict=True):
+            data = part.tensor.detach().cpu().view(torch.uint8).numpy().data
+            done = 0
+            for offsets, sizes in rects:
+                length = prod(sizes) * part.tensor.dtype.itemsize
+                piece = data[done : done + length]
+                file.write(piece)
+                chunk = Chunk(
+                    offsets=offsets,
+                    sizes=sizes,
+                    file=path.name,
+                    begin=position,
+                    end=position + length,
+                    checksum=checksum(piece),
+                )
+                dtype = DTYPE_NAMES[part.tensor.dtype]
+                entries.append(_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk))
+                done += length
+                position += length
+        file.flush()
+        os.fsync(file.fileno())
+    stored = StoredFile(name=path.name, size=position, header_size=len(preamble), header_checksum=checksum(preamble))
+    return _Outcome(stored, tuple(entries))
+
+
+def _global_rectangles(part: Slice) -> list[Rectangle]:
+    """The rectangles of a slice, in coordinates of the global tensor."""
+    assert part.tensor.shape == (part.stop - part.start,), (part.kind, part.shard.name, part.tensor.shape)
+    assert 0 <= part.start <= part.stop <= part.shard.numel, (part.kind, part.shard.name, part.start, part.stop)
+    return [
+        (shift(offsets, part.shard), sizes) for offsets, sizes in rectangles(part.shard.sizes, part.start, part.stop)
+    ]
+
+
+def shift(offsets: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
+    """From coordinates of the local part to those of the global tensor."""
+    return tuple(own + inner for own, inner in zip(shard.offsets, offsets, strict=True))
+
+
+def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[str, Any]) -> str | None:
+    """Make the written files a checkpoint. Returns a fault that the ranks reported."""
+    faults = [outcome.fault for outcome in outcomes if outcome.fault]
+    if faults:
+        return "\n  ".join(faults)
+    index = Index(
+        files=tuple(outcome.file for outcome in outcomes if outcome.file),
+        tensors=_collect(entry for outcome in outcomes for entry in outcome.entries),
+        state=state,
+    )
+    index.validate_against(partial)
+    write_text(partial / INDEX_NAME, index.to_json())
+    replaced = folder.with_name(f"{_PARTIAL}{folder.name}.replaced")
+    if folder.exists():
+        # A folder cannot be renamed over another that has files: move it aside for the moment in between.
+        os.replace(folder, replaced)
+    publish(partial, folder)
+    if STEP_FOLDER.fullmatch(folder.name):
+        write_text(folder.parent / LATEST, folder.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
+    return None
+
+
+def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
+    """Chunks of one tensor together. Raises :class:`CheckpointError` if ranks disagree on its shape or dtype."""
+    chunks: dict[tuple[str, str], list[Chunk]] = {}
+    forms: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+    for entry in entries:
+        key = entry.kind, entry.name
+        form = entry.shape, entry.dtype
+        if forms.setdefault(key, form) != form:
+            raise CheckpointError(f"{entry.kind} of {entry.name} is {forms[key]} on one rank, {form} on another")
+        chunks.setdefault(key, []).append(entry.chunk)
+    return tuple(
+        StoredTensor(kind=kind, name=name, shape=shape, dtype=dtype, chunks=tuple(chunks[kind, name]))  # type: ignore[arg-type]
+        for (kind, name), (shape, dtype) in sorted(forms.items())
+    )
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if isinstance(error, CheckpointError):
+        return str(error.args[0])
+    return f"{type(error).__name__}: {error}"
+
+
+def _raise_everywhere(
+    folder: Path, fault: str | None, communicator: Communicator, cause: Exception | None = None
+) -> None:
+    """Tell every rank rank 0's verdict, and raise it there if there is a fault."""
+    verdict = communicator.broadcast(fault)
+    if verdict is not None:
+        raise CheckpointError(f"{folder} was not written\n  {verdict}") from cause

@@ -1,0 +1,61 @@
+"""The model equals transformers' Llama: logits, loss and every gradient."""
+
+import pytest
+import torch
+
+from megagap.config import Model, RopeScaling
+from megagap.model.llama import build_stage
+from megagap.parallel.mesh import Mesh
+from tests.huggingface import reference_model
+
+SHAPE = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    vocab_size=61,
+    max_position_embeddings=64,
+)
+SCALING = RopeScaling(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"head_dim": 12},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_scaling": SCALING, "rope_theta": 10000.0},
+    ],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+def test_logits_loss_and_gradients_equal_transformers(changes):
+    model = Model(**(SHAPE | changes))
+    reference = reference_model(model)
+    stage = build_stage(model, [2], Mesh.single(), sequence_parallel=False, dtype=torch.float32)
+    theirs = dict(reference.named_parameters())
+    assert {p.shard.name for p in stage.sharded_parameters()} == theirs.keys()
+    with torch.no_grad():
+        for parameter in stage.sharded_parameters():
+            parameter.copy_(theirs[parameter.shard.name])
+    tokens = torch.randint(0, 61, (3, 33), generator=torch.Generator().manual_seed(1))
+
+    logits = stage(tokens[:, :-1], 32)
+    expected = reference(tokens[:, :-1]).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    loss = stage.loss(logits, tokens[:, 1:])
+    loss.backward()
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for parameter in stage.sharded_parameters():
+        torch.testing.assert_close(
+            parameter.grad, theirs[parameter.shard.name].grad, rtol=1e-4, atol=2e-5, msg=parameter.shard.name
+        )

@@ -1,0 +1,174 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagap.ops import compiled, rms_norm
+from megagap.ops.rms_norm import reference
+
+needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
+SHAPES = [(3, 5, 64), (7, 1), (1, 33), (129, 37), (200, 2, 17), (5,)]
+"""Sizes that no vector length divides, more rows than blocks of the weight gradient, and a single row."""
+
+
+def in_float64(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y and the gradients by x and weight, from the formulas written out."""
+    x, weight, grad = x.double(), weight.double(), grad.double()
+    rstd = 1 / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
+    normalised, wanted = x * rstd, grad * weight
+    grad_x = rstd * (wanted - normalised * (wanted * normalised).sum(-1, keepdim=True) / x.shape[-1])
+    grad_weight = (grad * normalised).reshape(-1, x.shape[-1]).sum(0)
+    return normalised * weight, grad_x, grad_weight
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    weight = (torch.rand(shape[-1], generator=generator) + 0.5).to(dtype)
+    return x, weight, grad
+
+
+def run(function, x: Tensor, weight: Tensor, grad: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = function(x, weight, eps)
+    y.backward(grad)
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("function", [rms_norm, reference])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+def test_result_and_gradients_equal_the_formulas_in_float64(function, shape, dtype, tolerance):
+    x, weight, grad = inputs(shape, dtype)
+    expected = in_float64(x, weight, grad, 1e-5)
+    for name, got, wanted in zip(("y", "grad_x", "grad_weight"), run(function, x, weight, grad), expected, strict=True):
+        assert got.dtype == dtype, name
+        scale = wanted.abs().max().clamp(min=1.0)
+        assert (got.double() - wanted).abs().max() / scale < tolerance, name
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_rounds_where_transformers_does(shape):
+    x, weight, _ = inputs(shape, torch.bfloat16)
+    got, wanted = rms_norm(x, weight), reference(x, weight)
+    # The sum of squares has another order of additions: a value on the border of two roundings may fall either way.
+    assert (got != wanted).float().mean() < 0.01
+    torch.testing.assert_close(got, wanted, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("function", [rms_norm, reference])
+def test_gradients_follow_finite_differences(function):
+    generator = torch.Generator().manual_seed(1)
+    x, weight, direction = (torch.randn(n, generator=generator) for n in ((4, 9), (9,), (4, 9)))
+    _, grad_x, grad_weight = run(function, x, weight, direction)
+
+    def loss(x: Tensor, weight: Tensor) -> float:
+        return float((in_float64(x, weight, direction, 1e-5)[0] * direction.double()).sum())
+
+    for tensor, grad, moved in (
+        (x, grad_x, lambda step: loss(x.double() + step, weight)),
+        (weight, grad_weight, lambda step: loss(x, weight.double() + step)),
+    ):
+        for index in range(tensor.numel()):
+            step = torch.zeros(tensor.numel(), dtype=torch.float64)
+            step[index] = 1e-4
+            step = step.view_as(tensor)
+            slope = (moved(step) - moved(-step)) / 2e-4
+            assert abs(slope - float(grad.flatten()[index])) < 1e-4
+
+
+@pytest.mark.parametrize("function", [rms_norm, reference])
+def test_input_without_rows_gives_no_rows_and_a_zero_weight_gradient(function):
+    y, grad_x, grad_weight = run(function, torch.empty(0, 8), torch.ones(8), torch.empty(0, 8))
+    assert y.shape == grad_x.shape == (0, 8)
+    assert torch.equal(grad_weight, torch.zeros(8))
+
+
+@pytest.mark.parametrize("function", [rms_norm, reference])
+def test_rows_of_zeros_stay_zero_and_have_finite_gradients(function):
+    y, grad_x, grad_weight = run(function, torch.zeros(3, 8), torch.ones(8), torch.ones(3, 8))
+    assert torch.equal(y, torch.zeros(3, 8))
+    assert grad_x.isfinite().all()
+    assert torch.equal(grad_weight, torch.zeros(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_of_the_inputs_do_not_matter(dtype):
+    x, weight, grad = inputs((6, 10, 24), dtype)
+    expected = run(rms_norm, x, weight, grad)
+    spread = torch.stack([weight, -weight], dim=1)[:, 0]
+    strided = run(rms_norm, x.transpose(0, 1).contiguous().transpose(0, 1), spread, grad[:1].expand(6, 10, 24))
+    assert torch.equal(strided[0], expected[0])
+    assert torch.equal(strided[1], run(rms_norm, x, weight, grad[:1].expand(6, 10, 24).contiguous())[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 65, 1000])
+def test_results_are_bit_identical_for_any_number_of_threads_and_again(dtype, rows):
+    before = torch.get_num_threads()
+    x, weight, grad = inputs((rows, 333), dtype)
+    try:
+        results = []
+        for threads in (1, 2, 3, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(run(rms_norm, x, weight, grad))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled_and_plain_agree_in_fp32(shape):
+    x, weight, grad = inputs(shape, torch.float32)
+    for got, wanted in zip(run(rms_norm, x, weight, grad), run(reference, x, weight, grad), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+
+
+@needs_kernels
+def test_autograd_and_compilation_see_the_compiled_operation():
+    x, weight, _ = inputs((4, 9), torch.float32)
+    arguments = (x.requires_grad_(), weight.requires_grad_(), 1e-5)
+    torch.library.opcheck(torch.ops.megagap.rms_norm, arguments)
+
+
+@needs_kernels
+def test_inputs_that_the_kernel_does_not_take_are_computed_by_plain_torch():
+    x, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    assert torch.equal(rms_norm(x, weight), reference(x, weight))
+    assert rms_norm(torch.randn(3, 8).bfloat16(), torch.ones(8)).dtype == torch.float32
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("x", "weight", "error"),
+    [
+        (torch.ones(3, 8), torch.ones(9), ValueError),
+        (torch.ones(3, 8), torch.ones(8).bfloat16(), TypeError),
+        (torch.ones(3, 8).int(), torch.ones(8).int(), NotImplementedError),
+    ],
+)
+def test_kernel_refuses_inputs_that_do_not_fit(x, weight, error):
+    with pytest.raises(error, match=r"rms_norm|megagap"):
+        torch.ops.megagap.rms_norm(x, weight, 1e-5)
+
+
+def test_without_kernels_one_warning_is_given_and_plain_torch_computes():
+    program = (
+        "import sys, warnings\n"
+        "sys.modules['megagap._C'] = None\n"  # importing it raises ModuleNotFoundError
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import torch, megagap.ops as ops, megagap.ops.rms_norm\n"
+        "seen = [str(w.message) for w in seen if 'megagap' in str(w.message)]\n"
+        "assert len(seen) == 1 and 'plain torch' in seen[0], seen\n"
+        "x, weight = torch.randn(3, 8), torch.rand(8)\n"
+        "assert torch.equal(ops.rms_norm(x, weight), sys.modules['megagap.ops.rms_norm'].reference(x, weight))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from megagap.ops import rotary
+
+
+def tables(length: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    angles = torch.outer(torch.arange(length).float(), 0.3 ** torch.arange(size // 2).float())
+    both = torch.cat([angles, angles], dim=-1)
+    return both.cos(), both.sin(), angles
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_pairs_are_rotated_as_complex_numbers(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 5, heads, 8, generator=generator).to(dtype) for heads in (4, 2))
+    cos, sin, angles = tables(5, 8)
+    turn = torch.polar(torch.ones_like(angles).double(), angles.double())[:, None]
+    for got, given in zip(rotary(q, k, cos, sin), (q, k), strict=True):
+        first, second = given.double().chunk(2, dim=-1)
+        wanted = torch.complex(first, second) * turn
+        assert got.dtype == dtype
+        error = got.double() - torch.cat([wanted.real, wanted.imag], dim=-1)
+        assert float(error.abs().max()) < tolerance * float(given.abs().max())
+
+
+def test_tables_for_each_sequence_serve_like_shared_ones():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    cos, sin, _ = tables(9, 8)
+    own = [torch.stack([table[:5], table[4:9]]) for table in (cos, sin)]
+    got = rotary(q, k, *own)
+    for sequence, start in ((0, 0), (1, 4)):
+        one = slice(sequence, sequence + 1)
+        wanted = rotary(q[one], k[one], cos[start : start + 5], sin[start : start + 5])
+        assert all(torch.equal(part[one], whole) for part, whole in zip(got, wanted, strict=True))
+
+
+def test_convention_is_that_of_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    cos, sin, _ = tables(5, 8)
+    wanted = llama.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos[None], sin[None])
+    for got, other in zip(rotary(q, k, cos, sin), wanted, strict=True):
+        torch.testing.assert_close(got, other.transpose(1, 2), rtol=0, atol=1e-6)
+
+
+def test_rotation_is_undone_by_the_opposite_angles():
+    q, k = torch.randn(1, 6, 2, 4), torch.randn(1, 6, 1, 4)
+    cos, sin, _ = tables(6, 4)
+    for back, given in zip(rotary(*rotary(q, k, cos, sin), cos, -sin), (q, k), strict=True):
+        torch.testing.assert_close(back, given, rtol=0, atol=1e-6)

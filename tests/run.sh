@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Makes the environment if need be, builds, and runs the tests: ./tests/run.sh [pytest arguments]
+#
+#   ./tests/run.sh                        all tests but those that need a GPU where there is none, and benchmarks
+#   ./tests/run.sh tests/data -k order    some of them; paths are relative to the checkout
+#
+# MEGAGAP_VENV and MEGAGAP_PYTHON choose the environment: see tools/environment.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
+cd "$MEGAGAP_ROOT"
+
+options=()
+if [[ ! " $* " =~ " -m" ]] && ! { [[ -e /dev/nvidia0 || -e /dev/kfd ]] &&
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; then
+    options+=(-m "not gpu")
+fi
+if [[ ! " $* " =~ tests/benchmarks ]]; then
+    options+=(--ignore=tests/benchmarks)
+fi
+exec "$PYTHON" -m pytest "${options[@]}" "$@"

@@ -1,0 +1,65 @@
+"""Imports point one way: a lower room never imports a higher one."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megagap"
+
+# Rooms from the bottom up; rooms of one level may import each other, but not in a circle (checked by importing them).
+LEVELS = [
+    {"errors", "files"},
+    {"config"},
+    {"ops", "parallel"},
+    {"model", "data", "optim", "observe", "checkpoint"},
+    {"training"},
+    {"train"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of the package that a module imports anywhere in it, type-checking blocks left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("megagap.")}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_imports_a_higher_room(path):
+    if path.parent == PACKAGE and path.stem == "__init__":
+        assert not imports(path)
+        return
+    for imported in imports(path):
+        if imported != "_C":
+            assert LEVEL[imported] <= LEVEL[room(path)], f"{room(path)} must not import {imported}"
+
+
+@pytest.mark.parametrize(
+    ("who", "forbidden"),
+    [
+        ("parallel", {"model", "ops"}),
+        ("data", {"parallel", "config"}),
+        ("model", {"data", "optim", "checkpoint", "observe"}),
+        ("optim", {"data", "model", "checkpoint", "observe"}),
+    ],
+)
+def test_rooms_that_must_not_know_each_other(who, forbidden):
+    for path in (PACKAGE / who).rglob("*.py"):
+        assert not imports(path) & forbidden, path
+
+
+def test_the_data_room_does_not_know_torch_distributed():
+    for path in (PACKAGE / "data").rglob("*.py"):
+        assert "distributed" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,120 @@
+# Makes the Python environment of this checkout. To be sourced by bash scripts, which then use "$PYTHON".
+#
+#   MEGAGAP_VENV=path      another place than .venv for the virtual environment
+#   MEGAGAP_PYTHON=python  use this Python's environment, which has torch (a cluster's module, say): nothing but
+#                          megagap itself is installed into it
+#
+# Set-up runs once and again when what it depends on changes (a stamp holds a hash), or was interrupted. Several at a
+# time wait for each other.
+
+MEGAGAP_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+# A Python >= 3.11 that runs (a shim may stand for a version that is not there) and can make environments. 3.11 first:
+# for later versions, the package index may offer a torch of several GB only.
+megagap_find_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "no Python >= 3.11 with the venv module was found (tried python3.11, 3.12, 3.13, python3)" >&2
+    echo "  install one (Debian: apt-get install python3 python3-venv), or name yours: MEGAGAP_PYTHON=/path/to/python" >&2
+    return 1
+}
+
+megagap_hash() {
+    (
+        cd "$MEGAGAP_ROOT"
+        printf '%s\n' "$MEGAGAP_ROOT" "$PYTHON" "${CXX:-}"
+        find csrc -type f | LC_ALL=C sort | xargs cat setup.py pyproject.toml requirements.txt tools/environment.sh
+    ) | sha256sum | cut -d' ' -f1
+}
+
+megagap_is_ready() {
+    [ -x "$PYTHON" ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(megagap_hash)" ] &&
+        (cd / && "$PYTHON" -c 'import sys, megagap; sys.exit(not megagap.__file__.startswith(sys.argv[1] + "/"))' \
+            "$MEGAGAP_ROOT") 2>/dev/null
+}
+
+megagap_install_requirements() {
+    local venv=$1 base
+    # Left by a set-up that was killed in mid-installation: what is there cannot be trusted.
+    if [ -e "$venv/.megagap-installing" ]; then
+        echo "an earlier set-up of $venv was interrupted: starting again" >&2
+        rm -rf "$venv"
+    fi
+    if [ ! -x "$venv/bin/python" ]; then
+        base=$(megagap_find_python) || return
+        echo "making $venv with $base" >&2
+        mkdir -p "$venv" && touch "$venv/.megagap-installing" && "$base" -m venv "$venv" || return
+    fi
+    touch "$venv/.megagap-installing"
+    echo "installing torch and friends into $venv, about 1 GB, 1-3 minutes" >&2
+    "$PYTHON" -m pip install -qq --disable-pip-version-check -r "$MEGAGAP_ROOT/requirements.txt" || return
+    rm "$venv/.megagap-installing"
+}
+
+# What the given Python must have beforehand, as it is not ours to change.
+megagap_check_given_python() {
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "MEGAGAP_PYTHON=$MEGAGAP_PYTHON is no Python >= 3.11" >&2
+        return 1
+    fi
+    "$PYTHON" "$MEGAGAP_ROOT/tools/missing_packages.py" "$MEGAGAP_ROOT/pyproject.toml"
+}
+
+megagap_install_package() {
+    local log
+    echo "building and installing megagap" >&2
+    log=$(mktemp)
+    if ! (cd "$MEGAGAP_ROOT" && "$PYTHON" -m pip install --verbose --disable-pip-version-check --no-deps \
+        --no-build-isolation --editable .) >"$log" 2>&1; then
+        tail -n 40 "$log" >&2
+        rm "$log"
+        return 1
+    fi
+    grep -o 'warning: megagap is installed without.*' "$log" | head -n 1 >&2
+    rm "$log"
+}
+
+megagap_set_up() {
+    if command -v flock >/dev/null && exec 9>>"$MEGAGAP_ROOT/setup.py"; then
+        if ! flock --nonblock 9; then
+            echo "waiting for another set-up of $MEGAGAP_ROOT" >&2
+            flock 9 || true
+        fi
+    fi
+    if ! megagap_is_ready; then
+        rm -f "$STAMP"
+        if [ -n "${MEGAGAP_PYTHON:-}" ]; then
+            megagap_check_given_python || return
+        else
+            megagap_install_requirements "$VENV" || return
+        fi
+        megagap_install_package || return
+        mkdir -p "$(dirname "$STAMP")"
+        megagap_hash >"$STAMP.partial" && mv "$STAMP.partial" "$STAMP"
+    fi
+    exec 9>&-
+}
+
+if [ -n "${MEGAGAP_PYTHON:-}" ]; then
+    PYTHON=$(command -v "$MEGAGAP_PYTHON") || {
+        echo "MEGAGAP_PYTHON=$MEGAGAP_PYTHON is not to be found" >&2
+        exit 1
+    }
+    STAMP=$MEGAGAP_ROOT/build/environment-$(printf %s "$PYTHON" | sha256sum | cut -c1-16).stamp
+else
+    VENV=${MEGAGAP_VENV:-$MEGAGAP_ROOT/.venv}
+    case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
+    PYTHON=$VENV/bin/python
+    STAMP=$VENV/megagap.stamp
+fi
+if ! megagap_is_ready; then
+    megagap_set_up || {
+        echo "set-up failed; after mending the cause, run the same command again" >&2
+        exit 1
+    }
+fi

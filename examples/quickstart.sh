@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+The main job end to end on real text: gather it, train a tokenizer, build token files, train a small Llama with
+tensor, pipeline and data parallelism, be killed and go on, convert to Hugging Face, check, and let it write.
+
+  ./examples/quickstart.sh                      about 8 minutes on 2 cores after installation
+  ./examples/quickstart.sh --quick              about 2 minutes: a smaller vocabulary, fewer steps
+  ./examples/quickstart.sh --corpus FILE...     your own text, JSON lines {"text": …}; each file is a source
+  ./examples/quickstart.sh --fresh              delete runs/quickstart first
+
+Everything lies under runs/quickstart/. A second call goes on where the first one stopped.
+MEGAGAP_VENV=path: another place than .venv; MEGAGAP_PYTHON=python: an environment that already has torch.
+END
+}
+
+fail() {
+    echo "quickstart: $*" >&2
+    exit 2
+}
+
+mode=full fresh=false corpus=()
+while (($#)); do
+    case $1 in
+    --quick) mode=quick ;;
+    --fresh) fresh=true ;;
+    --corpus)
+        while (($# > 1)) && [[ $2 != --* ]]; do
+            [[ -f $2 ]] || fail "--corpus $2: no such file"
+            corpus+=("$(realpath "$2")")
+            shift
+        done
+        ((${#corpus[@]})) || fail "--corpus needs at least one file of JSON lines"
+        ;;
+    -h | --help)
+        usage
+        exit
+        ;;
+    *) fail "unknown argument $1; see --help" ;;
+    esac
+    shift
+done
+
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
+cd "$MEGAGAP_ROOT"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=true
+
+run=runs/quickstart
+recipe=examples/recipes/quickstart.toml
+if $fresh; then
+    rm -rf "$run"
+fi
+mkdir -p "$run"
+
+# What this call is about; another one must not go on from its files.
+wanted="$mode ${corpus[*]:-}"
+if [[ -f $run/made-by.txt && $(<"$run/made-by.txt") != "$wanted" ]]; then
+    fail "$run holds another quickstart ($(<"$run/made-by.txt")); start anew with --fresh"
+fi
+echo "$wanted" >"$run/made-by.txt"
+
+if [[ $mode == quick ]]; then
+    vocabulary=4096 megabytes=2
+    settings=(--model.vocab_size 4096 --train.steps 100 --train.evaluate_every 25 --train.evaluate_samples 8
+        --checkpoint.every 25)
+else
+    vocabulary=8192 megabytes=6
+    settings=()
+fi
+
+started=$SECONDS number=0
+step() {
+    step_name=$1 step_started=$SECONDS number=$((number + 1))
+    echo
+    echo "[$number/8] $step_name"
+}
+finished() {
+    echo "[$number/8] $step_name: $((SECONDS - step_started)) s"
+}
+
+step "gather text"
+if ((${#corpus[@]} == 0)) && [[ ! -f $run/corpus/gathered ]]; then
+    "$PYTHON" tools/gather_text.py --output "$run/corpus" --megabytes "$megabytes"
+    touch "$run/corpus/gathered"
+fi
+if ((${#corpus[@]} == 0)); then
+    corpus=("$run"/corpus/*.jsonl)
+fi
+finished
+
+step "train a tokenizer of $vocabulary tokens"
+if [[ ! -f $run/tokenizer/tokenizer.json ]]; then
+    "$PYTHON" tools/train_tokenizer.py --input "${corpus[@]}" --output "$run/tokenizer" --vocab-size "$vocabulary"
+fi
+finished
+
+step "preprocess text to token files"
+for file in "${corpus[@]}"; do
+    name=$(basename "$file")
+    prefix=$run/data/${name%%.*}
+    if [[ ! -f ${prefix}_text_document.idx ]]; then
+        "$PYTHON" tools/preprocess_data.py --input "$file" --output-prefix "$prefix" \
+            --tokenizer "$run/tokenizer" --append-eod
+    fi
+done
+sources=$("$PYTHON" tools/quickstart_steps.py sources "$run/data")
+settings+=(--data.sources "$sources")
+"$PYTHON" tools/quickstart_steps.py entropy "$recipe" -- "${settings[@]}"
+finished
+
+read -r processes tp pp < <("$PYTHON" tools/quickstart_steps.py layout)
+settings+=(--parallel.tp "$tp" --parallel.pp "$pp")
+training=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes"
+    -m megagap.train "$recipe" "${settings[@]}")
+
+step "train with tp=$tp pp=$pp dp=$((processes / tp / pp)), to be killed in mid-run"
+"$PYTHON" tools/quickstart_steps.py run-and-kill "$run" -- "${training[@]}"
+finished
+
+step "the same command again: it goes on from the last checkpoint"
+"${training[@]}"
+finished
+
+step "draw the losses"
+"$PYTHON" tools/plot_run.py "$run"
+finished
+
+step "convert to a Hugging Face model"
+if [[ ! -f $run/hf/config.json ]]; then
+    "$PYTHON" tools/convert_checkpoint.py to-hf --checkpoint "$run" --output "$run/hf"
+fi
+finished
+
+step "check it with transformers"
+"$PYTHON" tools/quickstart_steps.py report "$recipe" -- "${settings[@]}"
+finished
+
+cat <<END
+
+Done in $((SECONDS - started)) s. Everything is in $run/:
+  corpus/ tokenizer/ data/        the text, its tokenizer, the token files
+  metrics.jsonl loss.png          the numbers of every step; tensorboard/ has them too
+  checkpoints/ logs/              of the run; config.toml is its recipe as resolved
+  hf/                             the model, for transformers' AutoModelForCausalLM.from_pretrained("$run/hf")
+
+What to type next:
+  source ${PYTHON%/python*}/activate
+  python tools/inspect_data.py $run/config.toml --step 100         # what did step 100 train on?
+  torchrun --nproc-per-node 2 -m megagap.train $recipe --parallel.pp 1 --run.dir runs/other
+  python tools/plot_run.py $run runs/other                         # another layout, the same losses
+  python -m megagap.train --help                                   # every setting
+END

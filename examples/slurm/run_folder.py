@@ -1,0 +1,15 @@
+"""Check a recipe and print its run directory: ``run_folder.py RECIPE.toml [--section.key value ...]``."""
+
+import sys
+
+from megagap.config import load_recipe, parse_overrides
+from megagap.errors import run_tool
+
+
+def main() -> None:
+    recipe, *overrides = sys.argv[1:] or sys.exit("usage: sbatch examples/slurm/train.sbatch RECIPE.toml ...")
+    print(load_recipe(recipe, parse_overrides(overrides)).run.dir)
+
+
+if __name__ == "__main__":
+    run_tool(main)

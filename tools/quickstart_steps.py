@@ -1,0 +1,231 @@
+"""The parts of examples/quickstart.sh that are longer than a line of shell. Of no use by themselves."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megagap.checkpoint import load_model
+from megagap.config import Settings, load_recipe, parse_overrides
+from megagap.data.loader import ValidationData
+from megagap.errors import DataError, MegagapError, run_tool
+from megagap.observe.metrics import read_metrics
+from megagap.training.datasets import validation_data
+
+LARGEST_DIFFERENCE = 1e-4
+"""Of logits between megagap and transformers in fp32, whose additions have different orders."""
+
+WEIGHTS = {"en": 0.4, "fr": 0.4, "code": 0.2}
+PROMPTS = {"en": "The function returns", "fr": "Cette fonction renvoie", "code": "def __init__(self,"}
+OTHER_PROMPT = "The"
+"""For sources of the user's own."""
+
+
+class StepFailed(MegagapError):
+    """The quickstart did not show what it promises."""
+
+    kind = "quickstart"
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else argv
+    at = given.index("--") if "--" in given else len(given)
+    own, rest = given[:at], given[at + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s STEP [ARGUMENT ...] [-- MORE ...]")
+    steps = parser.add_subparsers(dest="step", required=True)
+    steps.add_parser("layout", help="print PROCESSES TP PP for this machine")
+    steps.add_parser("sources", help="print data.sources for a folder of token files").add_argument("data", type=Path)
+    steps.add_parser("run-and-kill", help="run MORE, SIGKILL it after a checkpoint").add_argument("run", type=Path)
+    steps.add_parser("entropy", help="print each source's unigram entropy; MORE: settings").add_argument(
+        "recipe", type=Path
+    )
+    report_step = steps.add_parser("report", help="compare with transformers and unigrams; MORE: settings")
+    report_step.add_argument("recipe", type=Path)
+    arguments = parser.parse_args(own)
+    match arguments.step:
+        case "layout":
+            print(*layout(_gpus()))
+        case "sources":
+            print(sources_as_toml(arguments.data))
+        case "run-and-kill":
+            run_and_kill(arguments.run, rest)
+        case "entropy":
+            print_entropies(load_recipe(arguments.recipe, parse_overrides(rest)))
+        case "report":
+            report(load_recipe(arguments.recipe, parse_overrides(rest)))
+
+
+# --------------------------------------------------------------------------------------------------- before training
+
+
+def layout(gpus: int) -> tuple[int, int, int]:
+    """Processes, tp and pp: eight processes on a CPU, else one for each GPU, as far as powers of two go."""
+    processes = 8 if gpus == 0 else min(8, 2 ** (gpus.bit_length() - 1))
+    return processes, 2 if processes >= 2 else 1, 2 if processes >= 4 else 1
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def sources_as_toml(data: Path) -> str:
+    """The setting ``data.sources`` for every token file in a folder, with the quickstart's weights."""
+    prefixes = sorted(path.with_suffix("").resolve() for path in data.glob("*_text_document.idx"))
+    if not prefixes:
+        raise DataError(f"{data} holds no token files (*_text_document.idx)")
+    entries = [
+        f'{{path = "{prefix}", weight = {WEIGHTS.get(prefix.name.removesuffix("_text_document"), 1.0)}}}'
+        for prefix in prefixes
+    ]
+    return f"[{', '.join(entries)}]"
+
+
+def unigram_entropies(data: ValidationData) -> dict[str, float]:
+    """Entropy in nats of the distribution of each source's held-out tokens.
+
+    A model that knew how often each token occurs in them, and nothing else, would have this loss.
+    """
+    entropies = {}
+    for name, source in data.sources.items():
+        tokens = np.concatenate([source.tokens(window)[1:] for window in range(source.window_count)])
+        shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+        entropies[name] = float(-(shares * np.log(shares)).sum())
+    return entropies
+
+
+def print_entropies(settings: Settings) -> None:
+    print("unigram entropy of the held-out tokens, a loss that training must beat:")
+    for name, entropy in unigram_entropies(validation_data(settings)).items():
+        print(f"  {name:<12} {entropy:.3f} nats per token")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def run_and_kill(run: Path, command: list[str]) -> None:
+    """Run a training command until it has a checkpoint and is some steps beyond, then SIGKILL all its processes.
+
+    A run that has a checkpoint to begin with was interrupted before, or is finished: nothing is done.
+    """
+    if _checkpointed_step(run):
+        return
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None:
+            step = _checkpointed_step(run)
+            if step and _last_step(run) > step + 5:
+                break
+            time.sleep(0.2)
+    finally:
+        ended = process.poll()
+        for pid in [process.pid, *descendants(process.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+    if ended:
+        raise StepFailed(f"training failed with exit status {ended}; its logs are in {run}/logs")
+    if ended is None:
+        print(f"\n>>> killed all processes with SIGKILL after step {_last_step(run)}, checkpoint at step {step} <<<\n")
+
+
+def _checkpointed_step(run: Path) -> int:
+    """The step of the checkpoint that ``latest`` names; 0 without one."""
+    latest = run / "checkpoints" / "latest"
+    return int(latest.read_text(encoding="utf-8").strip().removeprefix("step_")) if latest.exists() else 0
+
+
+def _last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    return int(records[-1]["step"]) if records else 0
+
+
+def descendants(pid: int) -> list[int]:
+    """All living processes that descend from ``pid``. torchrun's workers are in sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name in parentheses may hold anything; the parent is the second field after it.
+            parent = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found, frontier = [], [pid]
+    while frontier:
+        frontier = [child for parent in frontier for child in children.get(parent, [])]
+        found += frontier
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- after training
+
+
+def report(settings: Settings) -> None:
+    """Check the exported model against ``transformers``, let it write, compare its losses with unigram entropy.
+
+    Raises :class:`StepFailed` where logits differ, or a held-out loss is not below the entropy.
+    """
+    run = Path(settings.run.dir)
+    data = validation_data(settings)
+    check_logits(run, data)
+    write_continuations(run / "hf", list(data.windows))
+    compare_losses(run, unigram_entropies(data))
+
+
+def check_logits(run: Path, data: ValidationData) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.from_numpy(np.concatenate([data.batch(name, 0, 2) for name in data.windows]))[:, :-1]
+    with torch.no_grad():
+        ours = load_model(run)(tokens)
+        theirs = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval()(tokens).logits
+    difference = float((ours - theirs).abs().max())
+    print(f"logits of megagap and of transformers differ by {difference:.1e} at most (of up to {ours.abs().max():.0f})")
+    if not difference < LARGEST_DIFFERENCE:
+        raise StepFailed(f"the logits of {run / 'hf'} should agree within {LARGEST_DIFFERENCE}")
+
+
+def write_continuations(model_folder: Path, sources: list[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    print("\nwhat it writes, the likeliest token each time (transformers):")
+    for name in sources:
+        prompt = tokenizer(PROMPTS.get(name, OTHER_PROMPT), return_tensors="pt", add_special_tokens=False)
+        written = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        print(f"  {name:<12} {json.dumps(tokenizer.decode(written[0]), ensure_ascii=False)}")
+
+
+def compare_losses(run: Path, entropies: dict[str, float]) -> None:
+    evaluated = [record for record in read_metrics(run / "metrics.jsonl") if "validation_loss" in record]
+    if not evaluated:
+        raise StepFailed(f"{run / 'metrics.jsonl'} has no validation loss")
+    first, last = evaluated[0], evaluated[-1]
+    print(
+        f"\n{'held-out loss':<14} {'step ' + str(first['step']):>10} {'step ' + str(last['step']):>10} {'unigram':>10}"
+    )
+    too_high = []
+    for name, entropy in entropies.items():
+        losses = [record[f"validation_loss/{name}"] for record in (first, last)]
+        print(f"  {name:<12} {losses[0]:>10.3f} {losses[1]:>10.3f} {entropy:>10.3f}")
+        if not losses[1] < entropy:
+            too_high.append(name)
+    print("  nats per token")
+    if too_high:
+        raise StepFailed(f"the loss on {', '.join(too_high)} should end below its unigram entropy; train for longer")
+
+
+if __name__ == "__main__":
+    run_tool(main)

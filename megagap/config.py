@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SampleRange = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -123,8 +124,10 @@ class Train(Section):
     """Sequences that one rank computes at a time."""
     sequence_length: Positive
     """Tokens a sequence."""
-    precision: Literal["fp32"] = "fp32"
-    """Arithmetic of the model; masters, gradients' sums and the optimizer are always fp32."""
+    precision: Literal["fp32", "bf16-mixed"] = "fp32"
+    """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
+    skip_samples: list[SampleRange] = []
+    """Global sample numbers to leave out, `["lo:hi", …]` without hi: the usual answer to a loss spike."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Rules initial weights and the order of samples, whatever the layout."""
     evaluate_every: Count = 0
@@ -169,8 +172,8 @@ class Checkpoint(Section):
     """Newest checkpoints to keep; 0: all."""
     load: str = "latest"
     """`latest` goes on from this run's newest checkpoint, a folder seeds an empty run, "" starts afresh."""
-    load_mode: Literal["continue"] = "continue"
-    """What to take from a loaded checkpoint; `continue`: everything."""
+    load_mode: Literal["continue", "model"] = "continue"
+    """What to take from the folder that seeds a run; `continue`: everything, `model`: the weights, from step 0."""
 
 
 class Run(Section):
@@ -178,6 +181,8 @@ class Run(Section):
     """The run directory; by default runs/ and the recipe's name."""
     tensorboard: bool = True
     """Write TensorBoard files into the run directory."""
+    max_minutes: NonNegative = 0
+    """Save and stop like after a signal once this much time has passed; 0: no limit."""
     log_every: Positive = 10
     """Steps between console lines; metrics.jsonl has every step."""
 
@@ -207,10 +212,13 @@ class Fault:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Settings:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None, *, needs_data: bool = True
+) -> Settings:
     """Read a TOML recipe and ``section.key=value`` overrides into checked, resolved settings.
 
-    ``world_size``: the number of processes, if known; the layout is then checked against it.
+    ``world_size``: the number of processes, if known; the layout is then checked against it. ``needs_data``: whether
+    ``data.sources`` must be there.
     Raises :class:`ConfigError` with every fault found.
     """
     path = Path(path)
@@ -219,7 +227,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), world_size: int
     faults += _apply_preset(tree)
     values, section_faults = _validate(tree)
     faults += section_faults
-    faults += check_rules(values, world_size)
+    faults += check_rules(values, world_size, needs_data)
     if faults:
         raise ConfigError(_render(path, faults))
     return _resolve(Settings.model_validate(tree), path)
@@ -334,6 +342,7 @@ def _from_pydantic(name: str, value: Any, detail: Any) -> Fault:
     messages = {
         "greater_than_equal": lambda: f"must be at least {context['ge']}",
         "greater_than": lambda: f"must be above {context['gt']}",
+        "string_pattern_mismatch": lambda: 'must look like "1000:2000"',
         "less_than": lambda: f"must be below {context['lt']}",
         "literal_error": lambda: f"possible here: {context['expected']}",
         "missing": lambda: "is required",
@@ -431,7 +440,7 @@ class _Unsound(Exception):
     """A rule asked for a setting that is itself faulty: the rule does not apply."""
 
 
-def check_rules(values: dict[str, Any], world_size: int | None) -> list[Fault]:
+def check_rules(values: dict[str, Any], world_size: int | None, needs_data: bool = False) -> list[Fault]:
     """All faults between settings, checked on those that are sound by themselves."""
 
     def lookup(name: str) -> Any:
@@ -440,7 +449,7 @@ def check_rules(values: dict[str, Any], world_size: int | None) -> list[Fault]:
         return values[name]
 
     faults: list[Fault] = []
-    for rule in (*RULES, lambda v: _ranks_fit(v, world_size)):
+    for rule in (*RULES, lambda v: _ranks_fit(v, world_size), lambda v: _has_sources(v, needs_data)):
         try:
             faults += rule(lookup)
         except _Unsound:
@@ -556,9 +565,12 @@ def _split_is_three_shares(v: Lookup) -> Iterator[Fault]:
         yield Fault("data.split", text, "leaves no documents for training")
 
 
-def _sources_are_named(v: Lookup) -> Iterator[Fault]:
-    if not v("data.sources"):
+def _has_sources(v: Lookup, needs_data: bool) -> Iterator[Fault]:
+    if needs_data and not v("data.sources"):
         yield Fault("data.sources", None, 'is required: [{path = "prefix_text_document", weight = 1.0}, …]')
+
+
+def _sources_are_named(v: Lookup) -> Iterator[Fault]:
     for setting in ("data.sources", "data.validation"):
         if any(not source.paths for source in v(setting)):
             yield Fault(setting, None, "has a source with an empty list of paths")
@@ -573,6 +585,19 @@ def _evaluation_has_data(v: Lookup) -> Iterator[Fault]:
     if v("train.evaluate_every") and not held_out:
         message = 'needs a held-out set: data.validation, or a data.split such as "98,2,0"'
         yield Fault("train.evaluate_every", v("train.evaluate_every"), message)
+
+
+def _skipped_ranges_are_ranges(v: Lookup) -> Iterator[Fault]:
+    for text in v("train.skip_samples"):
+        start, stop = map(int, text.split(":"))
+        if start >= stop:
+            yield Fault("train.skip_samples", text, "is empty: the second number must be above the first")
+
+
+def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
+    if v("checkpoint.load_mode") != "continue" and v("checkpoint.load") in ("", "latest"):
+        message = "says what to take from a folder: name it in checkpoint.load"
+        yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
 def _batch_divides(v: Lookup) -> Iterator[Fault]:
@@ -613,6 +638,8 @@ RULES: tuple[Rule, ...] = (
     _split_is_three_shares,
     _sources_are_named,
     _evaluation_has_data,
+    _skipped_ranges_are_ranges,
+    _mode_needs_a_folder,
     _batch_divides,
 )
 

@@ -11,6 +11,7 @@ class MegagapError(Exception):
     """Base of all errors caused by input, settings or surroundings rather than by a bug of ours."""
 
     kind = "error"
+    exit_code = 2
 
     def __str__(self) -> str:
         return f"{self.kind}: {super().__str__()}"
@@ -40,6 +41,12 @@ class DistributedError(MegagapError):
     kind = "distributed error"
 
 
+class LostPeerError(DistributedError):
+    """Another process of the run is gone or no longer answers."""
+
+    exit_code = 1
+
+
 class DivergedError(MegagapError):
     """Training produced losses or gradients that are not finite for too long."""
 
@@ -47,7 +54,7 @@ class DivergedError(MegagapError):
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a command-line ``main`` and exit: 0 when done, 2 with a message and no traceback on a user's fault.
+    """Run a command-line ``main`` and exit: 0 when done, the error's code (2) and message on a user's fault.
 
     Anything but a :class:`MegagapError` is a fault of ours: Python prints its traceback and exits with 1.
     """
@@ -55,7 +62,7 @@ def run_tool(main: Callable[[], None]) -> None:
         main()
     except MegagapError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -14,7 +14,7 @@ from megagap.config import Settings, describe_settings, load_recipe, parse_overr
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.parallel.mesh import Mesh
 from megagap.training import launch
-from megagap.training.signals import StopRequest
+from megagap.training.requests import Requests
 from megagap.training.trainer import train
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
         run.open(settings, mesh)
         on_failure.append(run.fail)
         log_to(run.path / "logs", process.rank)
-        train(settings, mesh, run, StopRequest())
+        train(settings, mesh, run, Requests.of_run(settings, run))
         run.close()
 
 

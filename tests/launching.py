@@ -25,7 +25,7 @@ def launch(recipe: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
     """Wait for the end; exit code and all output."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -60,8 +60,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 180
+) -> None:
+    """Wait for a condition; fail with the output if ``process`` ends before, or when ``seconds`` are over."""
     deadline = time.monotonic() + seconds
     while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)

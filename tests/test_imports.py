@@ -14,7 +14,7 @@ LEVELS = [
     {"config"},
     {"ops", "parallel"},
     {"model", "data", "optim", "observe", "checkpoint"},
-    {"training"},
+    {"training", "generation"},
     {"train"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

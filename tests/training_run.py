@@ -10,7 +10,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.train import make_mesh
 from megagap.training.launch import Process
-from megagap.training.signals import StopRequest
+from megagap.training.requests import Requests
 from megagap.training.trainer import train
 
 
@@ -21,6 +21,6 @@ def train_recipe(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> l
     run = RunDirectory(Path(settings.run.dir), is_writer=rank == 0)
     run.open(settings, mesh)
     log_to(run.path / "logs", rank)
-    train(settings, mesh, run, StopRequest())
+    train(settings, mesh, run, Requests.of_run(settings, run))
     run.close()
     return read_metrics(run.metrics) if rank == 0 else []

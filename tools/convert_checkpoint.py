@@ -1,14 +1,17 @@
-"""Turn checkpoints into Hugging Face models."""
+"""Turn checkpoints into Hugging Face models and back."""
 
 import argparse
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megagap.checkpoint import resolve_checkpoint
 from megagap.checkpoint.huggingface import DEFAULT_SHARD_SIZE, DTYPES, export
+from megagap.checkpoint.huggingface_import import import_model
 from megagap.errors import run_tool
 
 EXAMPLES = """
@@ -16,8 +19,10 @@ examples:
   python tools/convert_checkpoint.py to-hf --checkpoint runs/tiny/checkpoints/step_00000100 --output runs/tiny/hf
   python tools/convert_checkpoint.py to-hf --checkpoint runs/tiny --output runs/tiny/hf --dtype bfloat16
       the run's latest checkpoint
+  python tools/convert_checkpoint.py from-hf --input Llama-3.2-1B --output runs/llama-1b
+      a checkpoint to start training from: --checkpoint.load runs/llama-1b --checkpoint.load_mode model
 
-Then, with transformers: AutoModelForCausalLM.from_pretrained("runs/tiny/hf")
+After to-hf, with transformers: AutoModelForCausalLM.from_pretrained("runs/tiny/hf")
 """
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,18 +55,24 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SIZE",
         help="of a safetensors file, such as 5GB (the default) or 500MB",
     )
+    to_hf.set_defaults(convert=convert_to_hugging_face)
+    from_hf = commands.add_parser(
+        "from-hf",
+        help="write a checkpoint from a Hugging Face model",
+        description="Write a Hugging Face Llama 2 or 3 in safetensors as a checkpoint, its weights bit for bit.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from_hf.add_argument("--input", required=True, type=Path, metavar="DIR", help="config.json and safetensors")
+    from_hf.add_argument("--output", required=True, type=Path, metavar="CHECKPOINT", help="new or empty folder")
+    from_hf.set_defaults(convert=convert_from_hugging_face)
     given = parser.parse_args(argv)
-    convert_to_hugging_face(given)
+    given.convert(given)
 
 
 def convert_to_hugging_face(given: argparse.Namespace) -> None:
     checkpoint = resolve_checkpoint(given.checkpoint)
-    with tqdm(desc=checkpoint.name, unit="B", unit_scale=True, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar(checkpoint.name) as progress:
         result = export(
             checkpoint,
             given.output,
@@ -79,6 +90,29 @@ def convert_to_hugging_face(given: argparse.Namespace) -> None:
         f"{given.output}: {result.parameters:,} parameters of {checkpoint} as {result.dtype}, "
         f"{result.size / 1e6:,.1f} MB in {len(result.files)} file{'s' if len(result.files) > 1 else ''}"
     )
+
+
+def convert_from_hugging_face(given: argparse.Namespace) -> None:
+    with progress_bar(given.input.name) as progress:
+        result = import_model(given.input, given.output, progress=progress)
+    if result.tokenizer is None:
+        print(f"warning: {given.input} has no tokenizer; to-hf and generate will need --tokenizer", file=sys.stderr)
+    print(
+        f"{given.output}: {result.parameters:,} parameters of {given.input} as {' and '.join(result.dtypes)}, "
+        f"{result.size / 1e6:,.1f} MB"
+    )
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes, and the function that moves it to (done, total)."""
+    with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def byte_size(text: str) -> int:

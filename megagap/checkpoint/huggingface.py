@@ -1,4 +1,5 @@
-"""A checkpoint as a Hugging Face model: ``config.json``, safetensors shards, tokenizer.
+"""A checkpoint as a Hugging Face model: ``config.json``, safetensors shards, tokenizer. The way back is in
+``huggingface_import``.
 
 Our tensors bear Hugging Face's names and our rotary embedding is the half-split one of ``transformers``, so weights
 are copied as they are.
@@ -18,9 +19,9 @@ from safetensors.torch import save_file
 
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
-from megagap.checkpoint.model import read_model
+from megagap.checkpoint.model import read_model, stored_dtype
 from megagap.config import Model
-from megagap.data.tokenizer import Tokenizer, load_tokenizer
+from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer, load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.files import partial_name, publish, write_text
 from megagap.model.shapes import model_tensors
@@ -56,7 +57,8 @@ def export(
 ) -> Exported:
     """Write the weights of a checkpoint folder as a model that ``transformers`` loads.
 
-    ``dtype``: a key of :data:`DTYPES`; None means float32 for runs in fp32, bfloat16 for others.
+    ``dtype``: a key of :data:`DTYPES`; None means float32 for runs in fp32, bfloat16 for others, and the stored one for
+    weights that no run has trained.
     ``tokenizer``: a tokenizer's folder or file; None means the one the run was trained with, if it is still there.
     ``max_shard_size``: bytes of a safetensors file, which only a single larger tensor exceeds; one file at a time is
     held in memory. ``progress`` is told the bytes done and their total.
@@ -69,8 +71,8 @@ def export(
     index = Index.read(checkpoint)
     model = read_model(checkpoint, index)
     names = check_tensors(checkpoint, index, model)
-    dtype = dtype or _default_dtype(index)
-    source = tokenizer or _recorded_tokenizer(index)
+    dtype = dtype or _default_dtype(checkpoint, index)
+    source = tokenizer or recorded_tokenizer(index)
     loaded = load_tokenizer(source) if source else None
     if loaded is not None and loaded.vocab_size > model.vocab_size:
         raise DataError(
@@ -176,16 +178,23 @@ def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _default_dtype(index: Index) -> str:
+def _default_dtype(checkpoint: Path, index: Index) -> str:
     train = index.state.get("train")
     precision = train.get("precision") if isinstance(train, dict) else None
-    return "float32" if precision in (None, "fp32") else "bfloat16"
+    if precision is None:
+        stored = stored_dtype(checkpoint, index)
+        return next((name for name, dtype in DTYPES.items() if dtype == stored), "float32")
+    return "float32" if precision == "fp32" else "bfloat16"
 
 
-def _recorded_tokenizer(index: Index) -> str | None:
+def recorded_tokenizer(index: Index) -> str | None:
+    """The tokenizer that the checkpoint names, if it is still there."""
     data = index.state.get("data")
     recorded = data.get("tokenizer") if isinstance(data, dict) else None
-    return recorded if isinstance(recorded, str) and recorded and Path(recorded).exists() else None
+    if not isinstance(recorded, str) or not recorded:
+        return None
+    kind, _, rest = recorded.partition(":")
+    return recorded if Path(rest if kind in KINDS else recorded).exists() else None
 
 
 def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -199,13 +208,12 @@ def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype) -> t
 
 def _copy_tokenizer(source: str, tokenizer: Tokenizer, model: Model, folder: Path) -> None:
     """The tokenizer's files; where only ``tokenizer.json`` is there, a minimal ``tokenizer_config.json`` beside it."""
-    path = Path(source.removeprefix("hf:"))
-    file = path / "tokenizer.json" if path.is_dir() else path
-    shutil.copyfile(file, folder / "tokenizer.json")
+    kind, file = find_tokenizer(source)
+    shutil.copyfile(file, folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model"))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if file.with_name(name).exists():
             shutil.copyfile(file.with_name(name), folder / name)
-    if not (folder / "tokenizer_config.json").exists():
+    if kind == "hf" and not (folder / "tokenizer_config.json").exists():
         ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
         tokens = {key: tokenizer.decode([value]) for key, value in ids.items() if value is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.max_position_embeddings}

@@ -1,5 +1,7 @@
 """A checkpoint as a model in one process."""
 
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_slices, resolve_checkpoint
 from megagap.config import Model
 from megagap.errors import CheckpointError
+from megagap.model.attention import KeyValueCache
 from megagap.model.llama import LlamaStage, build_stage
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Slice
@@ -22,9 +25,21 @@ class SingleProcessModel(nn.Module):
         super().__init__()
         self.stage, self.settings = stage, stage.model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.stage(tokens, tokens.shape[1])
+    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """With ``caches`` of the tokens before, ``tokens`` [b, s] are added to them and the logits are the last
+        token's only, [b, 1, vocab]. Once the caches hold any, tokens come one by one: s = 1."""
+        before = caches[0].length if caches else 0
+        logits: Tensor = self.stage(tokens, before + tokens.shape[1], caches)
         return logits
+
+    def empty_caches(self, positions: int, batch: int = 1) -> list[KeyValueCache]:
+        """One a layer, with room for ``positions`` tokens of each of ``batch`` sequences."""
+        self.stage.rotary_tables(positions)  # once, not longer and longer ones token by token
+        shape = (batch, positions, self.settings.num_key_value_heads, self.settings.head_dim)
+        like = self.stage.output
+        return [
+            KeyValueCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(self.settings.num_hidden_layers)
+        ]
 
 
 def load_model(path: str | Path, device: torch.device | None = None) -> SingleProcessModel:
@@ -34,16 +49,37 @@ def load_model(path: str | Path, device: torch.device | None = None) -> SinglePr
     """
     folder = resolve_checkpoint(Path(path))
     index = Index.read(folder)
-    settings = read_model(folder, index)
-    mesh = Mesh.single(device)
-    dtype = index.tensor(folder, "weight", "model.embed_tokens.weight").torch_dtype
-    stage = build_stage(settings, [settings.num_hidden_layers], mesh, sequence_parallel=False, dtype=dtype)
+    model = build_model(read_model(folder, index), stored_dtype(folder, index), device)
     wanted = [
         Slice("weight", parameter.shard, 0, parameter.numel(), parameter.detach().view(-1))
-        for parameter in stage.sharded_parameters()
+        for parameter in model.stage.sharded_parameters()
     ]
-    load_slices(folder, index, wanted)
+    load_slices(folder, index, wanted, cast=True)
+    return model
+
+
+def build_model(settings: Model, dtype: torch.dtype, device: torch.device | None = None) -> SingleProcessModel:
+    """A model in eval mode whose weights are yet to be filled."""
+    stage = build_stage(
+        settings, [settings.num_hidden_layers], Mesh.single(device), sequence_parallel=False, dtype=dtype
+    )
     return SingleProcessModel(stage).eval()
+
+
+def stored_dtype(folder: Path, index: Index) -> torch.dtype:
+    """That of the weights; where they have several, the one that holds the values of all.
+
+    Raises :class:`CheckpointError` if there are none.
+    """
+    dtypes = {tensor.torch_dtype for tensor in index.tensors if tensor.kind == "weight"}
+    if not dtypes:
+        raise CheckpointError(f"{folder} holds no weights\n  is it a checkpoint of a training run?")
+    return widest(dtypes)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all ``dtypes``, of which there is at least one."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def read_model(checkpoint: Path, index: Index) -> Model:

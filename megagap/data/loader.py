@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megagap.data.indexed import IndexedDataset
 from megagap.data.mixture import Mixture
 from megagap.data.order import split_ranges, split_shares, stable_key, window_count, window_of_sample
+from megagap.data.skipping import SampleNumbers
 from megagap.errors import DataError
 
 TRAINING, VALIDATION, WHOLE = 0, 1, None
@@ -146,7 +147,7 @@ class TokenSource:
 
 
 class TrainingData:
-    """The endless series of training samples that ``sources`` and ``seed`` give.
+    """The endless series of training samples that ``sources`` and ``seed`` give, without the numbers in ``skip``.
 
     The order within a source depends on its name, not on its path; the mixture on weights and order of the sources.
     """
@@ -158,37 +159,41 @@ class TrainingData:
         seed: int,
         split: str = "100,0,0",
         vocab_size: int | None = None,
+        skip: Sequence[tuple[int, int]] = (),
     ) -> None:
         _require_distinct_names(sources)
         self.sequence_length = sequence_length
         self.seed = seed
+        self.numbers = SampleNumbers(skip)
         self.mixture = Mixture([source.weight for source in sources], stable_key("mixture", seed))
         self.sources = [TokenSource(source, sequence_length, split, TRAINING, vocab_size) for source in sources]
 
-    def sample(self, n: int) -> Sample:
-        """Global sample ``n`` with its provenance."""
-        source, window = next(self._windows(n, n + 1))
-        return Sample(n, source.source.name, source.documents(window), source.tokens(window))
+    def sample(self, position: int) -> Sample:
+        """The sample at ``position`` in training order, with its provenance."""
+        number, source, window = next(self._windows(position, position + 1))
+        return Sample(number, source.source.name, source.documents(window), source.tokens(window))
 
-    def tokens(self, n: int) -> NDArray[np.int64]:
-        """The tokens of global sample ``n``, int64 [s + 1]."""
-        tokens: NDArray[np.int64] = self.batch(n, 1)[0]
+    def tokens(self, position: int) -> NDArray[np.int64]:
+        """The tokens of the sample at ``position``, int64 [s + 1]."""
+        tokens: NDArray[np.int64] = self.batch(position, 1)[0]
         return tokens
 
     def batch(self, first: int, count: int) -> NDArray[np.int64]:
-        """The tokens of global samples ``first … first + count - 1``, int64 [count, s + 1]."""
-        return np.stack([source.tokens(window) for source, window in self._windows(first, first + count)])
+        """The tokens of the samples at positions ``first … first + count - 1``, int64 [count, s + 1]."""
+        return np.stack([source.tokens(window) for _, source, window in self._windows(first, first + count)])
 
     def source_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """The source of each of these samples, as an index into :attr:`sources`, int64 [count]."""
-        return self.mixture.sources(first, first + count)
+        return np.concatenate([self.mixture.sources(*run) for run in self.numbers.runs(first, first + count)])
 
-    def _windows(self, start: int, stop: int) -> Iterator[tuple[TokenSource, int]]:
-        drawn = self.mixture.counts(start)
-        for i in self.mixture.sources(start, stop):
-            source = self.sources[i]
-            yield source, window_of_sample(drawn[i], source.window_count, self.seed, source.source.name)
-            drawn[i] += 1
+    def _windows(self, first: int, last: int) -> Iterator[tuple[int, TokenSource, int]]:
+        """Number, source and window of the samples at positions ``first … last - 1``."""
+        for start, stop in self.numbers.runs(first, last):
+            drawn = self.mixture.counts(start)
+            for number, i in enumerate(self.mixture.sources(start, stop), start):
+                source = self.sources[i]
+                yield number, source, window_of_sample(drawn[i], source.window_count, self.seed, source.source.name)
+                drawn[i] += 1
 
 
 class ValidationData:
@@ -232,6 +237,20 @@ def open_validation(
     return ValidationData(opened, samples)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One data rank's part of a step, in microbatches."""
+
+    tokens: torch.Tensor
+    """int64 [m, b, s + 1]"""
+    sources: torch.Tensor
+    """Index of each sequence's source, int64 [m, b]."""
+    source_count: int
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.tokens.to(device), self.sources.to(device), self.source_count)
+
+
 class MicrobatchLoader:
     """Gives data-parallel rank ``dp_rank`` of ``dp_size`` its part of each step's samples, in microbatches.
 
@@ -249,10 +268,13 @@ class MicrobatchLoader:
         self.samples = global_batch_size // dp_size
         self.offset = dp_rank * self.samples
 
-    def step(self, first_sample: int) -> torch.Tensor:
-        """This rank's part of global samples ``first_sample … + global_batch_size``: int64 [m, b, s + 1]."""
-        tokens = self.data.batch(first_sample + self.offset, self.samples)
-        return torch.from_numpy(tokens).view(-1, self.micro_batch_size, tokens.shape[-1])
+    def step(self, first_sample: int) -> Batch:
+        """This rank's part of global samples ``first_sample … + global_batch_size``."""
+        first = first_sample + self.offset
+        tokens = torch.from_numpy(self.data.batch(first, self.samples))
+        sources = torch.from_numpy(self.data.source_indices(first, self.samples))
+        shape = (-1, self.micro_batch_size)
+        return Batch(tokens.view(*shape, tokens.shape[-1]), sources.view(shape), len(self.data.sources))
 
 
 def _require_distinct_names(sources: Sequence[Source]) -> None:

@@ -1,11 +1,30 @@
 """Grouped-query causal self-attention with rotary positions, over this rank's heads."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagap.config import Model
 from megagap.ops import rotary
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens before, for generation: one layer's, [b, positions, heads, d], filled in order."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+    """Positions filled."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the tokens that follow, [b, new, heads, d]. Returns all, [b, length, heads, d]."""
+        start, self.length = self.length, self.length + k.shape[1]
+        self.keys[:, start : self.length] = k
+        self.values[:, start : self.length] = v
+        return self.keys[:, : self.length], self.values[:, : self.length]
 
 
 class Attention(nn.Module):
@@ -39,18 +58,25 @@ class Attention(nn.Module):
         self.v_proj = column("v_proj", key_width, **sharing)
         self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream.
+
+        A ``cache`` that is not empty holds the tokens before, and x must then be a single token.
+        """
         x = self.tensor_parallel.enter(x)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotary(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        # The last token sees all others: only a whole sequence needs the causal mask.
+        assert q.shape[1] in (1, k.shape[1]), (q.shape, k.shape)
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            is_causal=True,
+            is_causal=q.shape[1] == k.shape[1],
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

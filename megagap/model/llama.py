@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megagap.config import Model
-from megagap.model.attention import Attention
+from megagap.model.attention import Attention, KeyValueCache
 from megagap.model.rotary import rotary_tables
 from megagap.ops import rms_norm, swiglu
 from megagap.parallel.mesh import Mesh
@@ -62,8 +62,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, tensor_parallel)
         self.mlp = FeedForward(f"{name}.mlp", model, tensor_parallel)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -95,19 +95,27 @@ class LlamaStage(nn.Module):
             )
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, length: int) -> Tensor:
-        """``length``: tokens of a whole sequence, which under sequence parallelism x does not show."""
+    def forward(self, x: Tensor, length: int, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """``length``: tokens of a whole sequence, which under sequence parallelism x does not show.
+
+        ``caches``, one a layer, are for generation by a single process: they hold the tokens before x, which
+        ``length`` counts too, and take those of x; the logits are the last token's only, [b, 1, v].
+        """
         cos, sin = self.rotary_tables(length)
+        if caches:
+            cos, sin = cos[caches[0].length :], sin[caches[0].length :]
         if self.is_first:
             x = self.embed_tokens(x)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None)
+        if caches:
+            x = x[:, -1:]
         if self.is_last:
             x = vocab_logits(self.tensor_parallel.enter(self.norm(x)), self.output, self.queue)
         return x
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropy over the targets [b, s] that are not ignored; fp32 scalar. Last stage only."""
+        """Cross-entropy at each of the targets [b, s], 0 at ignored ones; fp32 [b, s]. Last stage only."""
         return vocab_parallel_cross_entropy(logits, targets, self.output.shard.offsets[0], self.tensor_parallel.mesh.tp)
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +123,11 @@ class LlamaStage(nn.Module):
             self._tables = rotary_tables(self.model, length, self.tensor_parallel.mesh.device)
         cos, sin = self._tables
         return cos[:length], sin[:length]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.parameters()).dtype
 
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter once, in the order in which the forward pass uses them."""

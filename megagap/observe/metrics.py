@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a step, in order; cut back to the step from which a run goes on."""
+    """metrics.jsonl: one object a step, in order; cut back to the step from which a run goes on.
+
+    Numbers that are not finite, which JSON does not have, become null.
+    """
 
     def __init__(self, path: Path, after_step: int) -> None:
         self.path = path
@@ -26,7 +30,8 @@ class MetricsFile:
         self._flushed = time.monotonic()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(strict, allow_nan=False) + "\n")
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 

@@ -40,7 +40,8 @@ class Kind:
 class Bucket:
     """Parameters laid end to end in one flat buffer, of which this data rank owns a slice."""
 
-    def __init__(self, kind: Kind, parameters: list[ShardedParameter], mesh: Mesh) -> None:
+    def __init__(self, kind: Kind, parameters: list[ShardedParameter], mesh: Mesh, dtype: torch.dtype) -> None:
+        """``parameters``: in fp32 with their initial values; they become views of the bucket in ``dtype``."""
         self.kind, self.parameters, self.data = kind, parameters, mesh.data
         self.replicas: Axis | None = mesh.axis(kind.replica_axis) if kind.replica_axis else None
         self.starts: list[int] = []
@@ -52,16 +53,18 @@ class Bucket:
         slice_length = length // self.data.size
         self.first = self.data.rank * slice_length
 
-        dtype = parameters[0].dtype
-        self.values = torch.zeros(length, dtype=dtype, device=mesh.device)
-        self.gradients = torch.zeros(length, dtype=torch.float32, device=mesh.device)
+        initial = torch.zeros(length, dtype=torch.float32, device=mesh.device)
+        for parameter, start in zip(parameters, self.starts, strict=True):
+            initial[start : start + parameter.numel()].view_as(parameter).copy_(parameter.detach())
+        self.values = initial.to(dtype)
         self.own_values = self.values[self.first : self.first + slice_length]
         for parameter, start in zip(parameters, self.starts, strict=True):
-            view = self.values[start : start + parameter.numel()].view_as(parameter)
-            view.copy_(parameter.detach())
-            parameter.data = view
+            parameter.data = self.values[start : start + parameter.numel()].view_as(parameter)
         # In fp32 the parameters are their own masters.
-        self.master = self.own_values if dtype == torch.float32 else self.own_values.float()
+        self.master = (
+            self.own_values if dtype == torch.float32 else initial[self.first : self.first + slice_length].clone()
+        )
+        self.gradients = torch.zeros(length, dtype=torch.float32, device=mesh.device)
         self.moments = Moments.zeros_like(self.master)
         self.own_gradient = self.gradients if self.data.size == 1 else torch.zeros_like(self.master)
         self.unready = set(range(len(parameters)))
@@ -123,10 +126,12 @@ class DistributedOptimizer:
         parameters: Iterable[ShardedParameter],
         optim: Optim,
         mesh: Mesh,
+        dtype: torch.dtype = torch.float32,
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
+        """``parameters``: in fp32, with their initial values; they are in ``dtype`` afterwards, their masters fp32."""
         self.optim, self.mesh = optim, mesh
-        self.buckets = _fill_buckets(list(parameters), optim, mesh, bucket_elements)
+        self.buckets = _fill_buckets(list(parameters), optim, mesh, dtype, bucket_elements)
         self._next_reduction = len(self.buckets)
         self._last_backward = False
         for bucket in self.buckets:
@@ -236,7 +241,9 @@ class DistributedOptimizer:
         ]
 
 
-def _fill_buckets(parameters: list[ShardedParameter], optim: Optim, mesh: Mesh, bucket_elements: int) -> list[Bucket]:
+def _fill_buckets(
+    parameters: list[ShardedParameter], optim: Optim, mesh: Mesh, dtype: torch.dtype, bucket_elements: int
+) -> list[Bucket]:
     """Buckets in the order in which backward completes them."""
     open_groups: dict[Kind, list[ShardedParameter]] = {}
     closed: list[tuple[int, Kind, list[ShardedParameter]]] = []
@@ -250,4 +257,4 @@ def _fill_buckets(parameters: list[ShardedParameter], optim: Optim, mesh: Mesh, 
             closed.append((position, kind, open_groups.pop(kind)))
     end = len(backward_order)
     closed += [(end, kind, group) for kind, group in open_groups.items()]
-    return [Bucket(kind, group, mesh) for _, kind, group in sorted(closed, key=lambda entry: entry[0])]
+    return [Bucket(kind, group, mesh, dtype) for _, kind, group in sorted(closed, key=lambda entry: entry[0])]

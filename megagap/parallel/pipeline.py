@@ -30,7 +30,7 @@ class Stage(Protocol):
     queue: WeightGradientQueue
 
     def compute(self, microbatch: int, activation: Tensor | None) -> Tensor:
-        """The next stage's activation, or on the last stage the loss to differentiate (a scalar).
+        """The next stage's activation, or on the last stage the scalar to differentiate.
 
         ``activation`` comes from the stage below; None on the first stage.
         """
@@ -59,11 +59,11 @@ def execute(
     border: Border,
     mesh: Mesh,
     before_last_backward: Callable[[], None] = lambda: None,
-) -> list[Tensor]:
+) -> None:
     """Run a program; gradients accumulate in the parameters.
 
     ``stages``: this rank's chunks. ``before_last_backward`` is called before the last backward action, after which
-    no gradient changes any more. Returns the detached losses of all microbatches on the last stage, else nothing.
+    no gradient changes any more.
     """
     backwards = [index for index, action in enumerate(program) if isinstance(action, Backward | BackwardWeight)]
     run = _Run(stages, border, mesh, differentiate=bool(backwards))
@@ -72,7 +72,6 @@ def execute(
             before_last_backward()
         run.act(action)
     run.finish_sends()
-    return run.losses
 
 
 class _Run:
@@ -86,7 +85,6 @@ class _Run:
         self.live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.waiting_weights: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.sends: list[tuple[dist.Work, Tensor]] = []
-        self.losses: list[Tensor] = []
 
     def act(self, action: Action) -> None:
         match action:
@@ -110,9 +108,7 @@ class _Run:
         if activation is not None and self.differentiate:
             activation.requires_grad_()
         output = self.stages[chunk].compute(microbatch, activation)
-        if here == self.last:
-            self.losses.append(output.detach())
-        else:
+        if here != self.last:
             self.to_send[Message("activation", microbatch, here + 1)] = output.detach()
         if self.differentiate:
             self.live[microbatch, chunk] = (activation, output)

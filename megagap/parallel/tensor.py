@@ -189,10 +189,10 @@ def vocab_logits(x: Tensor, weight: ShardedParameter, queue: WeightGradientQueue
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, first: int, tp: Axis) -> Tensor:
-    """Sum over tokens of the cross-entropy, without gathering logits: three reductions of one number a token.
+    """Cross-entropy of each token, without gathering logits: three reductions of one number a token.
 
     logits: [b, s, v], this rank's columns, which are the vocabulary entries ``first … first + v``; v may be 0.
-    targets: [b, s] global ids, or ``IGNORED_TARGET``. Result: fp32 scalar, the same on every tp rank.
+    targets: [b, s] global ids, or ``IGNORED_TARGET``, whose loss is 0. Result: [b, s] fp32, the same on every tp rank.
     fp32 ``logits`` are overwritten: their storage holds the softmax for the backward pass, which can run once.
     """
     return _VocabParallelCrossEntropy.apply(logits, targets, first, tp)
@@ -297,11 +297,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         softmax = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(softmax, local, mine, counted)
         ctx.dtype = logits.dtype
-        return (total.log() - at_target).where(counted, 0).sum()
+        return (total.log() - at_target).where(counted, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, local, mine, counted = ctx.saved_tensors
         if softmax.shape[-1]:
             softmax.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), -mine.to(softmax.dtype).unsqueeze(-1))
-        return softmax.mul_((counted * grad).unsqueeze(-1)).to(ctx.dtype), None, None, None
+        return softmax.mul_((grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None, None

@@ -13,6 +13,7 @@ def training_data(settings: Settings) -> TrainingData:
         settings.train.seed,
         settings.data.split,
         settings.model.vocab_size,
+        skipped_ranges(settings),
     )
 
 
@@ -28,6 +29,11 @@ def validation_data(settings: Settings) -> ValidationData:
         settings.data.split,
         settings.model.vocab_size,
     )
+
+
+def skipped_ranges(settings: Settings) -> list[tuple[int, int]]:
+    """``train.skip_samples`` as half-open ranges of global sample numbers."""
+    return [(int(start), int(stop)) for start, _, stop in (r.partition(":") for r in settings.train.skip_samples)]
 
 
 def _sources(sources: list[SourceSettings]) -> list[Source]:

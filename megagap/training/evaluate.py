@@ -8,7 +8,7 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.pipeline import execute, plan
 from megagap.parallel.schedule import forward_only
 from megagap.parallel.tensor import IGNORED_TARGET
-from megagap.training.step import StageOnBatch, TrainState, border, count_targets, own_loss
+from megagap.training.step import StageOnBatch, TrainState, border, count_targets
 
 
 @torch.no_grad()
@@ -37,5 +37,6 @@ def _source_loss(state: TrainState, data: ValidationData, name: str) -> float:
     )
     scale = 1 / count_targets(targets, mesh)
     program = plan(forward_only, mesh, microbatches)
-    losses = execute(program, [StageOnBatch(state.stage, inputs, targets, scale)], border(state.stage, inputs), mesh)
-    return float(all_reduce(own_loss(losses, mesh), mesh.world))
+    work = StageOnBatch(state.stage, inputs, targets, scale)
+    execute(program, [work], border(state.stage, inputs), mesh)
+    return float(all_reduce(work.own_loss(), mesh.world))

@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megagap.errors import MegagapError
+from megagap.errors import LostPeerError, MegagapError
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
@@ -71,7 +71,8 @@ def start(process: Process) -> torch.device:
 
 @contextmanager
 def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
-    """Ends the process with the block: 0 when done, 2 with a message on a user's fault, 1 with a traceback on ours.
+    """Ends the process with the block: 0 when done, an error's code and message on a fault that is not ours, 1 with a
+    traceback on one of ours.
 
     Yields a list of functions to be told why the run failed.
     """
@@ -82,16 +83,30 @@ def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
             dist.barrier()  # nobody leaves while others still need it
             dist.destroy_process_group()
         code = 0
-    except MegagapError as error:
-        _tell(on_failure, str(error))
-        _say(process, str(error))
-        code = 2
-    except BaseException as error:
-        _tell(on_failure, f"{type(error).__name__}: {error}")
-        log.exception("rank %d failed", process.rank)
-        traceback.print_exc()
-        code = 1
+    except BaseException as caught:
+        error = _lost_peer(process, caught) or caught
+        if isinstance(error, MegagapError):
+            _tell(on_failure, str(error))
+            _say(process, str(error))
+            code = error.exit_code
+        else:
+            _tell(on_failure, f"{type(error).__name__}: {error}")
+            log.exception("rank %d failed", process.rank)
+            traceback.print_exc()
+            code = 1
     _exit(code)
+
+
+def _lost_peer(process: Process, error: BaseException) -> LostPeerError | None:
+    """What a failed collective means: torch reports it by types and texts of its back ends."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        return LostPeerError(
+            f"rank {process.rank} lost contact with another rank: {text.strip().splitlines()[0] if text else error!r}\n"
+            "  the cause stands in that rank's output or log, if it left word. Start the same command again to go on "
+            "from the last checkpoint."
+        )
+    return None
 
 
 def _tell(listeners: list[Callable[[str], None]], message: str) -> None:

@@ -1,19 +1,22 @@
 """What a checkpoint of a run holds, and which one a run goes on from."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
 from megagap.config import Settings
+from megagap.data.skipping import SampleNumbers
 from megagap.errors import CheckpointError, ConfigError
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator
+from megagap.training.datasets import skipped_ranges
 from megagap.training.step import TrainState
 
 # Settings that say which model is trained on which samples: they may not change when a run goes on.
-_FIXED = {
-    "model": None,  # all but what follows
+_FIXED: dict[str, tuple[str, ...] | None] = {
+    "model": None,  # every one but those in _FREE
     "data": ("split", "order", "sources"),
     "train": ("seed", "global_batch_size", "sequence_length", "precision"),
 }
@@ -31,6 +34,7 @@ def save(state: TrainState, run: RunDirectory) -> None:
         "updates": state.optimizer.updates,
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
+        "last_sample": last_sample(settings, state.consumed_samples),
     }
     slices = state.optimizer.slices(owned_only=True)
     save_checkpoint(folder, slices, progress | settings.model_dump(mode="json"), DistributedCommunicator(state.mesh))
@@ -45,9 +49,22 @@ def resume(state: TrainState, run: RunDirectory) -> None:
 
     Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data.
     """
-    folder = choose(state.settings, run)
-    if folder is None:
-        return
+    own = find_latest(run.checkpoints)
+    wanted, mode = state.settings.checkpoint.load, state.settings.checkpoint.load_mode
+    if own is not None and not wanted:
+        raise ConfigError(
+            f'checkpoint.load = "" starts afresh, but {run.path} has checkpoints already\n'
+            '  choose another run.dir, or checkpoint.load = "latest" to go on.'
+        )
+    if own is not None:
+        go_on(state, run, own)
+    elif wanted not in ("", "latest"):
+        folder = resolve_checkpoint(Path(wanted))
+        go_on(state, run, folder) if mode == "continue" else take_weights(state, run, folder)
+
+
+def go_on(state: TrainState, run: RunDirectory, folder: Path) -> None:
+    """Take everything: the run goes on from the folder's step."""
     index = Index.read(folder)
     refuse_changes(index.state, state.settings, folder)
     load_slices(folder, index, state.optimizer.slices(owned_only=False))
@@ -57,35 +74,56 @@ def resume(state: TrainState, run: RunDirectory) -> None:
     run.event("resume", folder=str(folder))
 
 
-def choose(settings: Settings, run: RunDirectory) -> Path | None:
-    """The run's own newest checkpoint; without one, the folder that seeds it, if any."""
-    own = find_latest(run.checkpoints)
-    wanted = settings.checkpoint.load
-    if own is not None:
-        if not wanted:
-            raise ConfigError(
-                f'checkpoint.load = "" starts afresh, but {run.path} has checkpoints already\n'
-                '  choose another run.dir, or checkpoint.load = "latest" to go on.'
-            )
-        return own
-    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
+    """Take the weights only, whatever precision they are stored in: a new run starts from them."""
+    index = Index.read(folder)
+    refuse_another_model(index.state, state.settings, folder)
+    weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
+    load_slices(folder, index, weights, cast=True)
+    state.optimizer.gather_parameters()
+    run.event("load", folder=str(folder), mode="model")
 
 
 def refuse_changes(saved: dict[str, Any], settings: Settings, folder: Path) -> None:
-    """Raises :class:`CheckpointError` listing every fixed setting that differs from the checkpoint's."""
-    now = settings.model_dump(mode="json")
-    differences = []
-    for section, keys in _FIXED.items():
-        for key in keys or now[section]:
-            before, after = saved[section].get(key), now[section][key]
-            if key not in _FREE and _essence(before) != _essence(after):
-                differences.append(f"  {section}.{key} was {before}, is {after}")
-    if differences:
+    """Raises :class:`CheckpointError` listing every setting that says what is trained on what, and differs."""
+    if "train" not in saved:
         raise CheckpointError(
-            f"{folder} belongs to another run:\n"
-            + "\n".join(differences)
-            + "\n  restore these settings, or choose another run.dir."
+            f'{folder} holds a model only, no run to go on with\n  start from it with checkpoint.load_mode = "model".'
         )
+    differences = _differences(saved, settings, _FIXED)
+    last, now = saved["last_sample"], last_sample(settings, saved["consumed_samples"])
+    if last != now:
+        differences.append(
+            f"  train.skip_samples: the last sample was number {last}, would have been {now}; "
+            "only later numbers can be skipped"
+        )
+    _refuse(differences, folder, "another run", "restore these settings, or choose another run.dir")
+
+
+def last_sample(settings: Settings, consumed: int) -> int | None:
+    """The global number of the last of ``consumed`` samples; None before the first."""
+    return SampleNumbers(skipped_ranges(settings)).number(consumed - 1) if consumed else None
+
+
+def refuse_another_model(saved: dict[str, Any], settings: Settings, folder: Path) -> None:
+    """Raises :class:`CheckpointError` listing what differs between a checkpoint's model and the recipe's."""
+    differences = _differences(saved, settings, {"model": None})
+    _refuse(differences, folder, "another model", "make the recipe's model like it, or load another folder")
+
+
+def _refuse(differences: list[str], folder: Path, whose: str, cure: str) -> None:
+    if differences:
+        raise CheckpointError("\n".join([f"{folder} belongs to {whose}:", *differences, f"  {cure}."]))
+
+
+def _differences(saved: dict[str, Any], settings: Settings, compared: Mapping[str, Sequence[str] | None]) -> list[str]:
+    now = settings.model_dump(mode="json")
+    return [
+        f"  {section}.{key} was {saved[section].get(key)}, is {now[section][key]}"
+        for section, keys in compared.items()
+        for key in keys or now[section]
+        if key not in _FREE and _essence(saved[section].get(key)) != _essence(now[section][key])
+    ]
 
 
 def _essence(value: Any) -> Any:

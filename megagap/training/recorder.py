@@ -1,6 +1,7 @@
 """Turns step results into metrics, TensorBoard and console lines."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,12 @@ class Recorder:
         self.last_end = time.perf_counter()
         self.seconds: list[float] = []
 
-    def step_done(self, step: int, result: StepResult) -> None:
-        """Write the step before, and hold this one back until its numbers are there."""
-        self.flush()
+    def step_done(self, step: int, result: StepResult) -> tuple[bool, bool]:
+        """Write the step before, and hold this one back until its numbers are there.
+
+        Returns what the ranks together asked for in the step before: (stop, save).
+        """
+        stop, save = self.flush()
         end = time.perf_counter()
         seconds, self.last_end = end - self.last_end, end
         self.seconds = [*self.seconds[-49:], seconds]
@@ -73,6 +77,7 @@ class Recorder:
                 "memory_bytes": peak_memory_bytes(self.mesh.device),
             },
         )
+        return stop, save
 
     def add_validation(self, losses: dict[str, float]) -> None:
         """Put an evaluation into the record of the step just done."""
@@ -82,14 +87,23 @@ class Recorder:
         self.pending[1].update(record)
         log.info("validation | %s", " | ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
 
-    def flush(self) -> None:
-        """Read and write the record held back. Raises :class:`DivergedError` after too many skipped steps."""
+    def flush(self) -> tuple[bool, bool]:
+        """Read and write the record held back; what its step was asked for: (stop, save).
+
+        Raises :class:`DivergedError` after too many skipped steps.
+        """
         if self.pending is None:
-            return
+            return False, False
         result, rest = self.pending
         self.pending = None
-        loss, norm, accepted = torch.stack([result.loss, result.grad_norm, result.accepted.float()]).tolist()
-        record = {"step": rest["step"], "loss": loss, "grad_norm": norm, **rest, "skipped": not accepted}
+        numbers = [result.loss, result.grad_norm, result.accepted.float(), *result.requests, *result.source_losses]
+        loss, norm, accepted, stop, save, *source_losses = torch.stack(numbers).tolist()
+        by_source = {
+            f"loss/{source.name}": value
+            for source, value in zip(self.settings.data.sources, source_losses, strict=True)
+            if math.isfinite(value)  # not where the batch had nothing of the source
+        }
+        record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}
         self.skipped_in_a_row = 0 if accepted else self.skipped_in_a_row + 1
         steps = self.settings.train.steps
         shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
@@ -105,6 +119,7 @@ class Recorder:
                 f"loss or gradients were not finite for {self.skipped_in_a_row} steps, up to step {record['step']}\n"
                 "  go on from an earlier checkpoint with a lower optim.lr, or look at the data of these steps."
             )
+        return bool(stop), bool(save)
 
     def sync(self) -> None:
         """Bring all records so far to the disk."""

@@ -1,11 +1,13 @@
 """One training step, from microbatches to updated parameters."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megagap.config import Settings
+from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
@@ -45,12 +47,14 @@ class StepResult:
 
     loss: Tensor
     """Mean over the valid tokens of the global batch, before the update."""
+    source_losses: Tensor
+    """The same for each source [sources]; NaN for one that the batch had nothing of."""
     grad_norm: Tensor
     """Global, before clipping."""
     accepted: Tensor
     """Whether the update was made."""
-    flags: Tensor
-    """Sum over ranks of the flag given to the step."""
+    requests: Tensor
+    """How many ranks made each request."""
     lr: float
 
 
@@ -61,43 +65,70 @@ class StageOnBatch:
         """inputs, targets: [m, b, s]; scale: what a sum over tokens is multiplied with to be a share of the loss."""
         self.stage, self.inputs, self.targets, self.scale = stage, inputs, targets, scale
         self.queue = stage.queue
+        self.sequence_losses = torch.zeros(inputs.shape[:2], device=inputs.device)
+        """Sum over the tokens of each sequence [m, b], once computed on the last stage; elsewhere 0."""
 
     def compute(self, microbatch: int, activation: Tensor | None) -> Tensor:
         x = self.inputs[microbatch] if activation is None else activation
         y = self.stage(x, self.inputs.shape[-1])
-        return self.stage.loss(y, self.targets[microbatch]) * self.scale if self.stage.is_last else y
+        if not self.stage.is_last:
+            return y
+        losses = self.stage.loss(y, self.targets[microbatch])
+        self.sequence_losses[microbatch] = losses.detach().sum(-1)
+        return losses.sum() * self.scale
+
+    def own_loss(self) -> Tensor:
+        """This rank's share of the loss: summed over the world it is whole."""
+        return self.sequence_losses.sum() * self.scale * speaks_for_loss(self.stage.tensor_parallel.mesh)
 
 
-def train_step(state: TrainState, tokens: Tensor, flag: bool = False) -> StepResult:
-    """One update. ``tokens``: this data rank's microbatches [m, b, s + 1] on the device.
+def train_step(state: TrainState, batch: Batch, requests: Sequence[bool]) -> StepResult:
+    """One update. ``batch``: this data rank's part, on the device.
 
-    ``flag`` is summed over all ranks on the way (to agree on stopping, say).
+    ``requests``, such as to stop, travel with the loss, so that all ranks agree on them at no cost.
     """
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
-    inputs, targets = tokens[..., :-1], tokens[..., 1:]
+    inputs, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
     scale = 1 / count_targets(targets, mesh)
+    work = StageOnBatch(state.stage, inputs, targets, scale)
 
     optimizer.zero_gradients()
     optimizer.wait_for_parameters()
-    losses = execute(
-        state.program,
-        [StageOnBatch(state.stage, inputs, targets, scale)],
-        border(state.stage, inputs),
-        mesh,
-        before_last_backward=optimizer.expect_last_backward,
+    execute(
+        state.program, [work], border(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward
     )
     optimizer.finish_gradients()
 
-    loss, squared_norm, flags = all_reduce(
-        torch.stack([own_loss(losses, mesh), optimizer.squared_norm(), torch.full_like(scale, float(flag))]),
-        mesh.world,
+    loss, squared_norm, by_source, asked = _sum_over_world(
+        mesh, work.own_loss(), optimizer.squared_norm(), losses_by_source(work, batch), torch.tensor(requests)
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
     state.step += 1
     lr = learning_rate(optim, state.settings.train.steps, state.step)
     optimizer.step(lr, clip_divisor(norm, optim.clip_grad), accepted)
-    return StepResult(loss, norm, accepted, flags, lr)
+    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, asked, lr)
+
+
+def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
+    """All parts summed over all ranks in one reduction, fp32."""
+    flat = torch.cat([part.to(mesh.device, torch.float32).flatten() for part in parts])
+    sums = all_reduce(flat, mesh.world).split([part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
+
+
+def losses_by_source(work: StageOnBatch, batch: Batch) -> Tensor:
+    """This rank's share of [sum of the losses, number of targets] of each source: [2, sources]."""
+    counts = (work.targets != IGNORED_TARGET).sum(-1, dtype=torch.float32)
+    sums = torch.zeros(2, batch.source_count, device=counts.device)
+    both = torch.stack([work.sequence_losses.flatten(), counts.flatten()])
+    sums.index_add_(1, batch.sources.flatten(), both)
+    return sums * speaks_for_loss(work.stage.tensor_parallel.mesh)
+
+
+def speaks_for_loss(mesh: Mesh) -> bool:
+    """Whether this rank counts its losses in sums over the world: all tp ranks of the last stage know them."""
+    return mesh.is_last_stage and mesh.tp.rank == 0
 
 
 def build_program(settings: Settings, mesh: Mesh) -> list[Action]:
@@ -116,11 +147,4 @@ def border(stage: LlamaStage, inputs: Tensor) -> Border:
     """What crosses between stages for inputs [m, b, s]."""
     _, batch, length = inputs.shape
     parallel = stage.tensor_parallel
-    return Border((batch, parallel.sequence_part(length), stage.model.hidden_size), parallel.dtype)
-
-
-def own_loss(losses: list[Tensor], mesh: Mesh) -> Tensor:
-    """This rank's share of the loss: summed over the world it is whole. All tp ranks know it, the first one tells."""
-    if not losses or mesh.tp.rank != 0:
-        return torch.zeros((), device=mesh.device)
-    return torch.stack(losses).sum()
+    return Border((batch, parallel.sequence_part(length), stage.model.hidden_size), stage.dtype)

@@ -11,18 +11,19 @@ from megagap.model.llama import build_stage
 from megagap.model.shapes import parameter_count
 from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data, validation_data
 from megagap.training.evaluate import evaluate
 from megagap.training.persistence import resume, save
 from megagap.training.recorder import Recorder, due
-from megagap.training.signals import StopRequest
-from megagap.training.step import StepResult, TrainState, build_program, train_step
+from megagap.training.requests import Requests
+from megagap.training.step import TrainState, build_program, train_step
 
 log = logging.getLogger(__name__)
 
 
-def train(settings: Settings, mesh: Mesh, run: RunDirectory, stop: StopRequest) -> None:
+def train(settings: Settings, mesh: Mesh, run: RunDirectory, requests: Requests) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     data, held_out = training_data(settings), validation_data(settings)
     loader = MicrobatchLoader(
@@ -40,32 +41,31 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory, stop: StopRequest) 
     run.event("start", processes=mesh.world.size)
     describe(settings, mesh, state)
     recorder = Recorder(settings, mesh, run, state.step)
-    previous: StepResult | None = None
-    stopping = False
+    stopping = saving = False
 
     while state.step < steps and not stopping:
-        tokens = loader.step(state.consumed_samples).to(mesh.device, non_blocking=True)
-        result = train_step(state, tokens, flag=bool(stop))
+        batch = loader.step(state.consumed_samples).to(mesh.device)
+        result = train_step(state, batch, requests.poll())
         run.step = state.step
-        # The host reads each step's numbers when the next one is under way, and so never drains the device.
-        recorder.step_done(state.step, result)
-        stopping = previous is not None and bool(previous.flags)
-        previous = result
+        # The host reads a step's numbers when the next one is under way, and so never drains the device.
+        stopping, saving = recorder.step_done(state.step, result)
 
         last = state.step == steps or stopping
         if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
             with recorder.pause():
                 recorder.add_validation(evaluate(state, held_out))
-        if due(settings.checkpoint.every, state.step, last) or last:
+        if due(settings.checkpoint.every, state.step, last) or last or saving:
             with recorder.pause():
                 recorder.sync()
                 save(state, run)
+                requests.saved()
 
     recorder.close()
     if state.step < steps:
-        run.event("stop", signal=stop.name)
-        run.status("preempted", f"stopped by {stop.name or 'another rank'}; start again to go on")
-        log.info("stopped by %s after step %d; start the same command again to go on", stop.name, state.step)
+        reason = requests.reason or "another rank"
+        run.event("stop", reason=reason)
+        run.status("preempted", f"stopped by {reason}; start the same command again to go on")
+        log.info("stopped by %s after step %d; start the same command again to go on", reason, state.step)
     else:
         run.event("finish")
         run.status("finished")
@@ -82,7 +82,7 @@ def build_state(settings: Settings, mesh: Mesh) -> TrainState:
     )
     parameters = stage.sharded_parameters()
     initialise(parameters, settings.model, settings.train.seed)
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh)
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
     return TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
 
 

@@ -141,9 +141,19 @@ def test_every_layout_sees_the_same_batch(sources: list[Source], dp: int, micro:
     data = TrainingData(sources, S, seed=5)
     parts = [MicrobatchLoader(data, 12, micro, rank, dp).step(24) for rank in range(dp)]
     for part in parts:
-        assert part.dtype == torch.int64
-        assert part.shape == (12 // dp // micro, micro, S + 1)
-    assert torch.cat(parts).view(12, S + 1).tolist() == data.batch(24, 12).tolist()
+        assert part.tokens.dtype == torch.int64
+        assert part.tokens.shape == (12 // dp // micro, micro, S + 1)
+    assert torch.cat([part.tokens for part in parts]).view(12, S + 1).tolist() == data.batch(24, 12).tolist()
+    assert torch.cat([part.sources for part in parts]).view(12).tolist() == data.source_indices(24, 12).tolist()
+
+
+def test_skipped_samples_are_left_out_and_move_nothing_else(sources: list[Source]) -> None:
+    everything = TrainingData(sources, S, seed=5)
+    left = TrainingData(sources, S, seed=5, skip=[(3, 5), (8, 20)])
+    numbers = [0, 1, 2, 5, 6, 7, 20, 21]
+    assert [left.sample(position).sample for position in range(8)] == numbers
+    assert left.batch(0, 8).tolist() == [everything.tokens(number).tolist() for number in numbers]
+    assert left.source_indices(0, 8).tolist() == [everything.source_indices(n, 1)[0] for n in numbers]
 
 
 def test_token_outside_the_vocabulary_names_source_document_and_position(write_tokens: WriteTokens) -> None:

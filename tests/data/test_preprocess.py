@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import signal
@@ -7,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megagap.data import preprocess as module
 from megagap.data.indexed import IndexedDataset
 from megagap.data.jsonlines import read_chunks
-from megagap.data.preprocess import preprocess
+from megagap.data.preprocess import Pair, preprocess
 from megagap.errors import DataError
 
 
@@ -32,7 +34,7 @@ def test_documents_are_tokens_in_input_order(tmp_path: Path, corpus: Path, token
     expected = [[*backend(tokenizer_folder).encode(text).ids, 1] for text in documents_of(corpus)] * 2
     assert [document.tolist() for document in dataset] == expected
     assert dataset.dtype.name == "uint16"
-    assert (summary.documents, summary.empty, summary.tokens) == (400, 2, sum(map(len, expected)))
+    assert summary.pairs == (Pair(str(tmp_path / "out_text_document"), 400, 2, sum(map(len, expected))),)
     assert summary.input_bytes == 2 * corpus.stat().st_size
 
 
@@ -46,14 +48,6 @@ def test_files_do_not_depend_on_the_number_of_workers(
     for ending in ("bin", "idx"):
         one, two = ((tmp_path / f"{workers}_text_document.{ending}").read_bytes() for workers in (1, 2))
         assert one == two
-
-
-def test_chunks_are_whole_lines_and_lose_nothing(corpus: Path) -> None:
-    chunks = list(read_chunks([corpus], 300))
-    assert len(chunks) > 10
-    assert b"".join(line for chunk in chunks for line in chunk.lines) == corpus.read_bytes()
-    first_lines = [chunk.first_line for chunk in chunks]
-    assert first_lines == [1 + sum(len(c.lines) for c in chunks[:i]) for i in range(len(chunks))]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +94,91 @@ def test_tokenizer_without_end_of_text_cannot_append_it(tmp_path: Path, corpus: 
 
 def test_key_names_the_output(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "hello"}\n')
-    preprocess([tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), key="body")
+    preprocess([tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), ["body"])
     assert IndexedDataset(tmp_path / "out_body_document").document_count == 1
+
+
+def test_a_pair_of_several_keys_is_the_pair_of_each_key_alone(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [{"text": f"texte {i}. " * (i % 3), "title": f"titre {i}" * (i % 2)} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    monkeypatch.setattr(module, "read_chunks", lambda paths: read_chunks(paths, 500))
+    for out, keys, workers in (("both", ["title", "text"], 2), ("one", ["text"], 1), ("other", ["title"], 1)):
+        summary = preprocess([tmp_path / "a.jsonl"], str(tmp_path / out), str(tokenizer_folder), keys, workers=workers)
+        assert [pair.prefix for pair in summary.pairs] == [str(tmp_path / f"{out}_{key}_document") for key in keys]
+        expected = {"title": (50, 50), "text": (66, 34)}
+        assert [(pair.documents, pair.empty) for pair in summary.pairs] == [expected[key] for key in keys]
+    for ending in ("bin", "idx"):
+        for alone, key in (("one", "text"), ("other", "title")):
+            both, single = (tmp_path / f"{out}_{key}_document.{ending}" for out in ("both", alone))
+            assert both.read_bytes() == single.read_bytes()
+
+
+def test_fault_with_several_keys_in_workers_names_key_and_line_and_leaves_nothing(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path
+) -> None:
+    with pytest.raises(DataError, match=r"corpus\.jsonl, line 1: the document has no key 'title'; it has 'id', 'text'"):
+        preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder), ["text", "title"], workers=2)
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_one_key_twice_is_refused(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match="text, text are not distinct"):
+        preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder), ["text", "text"])
+
+
+def test_compressed_input_gives_the_same_files(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    contents = {"plain": corpus.read_bytes()}
+    contents |= {"gz": gzip.compress(contents["plain"]), "zst": zstandard.compress(contents["plain"])}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        summary = preprocess([tmp_path / name], str(tmp_path / f"out_{name}"), str(tokenizer_folder))
+        assert summary.input_bytes == len(content)
+        for ending in ("bin", "idx"):
+            expected = (tmp_path / f"out_plain_text_document.{ending}").read_bytes()
+            assert (tmp_path / f"out_{name}_text_document.{ending}").read_bytes() == expected
+
+
+BAD_LINES = [b'{"text": "cut', b'{"body": "x"}', b"[]", b'{"text": 3}', b'{"text": "\xff"}', b'{"text": "\\ud800"}']
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skipping_leaves_bad_documents_out_and_says_where(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    lines = corpus.read_bytes().splitlines()
+    assert len(lines) == 202
+    for bad in BAD_LINES:
+        lines.insert(100, bad)
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(module, "read_chunks", lambda paths: read_chunks(paths, 100))
+    summary = preprocess(
+        [tmp_path / "bad.jsonl"], str(tmp_path / "skip"), str(tokenizer_folder), workers=workers, on_error="skip"
+    )
+    preprocess([corpus], str(tmp_path / "good"), str(tokenizer_folder))
+    for ending in ("bin", "idx"):
+        skip, good = (tmp_path / f"{name}_text_document.{ending}" for name in ("skip", "good"))
+        assert skip.read_bytes() == good.read_bytes()
+    assert summary.skipped == 6
+    places = [fault.split(":")[0] for fault in summary.first_skipped]
+    assert places == [f"{tmp_path / 'bad.jsonl'}, line {n}" for n in (101, 102, 103, 104, 105)]
+
+
+def test_skipping_every_document_is_a_fault(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the 201 documents can be used(.|\n)*line 1: .* no key 'txt'"):
+        preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder), ["txt"], on_error="skip")
+    assert list(tmp_path.glob("out*")) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_cut_short_is_never_skipped(tmp_path: Path, corpus: Path, tokenizer_folder: Path, workers: int) -> None:
+    (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(corpus.read_bytes())[:-20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.zst cannot be read beyond line"):
+        preprocess(
+            [tmp_path / "cut.jsonl.zst"], str(tmp_path / "out"), str(tokenizer_folder), workers=workers, on_error="skip"
+        )
+    assert list(tmp_path.glob("out*")) == []
 
 
 def test_empty_input_gives_an_empty_pair(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -99,15 +99,14 @@ def test_truncation_and_padding_in_the_file_do_not_touch_documents(
     assert load_tokenizer(tmp_path).encode_batch(texts) == load_tokenizer(tokenizer_folder).encode_batch(texts)
 
 
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"model": 3}')
-    (tmp_path / "binary.model").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     faults: list[tuple[str | Path, str]] = [
         (tmp_path / "absent", "does not exist"),
-        (tmp_path, "holds no tokenizer.json"),
+        (tmp_path, r"holds no tokenizer: no tokenizer\.json"),
         (tmp_path / "bad.json", r"bad\.json is no Hugging Face tokenizer"),
-        (tmp_path / "binary.model", r"binary\.model is no Hugging Face tokenizer"),
-        (f"sentencepiece:{tokenizer_folder}", "cannot be read yet"),
+        (f"hf:{tmp_path / 'binary.json'}", r"binary\.json is no Hugging Face tokenizer"),
     ]
     for spec, message in faults:
         with pytest.raises(DataError, match=message):

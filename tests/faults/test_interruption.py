@@ -15,15 +15,22 @@ def same_numbers(metrics):
     return [{key: m[key] for key in ("step", "loss", "grad_norm", "lr", "consumed_samples")} for m in metrics]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path):
-    recipe = write_recipe(tmp_path, train=dict(steps=40), checkpoint=dict(every=8), parallel=dict(tp=2, pp=2))
-    expected = workers.run(8, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "precision"),
+    [(8, dict(tp=2, pp=2), "fp32"), (2, {}, "bf16-mixed")],
+    ids=["tp2 pp2 dp2 fp32", "dp2 bf16-mixed"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, precision):
+    train = dict(steps=40, precision=precision)
+    recipe = write_recipe(tmp_path, train=train, checkpoint=dict(every=8), parallel=parallel)
+    expected = workers.run(ranks, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
 
-    killed = launch(recipe, 8)
-    wait_until(lambda: (tmp_path / "run/checkpoints/step_00000016").exists())
+    killed = launch(recipe, ranks)
+    wait_until(lambda: (tmp_path / "run/checkpoints/step_00000016").exists(), killed)
     kill_all(killed)
     assert len(read_metrics(tmp_path / "run/metrics.jsonl")) < 40, "killed too late to show anything"
-    code, output = finish(launch(recipe, 8))
+    code, output = finish(launch(recipe, ranks))
 
     assert code == 0, output
     assert same_numbers(read_metrics(tmp_path / "run/metrics.jsonl")) == same_numbers(expected)
@@ -36,8 +43,7 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path):
 def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, number):
     recipe = write_recipe(tmp_path, train=dict(steps=2000))
     process = launch(recipe, 1)
-    wait_until(lambda: (tmp_path / "run/status.json").exists())
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
     process.send_signal(number)
     code, output = finish(process)
     assert code == 0, output
@@ -48,15 +54,35 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, num
     assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
 
 
+def test_a_file_named_SAVE_asks_for_a_checkpoint_once(tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    process = launch(recipe, 1)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    (tmp_path / "run/SAVE").touch()
+    wait_until(lambda: list((tmp_path / "run/checkpoints").glob("step_*")), process)
+    wait_until(lambda: not (tmp_path / "run/SAVE").exists(), process)
+    kill_all(process)
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) <= 2  # asked for and, at most, seen twice
+
+
+def test_max_minutes_stops_like_a_signal_and_the_run_goes_on(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=60))
+    workers.run(2, train_recipe, recipe, ["run.max_minutes=0.0001"])
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted" and status["step"] < 60 and "run.max_minutes" in status["message"]
+    metrics = workers.run(2, train_recipe, recipe, [])[0]
+    assert [m["step"] for m in metrics] == list(range(1, 61))
+
+
 def test_workers_end_with_a_killed_launcher(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     process = launch(recipe, 2)
-    wait_until(lambda: (tmp_path / "run/status.json").exists())
+    wait_until(lambda: (tmp_path / "run/status.json").exists(), process)
     pids = descendants(process.pid)
     assert len(pids) >= 2
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(_alive(pid) for pid in pids), seconds=10)
+    wait_until(lambda: not any(_alive(pid) for pid in pids), seconds=20)
 
 
 def _alive(pid):
@@ -76,10 +102,10 @@ def test_a_finished_run_says_so_and_exits_0(workers, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_a_second_writer_is_refused_and_names_the_holder(tmp_path, monkeypatch):
+def test_a_second_writer_is_refused_and_names_the_holder(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     first = launch(recipe, 1)
-    wait_until(lambda: (tmp_path / "run/status.json").exists())
+    wait_until(lambda: (tmp_path / "run/status.json").exists(), first)
     code, output = finish(launch(recipe, 1))
     kill_all(first)
     assert code == 2 and f"process {first.pid} on" in output and "Traceback" not in output
@@ -101,6 +127,25 @@ def test_going_on_with_another_model_or_data_is_refused_with_the_difference(work
     code, output = finish(launch(recipe, 1))
     assert code == 2 and shown in output and "Traceback" not in output
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_skipped_samples_can_be_ahead_but_not_behind(workers, tmp_path):
+    """Eight samples a step: after two steps, sample 16 is next."""
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    workers.run(1, train_recipe, recipe, [])
+    (metrics,) = workers.run(1, train_recipe, recipe, ["train.steps=3", 'train.skip_samples=["16:32"]'])
+    assert len(metrics) == 3
+    code, output = finish(launch(recipe, 1, "--train.steps", "4", "--train.skip_samples", '["0:8"]'))
+    assert code == 2 and "only later numbers can be skipped" in output
+
+
+def test_the_weights_of_a_checkpoint_start_a_new_run(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=4))
+    workers.run(1, train_recipe, recipe, [])
+    overrides = ["checkpoint.load_mode=model", f"checkpoint.load={tmp_path / 'run'}", f"run.dir={tmp_path / 'new'}"]
+    (metrics,) = workers.run(1, train_recipe, recipe, [*overrides, "train.steps=2", "train.seed=8"])
+    from_scratch = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert metrics[0]["step"] == 1 and metrics[0]["loss"] < from_scratch[0]["loss"] - 0.05
 
 
 def test_a_folder_seeds_an_empty_run_and_another_layout_goes_on(workers, tmp_path):

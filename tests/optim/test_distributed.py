@@ -33,7 +33,7 @@ def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[s
     """Two microbatches of made-up gradients a step and rank; returns the final parameters by name."""
     mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
     made = parameters()
-    optimizer = DistributedOptimizer(made, OPTIM, mesh, bucket_elements)
+    optimizer = DistributedOptimizer(made, OPTIM, mesh, bucket_elements=bucket_elements)
     for step in range(steps):
         optimizer.zero_gradients()
         optimizer.wait_for_parameters()
@@ -89,9 +89,28 @@ def test_a_rejected_step_changes_nothing():
         assert torch.equal(s.tensor, before[s.kind + s.shard.name])
 
 
+def test_bf16_parameters_follow_fp32_masters():
+    """An update far below bf16's resolution is not lost: it adds up in the master."""
+    made = parameters()
+    initial = {p.shard.name: p.detach().clone() for p in made}
+    optim = Optim(lr=1e-5, weight_decay=0.0, clip_grad=0)
+    optimizer = DistributedOptimizer(made, optim, Mesh.single(), torch.bfloat16)
+    assert all(torch.equal(p, initial[p.shard.name].bfloat16()) for p in made)
+    for _ in range(3):
+        optimizer.zero_gradients()
+        torch.autograd.backward(made, [torch.ones_like(p) for p in made])
+        optimizer.finish_gradients()
+        optimizer.step(optim.lr, torch.tensor(1.0), torch.tensor(True))
+    for part in optimizer.slices(owned_only=True):
+        if part.kind == "weight":
+            assert part.tensor.dtype == torch.float32
+            moved = initial[part.shard.name].flatten()[part.start : part.stop] - part.tensor
+            torch.testing.assert_close(moved, torch.full_like(moved, 3e-5), rtol=2e-2, atol=0)
+
+
 def padded_slices(rank: int, ranks: int) -> list[tuple[str, str, int, int]]:
     mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
-    optimizer = DistributedOptimizer(parameters(), OPTIM, mesh, 20)
+    optimizer = DistributedOptimizer(parameters(), OPTIM, mesh, bucket_elements=20)
     return [(s.kind, s.shard.name, s.start, s.stop) for s in optimizer.slices(owned_only=True)]
 
 

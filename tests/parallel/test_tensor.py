@@ -97,7 +97,7 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
 
     x = embedding(tokens)
     logits = vocab_logits(tp.enter(x), head, WeightGradientQueue())
-    loss = vocab_parallel_cross_entropy(logits, targets, head.shard.offsets[0], tp.mesh.tp)
+    loss = vocab_parallel_cross_entropy(logits, targets, head.shard.offsets[0], tp.mesh.tp).sum()
     loss.backward()
 
     table, projection = table.requires_grad_(), projection.requires_grad_()

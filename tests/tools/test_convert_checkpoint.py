@@ -3,6 +3,7 @@ import json
 import runpy
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megagap.checkpoint import save_checkpoint
+from megagap.checkpoint import load_model, save_checkpoint
 from megagap.config import Model
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
@@ -66,6 +67,18 @@ def test_a_users_mistake_ends_with_2_and_a_message_without_traceback(tmp_path: P
     assert done.returncode == 2
     assert "checkpoint error" in done.stderr and "nowhere does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_hugging_face_model_becomes_a_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
+    assert convert("--checkpoint", run, "--output", run / "hf").returncode == 0
+    command = [sys.executable, str(TOOL), "from-hf", "--input", str(run / "hf"), "--output", str(run / "back")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "has no tokenizer" in done.stderr
+    parameters = sum(prod(shape) for shape in model_tensors(Model(**MODEL)).values())
+    assert f"{parameters:,} parameters" in done.stdout and "float32" in done.stdout
+    for parameter in load_model(run / "back").parameters():
+        assert (parameter == 1).all()
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("77", 77)])

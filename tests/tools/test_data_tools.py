@@ -1,5 +1,6 @@
 """The data tools as a user runs them, in processes of their own."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -110,6 +111,24 @@ def test_user_faults_exit_2_with_a_message_and_no_traceback(tool: str, arguments
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_several_keys_of_compressed_text_with_bad_lines_skipped(folder: Path, tmp_path: Path) -> None:
+    documents = [{"text": f"bonjour {i}", "title": f"{i}"} for i in range(30)]
+    lines = [json.dumps(document) for document in documents] + ["{"] * 7
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    arguments = ["--input", tmp_path / "a.jsonl.gz", "--output-prefix", tmp_path / "a", "--tokenizer", folder / "bpe"]
+    arguments += ["--json-keys", "text", "title", "--workers", 1]
+    stopped = run("preprocess_data.py", *arguments)
+    assert stopped.returncode == 2
+    assert "a.jsonl.gz, line 31: not valid JSON" in stopped.stderr
+    skipped = run("preprocess_data.py", *arguments, "--on-error", "skip")
+    assert skipped.returncode == 0
+    assert [line.split(": ")[1].split(",")[0] for line in skipped.stdout.splitlines()] == ["30 documents"] * 2
+    assert "warning: 7 documents were skipped" in skipped.stderr
+    assert "line 35: not valid JSON" in skipped.stderr and "line 36" not in skipped.stderr
+    for key in ("text", "title"):
+        assert IndexedDataset(tmp_path / f"a_{key}_document").document_count == 30
 
 
 def test_short_text_warns_that_ids_are_missing(tmp_path: Path) -> None:

@@ -1,69 +1,23 @@
-"""Tokenizers, told apart by content. Today: Hugging Face's ``tokenizer.json``."""
+"""Hugging Face's ``tokenizer.json``."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
+from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT
 from megagap.errors import DataError
-
-END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")
-BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
-KINDS = ("hf", "sentencepiece", "tiktoken")
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back. Special tokens written out in a text are recognised; none are added."""
-
-    @property
-    def spec(self) -> str:
-        """What :func:`load_tokenizer` was given."""
-
-    @property
-    def vocab_size(self) -> int:
-        """The highest id + 1, added tokens included."""
-
-    @property
-    def bos(self) -> int | None:
-        """Id of the beginning of a text, if there is one."""
-
-    @property
-    def eod(self) -> int | None:
-        """Id of the end of a document, if there is one."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens written out."""
-
-
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load the tokenizer that ``spec`` names: a folder or a file, with a prefix such as ``hf:`` to force its kind.
-
-    Raises :class:`DataError` if there is none, or none that can be read.
-    """
-    kind, colon, path = str(spec).partition(":")
-    if not colon or kind not in KINDS:
-        kind, path = "", str(spec)
-    if not Path(path).exists():
-        raise DataError(f"the tokenizer {path} does not exist\n  give a tokenizer.json or its folder.")
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    if kind in ("sentencepiece", "tiktoken"):
-        raise DataError(f"{spec}: {kind} tokenizers cannot be read yet; convert it to a Hugging Face tokenizer.json")
-    if not file.exists():
-        raise DataError(f"{path} holds no tokenizer.json\n  only Hugging Face tokenizers can be read yet.")
-    return HuggingFaceTokenizer(file, str(spec))
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``, run by the ``tokenizers`` library; ``tokenizer_config.json`` beside it is heeded."""
+    """A ``tokenizer.json``, run by the ``tokenizers`` library; ``tokenizer_config.json`` beside it is heeded.
+
+    Special tokens written out in a text become these tokens, as everywhere in Hugging Face's libraries.
+    """
 
     def __init__(self, file: Path, spec: str) -> None:
-        # Imported here so that reading token files does not need it.
-        from tokenizers import Tokenizer as Backend
-
         try:
             self._backend = Backend.from_str(file.read_text(encoding="utf-8"))
         except OSError as error:

@@ -1,0 +1,334 @@
+"""A Hugging Face Llama, ``config.json`` and safetensors, as a checkpoint or at once as a model.
+
+The folder is untrusted input: nothing is used of it before names, shapes and dtypes are found to fit its
+``config.json``, and the safetensors library has checked its headers. Pickled weights are never opened.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megagap.checkpoint.model import SingleProcessModel, build_model, widest
+from megagap.checkpoint.save import save_checkpoint
+from megagap.config import Model, check_rules
+from megagap.errors import CheckpointError
+from megagap.model.shapes import model_tensors
+from megagap.parallel.shard import Slice, whole
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+SHARD_INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Element types that weights may have."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out of the folder
+
+# What config.json may leave out, and what transformers' LlamaConfig then takes.
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "initializer_range": 0.02,
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import has written."""
+
+    parameters: int
+    dtypes: tuple[str, ...]
+    """Element types of the weights, which are kept as they were, by torch's names."""
+    size: int
+    """Bytes of all weights."""
+    tokenizer: str | None
+    """Where the checkpoint says that the tokenizer is; None if the folder has none."""
+
+
+def import_model(
+    folder: Path, output: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Imported:
+    """Write the Hugging Face model in ``folder`` as the checkpoint ``output``: at step 0, its weights bit for bit.
+
+    The files are memory-mapped, so that no more than the system can spare is held in memory. ``progress`` is told the
+    bytes checked and their total. ``output`` appears when whole, and must not exist or be empty.
+    The tokenizer stays where it is; the checkpoint records the place.
+    Raises :class:`CheckpointError` if ``folder`` is no Llama that we can train, is damaged, or ``output`` cannot be
+    written.
+    """
+    output = output.resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
+    model, tensors = read_model_folder(folder)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    tokenizer = tokenizer_of(folder)
+
+    def slices() -> Iterator[Slice]:
+        done = 0
+        for name, tensor in tensors.items():
+            _check_finite(folder, name, tensor)
+            yield Slice("weight", whole(name, tuple(tensor.shape)), 0, tensor.numel(), tensor.view(-1))
+            done += tensor.nbytes
+            progress(done, total)
+
+    progress_of_run = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
+    state = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+    save_checkpoint(output, slices(), progress_of_run | state)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    return Imported(sum(map(torch.numel, tensors.values())), tuple(sorted(dtypes)), total, tokenizer)
+
+
+def load_hugging_face_model(folder: Path, device: torch.device | None = None) -> SingleProcessModel:
+    """The model in ``folder``, in eval mode and in the dtype stored (the widest, if there are several).
+
+    Raises :class:`CheckpointError` as :func:`import_model`.
+    """
+    settings, tensors = read_model_folder(folder)
+    model = build_model(settings, widest(tensor.dtype for tensor in tensors.values()), device)
+    with torch.no_grad():
+        for parameter in model.stage.sharded_parameters():
+            parameter.copy_(tensors[parameter.shard.name])
+    return model
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether ``folder`` means to be a Hugging Face model."""
+    return (folder / CONFIG).is_file()
+
+
+def tokenizer_of(folder: Path) -> str | None:
+    """The folder as a tokenizer, if it has one beside the model."""
+    return str(folder.resolve()) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def end_ids(folder: Path) -> set[int]:
+    """The ids at which a generated text ends, as ``transformers`` finds them. Raises :class:`CheckpointError`."""
+    path = folder / GENERATION_CONFIG
+    path = path if path.is_file() else folder / CONFIG
+    value = _read_json(path).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise _unusable(path, "eos_token_id", f"is {value!r}; it should be an id, or a list of ids")
+    return set(ids)
+
+
+def read_model_folder(folder: Path) -> tuple[Model, dict[str, Tensor]]:
+    """Settings and weights: all of :func:`model_tensors`, in its order. Memory-mapped, not to be written to.
+
+    Raises :class:`CheckpointError`.
+    """
+    model = read_settings(folder)
+    stored = _read_tensors(folder)
+    if model.num_hidden_layers > len(stored):
+        raise CheckpointError(
+            f"{folder / CONFIG}: num_hidden_layers = {model.num_hidden_layers}, but the folder has "
+            f"{len(stored)} tensors in all\n  are files missing? Download the model again."
+        )
+    wanted = model_tensors(model)
+    tensors = {}
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder} holds no {name}\n  are files missing? Download the model again.")
+        tensor = tensors[name] = stored.pop(name)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(tensor.shape)}, {CONFIG} says {list(shape)}\n"
+                "  the files do not belong together. Download the model again."
+            )
+        if tensor.dtype not in READABLE:
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in READABLE)
+            raise CheckpointError(
+                f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; only {dtypes} can be read\n"
+                "  use the unquantised model."
+            )
+    _refuse_rest(folder, model, tensors, stored)
+    return model, tensors
+
+
+def _refuse_rest(folder: Path, model: Model, tensors: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+    """Nothing may be left but what older versions of transformers wrote although it follows from the rest."""
+    for name, tensor in rest.items():
+        if name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight" and model.tie_word_embeddings:
+            embedding = tensors["model.embed_tokens.weight"]
+            if tensor.dtype == embedding.dtype and torch.equal(tensor, embedding):
+                continue
+            raise CheckpointError(
+                f"{folder / CONFIG}: tie_word_embeddings is true, but lm_head.weight differs from the embedding\n"
+                "  set it to false to keep both."
+            )
+        raise CheckpointError(
+            f"{folder} holds {name}, which a Llama as its {CONFIG} describes has no place for\n"
+            "  only plain Llama 2 and 3 models can be read."
+        )
+
+
+def _check_finite(folder: Path, name: str, tensor: Tensor) -> None:
+    """The files carry no checksums: this finds at least the worst of what may have happened to them."""
+    if not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise CheckpointError(f"{folder}: {name} has values that are not finite\n  download the model again.")
+
+
+# -------------------------------------------------------------------------------------------------------- config.json
+
+
+def read_settings(folder: Path) -> Model:
+    """The model's settings from ``config.json``, as transformers 4 or 5 writes it.
+
+    Raises :class:`CheckpointError`, naming the field, if it is no Llama or has features that we lack.
+    """
+    if not folder.is_dir():
+        problem = "is no folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {problem}\n  give the folder of a Hugging Face model.")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}")
+    config = _read_json(path)
+    _refuse_others(path, config)
+    missing = [name for name in _REQUIRED if config.get(name) is None]
+    if missing:
+        raise _unusable(path, missing[0], "is missing")
+    values = {name: config[name] for name in _REQUIRED} | {
+        name: default if config.get(name) is None else config[name] for name, default in _OPTIONAL.items()
+    }
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = (
+        heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]
+    )
+    values["head_dim"] = config.get("head_dim") or 0
+    values |= _rotary(path, config, values["max_position_embeddings"])
+    try:
+        model = Model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise _unusable(path, field, f"is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    faults = check_rules({f"model.{name}": value for name, value in model}, None)
+    if faults:
+        field = faults[0].setting.removeprefix("model.")
+        raise _unusable(path, field, f"is {faults[0].value}: {faults[0].message.replace('model.', '')}")
+    return model.model_copy(update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads})
+
+
+def _refuse_others(path: Path, config: dict[str, Any]) -> None:
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
+    if config.get("model_type") != "llama":
+        raise _no_llama(path, "model_type", config.get("model_type"))
+    if architectures != ["LlamaForCausalLM"]:
+        raise _no_llama(path, "architectures", architectures)
+    if config.get("hidden_act", "silu") != "silu":
+        raise _unusable(path, "hidden_act", f"is {config['hidden_act']!r}; only 'silu' is supported")
+    if config.get("quantization_config"):
+        raise _unusable(path, "quantization_config", "is set; quantised weights are not supported")
+
+
+def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` of either form: at top level, or in ``rope_parameters``."""
+    merged: dict[str, Any] = {}
+    for field in ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"):
+        value = config.get(field)
+        if value is None:
+            continue
+        if field in ("rope_scaling", "rope_parameters"):
+            if not isinstance(value, dict):
+                raise _unusable(path, field, f"is {value!r}, not an object")
+        else:
+            value = {field: value}
+        for key, inner in value.items():
+            key = "rope_type" if key == "type" else key
+            if merged.setdefault(key, inner) != inner:
+                raise _unusable(path, field, f"says {key} = {inner!r}, elsewhere it is {merged[key]!r}")
+    kind, theta = merged.pop("rope_type", "default"), merged.pop("rope_theta", 10000.0)
+    if merged.pop("partial_rotary_factor", 1.0) != 1:
+        raise _unusable(path, "partial_rotary_factor", "is set; only whole heads can be rotated")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "llama3":
+        raise _unusable(path, "rope_scaling", f"is of type {kind!r}; only 'llama3' is supported")
+    defaults = {"original_max_position_embeddings": max_position_embeddings}
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | defaults | merged}
+
+
+def _no_llama(path: Path, field: str, value: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{path.parent} holds no Llama: {path.name} says {field} = {json.dumps(value)}\n"
+        '  only models of type "llama" (LlamaForCausalLM: Llama 2 and 3) can be read.'
+    )
+
+
+def _unusable(path: Path, field: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {field} {problem}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object")
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- safetensors
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the model's files, memory-mapped."""
+    if (folder / SINGLE_FILE).is_file():
+        return _open_file(folder / SINGLE_FILE)
+    if not (folder / SHARD_INDEX).is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickled:
+            raise CheckpointError(
+                f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when opened: it is not read\n"
+                "  save the model as safetensors: with transformers, model.save_pretrained(DIR)."
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {SHARD_INDEX}\n  download the model again.")
+    path = folder / SHARD_INDEX
+    places = _read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{path}: weight_map should name a file for each tensor")
+    files = sorted(set(places.values()))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not _FILE_NAME.fullmatch(file):
+            raise CheckpointError(f"{path}: weight_map names {file!r}, which is no safetensors file of this folder")
+        found = _open_file(folder / file)
+        for name in found:
+            if places.get(name) != file:
+                raise CheckpointError(
+                    f"{folder / file} holds {name}, which {path.name} places in {places.get(name, 'no file')}\n"
+                    "  the files do not belong together. Download the model again."
+                )
+        tensors |= found
+    return tensors
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing\n  download the model again.") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}\n  download it again.") from None

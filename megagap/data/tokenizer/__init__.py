@@ -1,0 +1,133 @@
+"""Tokenizers of three kinds, told apart by what their files hold.
+
+``hf``: Hugging Face's ``tokenizer.json``. ``sentencepiece``: a ``.model``. ``tiktoken``: a rank file, such as the
+``tokenizer.model`` of Llama 3. Ids are those of each library. No kind adds special tokens, but where one is written out
+in a text, ``hf`` takes it for that token, and the other two take it for plain text.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megagap.errors import DataError
+
+END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")
+BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
+
+KINDS = {
+    "hf": "Hugging Face tokenizer.json",
+    "sentencepiece": "sentencepiece model",
+    "tiktoken": "tiktoken rank file",
+}
+"""Each kind's prefix in a specification, and what its file is called."""
+
+STARTS = {
+    "hf": re.compile(rb'\s*\{\s*["}]'),
+    # Protocol buffers: a piece (field 1) of some length that starts with its text (field 1).
+    "sentencepiece": re.compile(rb"\n[\x80-\xff]*[\x00-\x7f]\n"),
+    # A token in base64 and its rank in each line.
+    "tiktoken": re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s"),
+}
+"""How the file of each kind starts, tried in this order."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. No special tokens are added."""
+
+    @property
+    def spec(self) -> str:
+        """What :func:`load_tokenizer` was given."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id + 1, added tokens included."""
+
+    @property
+    def bos(self) -> int | None:
+        """Id of the beginning of a text, if there is one."""
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the end of a document, if there is one."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens written out; ids from ``vocab_size`` on are left out."""
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """Load the tokenizer that ``spec`` names: a folder or a file, with a prefix such as ``hf:`` to force its kind.
+
+    Raises :class:`DataError` if there is none, or none that can be read.
+    """
+    kind, file = find_tokenizer(spec)
+    # Imported here so that a kind's library is loaded only where it is used, and none to read token files.
+    if kind == "hf":
+        from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(file, str(spec))
+    if kind == "sentencepiece":
+        from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(file, str(spec))
+    from megagap.data.tokenizer.tiktoken import TiktokenTokenizer
+
+    return TiktokenTokenizer(file, str(spec))
+
+
+def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
+    """The kind, a key of :data:`KINDS`, and the file of the tokenizer that ``spec`` names.
+
+    Of a folder it is ``tokenizer.json``, else ``tokenizer.model``, else its only ``*.model`` or ``*.tiktoken``; with a
+    forced kind, the first of these that is of that kind. Raises :class:`DataError` if there is none, or of no kind.
+    """
+    prefix, colon, rest = str(spec).partition(":")
+    forced, path = (prefix, Path(rest)) if colon and prefix in KINDS else (None, Path(spec))
+    if not path.exists():
+        raise DataError(f"the tokenizer {path} does not exist\n  give the file of a tokenizer, or its folder.")
+    if path.is_dir():
+        return _find_in_folder(path, forced)
+    kind = forced or _kind_of(path)
+    if kind is None:
+        raise DataError(
+            f"{path} is no tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n  {_hint(path)}"
+        )
+    return kind, path
+
+
+def _find_in_folder(folder: Path, forced: str | None) -> tuple[str, Path]:
+    usual = [file for name in ("tokenizer.json", "tokenizer.model") if (file := folder / name).is_file()]
+    found = [*usual, *sorted({*folder.glob("*.model"), *folder.glob("*.tiktoken")} - {*usual})]
+    if forced:
+        found = [file for file in found if _kind_of(file) == forced][:1]
+    elif usual:
+        found = usual[:1]
+    if not found:
+        wanted = f"no {KINDS[forced]}" if forced else "no tokenizer: no tokenizer.json, *.model or *.tiktoken"
+        raise DataError(f"{folder} holds {wanted}\n  give the file itself if it bears another name.")
+    if len(found) > 1:
+        raise DataError(f"{folder} holds several tokenizers: {', '.join(f.name for f in found)}\n  name one of them.")
+    return find_tokenizer(f"{forced}:{found[0]}" if forced else found[0])
+
+
+def _kind_of(file: Path) -> str | None:
+    start = _start_of(file)
+    return next((kind for kind, pattern in STARTS.items() if pattern.match(start)), None)
+
+
+def _start_of(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(4096)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _hint(file: Path) -> str:
+    if _start_of(file).startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: fetch the file itself with git lfs pull."
+    return f"if it is one, force its kind: {', '.join(f'{kind}:{file}' for kind in KINDS)}."

@@ -1,0 +1,56 @@
+"""Google's sentencepiece models, such as the ``tokenizer.model`` of Llama 2."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT
+from megagap.errors import DataError
+
+
+class SentencePieceTokenizer:
+    """A ``.model``, run by the ``sentencepiece`` library.
+
+    Control tokens written out in a text are plain text. What the model's normalisation drops, such as repeated blanks,
+    does not come back on decoding.
+    """
+
+    def __init__(self, file: Path, spec: str) -> None:
+        try:
+            self._backend = SentencePieceProcessor(model_proto=file.read_bytes())
+            self.vocab_size: int = self._backend.vocab_size()
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror}") from None
+        except Exception as error:  # RuntimeError today; which one the library does not say
+            raise DataError(f"{file} is no sentencepiece model: {error}") from None
+        if not self.vocab_size:
+            raise DataError(f"{file} is no sentencepiece model: it has no pieces")
+        self.spec = spec
+        self.bos = self._special(self._backend.bos_id(), BEGIN_OF_TEXT)
+        self.eod = self._special(self._backend.eos_id(), END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, out_type=int)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # One thread: workers are processes.
+        ids: list[list[int]] = self._backend.encode(list(texts), out_type=int, num_threads=1)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [int(i) for i in ids if i < self.vocab_size]
+        # The library gives no text for control tokens.
+        return "".join(
+            "".join(map(self._backend.id_to_piece, run)) if is_control else self._backend.decode(list(run))
+            for is_control, run in groupby(known, self._backend.is_control)
+        )
+
+    def _special(self, identifier: int, usual: Sequence[str]) -> int | None:
+        """``identifier``, or where the model names none (-1), that of the first of ``usual`` that it has."""
+        if identifier >= 0:
+            return identifier
+        known = (i for token in usual if (i := self._backend.piece_to_id(token)) != self._backend.unk_id())
+        return next(known, None)

@@ -1,0 +1,100 @@
+"""OpenAI's tiktoken with Llama 3's words and special tokens."""
+
+import re
+from base64 import b64decode
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tiktoken import Encoding
+
+from megagap.data.bpe import LLAMA3_WORDS
+from megagap.errors import DataError
+
+NAMED_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+SPECIAL_TOKENS = (*NAMED_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(2, 256 + 2 - len(NAMED_TOKENS))))
+"""Llama 3's 256 special tokens, whose ids follow the ranks (Llama 3.1's names; 3.0 had some of them reserved)."""
+
+LONGEST_BLANK = 400_000
+"""Characters; the library's regular expressions overflow their stack somewhere above."""
+
+
+class TiktokenTokenizer:
+    """A rank file, run by the ``tiktoken`` library.
+
+    Such a file holds nothing but tokens: how text is cut into words and which special tokens there are is taken from
+    Llama 3. Ids are those of ``Encoding.encode_ordinary``: special tokens written out in a text are plain text.
+    """
+
+    def __init__(self, file: Path, spec: str) -> None:
+        ranks = read_ranks(file)
+        special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self._backend = Encoding(file.name, pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+        self.spec = spec
+        self.vocab_size = len(ranks) + len(special)
+        self.bos: int | None = special["<|begin_of_text|>"]
+        self.eod: int | None = special["<|end_of_text|>"]
+
+    def encode(self, text: str) -> list[int]:
+        return [i for piece in _without_long_blanks(text) for i in self._backend.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([int(i) for i in ids if i < self.vocab_size])
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """The tokens of a rank file, a token in base64 and its rank in each line, in the order of their ranks.
+
+    Raises :class:`DataError` for a line that is no such thing, or if ranks or single bytes are missing.
+    """
+    # The library's own reader says nothing of lines, and caches files by their paths.
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            shown = line[:60].decode("ascii", errors="replace")
+            raise DataError(
+                f"{file} is no tiktoken rank file: line {number} is not a token in base64 and its rank: {shown!r}"
+            ) from None
+    # Special tokens follow the ranks, so these must have no gaps; every text can be encoded if every byte can.
+    absent = {*range(len(ranks))} - {*ranks.values()}
+    if absent:
+        raise DataError(f"{file} is damaged: it has {len(ranks):,} tokens, but none of rank {min(absent)}")
+    byte = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+    if byte is not None:
+        raise DataError(f"{file} has no token for the byte {byte:#04x}, so that some texts cannot be encoded")
+    return ranks
+
+
+def _without_long_blanks(text: str) -> Iterator[str]:
+    """``text`` in pieces with at most ``LONGEST_BLANK`` white space in a row: nearly always in one piece."""
+    start = 0
+    if len(text) > LONGEST_BLANK:
+        for blank in re.finditer(r"\s+", text):
+            for cut in range(blank.start() + LONGEST_BLANK, blank.end(), LONGEST_BLANK):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]

@@ -1,0 +1,75 @@
+"""``examples/slurm/train.sbatch`` does under Slurm what it says; Slurm's commands are stand-ins here."""
+
+import json
+import os
+import shlex
+import signal
+from pathlib import Path
+
+from tests.distributed.machines import ROOT, Machines, Started, finish, wait_until
+from tests.recipes import write_recipe
+
+
+def write_commands(folder: Path, machines: Machines) -> None:
+    """srun starts the task on each machine and waits; scontrol knows the machines and notes a requeue."""
+    tasks = [
+        f'{shlex.join(machine.enter)} "$task" {shlex.join(machine.options)} --processes 1 "$@" & echo $! >>"$PIDS"'
+        for machine in machines.machines
+    ]
+    lines = ["while [[ $1 == -* ]]; do shift; done", "task=$1; shift", *tasks, "wait -n && wait -n"]
+    addresses = " ".join(machine.address for machine in machines.machines)
+    commands = {
+        "srun": lines,
+        "scontrol": [f'[[ $1 == requeue ]] && echo "$2" >>"$REQUEUED" || printf "%s\\n" {addresses}'],
+    }
+    folder.mkdir()
+    for name, lines in commands.items():
+        (folder / name).write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
+        (folder / name).chmod(0o755)
+
+
+def submit(machines: Machines, folder: Path, *arguments: str) -> tuple[Started]:
+    (folder / "pids").unlink(missing_ok=True)
+    return (
+        machines.start(
+            ["bash", str(ROOT / "examples/slurm/train.sbatch"), *arguments],
+            folder / "job.out",
+            PATH=f"{folder / 'bin'}:{os.environ['PATH']}",
+            SLURM_SUBMIT_DIR=str(ROOT),
+            SLURM_JOB_ID="4711",
+            SLURM_JOB_NODELIST="two",
+            PIDS=str(folder / "pids"),
+            REQUEUED=str(folder / "requeued"),
+        ),
+    )
+
+
+def test_a_signalled_job_saves_and_goes_back_into_the_queue_until_the_run_is_finished(machines, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(pp=2))
+    write_commands(tmp_path / "bin", machines)
+    job = submit(machines, tmp_path, str(recipe))
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), job)
+    for pid in (tmp_path / "pids").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+
+    assert finish(job) == [0], job[0].output
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted"
+    assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+    assert "Traceback" not in job[0].output
+
+    job = submit(machines, tmp_path, str(recipe), "--train.steps", str(status["step"] + 3))
+    assert finish(job) == [0], job[0].output
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+    assert (tmp_path / "requeued").read_text() == "4711\n"
+
+
+def test_a_job_with_a_faulty_recipe_ends_before_any_node_is_busy(machines, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=-1))
+    write_commands(tmp_path / "bin", machines)
+    job = submit(machines, tmp_path, str(recipe))
+    wait_until(lambda: job[0].process.poll() is not None, ())
+    assert job[0].process.returncode == 2
+    assert "train.steps" in job[0].output and "Traceback" not in job[0].output
+    assert not (tmp_path / "pids").exists()

@@ -1,0 +1,57 @@
+"""Two machines train as one, and neither waits for the other when it is gone."""
+
+import json
+import time
+
+import pytest
+
+from megagap.observe.metrics import read_metrics
+from tests.distributed.machines import ROOT, finish, is_alive, wait_until
+from tests.recipes import write_recipe
+from tests.training_run import train_recipe
+
+SECONDS_TO_END = 40
+"""For the survivors of a lost machine: five to speak, the rest for two busy cores."""
+
+
+def numbers(metrics):
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics]
+
+
+def our_tracebacks(text: str) -> list[str]:
+    """torchrun ends with a traceback of its own; ours would go through our files."""
+    return [line for line in text.splitlines() if f'File "{ROOT}/megagap' in line]
+
+
+def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path):
+    """One pipeline stage on each, two data-parallel replicas within."""
+    recipe = write_recipe(tmp_path, parallel=dict(pp=2))
+    expected = workers.run(4, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])[0]
+
+    started = machines.launch(tmp_path, recipe)
+    assert finish(started) == [0, 0], "\n".join(one.output for one in started)
+    metrics = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert len(metrics) == 10
+    assert numbers(metrics) == numbers(expected)
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
+def test_when_a_machine_is_lost_the_other_says_so_and_ends(machines, tmp_path, lost):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(pp=2))
+    started = machines.launch(tmp_path, recipe)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), started)
+    gone, other = started[lost], started[1 - lost]
+
+    gone.kill()
+    before = time.monotonic()
+    wait_until(lambda: other.process.poll() is not None or time.monotonic() - before > SECONDS_TO_END, ())
+
+    assert other.process.poll() not in (None, 0), other.output
+    assert len(gone.children) >= 2 and not any(is_alive(pid) for pid in gone.children)
+    ranks = (0, 1) if lost else (2, 3)
+    assert any(f"distributed error: rank {rank} lost contact with another rank" in other.output for rank in ranks)
+    assert "the last checkpoint" in other.output
+    assert not our_tracebacks(other.output)
+    for rank in ranks:
+        assert not our_tracebacks((tmp_path / f"run/logs/rank_{rank:05}.log").read_text())

@@ -1,0 +1,100 @@
+"""Bad input ends in one clear message (what, where, what to do), without a traceback of ours, within seconds."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from megagap.data.indexed import IndexedDatasetWriter
+from tests.launching import descendants, finish, launch, wait_until
+from tests.recipes import write_recipe
+
+
+def damage_nothing(folder):
+    pass
+
+
+def remove_bin(folder):
+    (folder / "fr_text_document.bin").unlink()
+
+
+def remove_idx(folder):
+    (folder / "en_text_document.idx").unlink()
+
+
+def truncate_bin(folder):
+    file = folder / "fr_text_document.bin"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def truncate_idx(folder):
+    file = folder / "fr_text_document.idx"
+    os.truncate(file, file.stat().st_size - 3)
+
+
+def spoil_header(folder):
+    file = folder / "fr_text_document.idx"
+    file.write_bytes(b"not an index" + file.read_bytes()[12:])
+
+
+def foreign_tokens(folder):
+    with IndexedDatasetWriter(str(folder / "fr_text_document"), np.dtype("uint16")) as writer:
+        for _ in range(50):
+            writer.add_document(np.full(100, 60_000))
+
+
+def short_source(folder):
+    with IndexedDatasetWriter(str(folder / "fr_text_document"), np.dtype("uint16")) as writer:
+        writer.add_document(np.arange(5))
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "ranks", "message"),
+    [
+        (remove_bin, {}, 1, "fr_text_document.bin"),
+        (remove_idx, {}, 1, "en_text_document.idx"),
+        (truncate_bin, {}, 2, "fr_text_document.bin is"),
+        (truncate_idx, {}, 1, "fr_text_document.idx"),
+        (spoil_header, {}, 1, "fr_text_document.idx"),
+        (foreign_tokens, {}, 2, "token id 60000 in source fr"),
+        (short_source, {}, 1, "source fr has 5 tokens"),
+        (damage_nothing, {"parallel.tp": 2, "parallel.pp": 2}, 2, "does not divide the 2 processes"),
+        (damage_nothing, {"parallel.tp": 3}, 1, "does not divide model.num_attention_heads = 4"),
+        (damage_nothing, {"parallel.pp": 6}, 1, "a stage would have none"),
+        (damage_nothing, {"train.sequence_length": 4096}, 1, "longer than model.max_position_embeddings"),
+        (damage_nothing, {"train.steps": -1, "optim.lrr": 1, "parallel.tp": 3}, 2, "faults in"),
+        (damage_nothing, {"checkpoint.load": "nowhere"}, 2, "nowhere"),
+        (damage_nothing, {"run.dir": "/proc/none"}, 1, "cannot be written"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_bad_input_of_a_training_run(tmp_path, damage, overrides, ranks, message):
+    recipe = write_recipe(tmp_path)
+    damage(tmp_path)
+    process = launch(recipe, ranks, *(f"--{name}={value}" for name, value in overrides.items()))
+    code, output = finish(process, timeout=60)
+    assert message in output, output
+    assert code == (2 if ranks == 1 else 1)
+    # torchrun prints a traceback of its own; ours would name our files.
+    assert 'File "' not in output.replace("torch/distributed", "").partition(message)[0]
+    assert "megagap/training" not in output
+
+
+def test_three_faults_are_all_reported(tmp_path):
+    recipe = write_recipe(tmp_path)
+    code, output = finish(launch(recipe, 1, "--train.steps=-1", "--optim.lrr=1", "--parallel.tp=3"))
+    assert code == 2
+    for part in ("train.steps = -1", "did you mean optim.lr?", "parallel.tp = 3"):
+        assert part in output
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    process = launch(recipe, 2)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    workers = descendants(process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+    code, output = finish(process, timeout=60)
+    assert code == 1 and "lost contact with another rank" in output
+    assert "megagap/training" not in output

@@ -1,0 +1,189 @@
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from megagap.checkpoint.huggingface_import import load_hugging_face_model
+from megagap.config import Model
+from megagap.data.bpe import train_tokenizer
+from megagap.data.tokenizer import load_tokenizer
+from megagap.errors import CheckpointError, DataError
+from megagap.generation import Sampling, TextStream, choose, encode_prompt, generate, load_text_model
+from tests.huggingface import reference_model
+
+MODEL = Model(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    vocab_size=300,
+    max_position_embeddings=12,
+)
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """Hardly more than single bytes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.jsonl").write_text('{"text": "the the that"}\n')
+    train_tokenizer([folder / "text.jsonl"], folder / "bpe", 300)
+    return folder / "bpe"
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    """With byte fallback, as Llama 2's."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    reference_model(MODEL).save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+TEXTS = ["naïve café – 100 €", "日本語のテキスト 🙂🙃 end", "the  that\n\n the", "", "🙂"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_model"])
+@pytest.mark.parametrize("before", ["", "the fox é"])
+def test_the_pieces_put_together_are_the_text_and_none_has_half_a_character(request, text, kind, before):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    start = tokenizer.encode(before)
+    ids = tokenizer.encode(before + text)[len(start) :]
+    assert tokenizer.encode(before + text)[: len(start)] == start
+    stream = TextStream(tokenizer, start)
+    pieces = [stream.add(token) for token in ids]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert stream.finish() == ""
+    assert tokenizer.decode(start) + "".join(pieces) == tokenizer.decode(start + ids)
+
+
+def test_text_appears_with_the_last_byte_of_a_character(bpe):
+    tokenizer = load_tokenizer(bpe)
+    stream = TextStream(tokenizer, [])
+    assert [stream.add(token) for token in tokenizer.encode("x€y")] == ["x", "", "", "€", "y"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_sequence_of_ids_streams_to_what_it_decodes_to(bpe, seed):
+    tokenizer = load_tokenizer(bpe)
+    ids = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
+    stream = TextStream(tokenizer, ids[:7])
+    text = "".join(stream.add(token) for token in ids[7:]) + stream.finish()
+    # The ids before may end within a character, which then is shown broken.
+    assert text.lstrip("\ufffd") == tokenizer.decode(ids)[len(tokenizer.decode(ids[:7])) :].lstrip("\ufffd")
+
+
+def test_the_same_seed_samples_the_same_and_another_something_else(hugging_face):
+    model = load_hugging_face_model(hugging_face)
+    texts = [list(generate(model, [5, 6], 10, sampling=Sampling(temperature=1.0, seed=seed))) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def frequencies(logits, sampling, draws=4000):
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.tensor([choose(logits, sampling, generator) for _ in range(draws)])
+    return torch.bincount(chosen, minlength=len(logits)) / draws
+
+
+def test_sampling_follows_the_softmax_at_its_temperature():
+    logits = torch.tensor([1.0, 3.0, 2.0, 0.0])
+    expected = torch.tensor([1.0, 3.0, 2.0, 0.0]).div(2).exp()
+    torch.testing.assert_close(frequencies(logits, Sampling(2.0)), expected / expected.sum(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 3]), (1e-9, [2])])
+def test_top_p_samples_from_the_smallest_set_of_likeliest_tokens_that_reaches_it(top_p, kept):
+    probabilities = torch.tensor([0.3, 0.05, 0.5, 0.15], dtype=torch.float64)
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    drawn = frequencies(probabilities.log(), Sampling(1.0, top_p)).double()
+    assert ((drawn > 0) == (expected > 0)).all()
+    torch.testing.assert_close(drawn, expected, atol=0.03, rtol=0)
+
+
+def test_generation_ends_before_a_stop_id(hugging_face):
+    model = load_hugging_face_model(hugging_face)
+    whole = list(generate(model, [5, 6], 8))
+    assert list(generate(model, [5, 6], 8, stop={whole[3]})) == whole[: whole.index(whole[3])]
+
+
+def test_generation_ends_where_the_positions_are_used_up(hugging_face):
+    model = load_hugging_face_model(hugging_face)
+    # 12 positions hold all but the last token.
+    assert len(list(generate(model, [5] * 10, 100))) == 3
+    assert len(list(generate(model, [5] * 12, 100))) == 1
+
+
+def test_a_prompt_longer_than_the_model_is_refused_with_both_lengths(hugging_face):
+    with pytest.raises(DataError, match=r"13 tokens.*max_position_embeddings = 12"):
+        next(generate(load_hugging_face_model(hugging_face), [5] * 13, 1))
+
+
+def test_a_prompt_with_ids_the_model_lacks_is_refused(hugging_face):
+    with pytest.raises(DataError, match="id 300"):
+        next(generate(load_hugging_face_model(hugging_face), [300], 1))
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    with pytest.raises(CheckpointError, match="not finite"):
+        choose(torch.tensor([0.0, float("nan")]), Sampling(), torch.Generator())
+
+
+def test_without_a_tokenizer_the_option_is_named(hugging_face):
+    with pytest.raises(DataError, match="--tokenizer"):
+        load_text_model(hugging_face)
+
+
+def test_generation_ends_at_the_ids_of_the_model_and_of_the_tokenizer(hugging_face, bpe):
+    (hugging_face / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    loaded = load_text_model(hugging_face, str(bpe))
+    assert loaded.stop == {7, 9, load_tokenizer(bpe).eod}
+    (hugging_face / "generation_config.json").unlink()
+    config = json.loads((hugging_face / "config.json").read_text())
+    (hugging_face / "config.json").write_text(json.dumps(config | {"eos_token_id": 11}))
+    assert load_text_model(hugging_face, str(bpe)).stop == {11, load_tokenizer(bpe).eod}
+
+
+def test_a_prompt_begins_as_transformers_begins_it(bpe, tmp_path: Path):
+    assert encode_prompt(load_tokenizer(bpe), "the") == AutoTokenizer.from_pretrained(bpe)("the")["input_ids"]
+    backend = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    bos = backend.token_to_id("<|begin_of_text|>")
+    backend.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_bytes((bpe / "tokenizer_config.json").read_bytes())
+    ids = encode_prompt(load_tokenizer(tmp_path), "the")
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)("the")["input_ids"]
+    assert ids[0] == bos
+    assert encode_prompt(load_tokenizer(tmp_path), "") == [bos]
+
+
+def test_sentencepiece_prompts_begin_with_their_begin_of_text(sentencepiece_model):
+    tokenizer = load_tokenizer(sentencepiece_model)
+    assert encode_prompt(tokenizer, "the") == [tokenizer.bos, *tokenizer.encode("the")]
+
+
+def test_an_empty_prompt_without_begin_of_text_is_refused(bpe):
+    with pytest.raises(DataError, match="prompt is empty"):
+        encode_prompt(load_tokenizer(bpe), "")

@@ -1,0 +1,53 @@
+"""Time a recipe's training step on this machine: tokens a second, TFLOP/s, and the share of the hardware's peak."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megagap.config import load_recipe, parse_overrides
+from megagap.files import write_text
+from megagap.train import make_mesh
+from megagap.training import launch
+from megagap.training.benchmark import benchmark
+
+EXAMPLES = """examples:
+  python tools/benchmark_mfu.py examples/recipes/code.toml --steps 20
+  python tools/benchmark_mfu.py recipe.toml --train.precision bf16-mixed --output runs/benchmark
+  torchrun --nproc-per-node 8 tools/benchmark_mfu.py recipe.toml --parallel.tp 2
+
+Tokens are random: the recipe's data files need not exist. MFU (model FLOPs utilisation) is given by two formulas,
+counting the whole attention square or its causal half, of the data sheet's peak and of a matrix product measured here.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="TOML recipe; further --section.key value override it")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (3)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (10)")
+    parser.add_argument("--output", type=Path, help="folder for benchmark.json")
+    options, rest = parser.parse_known_args(arguments)
+    if options.warmup < 0 or options.steps < 1:
+        parser.error("--warmup must be at least 0, --steps at least 1")
+
+    process = launch.Process.from_environment()
+    launch.end_with_parent()
+    with launch.orderly_exit(process):
+        settings = load_recipe(options.recipe, parse_overrides(rest), process.world_size, needs_data=False)
+        mesh = make_mesh(settings, process, launch.start(process))
+        report = benchmark(settings, mesh, options.warmup, options.steps)
+        if process.rank == 0:
+            Console().print(report.table())
+            if options.output:
+                options.output.mkdir(parents=True, exist_ok=True)
+                write_text(options.output / "benchmark.json", json.dumps(report.as_dict(), indent=2) + "\n")
+                print(f"saved {options.output / 'benchmark.json'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -19,7 +19,7 @@ except ImportError:
     torch = None
     BuildExtension = build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/rms_norm.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu/rms_norm.cpp", "csrc/cpu/rotary.cpp"]
 HEADERS = ["csrc/cpu/kernels.h"]
 
 

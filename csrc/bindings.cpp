@@ -99,17 +99,47 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad_give
   return {grad_x, grad_weight};
 }
 
+// x [b, s, heads, d] rotated; cos, sin [s, d] or [b, s, d].
+at::Tensor rotate(const at::Tensor& x_given, const at::Tensor& cos, const at::Tensor& sin, bool backward) {
+  TORCH_CHECK_VALUE(x_given.dim() == 4 && x_given.size(3) % 2 == 0 && cos.sizes() == sin.sizes() &&
+                        (cos.sizes() == at::IntArrayRef({x_given.size(1), x_given.size(3)}) ||
+                         cos.sizes() == at::IntArrayRef({x_given.size(0), x_given.size(1), x_given.size(3)})),
+                    "rotary: x ", x_given.sizes(), " and tables ", cos.sizes(), ", ", sin.sizes(), " do not fit");
+  const at::Tensor x = x_given.contiguous();
+  const int64_t heads = x.size(2), size = x.size(3), tokens = x.size(0) * x.size(1);
+  at::Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  for_dtype(x, [&](auto element) {
+    using T = decltype(element);
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, heads * size));
+    at::parallel_for(0, y.numel() ? tokens : 0, grain, [&](int64_t begin, int64_t end) {
+      rotary_rows(data<T>(x), data<float>(cos), data<float>(sin), data<T>(y), begin, end, heads, size / 2,
+                  cos.numel() / size, backward);
+    });
+  });
+  return y;
+}
+
+std::tuple<at::Tensor, at::Tensor> rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos_given,
+                                          const at::Tensor& sin_given, bool backward) {
+  TORCH_CHECK_TYPE(cos_given.scalar_type() == at::kFloat && sin_given.scalar_type() == at::kFloat,
+                   "rotary: the tables must be float32");
+  const at::Tensor cos = cos_given.contiguous(), sin = sin_given.contiguous();
+  return {rotate(q, cos, sin, backward), rotate(k, cos, sin, backward)};
+}
+
 }  // namespace
 }  // namespace megagap
 
 TORCH_LIBRARY(megagap, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)");
+  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool backward) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(megagap, CPU, m) {
   m.impl("rms_norm", &megagap::rms_norm);
   m.impl("rms_norm_backward", &megagap::rms_norm_backward);
+  m.impl("rotary", &megagap::rotary);
 }
 
 // An empty Python module: importing it loads the library and with it the registrations above.

@@ -56,4 +56,11 @@ void rms_norm_rows_backward(const float* grad, const float* x, const float* weig
 void rms_norm_rows_backward(const BFloat16* grad, const BFloat16* x, const BFloat16* weight, const float* rstd,
                             BFloat16* grad_x, float* grad_weight, int64_t begin, int64_t end, int64_t size);
 
+// Tokens [begin, end) of x [tokens, heads, 2 * half]: y = x rotated by the angles of the token's position, which is its
+// number modulo positions; cos, sin [positions, 2 * half]. Backward: y = x times the transposed rotations.
+void rotary_rows(const float* x, const float* cos, const float* sin, float* y, int64_t begin, int64_t end,
+                 int64_t heads, int64_t half, int64_t positions, bool backward);
+void rotary_rows(const BFloat16* x, const float* cos, const float* sin, BFloat16* y, int64_t begin, int64_t end,
+                 int64_t heads, int64_t half, int64_t positions, bool backward);
+
 }  // namespace megagap

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagap.config import Model
-from megagap.ops import rotary
+from megagap.ops import attention, rotary
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
@@ -70,13 +69,4 @@ class Attention(nn.Module):
         q, k = rotary(q, k, cos, sin)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # The last token sees all others: only a whole sequence needs the causal mask.
-        assert q.shape[1] in (1, k.shape[1]), (q.shape, k.shape)
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=q.shape[1] == k.shape[1],
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return self.o_proj(attention(q, k, v).flatten(2))

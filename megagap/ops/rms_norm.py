@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megagap.ops import compiled
+from megagap.ops.optional import gpu_library
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -16,6 +17,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """
     if compiled.AVAILABLE and _fits(x, weight):
         y: Tensor = torch.ops.megagap.rms_norm(x, weight, eps)[0]
+        return y
+    if (apex := gpu_library("apex.normalization.fused_layer_norm", x, weight)) is not None:
+        y = apex.fused_rms_norm_affine(x, weight, weight.shape, eps)  # rounds once, after the product
         return y
     return reference(x, weight, eps)
 

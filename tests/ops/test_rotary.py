@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from megagap.ops import rotary
+from megagap.ops import compiled, rotary
+from megagap.ops.rotary import reference
 
 
 def tables(length: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,3 +50,49 @@ def test_rotation_is_undone_by_the_opposite_angles():
     cos, sin, _ = tables(6, 4)
     for back, given in zip(rotary(*rotary(q, k, cos, sin), cos, -sin), (q, k), strict=True):
         torch.testing.assert_close(back, given, rtol=0, atol=1e-6)
+
+
+needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
+
+
+def differentiate(function, q, k, cos, sin):
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+    rotated = function(q, k, cos, sin)
+    generator = torch.Generator().manual_seed(1)
+    torch.autograd.backward(rotated, [torch.randn(part.shape, generator=generator).to(part.dtype) for part in rotated])
+    return [*(part.detach() for part in rotated), q.grad, k.grad]
+
+
+@needs_kernels
+@pytest.mark.parametrize("own_tables", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(2, 5, 4, 8), (1, 3, 1, 2), (3, 7, 5, 34), (2, 0, 4, 8)])
+def test_compiled_values_and_gradients_equal_plain_ones(shape, dtype, tolerance, own_tables):
+    batch, length, heads, size = shape
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, length, n, size, generator=generator).to(dtype) for n in (heads, 1))
+    cos, sin, _ = tables(length, size)
+    if own_tables:
+        cos, sin = (torch.stack([table * (i + 1) for i in range(batch)]) for table in (cos, sin))
+    for got, wanted in zip(
+        differentiate(rotary, q, k, cos, sin), differentiate(reference, q, k, cos, sin), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@needs_kernels
+def test_compiled_form_takes_strided_heads_and_repeats_bit_for_bit():
+    packed = torch.randn(2, 5, 6, 8)
+    q, k = packed[:, :, :4], packed[:, :, 4:]
+    cos, sin, _ = tables(5, 8)
+    first, again = (differentiate(rotary, q, k, cos, sin) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for got, wanted in zip(first, differentiate(reference, q, k, cos, sin), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernels
+def test_the_operation_is_registered_soundly():
+    cos, sin, _ = tables(5, 8)
+    q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.megagap.rotary.default, (q, k, cos, sin, False))

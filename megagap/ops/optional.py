@@ -1,0 +1,28 @@
+"""Libraries that are used where they are installed, for GPUs only: flash-attn and apex. Imported on first use."""
+
+import importlib
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def gpu_library(name: str, *tensors: Tensor) -> ModuleType | None:
+    """The module ``name`` if these tensors are on a GPU in a half precision, for which it is made, and it imports."""
+    if all(tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
+        return _import(name)
+    return None
+
+
+@cache
+def _import(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):  # installed, but broken: say so once
+            log.warning("%s does not import and is not used: %s", name, error)
+        return None

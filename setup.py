@@ -28,14 +28,14 @@ class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
 
     def run(self) -> None:
         if torch is None:
-            self._go_without("for there is no torch to build with: install it, then megagap with --no-build-isolation")
+            self._go_without("there is no torch to build with: install it, then megagap with --no-build-isolation")
             return
         try:
             for extension in self.extensions:
                 extension.extra_compile_args = compile_flags()
             super().run()
         except Exception as error:
-            self._go_without(f"for the C++ compiler failed: {_first_line(error)}")
+            self._go_without(f"the C++ compiler failed: {_first_line(error)}")
 
     def _go_without(self, reason: str) -> None:
         # The extension of an earlier build would be loaded in place of the one that failed.
@@ -44,7 +44,7 @@ class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
             for stale in Path(folder).glob(f"{name}.*.so"):
                 stale.unlink()
         self.extensions = []
-        print(f"warning: megagap is installed without compiled kernels, {reason}", file=sys.stderr)
+        print(f"warning: megagap is installed without compiled kernels: {reason}", file=sys.stderr)
 
 
 def _first_line(error: Exception) -> str:

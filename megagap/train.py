@@ -12,7 +12,7 @@ import torch
 
 from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
 from megagap.observe.run_directory import RunDirectory, log_to
-from megagap.parallel.mesh import Mesh
+from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training import launch
 from megagap.training.requests import Requests
 from megagap.training.trainer import train
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
         run.open(settings, mesh)
+        run.require_shared(DistributedCommunicator(mesh))
         on_failure.append(run.fail)
         log_to(run.path / "logs", process.rank)
         train(settings, mesh, run, Requests.of_run(settings, run))
@@ -43,6 +44,7 @@ def make_mesh(settings: Settings, process: launch.Process, device: torch.device)
         pp=parallel.pp,
         tp=parallel.tp,
         kv_sharing=max(1, parallel.tp // settings.model.num_key_value_heads),
+        timeout=launch.GROUP_TIMEOUT,
     )
 
 

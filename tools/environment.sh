@@ -50,9 +50,13 @@ megagap_install_requirements() {
         echo "making $venv with $base" >&2
         mkdir -p "$venv" && touch "$venv/.megagap-installing" && "$base" -m venv "$venv" || return
     fi
+    if cmp -s "$MEGAGAP_ROOT/requirements.txt" "$venv/megagap-requirements.txt"; then
+        return
+    fi
     touch "$venv/.megagap-installing"
     echo "installing torch and friends into $venv, about 1 GB, 1-3 minutes" >&2
     "$PYTHON" -m pip install -qq --disable-pip-version-check -r "$MEGAGAP_ROOT/requirements.txt" || return
+    cp "$MEGAGAP_ROOT/requirements.txt" "$venv/megagap-requirements.txt"
     rm "$venv/.megagap-installing"
 }
 

@@ -24,10 +24,11 @@ import tomli_w
 import torch
 
 from megagap.config import Settings
-from megagap.errors import ConfigError
+from megagap.errors import ConfigError, DistributedError
 from megagap.files import write_text
-from megagap.parallel.mesh import Mesh
+from megagap.parallel.mesh import DistributedCommunicator, Mesh
 
+LOCK = "lock"
 LOCK_SECONDS = 10.0
 """How long a second run waits for the first to leave the directory."""
 
@@ -65,12 +66,34 @@ class RunDirectory:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = acquire(self.path / "lock")
+            self._lock = acquire(self.path / LOCK)
             config = tomli_w.dumps(settings.model_dump(exclude_none=True))
             write_text(self.path / "config.toml", config)
             write_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+
+    def require_shared(self, communicator: DistributedCommunicator) -> None:
+        """Every rank must see the same directory: they write one checkpoint together. Collective, after :meth:`open`.
+
+        Raises :class:`DistributedError` on all ranks if one of them does not.
+        """
+        lock = self.path / LOCK
+        holder = communicator.broadcast(lock.read_text(encoding="utf-8") if self.is_writer else None)
+        # A shared file system may take a moment to show the file.
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not (seen := lock.exists() and lock.read_text(encoding="utf-8") == holder):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        answers = communicator.gather(None if seen else socket.gethostname())
+        blind = communicator.broadcast(sorted({str(host) for host in answers if host}) if answers else None)
+        if blind:
+            assert isinstance(blind, list)
+            raise DistributedError(
+                f"run.dir {self.path} is not shared: {', '.join(blind)} does not see the first rank's files in it\n"
+                "  put it on a file system that all machines mount at the same path."
+            )
 
     def status(self, state: State, message: str = "") -> None:
         """What scripts look at to decide whether to requeue."""

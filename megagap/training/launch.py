@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -60,13 +61,25 @@ def start(process: Process) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
+        if not _threads_are_chosen():
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.local_world_size))
     if process.world_size > 1:
         # gloo beside NCCL carries the small objects that checkpoints exchange.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     return device
+
+
+def _threads_are_chosen() -> bool:
+    """Whether the user set OMP_NUM_THREADS. torchrun sets it to 1 by itself: what it was started with tells."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        return False
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    try:
+        return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
 
 
 @contextmanager

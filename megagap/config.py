@@ -6,6 +6,7 @@ group exists. A setting explains itself in the docstring below it: ``--help`` an
 
 import difflib
 import glob
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -352,11 +353,27 @@ def _from_pydantic(name: str, value: Any, detail: Any) -> Fault:
 
 
 def _unknown(name: str, value: Any) -> Fault:
-    known = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in kind.model_fields]
+    nearest = _nearest(name)
+    return Fault(name, value, f"unknown; did you mean {nearest}?" if nearest else "unknown")
+
+
+def _nearest(name: str) -> str | None:
+    """The setting or section that is most likely meant: the same key elsewhere, a like name, a like description."""
+    fields = {
+        f"{section}.{key}": field for section, kind in SECTIONS.items() for key, field in kind.model_fields.items()
+    }
     key = name.rpartition(".")[2]
-    same_key = [candidate for candidate in known if candidate.rpartition(".")[2] == key]
-    near = same_key or difflib.get_close_matches(name, [*known, *SECTIONS], n=1, cutoff=0.5)
-    return Fault(name, value, f"unknown; did you mean {near[0]}?" if near else "unknown")
+    same_key = [candidate for candidate in fields if candidate.rpartition(".")[2] == key]
+    names = {candidate: candidate for candidate in (*fields, *SECTIONS)}
+    phrases: dict[str, str] = {}
+    for candidate, field in fields.items():
+        words = re.findall(r"[a-z]+", (field.description or "").lower())
+        for length in (1, 2, 3):
+            for start in range(len(words) - length + 1):
+                phrases.setdefault(" ".join(words[start : start + length]), candidate)
+    for wanted, known, cutoff in ((name, names, 0.8), (key.replace("_", " "), phrases, 0.8), (name, names, 0.5)):
+        same_key += [known[match] for match in difflib.get_close_matches(wanted, known, n=1, cutoff=cutoff)]
+    return same_key[0] if same_key else None
 
 
 def _render(path: Path, faults: Sequence[Fault]) -> str:

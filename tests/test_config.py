@@ -54,7 +54,12 @@ def test_all_faults_are_reported_at_once_with_rules_between_settings(recipe):
 
 @pytest.mark.parametrize(
     ("given", "nearest"),
-    [("train.stesp=3", "train.steps"), ("train.lr=3", "optim.lr"), ("modle.preset=tiny", "model.preset")],
+    [
+        ("train.stesp=3", "train.steps"),
+        ("train.lr=3", "optim.lr"),
+        ("modle.preset=tiny", "model.preset"),
+        ("optim.learning_rat=3", "optim.lr"),
+    ],
 )
 def test_an_unknown_setting_names_the_nearest_real_one(recipe, given, nearest):
     assert f"did you mean {nearest}?" in faults_of(recipe(), [given])

@@ -55,16 +55,16 @@ fi
 mkdir -p "$run"
 
 # What this call is about; another one must not go on from its files.
-wanted="$mode ${corpus[*]:-}"
+wanted="$mode${corpus[*]:+ ${corpus[*]}}"
 if [[ -f $run/made-by.txt && $(<"$run/made-by.txt") != "$wanted" ]]; then
     fail "$run holds another quickstart ($(<"$run/made-by.txt")); start anew with --fresh"
 fi
 echo "$wanted" >"$run/made-by.txt"
 
 if [[ $mode == quick ]]; then
-    vocabulary=4096 megabytes=2
-    settings=(--model.vocab_size 4096 --train.steps 100 --train.evaluate_every 25 --train.evaluate_samples 8
-        --checkpoint.every 25)
+    vocabulary=2048 megabytes=2
+    settings=(--model.vocab_size 2048 --train.steps 150 --train.evaluate_every 50 --train.evaluate_samples 8
+        --checkpoint.every 50 --run.log_every 10)
 else
     vocabulary=8192 megabytes=6
     settings=()
@@ -147,8 +147,8 @@ Done in $((SECONDS - started)) s. Everything is in $run/:
 
 What to type next:
   source ${PYTHON%/python*}/activate
-  python tools/inspect_data.py $run/config.toml --step 100         # what did step 100 train on?
-  torchrun --nproc-per-node 2 -m megagap.train $recipe --parallel.pp 1 --run.dir runs/other
-  python tools/plot_run.py $run runs/other                         # another layout, the same losses
-  python -m megagap.train --help                                   # every setting
+  python tools/inspect_data.py $run/config.toml --step 100     # what did step 100 train on?
+  python -m megagap.train --help                               # every setting
+  torchrun --nproc-per-node $((tp * pp)) -m megagap.train $run/config.toml --run.dir runs/other
+  python tools/plot_run.py $run runs/other                     # without data parallelism: the same losses
 END

@@ -32,10 +32,17 @@ megagap_hash() {
     ) | sha256sum | cut -d' ' -f1
 }
 
+# What an installation depends on and what it left, as it is now; fails where megagap is not installed.
+megagap_state() {
+    megagap_hash
+    (cd / && "$PYTHON" -c 'import importlib.metadata, importlib.util, megagap
+kernels = importlib.util.find_spec("megagap._C")
+print(importlib.metadata.version("torch"), megagap.__file__, kernels and kernels.origin)') 2>/dev/null
+}
+
 megagap_is_ready() {
-    [ -x "$PYTHON" ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(megagap_hash)" ] &&
-        (cd / && "$PYTHON" -c 'import sys, megagap; sys.exit(not megagap.__file__.startswith(sys.argv[1] + "/"))' \
-            "$MEGAGAP_ROOT") 2>/dev/null
+    local state
+    [ -x "$PYTHON" ] && [ -f "$STAMP" ] && state=$(megagap_state) && [ "$state" = "$(cat "$STAMP")" ]
 }
 
 megagap_install_requirements() {
@@ -99,7 +106,7 @@ megagap_set_up() {
         fi
         megagap_install_package || return
         mkdir -p "$(dirname "$STAMP")"
-        megagap_hash >"$STAMP.partial" && mv "$STAMP.partial" "$STAMP"
+        megagap_state >"$STAMP.partial" && mv "$STAMP.partial" "$STAMP" || return
     fi
     exec 9>&-
 }

@@ -48,14 +48,15 @@ megagap_is_ready() {
 megagap_install_requirements() {
     local venv=$1 base
     # Left by a set-up that was killed in mid-installation: what is there cannot be trusted.
-    if [ -e "$venv/.megagap-installing" ]; then
+    # Only what was made here is thrown away: MEGAGAP_VENV may name an environment with more in it.
+    if [ -s "$venv/.megagap-installing" ]; then
         echo "an earlier set-up of $venv was interrupted: starting again" >&2
         rm -rf "$venv"
     fi
     if [ ! -x "$venv/bin/python" ]; then
         base=$(megagap_find_python) || return
         echo "making $venv with $base" >&2
-        mkdir -p "$venv" && touch "$venv/.megagap-installing" && "$base" -m venv "$venv" || return
+        mkdir -p "$venv" && echo "made here" >"$venv/.megagap-installing" && "$base" -m venv "$venv" || return
     fi
     if cmp -s "$MEGAGAP_ROOT/requirements.txt" "$venv/megagap-requirements.txt"; then
         return

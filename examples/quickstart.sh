@@ -33,6 +33,8 @@ while (($#)); do
             shift
         done
         ((${#corpus[@]})) || fail "--corpus needs at least one file of JSON lines"
+        twice=$(for file in "${corpus[@]}"; do name=$(basename "$file") && echo "${name%%.*}"; done | sort | uniq -d)
+        [[ -z $twice ]] || fail "--corpus: two files are named $twice; each names a source"
         ;;
     -h | --help)
         usage

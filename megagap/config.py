@@ -253,7 +253,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -282,8 +282,9 @@ def _parse_value(text: str) -> Any:
 
 def _apply_preset(tree: dict[str, Any]) -> Iterator[Fault]:
     model = tree.get("model")
-    if not isinstance(model, dict) or not (name := model.get("preset")):
-        return
+    name = model.get("preset") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(name, str) or not name:
+        return  # no preset, or one that _validate reports
     presets = tomllib.loads(files("megagap.model").joinpath("presets.toml").read_text(encoding="utf-8"))
     if name not in presets:
         yield Fault("model.preset", name, f"unknown; possible: {', '.join(presets)}")
@@ -371,7 +372,13 @@ def _nearest(name: str) -> str | None:
         for length in (1, 2, 3):
             for start in range(len(words) - length + 1):
                 phrases.setdefault(" ".join(words[start : start + length]), candidate)
-    for wanted, known, cutoff in ((name, names, 0.8), (key.replace("_", " "), phrases, 0.8), (name, names, 0.5)):
+    keys = {candidate.rpartition(".")[2]: candidate for candidate in reversed(fields)}
+    for wanted, known, cutoff in (
+        (name, names, 0.85),
+        (key.replace("_", " "), phrases, 0.85),
+        (key, keys, 0.7),
+        (key.replace("_", " "), phrases, 0.75),
+    ):
         same_key += [known[match] for match in difflib.get_close_matches(wanted, known, n=1, cutoff=cutoff)]
     return same_key[0] if same_key else None
 
@@ -425,16 +432,19 @@ def _resolve_source(source: Source, folder: Path) -> Source:
     paths = []
     for pattern in source.paths:
         full = str(folder / pattern)
-        # A pattern names prefixes, the files carry an ending: match on the index files.
-        matches = sorted(name.removesuffix(".idx") for name in glob.glob(full + ".idx")) if glob.has_magic(full) else []
+        matches: list[str] = []
+        if glob.has_magic(pattern) and not Path(full + ".idx").exists():
+            # A pattern names prefixes, the files carry an ending: match on the index files.
+            found = glob.glob(pattern + ".idx", root_dir=folder)
+            matches = sorted(str(folder / name).removesuffix(".idx") for name in found)
         paths += matches or [full]
     return source.model_copy(update={"path": paths, "name": source_name(source)})
 
 
 def _resolve_tokenizer(spec: str, folder: Path) -> str:
     """A path, perhaps behind a kind such as ``hf:``; made absolute."""
-    kind, colon, path = spec.rpartition(":")
-    return f"{kind}{colon}{folder / path}" if path else ""
+    kind = next((kind for kind in ("hf:", "sentencepiece:", "tiktoken:") if spec.startswith(kind)), "")
+    return f"{kind}{folder / spec.removeprefix(kind)}" if spec else ""
 
 
 def source_name(source: Source) -> str:
@@ -534,6 +544,8 @@ def _stages_have_layers(v: Lookup) -> Iterator[Fault]:
         yield Fault(
             "parallel.layers_per_stage", given, f"must be {pp} numbers (parallel.pp) that add up to {layers} layers"
         )
+    elif given is not None and 0 in given[1:-1]:
+        yield Fault("parallel.layers_per_stage", given, "leaves a middle stage without layers: it would do nothing")
 
 
 def _sequence_fits_model(v: Lookup) -> Iterator[Fault]:
@@ -555,13 +567,14 @@ def _one_length(v: Lookup) -> Iterator[Fault]:
 
 
 def _schedule_fits(v: Lookup) -> Iterator[Fault]:
-    steps, warmup, cooldown = v("train.steps"), v("optim.warmup_steps"), v("optim.cooldown_steps")
+    warmup, cooldown = v("optim.warmup_steps"), v("optim.cooldown_steps")
     if v("optim.schedule") == "wsd" and not cooldown:
         yield Fault("optim.cooldown_steps", cooldown, 'must be at least 1 with optim.schedule = "wsd"')
     if v("optim.schedule") != "wsd" and cooldown:
         yield Fault("optim.cooldown_steps", cooldown, 'has a meaning with optim.schedule = "wsd" only')
+    steps = v("train.steps") or -(-v("train.tokens") // (v("train.global_batch_size") * v("train.sequence_length")))
     if steps and warmup + cooldown > steps:
-        yield Fault("optim.warmup_steps", warmup, f"with cooldown_steps = {cooldown} is over train.steps = {steps}")
+        yield Fault("optim.warmup_steps", warmup, f"with cooldown_steps = {cooldown} is over the run's {steps} steps")
 
 
 def _rates_are_ordered(v: Lookup) -> Iterator[Fault]:
@@ -570,13 +583,19 @@ def _rates_are_ordered(v: Lookup) -> Iterator[Fault]:
         yield Fault("optim.min_lr", least, f"is above optim.lr = {lr}")
 
 
-def _split_is_three_shares(v: Lookup) -> Iterator[Fault]:
-    text = v("data.split")
+def _shares(text: str) -> list[float] | None:
+    """The three shares of ``data.split``; None if it is no such thing."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
-        shares = []
-    if len(shares) != 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        return None
+    return shares if len(shares) == 3 and min(shares) >= 0 and 0 < sum(shares) < float("inf") else None
+
+
+def _split_is_three_shares(v: Lookup) -> Iterator[Fault]:
+    text = v("data.split")
+    shares = _shares(text)
+    if shares is None:
         yield Fault("data.split", text, 'must be three shares such as "98,1,1"')
     elif shares[0] == 0:
         yield Fault("data.split", text, "leaves no documents for training")
@@ -598,7 +617,7 @@ def _sources_are_named(v: Lookup) -> Iterator[Fault]:
 
 
 def _evaluation_has_data(v: Lookup) -> Iterator[Fault]:
-    held_out = v("data.validation") or v("data.split").split(",")[1:2] not in ([], ["0"], ["0.0"])
+    held_out = v("data.validation") or (_shares(v("data.split")) or [0, 1])[1] > 0
     if v("train.evaluate_every") and not held_out:
         message = 'needs a held-out set: data.validation, or a data.split such as "98,2,0"'
         yield Fault("train.evaluate_every", v("train.evaluate_every"), message)

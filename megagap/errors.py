@@ -3,8 +3,12 @@
 Faults of ours raise anything else and keep their traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 class MegagapError(Exception):
@@ -65,4 +69,7 @@ def run_tool(main: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough (… | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -14,7 +14,6 @@ from megagap.config import Settings, describe_settings, load_recipe, parse_overr
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training import launch
-from megagap.training.requests import Requests
 from megagap.training.trainer import train
 
 
@@ -27,11 +26,11 @@ def main(arguments: list[str]) -> None:
         device = launch.start(process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
-        run.open(settings, mesh)
+        run.open()
         run.require_shared(DistributedCommunicator(mesh))
         on_failure.append(run.fail)
         log_to(run.path / "logs", process.rank)
-        train(settings, mesh, run, Requests.of_run(settings, run))
+        train(settings, mesh, run)
         run.close()
 
 
@@ -59,6 +58,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="TOML file with the settings that differ from the defaults")
+    if arguments and arguments[0].startswith("--") and arguments[0] not in ("--help",):
+        parser.error(f"the recipe comes first, then the settings ({arguments[0]} …)")
     known, rest = parser.parse_known_args(arguments)
     return known.recipe, rest
 

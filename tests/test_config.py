@@ -82,7 +82,10 @@ def test_an_unknown_setting_names_the_nearest_real_one(recipe, given, nearest):
         ({"train__tokens": 100}, None, "not both"),
         ({"optim__schedule": "wsd"}, None, "must be at least 1"),
         ({"optim__cooldown_steps": 3}, None, "has a meaning with"),
-        ({"optim__warmup_steps": 11}, None, "over train.steps = 10"),
+        ({"optim__warmup_steps": 11}, None, "over the run's 10 steps"),
+        ({"train__steps": 0, "train__tokens": 512, "optim__warmup_steps": 2}, None, "over the run's 1 steps"),
+        ({"data__split": "98, 0.0,2", "train__evaluate_every": 5}, None, "needs a held-out set"),
+        ({"model__preset": ["tiny"]}, None, "model.preset"),
         ({"optim__min_lr": 1.0}, None, "is above optim.lr"),
         ({"data__split": "98,2"}, None, "three shares"),
         ({"data__sources": []}, None, "is required"),
@@ -127,6 +130,14 @@ def test_source_paths_are_relative_to_the_recipe_and_globs_expand(recipe, tmp_pa
     web, french = settings.data.sources
     assert web.paths == [str(tmp_path / f"web_{shard}_text_document") for shard in "ab"]
     assert french.paths == [str(tmp_path / "x/fr_text_document")] and french.name == "français"
+
+
+def test_a_folder_with_brackets_in_its_name_is_no_pattern(recipe, tmp_path):
+    for folder in ("e1", "e[1]"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "fr_text_document.idx").touch()
+    path = recipe().rename(tmp_path / "e[1]" / "recipe.toml")
+    assert load_recipe(path).data.sources[0].paths == [str(tmp_path / "e[1]" / "fr_text_document")]
 
 
 def test_a_resolved_recipe_loads_to_the_same_settings(recipe, tmp_path):

@@ -10,7 +10,6 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.train import make_mesh
 from megagap.training.launch import Process
-from megagap.training.requests import Requests
 from megagap.training.trainer import train
 
 
@@ -19,8 +18,8 @@ def train_recipe(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> l
     settings = load_recipe(recipe, overrides, ranks)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
     run = RunDirectory(Path(settings.run.dir), is_writer=rank == 0)
-    run.open(settings, mesh)
+    run.open()
     log_to(run.path / "logs", rank)
-    train(settings, mesh, run, Requests.of_run(settings, run))
+    train(settings, mesh, run)
     run.close()
     return read_metrics(run.metrics) if rank == 0 else []

@@ -48,11 +48,12 @@ def main(argv: list[str] | None = None) -> None:
 def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bool) -> None:
     dataset = IndexedDataset(prefix.removesuffix(".idx").removesuffix(".bin"))
     tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
+    if verify:  # first, for what is damaged cannot be shown
+        dataset.verify(tokenizer.vocab_size if tokenizer else None)
     console = Console()
     console.print(dataset_table(dataset))
     console.print(documents_table(dataset, documents, tokenizer))
     if verify:
-        dataset.verify(tokenizer.vocab_size if tokenizer else None)
         console.print("verified: every entry is sound" + (", every token is in the vocabulary" if tokenizer else ""))
 
 

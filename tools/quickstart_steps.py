@@ -18,8 +18,8 @@ from megagap.errors import DataError, MegagapError, run_tool
 from megagap.observe.metrics import read_metrics
 from megagap.training.datasets import validation_data
 
-LARGEST_DIFFERENCE = 1e-4
-"""Of logits between megagap and transformers in fp32, whose additions have different orders."""
+LARGEST_DIFFERENCE = 1e-5
+"""Of logits between megagap and transformers in fp32, relative to the largest: additions have different orders."""
 
 WEIGHTS = {"en": 0.4, "fr": 0.4, "code": 0.2}
 PROMPTS = {"en": "The function returns", "fr": "Cette fonction renvoie", "code": "def __init__(self,"}
@@ -192,8 +192,8 @@ def check_logits(run: Path, data: ValidationData) -> None:
         theirs = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval()(tokens).logits
     difference = float((ours - theirs).abs().max())
     print(f"logits of megagap and of transformers differ by {difference:.1e} at most (of up to {ours.abs().max():.0f})")
-    if not difference < LARGEST_DIFFERENCE:
-        raise StepFailed(f"the logits of {run / 'hf'} should agree within {LARGEST_DIFFERENCE}")
+    if not difference < LARGEST_DIFFERENCE * float(ours.abs().max()):
+        raise StepFailed(f"the logits of {run / 'hf'} should agree within {LARGEST_DIFFERENCE} of the largest")
 
 
 def write_continuations(model_folder: Path, sources: list[str]) -> None:

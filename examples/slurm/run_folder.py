@@ -3,11 +3,13 @@
 import sys
 
 from megagap.config import load_recipe, parse_overrides
-from megagap.errors import run_tool
+from megagap.errors import ConfigError, run_tool
 
 
 def main() -> None:
-    recipe, *overrides = sys.argv[1:] or sys.exit("usage: sbatch examples/slurm/train.sbatch RECIPE.toml ...")
+    if len(sys.argv) < 2:
+        raise ConfigError("no recipe given\n  usage: sbatch examples/slurm/train.sbatch RECIPE.toml ...")
+    recipe, *overrides = sys.argv[1:]
     print(load_recipe(recipe, parse_overrides(overrides)).run.dir)
 
 

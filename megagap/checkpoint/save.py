@@ -142,9 +142,17 @@ def prune(checkpoints: Path, keep: int) -> None:
             try:
                 # A half-removed folder must not look like a checkpoint.
                 os.replace(folder, doomed)
-                shutil.rmtree(doomed)
+                _remove(doomed)
             except OSError as error:
-                log.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror)
+                log.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror or error)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it; of a link (a checkpoint moved to another disk, say) the link only."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -169,8 +177,7 @@ def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for stale in {partial, *partial.parent.glob(f"{_PARTIAL}step_*")}:
-        if stale.exists():
-            shutil.rmtree(stale)
+        _remove(stale)
     partial.mkdir()
 
 

@@ -11,6 +11,7 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, overload
@@ -271,7 +272,8 @@ class IndexedDatasetWriter:
         except OSError as fault:
             raise DataError(f"cannot write {self.prefix}.bin and .idx: {fault.strerror}") from fault
         finally:
-            self._file.close()
+            with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
+                self._file.close()
             self._tokens_partial.unlink(missing_ok=True)
             self._index_partial.unlink(missing_ok=True)
 
@@ -298,8 +300,10 @@ class IndexedDatasetWriter:
         self._document_ends.append(len(self._lengths))
 
     def _cast(self, given: NDArray[Any]) -> NDArray[Any]:
+        if given.ndim != 1:
+            raise DataError(f"a sequence of {self.prefix} must be one row of tokens, not of shape {given.shape}")
         if given.dtype == self.dtype or not given.size:
-            return given.astype(self.dtype, copy=False).reshape(-1)
+            return given.astype(self.dtype, copy=False)
         if given.dtype.kind in "iuf":
             with np.errstate(invalid="ignore"):
                 values = given.astype(self.dtype)

@@ -180,17 +180,24 @@ class _ZstandardFile(io.RawIOBase):
 
 
 def read_texts(paths: Sequence[str | Path], key: str) -> Iterator[str]:
-    """Documents of JSON-lines files (``.jsonl``, ``.json``), and the lines of any other file as plain text.
+    """Documents of JSON-lines files, which begin with ``{``, and the lines of any other file as plain text.
 
-    A further ``.gz`` or ``.zst`` does not matter. Raises :class:`DataError` as :func:`read_chunks` does, and for a
-    document that is malformed or lacks its text.
+    Raises :class:`DataError` as :func:`read_chunks` does, for a document that is malformed or lacks its text, and for
+    plain text that is not UTF-8.
     """
     for path in paths:
-        name = Path(path).name.removesuffix(".gz").removesuffix(".zst")
-        is_json = name.endswith((".jsonl", ".json"))
+        is_json = None
         for chunk in read_chunks([path]):
+            if is_json is None:
+                is_json = b"".join(chunk.lines).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
             if is_json:
                 yield from (text for (text,) in chunk.documents([key]))
             else:
                 # A BPE is trained on words: where a plain text is cut does not matter, only that lines stay whole.
-                yield b"".join(chunk.lines).decode("utf-8", errors="replace")
+                try:
+                    yield b"".join(chunk.lines).decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path} is neither JSON lines nor plain text in UTF-8: {error.reason}\n"
+                        "  give text, JSON lines, or either of them compressed with gzip or Zstandard."
+                    ) from None

@@ -4,14 +4,11 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megagap.errors import DataError
-
-FLUSH_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +23,14 @@ class MetricsFile:
         self.path = path
         if path.exists():
             _cut_back(path, after_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._flushed = time.monotonic()
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line goes to the system when it is whole
 
     def write(self, record: Mapping[str, Any]) -> None:
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(strict, allow_nan=False) + "\n")
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        self._file.flush()
-        self._flushed = time.monotonic()
 
     def sync(self) -> None:
         """Bring every record to the disk: before a checkpoint after which they would not be written again."""
-        self.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

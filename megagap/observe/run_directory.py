@@ -29,6 +29,7 @@ from megagap.files import write_text
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 
 LOCK = "lock"
+STATUS = "status.json"
 LOCK_SECONDS = 10.0
 """How long a second run waits for the first to leave the directory."""
 
@@ -42,6 +43,7 @@ class RunDirectory:
         self.path, self.is_writer = path, is_writer
         self.step = 0
         """Last step begun or loaded, for the status."""
+        self.has_begun = False
         self._lock: TextIO | None = None
 
     @property
@@ -57,8 +59,8 @@ class RunDirectory:
         """Whether this process holds the directory and may write it."""
         return self._lock is not None
 
-    def open(self, settings: Settings, mesh: Mesh) -> None:
-        """Become the directory's one writer and describe the run.
+    def open(self) -> None:
+        """Become the directory's one writer. What a former run left is not touched yet.
 
         Raises :class:`ConfigError` if another process is writing it, or if it cannot be written.
         """
@@ -67,11 +69,16 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = acquire(self.path / LOCK)
-            config = tomli_w.dumps(settings.model_dump(exclude_none=True))
-            write_text(self.path / "config.toml", config)
-            write_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+
+    def begin(self, settings: Settings, mesh: Mesh) -> None:
+        """Describe the run that really starts, or goes on; from here on a failure is this run's."""
+        self.has_begun = True
+        if self.is_writer:
+            write_text(self.path / "config.toml", tomli_w.dumps(settings.model_dump(exclude_none=True)))
+            write_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
+            self.status("running")
 
     def require_shared(self, communicator: DistributedCommunicator) -> None:
         """Every rank must see the same directory: they write one checkpoint together. Collective, after :meth:`open`.
@@ -99,7 +106,7 @@ class RunDirectory:
         """What scripts look at to decide whether to requeue."""
         if self.is_open:
             text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()})
-            write_text(self.path / "status.json", text + "\n")
+            write_text(self.path / STATUS, text + "\n")
 
     def event(self, name: str, **details: Any) -> None:
         """Append what must survive a resume that cuts the metrics back."""
@@ -108,9 +115,10 @@ class RunDirectory:
                 file.write(json.dumps({"time": now(), "event": name, "step": self.step, **details}) + "\n")
 
     def fail(self, message: str) -> None:
-        """Leave word of a failure."""
+        """Leave word of a failure. A start that was refused leaves the state of the run before as it is."""
         self.event("failure", message=message)
-        self.status("failed", message)
+        if self.has_begun or not (self.path / STATUS).exists():
+            self.status("failed", message)
 
     def close(self) -> None:
         if self._lock is not None:

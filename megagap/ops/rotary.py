@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from megagap.ops import compiled
-from megagap.ops.optional import gpu_library
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,9 +17,6 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     if compiled.AVAILABLE and _fits(q, k, cos, sin):
         rotated: tuple[Tensor, Tensor] = torch.ops.megagap.rotary(q, k, cos, sin, False)
         return rotated
-    if cos.dim() == 2 and (flash := gpu_library("flash_attn.layers.rotary", q, k)) is not None:
-        cos, sin = (table.chunk(2, dim=-1)[0].contiguous() for table in (cos, sin))  # it wants one of the equal halves
-        return flash.apply_rotary_emb(q, cos, sin), flash.apply_rotary_emb(k, cos, sin)
     return reference(q, k, cos, sin)
 
 

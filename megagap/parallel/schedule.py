@@ -136,6 +136,7 @@ def validate(programs: Sequence[Sequence[Action]], microbatches: int, chunks: in
     messages of one ordered pair arrive in the order in which they were sent. Asserts otherwise: a fault of ours.
     """
     for stage, program in enumerate(programs):
+        _check_data_flow(stage, program, len(programs), chunks)
         _check_compute(stage, [action for action in program if not isinstance(action, Transfer)], microbatches, chunks)
     position = [0] * len(programs)
     # Per ordered pair: messages posted by the sender, and by the receiver, not yet matched.
@@ -175,6 +176,30 @@ def validate(programs: Sequence[Sequence[Action]], microbatches: int, chunks: in
                 progress = True
     stuck = {s: programs[s][p] for s, p in enumerate(position) if p < len(programs[s])}
     assert not stuck, f"deadlock: {stuck}"
+
+
+def _check_data_flow(stage: int, program: Sequence[Action], stages: int, chunks: int) -> None:
+    """What an action needs has been received before it, what is sent was computed before, and all of it is used."""
+    received: set[Message] = set()
+    to_send: set[Message] = set()
+    for action in program:
+        if isinstance(action, Transfer):
+            for _, message in action.sends:
+                assert message in to_send, f"stage {stage}: {message} is sent before it is computed"
+                to_send.remove(message)
+            received |= {message for _, message in action.receives}
+            continue
+        here, last = action.chunk * stages + stage, stages * chunks - 1
+        forward = isinstance(action, Forward)
+        if isinstance(action, BackwardWeight):
+            continue
+        if here > 0 if forward else here < last:
+            needed = Message("activation" if forward else "gradient", action.microbatch, here + (not forward))
+            assert needed in received, f"stage {stage}: {action} needs {needed} before it is received"
+            received.remove(needed)
+        if here < last if forward else here > 0:
+            to_send.add(Message("activation" if forward else "gradient", action.microbatch, here + forward))
+    assert not received and not to_send, f"stage {stage}: never used or sent: {received | to_send}"
 
 
 def _check_compute(stage: int, actions: Sequence[Action], microbatches: int, chunks: int) -> None:

@@ -17,13 +17,16 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megagap.errors import LostPeerError, MegagapError
+from megagap.errors import INTERRUPTED, DistributedError, LostPeerError, MegagapError
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
 
 LINGER_SECONDS = 5.0
 """How long the other ranks wait before leaving, so that torchrun's SIGTERM does not swallow the message."""
+
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set in the environment of torchrun's workers."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,9 +49,12 @@ class Process:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its launcher dies: torchrun starts workers in sessions of their own."""
+    """Have the kernel end this process when torchrun dies, which starts workers in sessions of their own.
+
+    Not without torchrun: a run under ``nohup`` is meant to outlive the shell that started it.
+    """
     parent = os.getppid()
-    if sys.platform == "linux":
+    if sys.platform == "linux" and UNDER_TORCHRUN in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died in between
             os._exit(1)
@@ -57,12 +63,17 @@ def end_with_parent() -> None:
 def start(process: Process) -> torch.device:
     """Choose device and threads, and join the process group. Returns the device."""
     if torch.cuda.is_available():
+        if process.local_rank >= torch.cuda.device_count():
+            raise DistributedError(
+                f"{process.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs\n"
+                "  start one a GPU: torchrun --nproc-per-node."
+            )
         device = torch.device("cuda", process.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         if not _threads_are_chosen():
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.local_world_size))
+            torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:
         # gloo beside NCCL carries the small objects that checkpoints exchange.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -70,11 +81,16 @@ def start(process: Process) -> torch.device:
     return device
 
 
+def available_cores() -> int:
+    """Cores that this process may use; fewer than the machine's under taskset or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _threads_are_chosen() -> bool:
     """Whether the user set OMP_NUM_THREADS. torchrun sets it to 1 by itself: what it was started with tells."""
     if "OMP_NUM_THREADS" not in os.environ:
         return False
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if UNDER_TORCHRUN not in os.environ:
         return True
     try:
         return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()
@@ -90,6 +106,8 @@ def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
     Yields a list of functions to be told why the run failed.
     """
     on_failure: list[Callable[[str], None]] = []
+    # Until the run's own log is open, faults are printed here only, not by logging's last resort too.
+    logging.getLogger("megagap").addHandler(logging.NullHandler())
     try:
         yield on_failure
         if dist.is_initialized():
@@ -102,6 +120,10 @@ def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
             _tell(on_failure, str(error))
             _say(process, str(error))
             code = error.exit_code
+        elif isinstance(error, KeyboardInterrupt):
+            _tell(on_failure, "interrupted")
+            print("interrupted: start the same command again to go on from the last checkpoint", file=sys.stderr)
+            code = INTERRUPTED
         else:
             _tell(on_failure, f"{type(error).__name__}: {error}")
             log.exception("rank %d failed", process.rank)
@@ -124,13 +146,17 @@ def _lost_peer(process: Process, error: BaseException) -> LostPeerError | None:
 
 def _tell(listeners: list[Callable[[str], None]], message: str) -> None:
     for listener in listeners:
-        listener(message)
+        try:
+            listener(message)
+        except OSError as error:  # a full disk, perhaps the very fault: the message is still printed
+            log.error("cannot leave word of the failure: %s", error)
 
 
 def _say(process: Process, message: str) -> None:
     """Print a fault. Most meet all ranks alike: rank 0 speaks at once, the others only if that does not end them."""
     log.error(message)
     if process.rank != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's answer to rank 0's end: nothing is left to say
         time.sleep(LINGER_SECONDS)
         message = f"rank {process.rank}: {message}"
     print(message, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_c
 from megagap.config import Settings
 from megagap.data.skipping import SampleNumbers
 from megagap.errors import CheckpointError, ConfigError
+from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator
 from megagap.training.datasets import skipped_ranges
@@ -49,7 +50,10 @@ def resume(state: TrainState, run: RunDirectory) -> None:
 
     Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data.
     """
-    own = find_latest(run.checkpoints)
+    # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
+    communicator = DistributedCommunicator(state.mesh)
+    own = communicator.broadcast(find_latest(run.checkpoints) if communicator.rank == 0 else None)
+    assert own is None or isinstance(own, Path)
     wanted, mode = state.settings.checkpoint.load, state.settings.checkpoint.load_mode
     if own is not None and not wanted:
         raise ConfigError(
@@ -71,7 +75,15 @@ def go_on(state: TrainState, run: RunDirectory, folder: Path) -> None:
     state.optimizer.updates = index.state["updates"]
     state.optimizer.gather_parameters()
     state.step = run.step = index.state["step"]
-    run.event("resume", folder=str(folder))
+    # Steps after the checkpoint were made before, and are cut from the metrics: only this event tells of them.
+    run.event("resume", folder=str(folder), lost_steps=lost_steps(run) if folder.parent == run.checkpoints else 0)
+
+
+def lost_steps(run: RunDirectory) -> int:
+    """Steps in the metrics that lie after the run's own checkpoint, and are made again."""
+    if not run.is_writer or not run.metrics.exists():
+        return 0
+    return sum(record["step"] > run.step for record in read_metrics(run.metrics))
 
 
 def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Recorder:
     """
 
     def __init__(self, settings: Settings, mesh: Mesh, run: RunDirectory, step: int) -> None:
-        self.settings, self.mesh, self.step = settings, mesh, step
+        self.settings, self.mesh, self.run = settings, mesh, run
         self.metrics: MetricsFile | None = None
         self.tensorboard: TensorBoard | None = None
         if run.is_writer:
@@ -52,12 +52,9 @@ class Recorder:
         self.last_end = time.perf_counter()
         self.seconds: list[float] = []
 
-    def step_done(self, step: int, result: StepResult) -> tuple[bool, bool]:
-        """Write the step before, and hold this one back until its numbers are there.
-
-        Returns what the ranks together asked for in the step before: (stop, save).
-        """
-        stop, save = self.flush()
+    def step_done(self, step: int, result: StepResult) -> None:
+        """Write the step before, and hold this one back until its numbers are there."""
+        self.flush()
         end = time.perf_counter()
         seconds, self.last_end = end - self.last_end, end
         self.seconds = [*self.seconds[-49:], seconds]
@@ -77,7 +74,6 @@ class Recorder:
                 "memory_bytes": peak_memory_bytes(self.mesh.device),
             },
         )
-        return stop, save
 
     def add_validation(self, losses: dict[str, float]) -> None:
         """Put an evaluation into the record of the step just done."""
@@ -87,17 +83,14 @@ class Recorder:
         self.pending[1].update(record)
         log.info("validation | %s", " | ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
 
-    def flush(self) -> tuple[bool, bool]:
-        """Read and write the record held back; what its step was asked for: (stop, save).
-
-        Raises :class:`DivergedError` after too many skipped steps.
-        """
+    def flush(self) -> None:
+        """Read and write the record held back. Raises :class:`DivergedError` after too many skipped steps."""
         if self.pending is None:
-            return False, False
+            return
         result, rest = self.pending
         self.pending = None
-        numbers = [result.loss, result.grad_norm, result.accepted.float(), *result.requests, *result.source_losses]
-        loss, norm, accepted, stop, save, *source_losses = torch.stack(numbers).tolist()
+        numbers = [result.loss, result.grad_norm, result.accepted.float(), *result.source_losses]
+        loss, norm, accepted, *source_losses = torch.stack(numbers).tolist()
         by_source = {
             f"loss/{source.name}": value
             for source, value in zip(self.settings.data.sources, source_losses, strict=True)
@@ -107,6 +100,8 @@ class Recorder:
         self.skipped_in_a_row = 0 if accepted else self.skipped_in_a_row + 1
         steps = self.settings.train.steps
         shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
+        if not accepted:
+            self.run.event("skipped_step", step=record["step"])
         if self.metrics is not None:
             self.metrics.write(record)
             if self.tensorboard is not None and (shown or "validation_loss" in record):
@@ -119,7 +114,6 @@ class Recorder:
                 f"loss or gradients were not finite for {self.skipped_in_a_row} steps, up to step {record['step']}\n"
                 "  go on from an earlier checkpoint with a lower optim.lr, or look at the data of these steps."
             )
-        return bool(stop), bool(save)
 
     def sync(self) -> None:
         """Bring all records so far to the disk."""
@@ -130,6 +124,8 @@ class Recorder:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time inside the block belongs to no step."""
+        if self.pending is not None:
+            self.pending[0].loss.item()  # the device must be done with the step before the clock stops
         start = time.perf_counter()
         yield
         self.last_end += time.perf_counter() - start

@@ -1,6 +1,6 @@
 """One training step, from microbatches to updated parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,10 +82,11 @@ class StageOnBatch:
         return self.sequence_losses.sum() * self.scale * speaks_for_loss(self.stage.tensor_parallel.mesh)
 
 
-def train_step(state: TrainState, batch: Batch, requests: Sequence[bool]) -> StepResult:
+def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool]]) -> StepResult:
     """One update. ``batch``: this data rank's part, on the device.
 
-    ``requests``, such as to stop, travel with the loss, so that all ranks agree on them at no cost.
+    ``poll`` tells what this rank is asked for, such as to stop; that travels with the loss, so that all ranks agree on
+    it at no cost.
     """
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
     inputs, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
@@ -99,20 +100,22 @@ def train_step(state: TrainState, batch: Batch, requests: Sequence[bool]) -> Ste
     )
     optimizer.finish_gradients()
 
-    loss, squared_norm, by_source, asked = _sum_over_world(
-        mesh, work.own_loss(), optimizer.squared_norm(), losses_by_source(work, batch), torch.tensor(requests)
+    # Filled on the device: a copy from the host would wait for it.
+    own_requests = torch.stack([torch.full_like(scale, float(asked)) for asked in poll()])
+    loss, squared_norm, by_source, requests = _sum_over_world(
+        mesh, work.own_loss(), optimizer.squared_norm(), losses_by_source(work, batch), own_requests
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
     state.step += 1
     lr = learning_rate(optim, state.settings.train.steps, state.step)
     optimizer.step(lr, clip_divisor(norm, optim.clip_grad), accepted)
-    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, asked, lr)
+    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, lr)
 
 
 def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
     """All parts summed over all ranks in one reduction, fp32."""
-    flat = torch.cat([part.to(mesh.device, torch.float32).flatten() for part in parts])
+    flat = torch.cat([part.float().flatten() for part in parts])
     sums = all_reduce(flat, mesh.world).split([part.numel() for part in parts])
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 

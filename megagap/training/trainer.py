@@ -18,12 +18,12 @@ from megagap.training.evaluate import evaluate
 from megagap.training.persistence import resume, save
 from megagap.training.recorder import Recorder, due
 from megagap.training.requests import Requests
-from megagap.training.step import TrainState, build_program, train_step
+from megagap.training.step import StepResult, TrainState, build_program, train_step
 
 log = logging.getLogger(__name__)
 
 
-def train(settings: Settings, mesh: Mesh, run: RunDirectory, requests: Requests) -> None:
+def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     data, held_out = training_data(settings), validation_data(settings)
     loader = MicrobatchLoader(
@@ -37,27 +37,33 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory, requests: Requests)
         run.status("finished")
         return
 
-    run.status("running")
+    run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
     describe(settings, mesh, state)
     recorder = Recorder(settings, mesh, run, state.step)
-    stopping = saving = False
+    requests = Requests.of_run(settings, run)  # from here on a signal asks to stop; before, it ends the process
+    previous: StepResult | None = None
+    stopping = False
 
     while state.step < steps and not stopping:
         batch = loader.step(state.consumed_samples).to(mesh.device)
-        result = train_step(state, batch, requests.poll())
+        result = train_step(state, batch, requests.poll)
         run.step = state.step
-        # The host reads a step's numbers when the next one is under way, and so never drains the device.
-        stopping, saving = recorder.step_done(state.step, result)
+        # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
+        recorder.step_done(state.step, result)
+        known = result if mesh.device.type == "cpu" else previous
+        stopping, saving = (bool(asked) for asked in known.requests) if known is not None else (False, False)
+        previous = result
 
-        last = state.step == steps or stopping
+        last = state.step == steps
         if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
             with recorder.pause():
                 recorder.add_validation(evaluate(state, held_out))
-        if due(settings.checkpoint.every, state.step, last) or last or saving:
+        if due(settings.checkpoint.every, state.step, last) or last or stopping or saving:
             with recorder.pause():
                 recorder.sync()
                 save(state, run)
+                run.status("running")
                 requests.saved()
 
     recorder.close()

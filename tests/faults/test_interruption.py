@@ -1,10 +1,14 @@
 """Runs that are killed, stopped or started twice lose nothing."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
+from megagap.config import load_recipe
 from megagap.observe.metrics import read_metrics
 from tests.launching import descendants, finish, kill_all, launch, wait_until
 from tests.recipes import write_recipe
@@ -29,13 +33,17 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, pr
     killed = launch(recipe, ranks)
     wait_until(lambda: (tmp_path / "run/checkpoints/step_00000016").exists(), killed)
     kill_all(killed)
-    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) < 40, "killed too late to show anything"
+    written = len(read_metrics(tmp_path / "run/metrics.jsonl"))
+    assert written < 40, "killed too late to show anything"
     code, output = finish(launch(recipe, ranks))
 
     assert code == 0, output
     assert same_numbers(read_metrics(tmp_path / "run/metrics.jsonl")) == same_numbers(expected)
-    events = [json.loads(line)["event"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    assert events.count("start") == 2 and events.count("resume") == 1
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    names = [event["event"] for event in events]
+    assert names.count("start") == 2 and names.count("resume") == 1
+    lost = next(event["lost_steps"] for event in events if event["event"] == "resume")
+    assert lost == max(written - 16, 0) or written < 16
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
 
 
@@ -52,6 +60,25 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, num
     metrics = read_metrics(tmp_path / "run/metrics.jsonl")
     assert 0 < status["step"] == metrics[-1]["step"] < 2000
     assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
+
+
+def test_ctrl_c_ends_without_a_traceback(tmp_path):
+    process = launch(write_recipe(tmp_path, train=dict(steps=100_000)), 1)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130 and "interrupted" in output and "Traceback" not in output
+
+
+def test_a_run_of_one_process_outlives_the_shell_that_started_it(tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    command = f"nohup {sys.executable} -m megagap.train {recipe} >/dev/null 2>&1 & echo $!"
+    pid = int(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
+    try:
+        wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        assert _alive(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_file_named_SAVE_asks_for_a_checkpoint_once(tmp_path):
@@ -126,7 +153,9 @@ def test_going_on_with_another_model_or_data_is_refused_with_the_difference(work
     )
     code, output = finish(launch(recipe, 1))
     assert code == 2 and shown in output and "Traceback" not in output
-    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    # The finished run that was not gone on with is left as it was.
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+    assert load_recipe(tmp_path / "run/config.toml").train.steps == 2
 
 
 def test_skipped_samples_can_be_ahead_but_not_behind(workers, tmp_path):

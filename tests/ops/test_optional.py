@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megagap.ops import attention, compiled, optional, rms_norm, rotary
-from megagap.ops.rotary import reference
+from megagap.ops import attention, compiled, optional, rms_norm
 
 
 @pytest.fixture
@@ -48,20 +47,6 @@ def test_flash_attention_gets_unexpanded_heads_and_the_causal_flag(library, quer
     library("attention", "flash_attn", flash_attn_func=flash_attn_func)
     torch.testing.assert_close(attention(q, k, v), expected)
     assert calls == [(q.shape, k.shape, queries == 5)]
-
-
-def test_flash_rotary_gets_half_tables(library):
-    def apply_rotary_emb(x, cos, sin, interleaved=False):
-        assert cos.shape == sin.shape == (5, 4)
-        return reference(x, x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))[0]
-
-    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
-    angles = torch.randn(5, 4)
-    tables = [torch.cat([t, t], -1) for t in (angles.cos(), angles.sin())]
-    expected = rotary(q, k, *tables)
-    library("rotary", "flash_attn.layers.rotary", apply_rotary_emb=apply_rotary_emb)
-    for got, wanted in zip(rotary(q, k, *tables), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
 
 
 def test_apex_rms_norm_gets_the_normalized_shape(library):

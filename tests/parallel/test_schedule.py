@@ -72,8 +72,14 @@ def test_the_validator_finds_a_deadlock():
         Transfer(((1, Message("activation", 0, 1)),), ()),
     ]
     two = with_transfers([Forward(0)], 1, 2)
-    with pytest.raises(AssertionError, match="deadlock"):
+    with pytest.raises(AssertionError, match=r"deadlock|never used"):
         validate([one, two], 1)
+
+
+@pytest.mark.parametrize("program", [[Forward(0)], [Forward(0), Backward(0)]])
+def test_the_validator_finds_missing_transfers(program):
+    with pytest.raises(AssertionError, match="stage 0"):
+        validate([program, program], 1)
 
 
 def test_the_validator_finds_messages_out_of_order():

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagap.config import load_recipe
 from megagap.errors import DistributedError
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
@@ -17,7 +16,7 @@ def open_directory(rank: int, ranks: int, recipe: Path, shared: bool) -> str:
     folder = recipe.parent / ("run" if shared else f"run{rank}")
     mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
     run = RunDirectory(folder, is_writer=rank == 0)
-    run.open(load_recipe(recipe), mesh)
+    run.open()
     try:
         run.require_shared(DistributedCommunicator(mesh))
     except DistributedError as error:

@@ -234,7 +234,10 @@ def check_size(folder: Path, file: StoredFile) -> None:
 
 
 def damaged(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{folder} is damaged: {what}\n  copy it again, or remove or rename this folder to go on from the checkpoint before it.")
+    return CheckpointError(
+        f"{folder} is damaged: {what}\n"
+        "  copy it again, or remove or rename the folder to go on from the checkpoint before it."
+    )
 
 
 def _coverage_fault(tensor: StoredTensor) -> str | None:

@@ -15,7 +15,7 @@ LEVELS = [
     {"ops", "parallel"},
     {"model", "data", "optim", "observe", "checkpoint"},
     {"training", "generation"},
-    {"train"},
+    {"train", "benchmark"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megagap.benchmark import benchmark
 from megagap.config import load_recipe, parse_overrides
 from megagap.files import write_text
 from megagap.train import make_mesh
 from megagap.training import launch
-from megagap.training.benchmark import benchmark
 
 EXAMPLES = """examples:
   python tools/benchmark_mfu.py examples/recipes/code.toml --steps 20

@@ -118,7 +118,7 @@ def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
         error = _lost_peer(process, caught) or caught
         if isinstance(error, MegagapError):
             _tell(on_failure, str(error))
-            _say(process, str(error))
+            _say(process, error)
             code = error.exit_code
         elif isinstance(error, KeyboardInterrupt):
             _tell(on_failure, "interrupted")
@@ -152,11 +152,17 @@ def _tell(listeners: list[Callable[[str], None]], message: str) -> None:
             log.error("cannot leave word of the failure: %s", error)
 
 
-def _say(process: Process, message: str) -> None:
-    """Print a fault. Most meet all ranks alike: rank 0 speaks at once, the others only if that does not end them."""
+def _say(process: Process, error: MegagapError) -> None:
+    """Print a fault. Most meet all ranks alike: rank 0 speaks at once, the others only if that does not end them.
+
+    A lost peer may be rank 0 itself: then the first rank of each machine speaks at once.
+    """
+    message = str(error)
     log.error(message)
-    if process.rank != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's answer to rank 0's end: nothing is left to say
+    is_lost_peer = isinstance(error, LostPeerError)
+    if (process.local_rank if is_lost_peer else process.rank) != 0:
+        if not is_lost_peer:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's answer to rank 0's end: nothing is left to say
         time.sleep(LINGER_SECONDS)
         message = f"rank {process.rank}: {message}"
     print(message, file=sys.stderr, flush=True)

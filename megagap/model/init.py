@@ -16,7 +16,7 @@ from megagap.parallel.shard import Shard, ShardedParameter
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_ROWS_AT_A_TIME = 1 << 22
+_ELEMENTS_AT_A_TIME = 1 << 22
 """Elements drawn at once: bounds the float64 temporaries to some hundreds of MB."""
 
 
@@ -45,7 +45,7 @@ def _fill_normal(tensor: Tensor, shard: Shard, std: float, seed: int) -> None:
     width = shard.shape[1]
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{shard.name}".encode(), digest_size=8).digest(), "little")
     column = torch.arange(first_column, first_column + columns, device=tensor.device)
-    step = max(1, _ROWS_AT_A_TIME // columns)
+    step = max(1, _ELEMENTS_AT_A_TIME // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         row = torch.arange(first_row + start, first_row + stop, device=tensor.device)

@@ -38,11 +38,6 @@ def reduce_scatter(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     return mine
 
 
-def own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This member's equal part of a tensor that all members hold, along ``dim``."""
-    return tensor if axis.group is None else tensor.chunk(axis.size, dim)[axis.rank].contiguous()
-
-
 def reduce_scatter_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work | None:
     """Start summing ``tensor`` [n] over the axis into each member's ``output`` [n / size]."""
     if axis.group is None:

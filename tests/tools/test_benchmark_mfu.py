@@ -74,6 +74,7 @@ def test_it_runs_under_torchrun_and_without_data_files(tmp_path):
     command += [ROOT / "tools/benchmark_mfu.py", recipe, "--steps", "2", "--parallel.tp", "2", "--output", tmp_path]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tokens are random") == 1
     assert json.loads((tmp_path / "benchmark.json").read_text())["hardware"]["layout"]["tp"] == 2
 
 

@@ -1,6 +1,5 @@
 """Times the trainer's own steps of a recipe on this machine, and compares them with what the hardware could do."""
 
-import logging
 import platform
 import statistics
 import time
@@ -25,8 +24,6 @@ from megagap.training.datasets import training_data
 from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Report:
                 for name, peak in peaks.items()
             },
             "memory_bytes": self.memory_bytes,
+            "tokens": "recipe" if has_data(self.settings) else "random",
             "hardware": environment(self.mesh),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "recipe": self.settings.model_dump(mode="json"),
@@ -78,6 +76,7 @@ class Report:
             ("step", f"{statistics.median(seconds):.3f} s (fastest {seconds[0]:.3f}, slowest {seconds[-1]:.3f})"),
             ("TFLOP/s a device", f"{numbers['tflops_per_device']:.3f}"),
             ("memory a device", f"{numbers['memory_bytes'] / 2**30:.2f} GiB"),
+            ("tokens", "the recipe's" if numbers["tokens"] == "recipe" else "random: the recipe's data is not there"),
         ]
         for name, peak in numbers["peak_tflops"].items():
             shares = numbers["mfu"][name]
@@ -115,18 +114,19 @@ def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int) -> Report
     return Report(settings, mesh, seconds, measure_peak(settings, mesh), peak_memory_bytes(mesh.device))
 
 
+def has_data(settings: Settings) -> bool:
+    """Whether the recipe names data files that exist."""
+    paths = [path for source in settings.data.sources for path in source.paths]
+    return bool(paths) and all(Path(f"{path}.idx").exists() for path in paths)
+
+
 def batches(settings: Settings, mesh: Mesh) -> Callable[[int], Batch]:
-    """From the number of a step's first sample to this rank's batch: the recipe's own if its files exist."""
+    """From the number of a step's first sample to this rank's batch."""
     train = settings.train
-    indexes = [Path(f"{path}.idx") for source in settings.data.sources for path in source.paths]
-    missing = [path for path in indexes if not path.exists()]
-    if indexes and not missing:
-        loader = MicrobatchLoader(
-            training_data(settings), train.global_batch_size, train.micro_batch_size, mesh.dp.rank, mesh.dp.size
-        )
+    if has_data(settings):
+        data = training_data(settings)
+        loader = MicrobatchLoader(data, train.global_batch_size, train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
         return loader.step
-    if mesh.world.rank == 0:
-        log.warning("tokens are random: %s", f"{missing[0]} does not exist" if missing else "the recipe names no data")
     batch = random_batch(settings, mesh)
     return lambda first_sample: batch
 

@@ -29,8 +29,7 @@ class SingleProcessModel(nn.Module):
         """With ``caches`` of the tokens before, ``tokens`` [b, s] are added to them and the logits are the last
         token's only, [b, 1, vocab]. Once the caches hold any, tokens come one by one: s = 1."""
         before = caches[0].length if caches else 0
-        logits: Tensor = self.stage(tokens, before + tokens.shape[1], caches)
-        return logits
+        return self.stage.logits(self.stage(tokens, before + tokens.shape[1], caches))
 
     def empty_caches(self, positions: int, batch: int = 1) -> list[KeyValueCache]:
         """One a layer, with room for ``positions`` tokens of each of ``batch`` sequences."""

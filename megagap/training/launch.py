@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megagap.errors import INTERRUPTED, DistributedError, LostPeerError, MegagapError
+from megagap.training.allocator import keep_freed_memory
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
@@ -72,6 +73,7 @@ def start(process: Process) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         if not _threads_are_chosen():
             torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:

@@ -46,7 +46,7 @@ def test_flops_of_our_own_stage_equal_the_formula(tmp_path):
     tokens = torch.randint(settings.model.vocab_size, (2, 48))
     # The counter knows no fused attention on CPU; torch's plain one is made of matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        stage.loss(stage(tokens, 48), tokens).sum().backward()
+        stage.loss(stage(tokens, 48), tokens, torch.ones(()))[0].backward()
     counted = counter.get_total_flops() / tokens.numel()
     assert flops_per_token(settings.model, 48).full == pytest.approx(counted, rel=1e-3)
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from megagap.config.settings import SECTIONS
+from megagap.config.settings import SECTIONS, Section
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Fault:
 def from_pydantic(name: str, value: Any, detail: Any) -> Fault:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return Fault(name + place, detail["input"], "unknown")
+        return _unknown_in_table(name, place, detail["input"])
     context = detail.get("ctx", {})
     messages = {
         "greater_than_equal": lambda: f"must be at least {context['ge']}",
@@ -34,6 +34,24 @@ def from_pydantic(name: str, value: Any, detail: Any) -> Fault:
     }
     message = messages.get(detail["type"], lambda: detail["msg"][0].lower() + detail["msg"][1:])()
     return Fault(name + place, detail["input"] if detail["type"] != "missing" else None, message)
+
+
+def _unknown_in_table(setting: str, place: str, value: Any) -> Fault:
+    """An unknown key of a table within a setting, such as ``data.sources[0].pth``."""
+    section, _, field = setting.partition(".")
+    table = _table_in(SECTIONS[section].model_fields[field].annotation)
+    known = list(table.model_fields) if table else []
+    parent, _, key = place.rpartition(".")
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {setting}{parent}.{nearest[0]}?" if nearest else f"possible: {', '.join(known)}"
+    return Fault(setting + place, value, f"unknown; {hint}")
+
+
+def _table_in(annotation: Any) -> type[Section] | None:
+    """The settings in an annotation such as ``list[Source]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_table_in, get_args(annotation))), None)
 
 
 def unknown(name: str, value: Any) -> Fault:

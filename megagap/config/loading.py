@@ -1,6 +1,7 @@
 """From a TOML recipe and overrides to checked, resolved settings."""
 
 import glob
+import json
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megagap.config.faults import Fault, from_pydantic, render, unknown
 from megagap.config.rules import check_rules
-from megagap.config.settings import SECTIONS, Settings, Source, source_name
+from megagap.config.settings import PLANNED, SECTIONS, Settings, Source, source_name
 from megagap.errors import ConfigError
 
 
@@ -21,16 +22,18 @@ def load_recipe(
     """Read a TOML recipe and ``section.key=value`` overrides into checked, resolved settings.
 
     ``world_size``: the number of processes, if known; the layout is then checked against it. ``needs_data``: whether
-    ``data.sources`` must be there.
+    ``data.sources`` must be given, and the tokenizer be there if one is.
     Raises :class:`ConfigError` with every fault found.
     """
     path = Path(path)
     tree = _read_toml(path)
     faults = [fault for override in overrides for fault in _apply_override(tree, override)]
+    faults += _set_planned_aside(tree)
     faults += _apply_preset(tree)
     values, section_faults = _validate(tree)
     faults += section_faults
     faults += check_rules(values, world_size, needs_data)
+    faults += _tokenizer_exists(values.get("data.tokenizer"), path.parent) if needs_data else []
     if faults:
         raise ConfigError(render(path, faults))
     return _resolve(Settings.model_validate(tree), path)
@@ -66,12 +69,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> Iterator[Fault]:
     name, _, text = override.partition("=")
     section, _, key = name.partition(".")
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
-    if field is None:
+    if field is None and key not in PLANNED.get(section, ()):
         yield unknown(name, text)
         return
     if not isinstance(tree.setdefault(section, {}), dict):
         return  # reported by _validate
-    tree[section][key] = text if field.annotation is str else _parse_value(text)
+    tree[section][key] = text if field and field.annotation is str else _parse_value(text)
 
 
 def _parse_value(text: str) -> Any:
@@ -80,6 +83,18 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _set_planned_aside(tree: dict[str, Any]) -> Iterator[Fault]:
+    """Settings to come leave the tree: given their one value they say nothing."""
+    for section, planned in PLANNED.items():
+        given = tree.get(section)
+        for key, only in planned.items():
+            if not isinstance(given, dict) or key not in given:
+                continue
+            value = given.pop(key)
+            if value != only or isinstance(value, bool) != isinstance(only, bool):
+                yield Fault(f"{section}.{key}", value, f"not yet supported; only {json.dumps(only)} is")
 
 
 def _apply_preset(tree: dict[str, Any]) -> Iterator[Fault]:
@@ -159,7 +174,7 @@ def _resolve(settings: Settings, recipe: Path) -> Settings:
             ),
             "data": data.model_copy(
                 update={
-                    "tokenizer": _resolve_tokenizer(data.tokenizer, folder),
+                    "tokenizer": "{}{}".format(*_find_tokenizer(data.tokenizer, folder)) if data.tokenizer else "",
                     "sources": [_resolve_source(source, folder) for source in data.sources],
                     "validation": [_resolve_source(source, folder) for source in data.validation],
                 }
@@ -185,10 +200,15 @@ def _resolve_source(source: Source, folder: Path) -> Source:
     return source.model_copy(update={"path": paths, "name": source_name(source)})
 
 
-def _resolve_tokenizer(spec: str, folder: Path) -> str:
-    """A path, perhaps behind a kind such as ``hf:``; made absolute."""
+def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:
+    """The kind with its colon, such as ``hf:``, if the specification forces one, and the place."""
     kind = next((kind for kind in ("hf:", "sentencepiece:", "tiktoken:") if spec.startswith(kind)), "")
-    return f"{kind}{folder / spec.removeprefix(kind)}" if spec else ""
+    return kind, folder / spec.removeprefix(kind)
+
+
+def _tokenizer_exists(spec: str | None, folder: Path) -> Iterator[Fault]:
+    if spec and not (place := _find_tokenizer(spec, folder.resolve())[1]).exists():
+        yield Fault("data.tokenizer", spec, f"there is no {place}; paths are relative to the recipe")
 
 
 def spread_layers(layers: int, stages: int) -> list[int]:

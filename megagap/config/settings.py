@@ -4,7 +4,7 @@ A setting explains itself in the docstring below it: ``--help`` and error messag
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -189,6 +189,17 @@ class Settings(Section):
 
 
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
+
+PLANNED: dict[str, dict[str, Any]] = {
+    "model": {"norm_gain_scale": 1.0},
+    "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
+    "data": {"phases": [], "workers": 0, "document_mask": False},
+    "train": {"batch_ramp": [], "recompute": "none", "compile": False},
+    "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
+    "checkpoint": {"async": False},
+    "run": {"wandb": False, "profile": False},
+}
+"""Settings to come, each with the one value that it can be given today: what is done without it."""
 
 
 def source_name(source: Source) -> str:

@@ -61,6 +61,8 @@ def resume(state: TrainState, run: RunDirectory) -> None:
             '  choose another run.dir, or checkpoint.load = "latest" to go on.'
         )
     if own is not None:
+        if wanted != "latest":
+            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
         go_on(state, run, own)
     elif wanted not in ("", "latest"):
         folder = resolve_checkpoint(Path(wanted))

@@ -26,6 +26,7 @@ def from_pydantic(name: str, value: Any, detail: Any) -> Fault:
     context = detail.get("ctx", {})
     messages = {
         "greater_than_equal": lambda: f"must be at least {context['ge']}",
+        "less_than_equal": lambda: f"must be at most {context['le']}",
         "greater_than": lambda: f"must be above {context['gt']}",
         "string_pattern_mismatch": lambda: 'must look like "1000:2000"',
         "less_than": lambda: f"must be below {context['lt']}",

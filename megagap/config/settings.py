@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=2**60)]
+Count = Annotated[int, Field(ge=0, le=2**60)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SampleRange = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
@@ -24,7 +24,7 @@ class RopeScaling(Section):
     """Llama 3.1's stretch of the rotary wavelengths to longer contexts."""
 
     rope_type: Literal["llama3"]
-    factor: Annotated[float, Field(ge=1)]
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     low_freq_factor: AboveZero
     high_freq_factor: AboveZero
     original_max_position_embeddings: Positive
@@ -41,7 +41,7 @@ class Model(Section):
     """Query heads."""
     num_key_value_heads: Positive
     """Key/value heads; must divide num_attention_heads (grouped-query attention)."""
-    head_dim: Annotated[int, Field(ge=0, multiple_of=2)] = 0
+    head_dim: Annotated[int, Field(ge=0, le=2**60, multiple_of=2)] = 0
     """Width of a head; 0 means hidden_size / num_attention_heads."""
     intermediate_size: Positive
     """Width of the SwiGLU feed-forward."""

@@ -1,5 +1,11 @@
 """Time a recipe's training step on this machine: tokens a second, TFLOP/s, and the share of the hardware's peak."""
 
+if __name__ == "__main__":
+    # Before torch is imported: a launcher that is killed in these seconds must not leave us behind.
+    from megagap.training.parent import end_with_parent
+
+    end_with_parent()
+
 import argparse
 import json
 import sys
@@ -36,7 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--warmup must be at least 0, --steps at least 1")
 
     process = launch.Process.from_environment()
-    launch.end_with_parent()
     with launch.orderly_exit(process):
         settings = load_recipe(options.recipe, parse_overrides(rest), process.world_size, needs_data=False)
         if options.output and process.rank == 0:

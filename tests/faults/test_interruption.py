@@ -10,7 +10,7 @@ import pytest
 
 from megagap.config import load_recipe
 from megagap.observe.metrics import read_metrics
-from tests.launching import descendants, finish, kill_all, launch, wait_until
+from tests.launching import descendants, finish, is_alive, kill_all, launch, wait_until
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -76,7 +76,7 @@ def test_a_run_of_one_process_outlives_the_shell_that_started_it(tmp_path):
     pid = int(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
     try:
         wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        assert _alive(pid)
+        assert is_alive(pid)
     finally:
         os.kill(pid, signal.SIGKILL)
 
@@ -109,15 +109,44 @@ def test_workers_end_with_a_killed_launcher(tmp_path):
     assert len(pids) >= 2
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(_alive(pid) for pid in pids), seconds=20)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=20)
 
 
-def _alive(pid):
+def test_workers_end_with_a_launcher_that_is_killed_as_they_start(tmp_path):
+    """Before they have imported torch, or told the kernel whom to end with."""
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    process = launch(recipe, 2)
+    wait_until(lambda: len(descendants(process.pid)) >= 2, process)
+    pids = descendants(process.pid)
+    process.kill()
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+        # The workers hold its output open: the end of it is theirs.
+        assert "Traceback" not in process.communicate(timeout=20)[0]
+        assert not any(is_alive(pid) for pid in pids)
+    finally:
+        for pid in filter(is_alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("adopter", ["another program", "init"])
+def test_a_worker_that_another_than_torchrun_has_adopted_ends_at_once(adopter):
+    """The worker leads a session, as torchrun has it; its parent is a shell, or whoever takes over from that."""
+    command = "import os; os.setsid(); from megagap.training.parent import end_with_parent; "
+    command += "end_with_parent(); print('goes on')"
+    line = f'{sys.executable} -c "{command}"' + ("; true" if adopter == "another program" else " & disown")
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env=os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    )
+    assert done.stdout == "" and "torchrun, which started this process, has died" in done.stderr
+
+
+def test_a_worker_of_a_living_launcher_goes_on_and_so_does_one_behind_a_wrapper():
+    worker = "from megagap.training.parent import end_with_parent; end_with_parent(); print('goes on')"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    for command in ([sys.executable, "-c", worker], ["bash", "-c", f'{sys.executable} -c "{worker}"; true']):
+        # This process has torch in its memory, as torchrun has.
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, start_new_session=True)
+        assert done.stdout == "goes on\n", done.stderr
 
 
 def test_a_finished_run_says_so_and_exits_0(workers, tmp_path):

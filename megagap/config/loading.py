@@ -6,14 +6,16 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megagap.config.faults import Fault, from_pydantic, render, unknown
 from megagap.config.rules import check_rules
-from megagap.config.settings import PLANNED, SECTIONS, Settings, Source, source_name
+from megagap.config.settings import PLANNED, SECTIONS, Section, Settings, Source, source_name
 from megagap.errors import ConfigError
+
+_Section = TypeVar("_Section", bound=Section)
 
 
 def load_recipe(
@@ -158,33 +160,27 @@ def _resolve(settings: Settings, recipe: Path) -> Settings:
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
     tokens_a_step = train.global_batch_size * train.sequence_length
     folder = recipe.parent.resolve()
-    return settings.model_copy(
-        update={
-            "model": model.model_copy(
-                update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads}
-            ),
-            "parallel": parallel.model_copy(
-                update={
-                    "sequence_parallel": parallel.tp > 1
-                    if parallel.sequence_parallel is None
-                    else parallel.sequence_parallel,
-                    "layers_per_stage": parallel.layers_per_stage
-                    or spread_layers(model.num_hidden_layers, parallel.pp),
-                }
-            ),
-            "data": data.model_copy(
-                update={
-                    "tokenizer": "{}{}".format(*_find_tokenizer(data.tokenizer, folder)) if data.tokenizer else "",
-                    "sources": [_resolve_source(source, folder) for source in data.sources],
-                    "validation": [_resolve_source(source, folder) for source in data.validation],
-                }
-            ),
-            "train": train.model_copy(update={"steps": train.steps or -(-train.tokens // tokens_a_step), "tokens": 0}),
-            "run": settings.run.model_copy(
-                update={"dir": str(Path(settings.run.dir or Path("runs") / recipe.stem).resolve())}
-            ),
-        }
+    return _with(
+        settings,
+        model=_with(model, head_dim=model.head_dim or model.hidden_size // model.num_attention_heads),
+        parallel=_with(
+            parallel,
+            sequence_parallel=parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
+            layers_per_stage=parallel.layers_per_stage or spread_layers(model.num_hidden_layers, parallel.pp),
+        ),
+        data=_with(
+            data,
+            tokenizer="{}{}".format(*_find_tokenizer(data.tokenizer, folder)) if data.tokenizer else "",
+            sources=[_resolve_source(source, folder) for source in data.sources],
+            validation=[_resolve_source(source, folder) for source in data.validation],
+        ),
+        train=_with(train, steps=train.steps or -(-train.tokens // tokens_a_step), tokens=0),
+        run=_with(settings.run, dir=str(Path(settings.run.dir or Path("runs") / recipe.stem).resolve())),
     )
+
+
+def _with(section: _Section, **changes: Any) -> _Section:
+    return section.model_copy(update=changes)
 
 
 def _resolve_source(source: Source, folder: Path) -> Source:
@@ -197,7 +193,7 @@ def _resolve_source(source: Source, folder: Path) -> Source:
             found = glob.glob(pattern + ".idx", root_dir=folder)
             matches = sorted(str(folder / name).removesuffix(".idx") for name in found)
         paths += matches or [full]
-    return source.model_copy(update={"path": paths, "name": source_name(source)})
+    return _with(source, path=paths, name=source_name(source))
 
 
 def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:

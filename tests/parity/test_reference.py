@@ -49,7 +49,7 @@ def test_ten_steps_equal_a_plain_loop(workers, tmp_path, tied):
     expected = []
     for step in range(1, STEPS + 1):
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in step_samples(data, 8, step)]))
-        if step in (1, STEPS):  # starting the tool takes seconds
+        if step in (1, STEPS) and not tied:  # starting the tool takes seconds; the model plays no part
             assert tokens.tolist() == printed_samples(recipe, step)
         logits = model(tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -166,6 +166,14 @@ def test_broken_toml_and_a_missing_recipe_are_config_errors(tmp_path):
     (tmp_path / "bad.toml").write_text("[model\n")
     assert "not valid TOML" in faults_of(tmp_path / "bad.toml")
     assert "cannot read the recipe" in faults_of(tmp_path / "none.toml")
+    for text in (b"x = 1" + b"0" * 5000, b"x = " + b"[" * 100_000, b"\xff"):
+        (tmp_path / "odd.toml").write_bytes(text)
+        assert "not valid TOML" in faults_of(tmp_path / "odd.toml")
+
+
+def test_numbers_beyond_any_use_are_faults(recipe):
+    assert "must be at most" in faults_of(recipe(), [f"train.steps={2**61}"])
+    assert "train.steps" in faults_of(recipe(), ["train.steps=1" + "0" * 5000])
 
 
 def test_tokens_become_whole_steps(recipe):

@@ -110,7 +110,7 @@ def test_no_setting_is_both_there_and_to_come():
 
 
 def test_a_tokenizer_that_is_nowhere_is_a_fault_with_the_place_looked_at(recipe, tmp_path):
-    for given in ("bpe/tokenizer.json", "hf:bpe"):
+    for given in ("bpe/tokenizer.json", "hf:bpe", "bpe" + "x" * 5000):
         assert f"there is no {tmp_path}/bpe" in faults_of(recipe(data__tokenizer=given))
     (tmp_path / "bpe").mkdir()
     assert load_recipe(recipe(data__tokenizer="hf:bpe")).data.tokenizer == f"hf:{tmp_path / 'bpe'}"

@@ -19,7 +19,7 @@ class Fault:
     message: str
 
 
-def from_pydantic(name: str, value: Any, detail: Any) -> Fault:
+def from_pydantic(name: str, detail: Any) -> Fault:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return _unknown_in_table(name, place, detail["input"])

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -143,7 +144,7 @@ def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
             try:
                 values[name] = adapter.validate_python(given[key])
             except ValidationError as error:
-                faults += [from_pydantic(name, given[key], detail) for detail in error.errors()]
+                faults += [from_pydantic(name, detail) for detail in error.errors()]
     return values, faults
 
 
@@ -203,7 +204,7 @@ def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:
 
 
 def _tokenizer_exists(spec: str | None, folder: Path) -> Iterator[Fault]:
-    if spec and not (place := _find_tokenizer(spec, folder.resolve())[1]).exists():
+    if spec and not os.path.exists(place := _find_tokenizer(spec, folder.resolve())[1]):
         yield Fault("data.tokenizer", spec, f"there is no {place}; paths are relative to the recipe")
 
 

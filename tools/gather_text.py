@@ -301,14 +301,15 @@ def write(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
     temporary = partial_name(path)
     count = size = 0
     try:
-        with writing(path), temporary.open("w", encoding="utf-8") as file:
-            for document in documents:
-                count += 1
-                size += len(document.text.encode())
-                file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         with writing(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                for document in documents:
+                    count += 1
+                    size += len(document.text.encode())
+                    line = json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False)
+                    file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -22,7 +22,6 @@ examples:
 The losses on validation sources are drawn beside the training loss.
 """
 
-
 LARGEST = 1e300
 """Of numbers that are drawn: beyond it the length of an axis may be no float."""
 
@@ -43,14 +42,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or its metrics.jsonl")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="image to write (default: RUN/KEY.png of the first)"
+        "--output", type=Path, metavar="FILE", help="image to write, or folder for KEY.png (default: the first RUN)"
     )
     parser.add_argument("--key", default="loss", metavar="KEY", help="number in metrics.jsonl (default: loss)")
     given = parser.parse_args(argv)
     curves = [curve for run in given.runs for curve in curves_of(run, given.key, named=len(given.runs) > 1)]
     first = given.runs[0]
-    output = given.output or (first if first.is_dir() else first.parent) / f"{given.key.replace('/', '_')}.png"
-    if not output.suffix:
+    output = given.output or (first if first.is_dir() else first.parent)
+    if output.is_dir():
+        output /= f"{given.key.replace('/', '_')}.png"
+    elif not output.suffix:
         output = output.with_name(f"{output.name}.png")
     draw_in_terminal(curves, given.key)
     draw_image(curves, given.key, output)
@@ -75,11 +76,7 @@ def curves_of(run: Path, key: str, named: bool) -> list[Curve]:
     prefix = f"{run.name if run.is_dir() else run.parent.name}: " if named else ""
     curves = []
     for name in (key, *validation):
-        points = [
-            (record["step"], record[name])
-            for record in records
-            if _is_number(record.get(name)) and _is_number(record["step"])
-        ]
+        points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
         steps, values = zip(*points, strict=True)
         curves.append(Curve(prefix + name, list(steps), list(values), marked=len(points) < len(records)))
     return curves

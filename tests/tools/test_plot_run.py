@@ -44,8 +44,11 @@ def test_losses_are_drawn_in_the_terminal_and_as_png(tmp_path):
 
 
 def test_image_goes_into_the_run_directory_unless_told_otherwise(tmp_path):
-    assert plot(some_run(tmp_path / "run"), "--key", "grad_norm").returncode == 0
+    run = some_run(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    assert plot(run, "--key", "grad_norm").returncode == plot(run, "--output", tmp_path / "other").returncode == 0
     assert (tmp_path / "run" / "grad_norm.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "other" / "loss.png").read_bytes().startswith(PNG)
 
 
 def test_several_runs_are_told_apart_by_their_names(tmp_path):
@@ -68,12 +71,11 @@ def test_an_output_without_ending_becomes_a_png_and_is_named_so(tmp_path):
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     run = some_run(tmp_path / "run")
     (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
-    for output in ("file/picture.png", "folder.png", "picture.xyz"):
+    for output in ("file/picture.png", "picture.xyz"):
         done = plot(run, "--output", tmp_path / output)
         assert done.returncode == 2 and "data error: " in done.stderr and "Traceback" not in done.stderr
         assert str((tmp_path / output).parent) in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
 
 
 @pytest.mark.parametrize(

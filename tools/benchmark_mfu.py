@@ -24,7 +24,8 @@ EXAMPLES = """examples:
   python tools/benchmark_mfu.py recipe.toml --train.precision bf16-mixed --output runs/benchmark
   torchrun --nproc-per-node 8 tools/benchmark_mfu.py recipe.toml --parallel.tp 2
 
-Tokens are random: the recipe's data files need not exist. MFU (model FLOPs utilisation) is given by two formulas,
+A step is all that the trainer does at one: read the batch, update, record. Where the recipe's data files do not exist,
+tokens are random. MFU (model FLOPs utilisation) is given by two formulas,
 counting the whole attention square or its causal half, of the data sheet's peak and of a matrix product measured here.
 """
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megagap.checkpoint import Index, save_checkpoint
 from megagap.checkpoint.huggingface import export, plan_shards
-from megagap.data.bpe import train_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.parallel.shard import Slice, whole
 from tests.models import SCALING, tiny_model
@@ -43,15 +42,6 @@ def save_model(
     state = {"model": settings, "data": {"tokenizer": tokenizer}, "train": {"precision": precision}}
     save_checkpoint(folder, parts, state)
     return folder
-
-
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of at most 300 ids."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.jsonl").write_text('{"text": "the quick brown fox, le vif renard brun"}\n' * 5)
-    train_tokenizer([folder / "text.jsonl"], folder / "bpe", 300)
-    return folder / "bpe"
 
 
 VARIANTS = {

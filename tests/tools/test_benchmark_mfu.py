@@ -59,6 +59,7 @@ def test_the_report_has_the_keys_of_the_contract_and_its_speed_is_the_trainers(w
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert len(report["step_seconds"]) == 25
+    assert report["tokens"] == "recipe"
     assert report["peak_tflops"]["datasheet"] is None and report["mfu"]["datasheet"] is None
     assert 0 < report["mfu"]["measured"]["causal"] < report["mfu"]["measured"]["full"] < 1
     assert {"flops_per_token", "tflops_per_device", "memory_bytes", "hardware", "versions", "recipe"} <= report.keys()
@@ -74,7 +75,9 @@ def test_it_runs_under_torchrun_and_without_data_files(tmp_path):
     command += [ROOT / "tools/benchmark_mfu.py", recipe, "--steps", "2", "--parallel.tp", "2", "--output", tmp_path]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "benchmark.json").read_text())["hardware"]["layout"]["tp"] == 2
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert (report["hardware"]["layout"]["tp"], report["tokens"]) == (2, "random")
+    assert "random" in done.stdout
 
 
 def test_a_bad_recipe_exits_2_with_a_message(tmp_path):

@@ -27,12 +27,12 @@ from megagap.checkpoint.companions import (
 )
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
-from megagap.checkpoint.model import read_model, stored_dtype
+from megagap.checkpoint.model import stored_dtype
+from megagap.checkpoint.state import check_tensors, read_model
 from megagap.config import Model
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.files import partial_name, publish
-from megagap.model.shapes import model_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Element types that a model can be exported in, by their names in ``config.json``."""
@@ -119,19 +119,6 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(dtype, total // DTYPES[dtype].itemsize, tuple(shards), total, source)
-
-
-def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tuple[int, ...]]:
-    """:func:`model_tensors`, all of which and no others the checkpoint holds; else :class:`CheckpointError`."""
-    wanted = model_tensors(model)
-    unknown = sorted(set(index.names("weight")) - set(wanted))
-    if unknown:
-        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which its own model settings have no place for")
-    for name, shape in wanted.items():
-        stored = index.tensor(checkpoint, "weight", name).shape
-        if stored != shape:
-            raise CheckpointError(f"{checkpoint}: {name} has shape {list(stored)}, its settings say {list(shape)}")
-    return wanted
 
 
 def plan_shards(tensors: dict[str, tuple[int, ...]], itemsize: int, max_size: int) -> dict[str, list[str]]:

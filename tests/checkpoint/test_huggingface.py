@@ -11,33 +11,10 @@ from megagap.checkpoint import Index, save_checkpoint
 from megagap.checkpoint.huggingface import export, plan_shards
 from megagap.errors import CheckpointError, DataError
 from megagap.parallel.shard import Slice, whole
+from tests.models import SCALING, tiny_model
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-MODEL: dict[str, Any] = {
-    "preset": "",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 24,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "initializer_range": 0.02,
-}
+LLAMA3_SCALING = SCALING.model_dump()
+MODEL = tiny_model(hidden_size=16, intermediate_size=24, vocab_size=300, rope_theta=10000.0).model_dump(mode="json")
 
 
 def reference(**changes: Any) -> tuple[LlamaForCausalLM, dict[str, Any]]:

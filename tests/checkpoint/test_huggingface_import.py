@@ -13,28 +13,17 @@ from megagap.checkpoint import Index, load_model, load_slices, load_tensor
 from megagap.checkpoint.companions import companions_of
 from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model, read_settings
-from megagap.config import Model, RopeScaling
+from megagap.config import Model
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError
 from megagap.generation import load_text_model
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, split
+from tests import models
 from tests.huggingface import reference_model
+from tests.models import SCALING
 
-SHAPE = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    intermediate_size=24,
-    vocab_size=61,
-    max_position_embeddings=64,
-    rope_theta=10000.0,
-)
-SCALING = RopeScaling(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
+SHAPE = models.SHAPE | dict(hidden_size=16, head_dim=4, intermediate_size=24, rope_theta=10000.0)
 NORM = "model.layers.0.input_layernorm.weight"
 VARIANTS = {
     "untied": {},
@@ -47,7 +36,7 @@ VARIANTS = {
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any) -> LlamaForCausalLM:
     """A random model that ``transformers`` has saved."""
-    model = reference_model(Model(**(SHAPE | changes))).to(dtype)  # type: ignore[arg-type]
+    model = reference_model(Model(**(SHAPE | changes))).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 

@@ -83,3 +83,9 @@ def test_it_runs_under_torchrun_and_without_data_files(tmp_path):
 def test_a_bad_recipe_exits_2_with_a_message(tmp_path):
     done = run(write_recipe(tmp_path, train=dict(sequence_length=100_000)))
     assert done.returncode == 2 and "max_position_embeddings" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_time_is_spent(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(write_recipe(tmp_path), "--steps", 10**9, "--output", tmp_path / "file" / "out")
+    assert done.returncode == 2 and "cannot make the folder" in done.stderr and "Traceback" not in done.stderr

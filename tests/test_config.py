@@ -79,7 +79,6 @@ def test_an_unknown_key_of_a_table_within_a_setting_names_its_neighbours(recipe,
 
 
 PLANNED_VALUES = {
-    "model.norm_gain_scale": ("1.0", "20.0"),
     "parallel.vpp": ("1", "2"),
     "parallel.cp": ("1", "true"),
     "parallel.context_mode": ("ring", "alltoall"),

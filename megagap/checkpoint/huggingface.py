@@ -33,6 +33,7 @@ from megagap.config import Model
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.files import partial_name, publish
+from megagap.model.shapes import is_norm_gain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Element types that a model can be exported in, by their names in ``config.json``."""
@@ -100,7 +101,7 @@ def export(
         for file, members in shards.items():
             tensors = {}
             for name in members:
-                tensors[name] = _convert(checkpoint, index, name, DTYPES[dtype])
+                tensors[name] = _convert(checkpoint, index, name, DTYPES[dtype], model.norm_gain_scale)
                 done += prod(names[name]) * DTYPES[dtype].itemsize
                 progress(done, total)
             save_file(tensors, partial / file, metadata={"format": "pt"})
@@ -177,10 +178,12 @@ def _default_dtype(checkpoint: Path, index: Index) -> str:
     return "float32" if precision == "fp32" else "bfloat16"
 
 
-def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype, gain_scale: float) -> torch.Tensor:
+    """A tensor as Hugging Face's model has it: norms with their scale in the gain."""
     stored = load_tensor(checkpoint, index, "weight", name)
-    # Cast before scaling, as the model does in its forward pass.
     tensor = stored.to(dtype)
+    if is_norm_gain(name) and gain_scale != 1:
+        tensor = (tensor.float() * gain_scale).to(dtype)  # cast before scaling, as the model does
     if dtype == torch.float16 and not tensor.isfinite().all() and stored.isfinite().all():
         raise CheckpointError(f"{name} has values that float16 cannot hold\n  export with --dtype bfloat16 or float32.")
     return tensor

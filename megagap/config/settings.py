@@ -61,6 +61,8 @@ class Model(Section):
     """Biases on the q, k, v and o projections."""
     mlp_bias: bool = False
     """Biases on the gate, up and down projections."""
+    norm_gain_scale: AboveZero = 1.0
+    """RMSNorm multiplies its gains by this and stores them as much smaller: with 20, gains in bf16 move (Gaperon)."""
     initializer_range: AboveZero = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers)."""
 
@@ -191,7 +193,6 @@ class Settings(Section):
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "model": {"norm_gain_scale": 1.0},
     "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
     "data": {"phases": [], "workers": 0, "document_mask": False},
     "train": {"batch_ramp": [], "recompute": "none", "compile": False},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megagap.config import Model
+from megagap.model.shapes import is_norm_gain
 from megagap.parallel.shard import Shard, ShardedParameter
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -30,8 +31,8 @@ def initialise(parameters: list[ShardedParameter], model: Model, seed: int) -> N
         name = parameter.shard.name
         with torch.no_grad():
             parameter.zero_()
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+            if is_norm_gain(name):
+                parameter.fill_(1.0 / model.norm_gain_scale)
             elif not name.endswith(".bias"):
                 std = model.initializer_range
                 if name.endswith(("o_proj.weight", "down_proj.weight")):

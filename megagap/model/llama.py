@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megagap.config import Model
 from megagap.model.attention import Attention, KeyValueCache
 from megagap.model.rotary import rotary_tables
-from megagap.ops import rms_norm, swiglu
+from megagap.ops import add_rms_norm, rms_norm, swiglu
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter
@@ -26,13 +26,18 @@ from megagap.parallel.tensor import (
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learnt gain (Zhang & Sennrich 2019), outside of regions."""
 
-    def __init__(self, name: str, size: int, eps: float, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.weight = tensor_parallel.parameter(tensor_parallel.replicated(f"{name}.weight", (size,)))
-        self.eps = eps
+        shard = tensor_parallel.replicated(f"{name}.weight", (model.hidden_size,))
+        self.weight = tensor_parallel.parameter(shard)
+        self.eps, self.gain_scale = model.rms_norm_eps, model.norm_gain_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.gain_scale)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps, self.gain_scale)
 
 
 class FeedForward(nn.Module):
@@ -56,15 +61,16 @@ class Layer(nn.Module):
 
     def __init__(self, index: int, model: Model, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        name, size, eps = f"model.layers.{index}", model.hidden_size, model.rms_norm_eps
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", size, eps, tensor_parallel)
+        name = f"model.layers.{index}"
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", model, tensor_parallel)
         self.self_attn = Attention(f"{name}.self_attn", model, tensor_parallel)
-        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, tensor_parallel)
+        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model, tensor_parallel)
         self.mlp = FeedForward(f"{name}.mlp", model, tensor_parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        normalised, x = self.post_attention_layernorm.after_adding(mixed, x)
+        return x + self.mlp(normalised)
 
 
 class LlamaStage(nn.Module):
@@ -87,7 +93,7 @@ class LlamaStage(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(shard, tensor_parallel)
         self.layers = nn.ModuleList(Layer(index, model, tensor_parallel) for index in layers)
         if self.is_last:
-            self.norm = RMSNorm("model.norm", model.hidden_size, model.rms_norm_eps, tensor_parallel)
+            self.norm = RMSNorm("model.norm", model, tensor_parallel)
             self.output = (
                 self.embed_tokens.weight
                 if tied

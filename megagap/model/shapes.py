@@ -10,6 +10,11 @@ def parameter_count(model: Model) -> int:
     return sum(prod(shape) for shape in model_tensors(model).values())
 
 
+def is_norm_gain(name: str) -> bool:
+    """Whether the parameter is the gain of an RMSNorm."""
+    return name.endswith("norm.weight")
+
+
 def model_tensors(model: Model) -> dict[str, tuple[int, ...]]:
     """Global shape of every parameter by name, in the order of the forward pass."""
     hidden, inner = model.hidden_size, model.intermediate_size

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,11 +38,12 @@ def _load() -> bool:
 AVAILABLE = _load()
 
 
-@cache
-def has_kernels(device_type: str) -> bool:
-    """Whether kernels for ``cpu`` or ``cuda`` (which ROCm's devices are called, too) are there."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return AVAILABLE and key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("megagap::rms_norm", key)
+DEVICES = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))  # ROCm's devices are called cuda, too
+    if AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key("megagap::rms_norm", key)
+)
+"""Device types that there are kernels for."""
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -51,6 +51,6 @@ def fits(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         first.dtype in DTYPES
-        and has_kernels(first.device.type)
+        and first.device.type in DEVICES
         and all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors[1:])
     )

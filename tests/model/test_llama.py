@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.parallel.mesh import Mesh
 from tests.huggingface import reference_model
@@ -46,3 +47,18 @@ def test_logits_loss_and_gradients_equal_transformers(changes):
         torch.testing.assert_close(
             parameter.grad, theirs[parameter.shard.name].grad, rtol=1e-4, atol=2e-5, msg=parameter.shard.name
         )
+
+
+def test_a_gain_scale_changes_no_initial_output():
+    tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for scale in (1.0, 20.0):
+        model = tiny_model(norm_gain_scale=scale)
+        stage = build_stage(
+            model, [model.num_hidden_layers], Mesh.single(), sequence_parallel=False, dtype=torch.float32
+        )
+        initialise(stage.sharded_parameters(), model, seed=0)
+        outputs.append(stage.logits(stage(tokens, 9)))
+    gains = [p for p in stage.sharded_parameters() if p.shard.name.endswith("norm.weight")]
+    assert all(torch.equal(gain, torch.full_like(gain, 1 / 20)) for gain in gains)
+    torch.testing.assert_close(*outputs)

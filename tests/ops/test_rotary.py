@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megagap.ops import compiled, rotary
+from megagap.ops import compiled, rotary, rotary_
 from megagap.ops.rotary import reference
 
 
@@ -91,8 +91,58 @@ def test_compiled_form_takes_strided_heads_and_repeats_bit_for_bit():
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-@needs_kernels
-def test_the_operation_is_registered_soundly():
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_pick_rows_of_the_tables(interleaved):
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    cos, sin, _ = tables(9, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [8, 3, 3, 4, 0]])
+    got = differentiate(lambda *x: rotary(*x, positions, interleaved=interleaved), q, k, cos, sin)
+    wanted = differentiate(
+        lambda q, k, c, s: rotary(q, k, c[positions], s[positions], interleaved=interleaved), q, k, cos, sin
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interleaved_pairs_are_the_half_split_ones_in_another_order(dtype):
+    q, k = torch.randn(2, 5, 4, 8).to(dtype), torch.randn(2, 5, 2, 8).to(dtype)
     cos, sin, _ = tables(5, 8)
-    q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 5, 2, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.megagap.rotary.default, (q, k, cos, sin, False))
+
+    def weave(x):
+        return torch.stack(x.chunk(2, -1), -1).flatten(-2)
+
+    got = differentiate(lambda *x: rotary(*x, interleaved=True), *map(weave, (q, k, cos, sin)))
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(part.shape, generator=generator).to(dtype) for part in (q, k)]
+    q, k = q.requires_grad_(), k.requires_grad_()
+    plain = rotary(q, k, cos, sin)
+    torch.autograd.backward(plain, [torch.cat([g[..., ::2], g[..., 1::2]], -1) for g in grads])
+    assert all(torch.equal(a, weave(b)) for a, b in zip(got, [*plain, q.grad, k.grad], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_place_it_turns_the_first_heads_of_a_packed_projection_and_leaves_the_rest(dtype, interleaved):
+    packed, grad = torch.randn(2, 5, 8, 6).to(dtype), torch.randn(2, 5, 8, 6).to(dtype)
+    cos, sin, _ = tables(5, 6)
+    if interleaved:
+        cos, sin = (table.repeat_interleave(2, -1)[:, :6] for table in (cos, sin))
+    leaf = packed.clone().requires_grad_()
+    work = leaf * 1  # in place on what an operation before it has made
+    same = rotary_(work, 6, cos, sin, interleaved=interleaved)
+    assert same.data_ptr() == work.data_ptr()
+    same.backward(grad)
+    q, k = (packed[:, :, part].detach().requires_grad_() for part in (slice(4), slice(4, 6)))
+    wanted = rotary(q, k, cos, sin, interleaved=interleaved)
+    torch.autograd.backward(wanted, [grad[:, :, :4], grad[:, :, 4:6]])
+    torch.testing.assert_close(same.detach(), torch.cat([*wanted, packed[:, :, 6:]], 2))
+    torch.testing.assert_close(leaf.grad, torch.cat([q.grad, k.grad, grad[:, :, 6:]], 2))
+
+
+@needs_kernels
+def test_positions_beyond_the_tables_are_refused():
+    q, k = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4)
+    cos, sin, _ = tables(3, 4)
+    for wrong in (3, -1):
+        with pytest.raises(IndexError, match="positions from"):
+            rotary(q, k, cos, sin, torch.tensor([[0, wrong]]))

@@ -15,9 +15,9 @@ from tests.training_run import train_recipe
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_trained_in_tp2_pp2_gives_the_same_logits_in_transformers(workers, tmp_path, tied):
-    recipe = write_recipe(tmp_path, model=dict(tie_word_embeddings=tied), train=dict(steps=3))
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"norm_gain_scale": 20.0}], ids=str)
+def test_a_model_trained_in_tp2_pp2_gives_the_same_logits_in_transformers(workers, tmp_path, changes):
+    recipe = write_recipe(tmp_path, model=changes, train=dict(steps=3))
     workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2"])
     command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "to-hf"]
     command += ["--checkpoint", tmp_path / "run/checkpoints/step_00000003", "--output", tmp_path / "hf"]

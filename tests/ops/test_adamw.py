@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from megagap.ops import adamw_, compiled
+
+needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
+NUMBERS = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, seed=None):
+    parameter, first, second, updates = state
+    adamw_(
+        parameter, first, second, grad,
+        divisor=torch.tensor(divisor), reject=torch.tensor(reject), updates=updates, lr=lr, seed=seed, **NUMBERS,
+    )  # fmt: skip
+
+
+def fresh(parameter):
+    zeros = torch.zeros(parameter.shape)
+    return parameter.clone(), zeros.clone(), zeros.clone(), torch.zeros(())
+
+
+@pytest.mark.parametrize("size", [1, 16, 1003])
+def test_updates_equal_torch_adamw_on_divided_gradients(size):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=generator)
+    state, theirs = fresh(start), torch.nn.Parameter(start.double())
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, **NUMBERS)
+    for _ in range(5):
+        grad = torch.randn(size, generator=generator)
+        theirs.grad = grad.double() / 3
+        optimizer.step()
+        update(state, grad, divisor=3.0)
+    torch.testing.assert_close(state[0].double(), theirs.detach(), rtol=1e-6, atol=1e-7)
+    assert state[3] == 5
+
+
+def test_a_rejected_update_changes_nothing():
+    state = fresh(torch.randn(40))
+    update(state, torch.randn(40))
+    before = [part.clone() for part in state]
+    update(state, torch.full((40,), float("nan")), reject=1.0)
+    assert all(torch.equal(part, old) for part, old in zip(state, before, strict=True))
+
+
+@needs_kernels
+def test_a_bf16_parameter_is_the_fp32_update_rounded_to_the_nearest():
+    start, grad = torch.randn(1003).bfloat16(), torch.randn(1003)
+    half, wide = fresh(start), fresh(start.float())
+    update(half, grad)
+    update(wide, grad)
+    assert torch.equal(half[0], wide[0].bfloat16())
+
+
+@needs_kernels
+def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average():
+    size, step = 200_000, 1e-3  # an eighth of the distance of bf16 numbers above 1
+    state = fresh(torch.ones(size).bfloat16())
+    parameter, first, second, updates = state
+    adamw_(
+        parameter, first, second, -torch.ones(size), divisor=torch.ones(()), reject=torch.zeros(()), updates=updates,
+        lr=step, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, seed=3,
+    )  # fmt: skip
+    assert set(parameter.float().unique().tolist()) == {1.0, 1.0 + 2**-7}
+    probability = step / 2**-7
+    deviation = (probability * (1 - probability) / size) ** 0.5
+    moved = float((parameter > 1).float().mean())
+    assert abs(moved - probability) < 5 * deviation
+
+
+@needs_kernels
+def test_stochastic_rounding_depends_on_seed_step_and_element_only():
+    start, grad = torch.randn(40_000).bfloat16(), torch.randn(40_000)
+
+    def result(seed, part=slice(None), threads=2, updates=1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            state = fresh(start[part])
+            for _ in range(updates):
+                update(state, grad[part].clone(), seed=seed)
+        finally:
+            torch.set_num_threads(before)
+        return state[0]
+
+    first = result(1)
+    assert torch.equal(first, result(1, threads=1)) and torch.equal(first, result(1, threads=3))
+    assert torch.equal(first[:1001], result(1, part=slice(1001)))
+    assert not torch.equal(first, result(2))
+    nearest = fresh(start)
+    update(nearest, grad.clone())
+    apart = (first.view(torch.int16) - nearest[0].view(torch.int16)).abs()
+    assert 0 < apart.max() <= 1
+
+
+@needs_kernels
+def test_values_that_are_not_finite_stay_so_under_stochastic_rounding():
+    state = fresh(torch.tensor([float("inf"), float("-inf"), float("nan")]).bfloat16())
+    update(state, torch.zeros(3), seed=1)
+    assert torch.equal(state[0].isnan(), torch.tensor([False, False, True])) and state[0][:2].isinf().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: (s[0], s[1][:5], s[2], s[3]), "of one size"),
+        (lambda s: (s[0], s[1].bfloat16(), s[2], s[3]), "moments must be float32"),
+        (lambda s: (s[0].double(), *s[1:]), "float32"),
+    ],
+)
+def test_buffers_that_do_not_fit_are_refused(change, message):
+    parameter, first, second, updates = change(fresh(torch.ones(6)))
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        torch.ops.megagap.adamw_(
+            parameter, first, second, torch.ones(6), torch.ones(()), torch.zeros(()), updates + 1,
+            1e-3, 0.9, 0.95, 1e-8, 0.0, None,
+        )  # fmt: skip

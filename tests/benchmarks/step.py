@@ -30,10 +30,8 @@ def main() -> None:
     for turn in range(options.rounds):
         for choice, found in medians.items():
             found.append(step_seconds(options.recipe, overrides, choice, options.steps))
-        ratio = medians["plain"][-1] / medians["auto"][-1]
-        print(
-            f"round {turn + 1}: kernels {medians['auto'][-1]:.4f} s, plain torch {medians['plain'][-1]:.4f} s, {ratio:.2f}"
-        )
+        auto, plain = (found[-1] for found in medians.values())
+        print(f"round {turn + 1}: kernels {auto:.4f} s, plain torch {plain:.4f} s, {plain / auto:.2f}")
     ratios = [plain / auto for auto, plain in zip(medians["auto"], medians["plain"], strict=True)]
     print(f"plain torch takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f})")
 

@@ -56,7 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = ids.new_empty(ids.shape, dtype=torch.float32)
         grad_x = torch.empty_like(inputs) if need_gradients else None
         grad_weight: Tensor | None = None
-        step = tokens_at_once(columns, x.element_size())
+        # Of the rows with padding, which are as many on every tp rank: the parts are, too.
+        step = tokens_at_once(weight.shape[0], x.element_size())
         for start in range(0, len(ids), step):
             part = slice(start, start + step)
             logits = inputs[part] @ rows.T

@@ -1,9 +1,14 @@
+import importlib
 import math
 
 import pytest
 import torch
 
-from megagap.ops import attention
+from megagap.ops import attention, compiled
+
+_file = importlib.import_module("megagap.ops.attention")
+reference, blocks_pay, BLOCK, BLOCKED_UP_TO = _file.reference, _file._blocks_pay, _file.BLOCK, _file.BLOCKED_UP_TO
+needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="what comes with the compiled kernels")
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
@@ -19,3 +24,52 @@ def test_attention_equals_the_formula_in_float64(heads, queries):
         hidden = torch.ones(7, 7, dtype=torch.bool).triu(1)[-queries:]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         torch.testing.assert_close(mixed[:, :, head], weights @ v[:, :, shared])
+
+
+def results(function, q, k, v, grad):
+    q, k, v = (part.detach().requires_grad_() for part in (q, k, v))
+    out = function(q, k, v)
+    out.backward(grad)
+    return out.detach(), q.grad, k.grad, v.grad
+
+
+@needs_kernels
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("length", [2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 37])
+def test_blocks_of_queries_give_values_and_gradients_of_torchs_attention(heads, length):
+    generator = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(2, length, heads[0], 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, length, heads[1], 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert blocks_pay(q.requires_grad_(), k, v)
+    for got, wanted in zip(results(attention, q, k, v, grad), results(reference, q, k, v, grad), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def eager(q, k, v):
+    """As transformers computes it without SDPA: scores in the inputs' dtype, softmax in fp32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+@needs_kernels
+def test_in_bf16_blocks_err_no_more_than_eager_attention():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 300, n, 32, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
+    exact = results(reference, *(x.double() for x in inputs))
+    for got, other, true in zip(results(attention, *inputs), results(eager, *inputs), exact, strict=True):
+        errors = [float((part.double() - true).square().mean().sqrt()) for part in (got, other)]
+        assert errors[0] <= 1.05 * errors[1]
+
+
+@needs_kernels
+def test_without_a_backward_pass_or_for_long_sequences_torchs_attention_is_used():
+    q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
+    assert blocks_pay(q, k, v)
+    with torch.no_grad():
+        assert not blocks_pay(q, k, v)
+    assert not blocks_pay(*(part.detach() for part in (q, k, v)))
+    long = torch.randn(1, BLOCKED_UP_TO + 1, 1, 2, requires_grad=True)
+    assert not blocks_pay(long, long, long)

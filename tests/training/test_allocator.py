@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from megagap.training.allocator import keep_freed_memory
+torch.set_num_threads(1)
+told = keep_freed_memory() if sys.argv[1] == "kept" else True
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def temporaries():
+    x = torch.ones(12_000_000)  # 48 MB: glibc maps blocks above 32 MiB
+    for _ in range(4):
+        x = x + 1
+
+for _ in range(5):  # until the heap has grown to what they need
+    temporaries()
+before = faults()
+temporaries()
+print(told, faults() - before)
+"""
+
+
+def test_large_temporaries_are_not_faulted_in_again():
+    faults = {}
+    for choice in ("kept", "default"):
+        done = subprocess.run([sys.executable, "-c", PROGRAM, choice], capture_output=True, text=True, check=True)
+        told, count = done.stdout.split()
+        if told == "False":
+            pytest.skip("the C library has no mallopt")
+        faults[choice] = int(count)
+    assert faults["kept"] < 100
+    assert faults["default"] > 10 * max(faults["kept"], 50), "the default has changed: is the cure still needed?"

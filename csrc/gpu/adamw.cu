@@ -3,7 +3,7 @@
 #include "gpu/elements.h"
 #include "gpu/kernels.h"
 
-namespace megagap {
+namespace megagap::gpu {
 namespace {
 
 constexpr int kAdamBlock = 256;
@@ -16,9 +16,10 @@ struct AdamSettings {
   float keep1, take1, keep2, take2;  // beta1, 1 - beta1, beta2, 1 - beta2
 };
 
-// The first word of Philox4x32-10 (Salmon et al. 2011).
-MEGAGAP_DEVICE uint32_t philox(uint64_t counter, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+// The first word of Philox4x32-10 (Salmon et al. 2011): a pure function of seed, step and element.
+MEGAGAP_DEVICE uint32_t philox(uint64_t seed, uint32_t step, uint64_t element) {
+  uint32_t c0 = static_cast<uint32_t>(element), c1 = static_cast<uint32_t>(element >> 32), c2 = step, c3 = 0;
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -56,7 +57,7 @@ template <typename P, typename M, typename G, int kWidth>
 __global__ void __launch_bounds__(kAdamBlock)
     adamw_kernel(P* __restrict__ parameter, M* __restrict__ exp_avg, M* __restrict__ exp_avg_sq,
                  const G* __restrict__ grad, const float* __restrict__ grad_scale, const float* __restrict__ found_inf,
-                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic, int64_t seed) {
+                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic, uint64_t seed) {
   __shared__ float shared[2];
   if (*found_inf != 0.0f) return;  // the same for all threads
   if (threadIdx.x == 0) {
@@ -65,12 +66,12 @@ __global__ void __launch_bounds__(kAdamBlock)
   }
   block_barrier();
   const float step_size = shared[0], root2 = shared[1], divisor = *grad_scale;
-  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(*step);
+  const uint32_t update_number = static_cast<uint32_t>(*step);
 
   const auto update = [&](float& value, float& first, float& second, float gradient, int64_t index) {
     const AdamElement now = adam_update({value, first, second}, gradient / divisor, step_size, root2, settings);
     value = now.parameter;
-    if (sizeof(P) == 2 && stochastic) value = round_at_random(value, philox(static_cast<uint64_t>(index), key0, key1));
+    if (sizeof(P) == 2 && stochastic) value = round_at_random(value, philox(seed, update_number, static_cast<uint64_t>(index)));
     first = now.exp_avg;
     second = now.exp_avg_sq;
   };
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kAdamBlock)
 template <typename P, typename M, typename G>
 int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, const void* grad_given,
           const float* grad_scale, const float* found_inf, const float* step, int64_t size,
-          const AdamSettings& settings, bool stochastic, int64_t seed, void* stream) {
+          const AdamSettings& settings, bool stochastic, uint64_t seed, void* stream) {
   P* parameter = static_cast<P*>(parameter_given);
   M* exp_avg = static_cast<M*>(exp_avg_given);
   M* exp_avg_sq = static_cast<M*>(exp_avg_sq_given);
@@ -138,30 +139,30 @@ int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, co
 }
 
 }  // namespace
-}  // namespace megagap
+}  // namespace megagap::gpu
 
 extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                                  void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                                  const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
                                  double weight_decay, int stochastic, int64_t seed, void* stream) {
-  using megagap::BFloat16;
+  using megagap::gpu::BFloat16;
   const auto number = [](double value) { return static_cast<float>(value); };
-  const megagap::AdamSettings settings = {lr,           beta1,            beta2,         number(1 - lr * weight_decay),
+  const megagap::gpu::AdamSettings settings = {lr,           beta1,            beta2,         number(1 - lr * weight_decay),
                                           number(eps),  number(beta1),    number(1 - beta1),
                                           number(beta2), number(1 - beta2)};
   const auto run = [&](auto* kernels) {
     return size == 0 ? 0
                      : kernels(parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings,
-                               stochastic != 0, seed, stream);
+                               stochastic != 0, static_cast<uint64_t>(seed), stream);
   };
   const auto types = [&](int p, int m, int g) { return parameter_type == p && moment_type == m && grad_type == g; };
-  if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(megagap::adamw<float, float, float>);
-  if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(megagap::adamw<float, float, BFloat16>);
-  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(megagap::adamw<BFloat16, float, float>);
-  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) return run(megagap::adamw<BFloat16, float, BFloat16>);
-  if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapFloat)) return run(megagap::adamw<BFloat16, BFloat16, float>);
+  if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<float, float, float>);
+  if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<float, float, BFloat16>);
+  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<BFloat16, float, float>);
+  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<BFloat16, float, BFloat16>);
+  if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapFloat)) return run(megagap::gpu::adamw<BFloat16, BFloat16, float>);
   if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapBFloat16)) {
-    return run(megagap::adamw<BFloat16, BFloat16, BFloat16>);
+    return run(megagap::gpu::adamw<BFloat16, BFloat16, BFloat16>);
   }
   return kMegagapUnsupported;
 }

@@ -5,9 +5,11 @@
 // undefined ends the process with a message here: a barrier or shuffle that some threads do not reach, or reach at
 // another place, and a shuffle from a thread that does not exist.
 //
-// One translation unit includes it, from g++ or clang: -x c++ -DMEGAGAP_SHIM -DMEGAGAP_WAVE=32 (or 64).
+// One translation unit includes it: -DMEGAGAP_SHIM -DMEGAGAP_WAVE=32 (or 64) -U_FORTIFY_SOURCE, which takes jumps between
+// stacks for an attack.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -55,7 +57,7 @@ static inline uint32_t __float_as_uint(float value) {
 static inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
 static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-namespace megagap {
+namespace megagap::gpu {
 namespace shim {
 
 constexpr size_t kStack = 64 * 1024;
@@ -64,7 +66,8 @@ constexpr unsigned kMaxThreads = 1024;
 enum class State { kRuns, kAtBarrier, kAtShuffle, kEnded };
 
 struct Fibre {
-  ucontext_t context;
+  jmp_buf where;
+  bool exists = false;
   State state;
   dim3 index;
   int line;  // of the barrier or shuffle at which it waits
@@ -73,7 +76,7 @@ struct Fibre {
 };
 
 struct Block {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<Fibre> fibres = std::vector<Fibre>(kMaxThreads);
   std::vector<char> stacks = std::vector<char>(kMaxThreads * kStack);
   std::function<void()> kernel;
@@ -91,19 +94,41 @@ inline Block& block() {
   std::abort();
 }
 
-inline void wait(State state, int line) {
-  Block& all = block();
-  Fibre& fibre = all.fibres[all.current];
+// From the fibre that runs to the scheduler. (Jumps, because swapcontext calls the kernel for the signal mask.)
+inline void leave(State state) {
+  Fibre& fibre = block().fibres[block().current];
   fibre.state = state;
-  fibre.line = line;
-  swapcontext(&fibre.context, &all.scheduler);
+  if (_setjmp(fibre.where) == 0) _longjmp(block().scheduler, 1);
 }
 
-inline void enter() {
+inline void wait(State state, int line) {
+  block().fibres[block().current].line = line;
+  leave(state);
+}
+
+// A fibre is made once and serves one thread of every later block.
+inline void serve() {
+  for (;;) {
+    block().kernel();
+    leave(State::kEnded);
+  }
+}
+
+__attribute__((noinline)) inline void resume(unsigned thread) {
   Block& all = block();
-  all.kernel();
-  all.fibres[all.current].state = State::kEnded;
-  swapcontext(&all.fibres[all.current].context, &all.scheduler);
+  Fibre& fibre = all.fibres[thread];
+  all.current = thread;
+  threadIdx = fibre.index;
+  if (_setjmp(all.scheduler) != 0) return;
+  if (fibre.exists) _longjmp(fibre.where, 1);
+  fibre.exists = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = &all.stacks[thread * kStack];
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, serve, 0);
+  setcontext(&context);
 }
 
 // Whether threads [begin, end) all wait in this state; some that do and some that do not or wait elsewhere is a fault.
@@ -150,20 +175,13 @@ inline void run_block() {
     Fibre& fibre = all.fibres[i];
     fibre.state = State::kRuns;
     fibre.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = &all.stacks[i * kStack];
-    fibre.context.uc_stack.ss_size = kStack;
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, enter, 0);
   }
   for (unsigned ended = 0; ended < all.threads;) {
     bool ran = false;
     for (unsigned n = 0; n < all.threads; ++n) {
       const unsigned i = all.reversed ? all.threads - 1 - n : n;
       if (all.fibres[i].state != State::kRuns) continue;
-      all.current = i;
-      threadIdx = all.fibres[i].index;
-      swapcontext(&all.scheduler, &all.fibres[i].context);
+      resume(i);
       ended += all.fibres[i].state == State::kEnded;
       ran = true;
     }
@@ -197,4 +215,4 @@ inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
   return fibre.received;
 }
 
-}  // namespace megagap
+}  // namespace megagap::gpu

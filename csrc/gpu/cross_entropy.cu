@@ -4,7 +4,7 @@
 #include "gpu/kernels.h"
 #include "gpu/reduce.h"
 
-namespace megagap {
+namespace megagap::gpu {
 namespace {
 
 constexpr int kRowBlock = 512;     // threads, at most, that share a row
@@ -151,15 +151,15 @@ int cross_entropy_rows_gradient(T* logits, const int64_t* targets, const float* 
 }
 
 }  // namespace
-}  // namespace megagap
+}  // namespace megagap::gpu
 
 extern "C" int megagap_gpu_cross_entropy_rows(int type, const void* logits, const int64_t* targets, float* maximum,
                                               float* sum, float* target_logit, int64_t rows, int64_t size,
                                               int64_t stride, void* stream) {
-  if (size > megagap::kMaxRow) return kMegagapUnsupported;
+  if (size > megagap::gpu::kMaxRow) return kMegagapUnsupported;
   if (rows == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
-    return megagap::cross_entropy_rows(static_cast<const decltype(element)*>(logits), targets, maximum, sum,
+  return megagap::gpu::for_type(type, [&](auto element) {
+    return megagap::gpu::cross_entropy_rows(static_cast<const decltype(element)*>(logits), targets, maximum, sum,
                                        target_logit, rows, size, stride, stream);
   });
 }
@@ -167,10 +167,10 @@ extern "C" int megagap_gpu_cross_entropy_rows(int type, const void* logits, cons
 extern "C" int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_t* targets,
                                                        const float* lse, const float* scale, int64_t rows,
                                                        int64_t size, int64_t stride, void* stream) {
-  if (size > megagap::kMaxRow) return kMegagapUnsupported;
+  if (size > megagap::gpu::kMaxRow) return kMegagapUnsupported;
   if (rows == 0 || size == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
-    return megagap::cross_entropy_rows_gradient(static_cast<decltype(element)*>(logits), targets, lse, scale, rows,
+  return megagap::gpu::for_type(type, [&](auto element) {
+    return megagap::gpu::cross_entropy_rows_gradient(static_cast<decltype(element)*>(logits), targets, lse, scale, rows,
                                                 size, stride, stream);
   });
 }

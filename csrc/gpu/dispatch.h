@@ -4,7 +4,7 @@
 #include "gpu/elements.h"
 #include "gpu/kernels.h"
 
-namespace megagap {
+namespace megagap::gpu {
 
 constexpr int64_t kMaxRow = int64_t{1} << 30;  // columns are counted in int
 
@@ -36,4 +36,4 @@ auto for_type(int type, const Body& body) -> decltype(body(float{})) {
   }
 }
 
-}  // namespace megagap
+}  // namespace megagap::gpu

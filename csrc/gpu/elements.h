@@ -5,7 +5,7 @@
 
 #include "gpu/gpu_compat.h"
 
-namespace megagap {
+namespace megagap::gpu {
 
 struct BFloat16 {
   uint16_t bits;
@@ -168,4 +168,4 @@ MEGAGAP_DEVICE void store(T* address, const Chunk<T, kCount>& chunk) {
   }
 }
 
-}  // namespace megagap
+}  // namespace megagap::gpu

@@ -13,7 +13,7 @@
 
 #define MEGAGAP_DEVICE __device__ __forceinline__
 
-namespace megagap {
+namespace megagap::gpu {
 
 // More blocks than this are walked through by a loop in the kernel. HIP allows less than 2^32 threads in a launch.
 #if defined(MEGAGAP_SHIM)
@@ -112,4 +112,4 @@ MEGAGAP_DEVICE void block_barrier() { __syncthreads(); }
 
 #endif
 
-}  // namespace megagap
+}  // namespace megagap::gpu

@@ -3,7 +3,7 @@
 
 #include "gpu/gpu_compat.h"
 
-namespace megagap {
+namespace megagap::gpu {
 
 constexpr int kMaxWaves = 32;  // in a block of 1,024 threads with the smaller wave
 
@@ -33,4 +33,4 @@ MEGAGAP_DEVICE float reduce_group(float value, int lanes, float* shared) {
   return value;
 }
 
-}  // namespace megagap
+}  // namespace megagap::gpu

@@ -8,7 +8,7 @@
 #include "gpu/kernels.h"
 #include "gpu/reduce.h"
 
-namespace megagap {
+namespace megagap::gpu {
 namespace {
 
 // Chunks that a thread holds of each row. Fewer where they are read element by element, which takes more registers.
@@ -343,37 +343,37 @@ int rms_norm_backward(const T* grad, const T* grad_total, const T* x, const T* w
 }
 
 }  // namespace
-}  // namespace megagap
+}  // namespace megagap::gpu
 
 extern "C" const char* megagap_gpu_error(int code) {
-  return code == kMegagapUnsupported ? "no kernel for this element type or row length" : megagap::error_text(code);
+  return code == kMegagapUnsupported ? "no kernel for this element type or row length" : megagap::gpu::error_text(code);
 }
 
 extern "C" int megagap_gpu_rms_norm(int type, const void* x, const void* residual, const void* weight, void* y,
                                     void* total, float* rstd, int64_t rows, int64_t size, float eps, float gain_scale,
                                     void* stream) {
-  if (size > megagap::kMaxRow) return kMegagapUnsupported;
+  if (size > megagap::gpu::kMaxRow) return kMegagapUnsupported;
   if (rows == 0 || size == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
+  return megagap::gpu::for_type(type, [&](auto element) {
     using T = decltype(element);
-    return megagap::rms_norm(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
+    return megagap::gpu::rms_norm(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
                              static_cast<T*>(y), static_cast<T*>(total), rstd, rows, size, eps, gain_scale, stream);
   });
 }
 
 extern "C" int64_t megagap_gpu_rms_norm_parts(int type, int64_t rows, int64_t size) {
-  return megagap::for_type(type, [&](auto element) { return megagap::rms_norm_parts<decltype(element)>(rows, size); });
+  return megagap::gpu::for_type(type, [&](auto element) { return megagap::gpu::rms_norm_parts<decltype(element)>(rows, size); });
 }
 
 extern "C" int megagap_gpu_rms_norm_backward(int type, const void* grad, const void* grad_total, const void* x,
                                              const void* weight, const float* rstd, void* grad_x, void* grad_weight,
                                              float* partial, int64_t parts, int64_t rows, int64_t size,
                                              float gain_scale, void* stream) {
-  if (size > megagap::kMaxRow) return kMegagapUnsupported;
+  if (size > megagap::gpu::kMaxRow) return kMegagapUnsupported;
   if (size == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
+  return megagap::gpu::for_type(type, [&](auto element) {
     using T = decltype(element);
-    return megagap::rms_norm_backward(static_cast<const T*>(grad), static_cast<const T*>(grad_total),
+    return megagap::gpu::rms_norm_backward(static_cast<const T*>(grad), static_cast<const T*>(grad_total),
                                       static_cast<const T*>(x), static_cast<const T*>(weight), rstd,
                                       static_cast<T*>(grad_x), static_cast<T*>(grad_weight), partial, parts, rows, size,
                                       gain_scale, stream);

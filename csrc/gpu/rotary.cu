@@ -5,7 +5,7 @@
 #include "gpu/elements.h"
 #include "gpu/kernels.h"
 
-namespace megagap {
+namespace megagap::gpu {
 namespace {
 
 constexpr int kRotaryBlock = 256;
@@ -138,15 +138,15 @@ int rotary(const MegagapRotated& q, const MegagapRotated& k, const float* cos, c
 }
 
 }  // namespace
-}  // namespace megagap
+}  // namespace megagap::gpu
 
 extern "C" int megagap_gpu_rotary(int type, const MegagapRotated* q, const MegagapRotated* k, const float* cos,
                                   const float* sin, const int64_t* positions, int64_t table_rows, int64_t batch,
                                   int64_t length, int64_t size, int interleaved, int backward, void* stream) {
-  if (size > megagap::kMaxRow || q->heads + k->heads > megagap::kMaxRow) return kMegagapUnsupported;
+  if (size > megagap::gpu::kMaxRow || q->heads + k->heads > megagap::gpu::kMaxRow) return kMegagapUnsupported;
   if (batch == 0 || length == 0 || size == 0 || q->heads + k->heads == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
-    return megagap::rotary<decltype(element)>(*q, *k, cos, sin, positions, table_rows, batch, length, size,
+  return megagap::gpu::for_type(type, [&](auto element) {
+    return megagap::gpu::rotary<decltype(element)>(*q, *k, cos, sin, positions, table_rows, batch, length, size,
                                               interleaved != 0, backward != 0, stream);
   });
 }

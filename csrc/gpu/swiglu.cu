@@ -3,7 +3,7 @@
 #include "gpu/elements.h"
 #include "gpu/kernels.h"
 
-namespace megagap {
+namespace megagap::gpu {
 namespace {
 
 constexpr int kSwigluBlock = 256;
@@ -155,14 +155,14 @@ int swiglu_backward(const T* grad, const T* gate, const T* up, T* grad_gate, T* 
 }
 
 }  // namespace
-}  // namespace megagap
+}  // namespace megagap::gpu
 
 extern "C" int megagap_gpu_swiglu(int type, const void* gate, const void* up, void* y, int64_t rows, int64_t size,
                                   int64_t gate_stride, int64_t up_stride, void* stream) {
   if (rows == 0 || size == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
+  return megagap::gpu::for_type(type, [&](auto element) {
     using T = decltype(element);
-    return megagap::swiglu(static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(y), rows, size,
+    return megagap::gpu::swiglu(static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(y), rows, size,
                            gate_stride, up_stride, stream);
   });
 }
@@ -171,9 +171,9 @@ extern "C" int megagap_gpu_swiglu_backward(int type, const void* grad, const voi
                                            void* grad_gate, void* grad_up, int64_t rows, int64_t size,
                                            int64_t grad_stride, int64_t gate_stride, int64_t up_stride, void* stream) {
   if (rows == 0 || size == 0) return 0;
-  return megagap::for_type(type, [&](auto element) {
+  return megagap::gpu::for_type(type, [&](auto element) {
     using T = decltype(element);
-    return megagap::swiglu_backward(static_cast<const T*>(grad), static_cast<const T*>(gate),
+    return megagap::gpu::swiglu_backward(static_cast<const T*>(grad), static_cast<const T*>(gate),
                                     static_cast<const T*>(up), static_cast<T*>(grad_gate), static_cast<T*>(grad_up),
                                     rows, size, grad_stride, gate_stride, up_stride, stream);
   });

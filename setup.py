@@ -4,8 +4,8 @@ For the CPU always; for GPUs too where torch is a CUDA build and nvcc is there, 
 ``MEGAGAP_BUILD=cpu``, ``cuda`` or ``hip`` chooses, and then a failure is an error. Architectures are chosen as for any
 extension of torch: ``TORCH_CUDA_ARCH_LIST``, ``PYTORCH_ROCM_ARCH``, else the GPUs that are seen.
 
-Else, where kernels for GPUs do not build, those for the CPU are tried, and where torch or a C++ compiler is missing, the
-package installs without them, with one warning, and computes with plain torch.
+Else, where kernels for GPUs do not build, those for the CPU are tried, and where torch or a C++ compiler is missing,
+the package installs without them, with one warning, and computes with plain torch.
 """
 
 import os
@@ -81,7 +81,8 @@ class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) < 200 else f"{line[:100]} … {line[-100:]}"
 
 
 def compile_flags() -> list[str]:

@@ -43,16 +43,16 @@ class Rotated(Structure):
         return cls(x.data_ptr(), y.data_ptr(), x.shape[2], *x.stride()[:3], *y.stride()[:3])
 
 
-P, L, F, I, D = c_void_p, c_int64, c_float, c_int, c_double
+P, L, F, N, D = c_void_p, c_int64, c_float, c_int, c_double
 SIGNATURES = {
-    "rms_norm": [I, P, P, P, P, P, P, L, L, F, F, P],
-    "rms_norm_backward": [I, P, P, P, P, P, P, P, P, L, L, L, F, P],
-    "rotary": [I, POINTER(Rotated), POINTER(Rotated), P, P, P, L, L, L, L, I, I, P],
-    "swiglu": [I, P, P, P, L, L, L, L, P],
-    "swiglu_backward": [I, P, P, P, P, P, L, L, L, L, L, P],
-    "cross_entropy_rows": [I, P, P, P, P, P, L, L, L, P],
-    "cross_entropy_rows_gradient": [I, P, P, P, P, L, L, L, P],
-    "adamw": [I, I, I, P, P, P, P, P, P, P, L, D, D, D, D, D, I, L, P],
+    "rms_norm": [N, P, P, P, P, P, P, L, L, F, F, P],
+    "rms_norm_backward": [N, P, P, P, P, P, P, P, P, L, L, L, F, P],
+    "rotary": [N, POINTER(Rotated), POINTER(Rotated), P, P, P, L, L, L, L, N, N, P],
+    "swiglu": [N, P, P, P, L, L, L, L, P],
+    "swiglu_backward": [N, P, P, P, P, P, L, L, L, L, L, P],
+    "cross_entropy_rows": [N, P, P, P, P, P, L, L, L, P],
+    "cross_entropy_rows_gradient": [N, P, P, P, P, L, L, L, P],
+    "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, N, L, P],
 }
 
 
@@ -65,7 +65,7 @@ class Shim:
         for name, arguments in SIGNATURES.items():
             getattr(self._library, f"megagap_gpu_{name}").argtypes = arguments
         self._parts = self._library.megagap_gpu_rms_norm_parts
-        self._parts.argtypes, self._parts.restype = [I, L, L], L
+        self._parts.argtypes, self._parts.restype = [N, L, L], L
 
     def reverse_threads(self, reverse: bool) -> None:
         self._library.megagap_shim_reverse(int(reverse))
@@ -141,9 +141,7 @@ class Shim:
 
     def cross_entropy_rows_gradient_(self, logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor) -> None:
         pointers = (logits, targets, lse, scale)
-        self.call(
-            "cross_entropy_rows_gradient", DTYPES[logits.dtype], *pointers, *logits.shape, logits.stride(0)
-        )
+        self.call("cross_entropy_rows_gradient", DTYPES[logits.dtype], *pointers, *logits.shape, logits.stride(0))
 
     def adamw_(
         self,

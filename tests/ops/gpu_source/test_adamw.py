@@ -5,7 +5,14 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 FULL, HALF = torch.float32, torch.bfloat16
-TYPES = [(FULL, FULL, FULL), (FULL, FULL, HALF), (HALF, FULL, FULL), (HALF, FULL, HALF), (HALF, HALF, FULL), (HALF,) * 3]
+TYPES = [
+    (FULL, FULL, FULL),
+    (FULL, FULL, HALF),
+    (HALF, FULL, FULL),
+    (HALF, FULL, HALF),
+    (HALF, HALF, FULL),
+    (HALF,) * 3,
+]
 """Of parameter, moments, gradient."""
 SEED = 0x123456789ABC
 

@@ -58,7 +58,9 @@ def test_gradients_equal_float64_at_least_as_well_as_unfused(shim: Shim, rows, s
         assert error(ours, wanted) <= max(error(theirs, wanted), 2e-6)
 
 
-@pytest.mark.parametrize(("rows", "size", "dtype"), [(37, 136, torch.bfloat16), (5, 33, torch.float32), LONG[1], LONG[2]])
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype"), [(37, 136, torch.bfloat16), (5, 33, torch.float32), LONG[1], LONG[2]]
+)
 def test_residual_is_added_rounded_and_gets_its_gradient(shim: Shim, rows, size, dtype):
     x, residual, grad, grad_total, weight = inputs(rows, size, dtype)
     y, rstd, total = shim.rms_norm(x, weight, EPS, residual=residual)
@@ -96,7 +98,9 @@ def test_rows_at_an_odd_address_are_read_by_elements(shim: Shim):
     whole, apart = shim.rms_norm(x, weight, EPS), shim.rms_norm(moved, weight, EPS)
     torch.testing.assert_close(whole[:2], apart[:2], rtol=2**-7, atol=0)
     for ours, theirs in zip(
-        shim.rms_norm_backward(grad, x, weight, whole[1]), shim.rms_norm_backward(grad, moved, weight, whole[1]), strict=True
+        shim.rms_norm_backward(grad, x, weight, whole[1]),
+        shim.rms_norm_backward(grad, moved, weight, whole[1]),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-3)
 

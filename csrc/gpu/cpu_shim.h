@@ -131,61 +131,67 @@ __attribute__((noinline)) inline void resume(unsigned thread) {
   setcontext(&context);
 }
 
-// Whether threads [begin, end) all wait in this state; some that do and some that do not or wait elsewhere is a fault.
-inline bool all_wait(State state, unsigned begin, unsigned end, const char* fault) {
-  Block& all = block();
+// How many of the threads [begin, end) wait in this state; that they wait at different lines is a fault.
+inline unsigned count_waiting(State state, unsigned begin, unsigned end, const char* fault) {
+  const Block& all = block();
   unsigned waiting = 0;
-  const Fibre* first = nullptr;
+  int line = 0;
   for (unsigned i = begin; i < end; ++i) {
-    if (all.fibres[i].state == state) {
-      first = first ? first : &all.fibres[i];
-      ++waiting;
-      if (all.fibres[i].line != first->line) fail(fault, i);
-    }
+    if (all.fibres[i].state != state) continue;
+    if (waiting++ == 0) line = all.fibres[i].line;
+    if (all.fibres[i].line != line) fail(fault, i);
   }
-  if (waiting != 0 && waiting != end - begin && state == State::kAtShuffle) fail(fault, begin);
-  return waiting == end - begin;
+  return waiting;
 }
 
-// Every thread has run as far as it can: lets those go on that have waited for each other.
-inline void release() {
+// Exchanges the values of a wave whose threads all wait for it; false where none does.
+inline bool exchange(unsigned begin, unsigned end) {
   Block& all = block();
-  bool shuffled = false;
-  for (unsigned begin = 0; begin < all.threads; begin += MEGAGAP_WAVE) {
-    const unsigned end = begin + MEGAGAP_WAVE < all.threads ? begin + MEGAGAP_WAVE : all.threads;
-    if (!all_wait(State::kAtShuffle, begin, end, "a shuffle that not all threads of a wave reach")) continue;
-    for (unsigned i = begin; i < end; ++i) {
-      const unsigned source = i ^ static_cast<unsigned>(all.fibres[i].mask);
-      if (source < begin || source >= end) fail("a shuffle from a thread that does not exist", i);
-      all.fibres[i].received = all.fibres[source].sent;
-      all.fibres[i].state = State::kRuns;
-    }
-    shuffled = true;
+  const char* fault = "a shuffle that not all threads of a wave reach";
+  const unsigned waiting = count_waiting(State::kAtShuffle, begin, end, fault);
+  if (waiting == 0) return false;
+  if (waiting != end - begin) fail(fault, begin);
+  for (unsigned i = begin; i < end; ++i) {
+    const unsigned source = i ^ static_cast<unsigned>(all.fibres[i].mask);
+    if (source < begin || source >= end) fail("a shuffle from a thread that does not exist", i);
+    all.fibres[i].received = all.fibres[source].sent;
   }
-  if (shuffled) return;
-  if (!all_wait(State::kAtBarrier, 0, all.threads, "threads of a block wait at different barriers")) {
+  for (unsigned i = begin; i < end; ++i) all.fibres[i].state = State::kRuns;
+  return true;
+}
+
+inline void pass_barrier() {
+  Block& all = block();
+  if (count_waiting(State::kAtBarrier, 0, all.threads, "threads of a block wait at different barriers") != all.threads) {
     fail("a barrier that not all threads of the block reach", 0);
   }
   for (unsigned i = 0; i < all.threads; ++i) all.fibres[i].state = State::kRuns;
 }
 
+// Runs each wave from one barrier to the next before another begins, so that what a barrier too few lets happen does.
 inline void run_block() {
   Block& all = block();
   for (unsigned i = 0; i < all.threads; ++i) {
-    Fibre& fibre = all.fibres[i];
-    fibre.state = State::kRuns;
-    fibre.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+    all.fibres[i].state = State::kRuns;
+    all.fibres[i].index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
   }
-  for (unsigned ended = 0; ended < all.threads;) {
-    bool ran = false;
-    for (unsigned n = 0; n < all.threads; ++n) {
-      const unsigned i = all.reversed ? all.threads - 1 - n : n;
-      if (all.fibres[i].state != State::kRuns) continue;
-      resume(i);
-      ended += all.fibres[i].state == State::kEnded;
-      ran = true;
+  const unsigned waves = (all.threads + MEGAGAP_WAVE - 1) / MEGAGAP_WAVE;
+  unsigned ended = 0;
+  for (;;) {
+    for (unsigned n = 0; n < waves; ++n) {
+      const unsigned begin = (all.reversed ? waves - 1 - n : n) * MEGAGAP_WAVE;
+      const unsigned end = begin + MEGAGAP_WAVE < all.threads ? begin + MEGAGAP_WAVE : all.threads;
+      do {
+        for (unsigned m = begin; m < end; ++m) {
+          const unsigned i = all.reversed ? begin + end - 1 - m : m;
+          if (all.fibres[i].state != State::kRuns) continue;
+          resume(i);
+          ended += all.fibres[i].state == State::kEnded;
+        }
+      } while (exchange(begin, end));
     }
-    if (!ran) release();
+    if (ended == all.threads) return;
+    pass_barrier();
   }
 }
 

@@ -209,9 +209,8 @@ def test_more_than_two_to_the_31_elements(device: torch.device):
 def test_kernels_run_on_the_current_stream_and_in_cuda_graphs(device: torch.device):
     x, weight = random(device, 64, 1024), random(device, 1024)
     expected, rstd = torch.ops.megagap.rms_norm(x, weight, EPS, 1.0)
-    torch.ops.megagap.rms_norm_backward(
-        x, x, weight, rstd, 1.0
-    )  # kernels are loaded at first use, which no graph records
+    # Kernels are loaded at first use, which no graph records.
+    torch.ops.megagap.rms_norm_backward(x, x, weight, rstd, 1.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # records what runs on its stream, and nothing else
         y, rstd = torch.ops.megagap.rms_norm(x, weight, EPS, 1.0)

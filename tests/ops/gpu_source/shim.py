@@ -60,7 +60,7 @@ class Shim:
     """Functions shaped like ``torch.ops.megagap``'s, on rows [n, h]; results are filled with NaN beforehand."""
 
     def __init__(self, library: Path, wave: int) -> None:
-        self.wave = wave
+        self.library, self.wave = library, wave
         self._library = ctypes.CDLL(str(library))
         for name, arguments in SIGNATURES.items():
             getattr(self._library, f"megagap_gpu_{name}").argtypes = arguments

@@ -10,30 +10,23 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from megagap.ops import compiled
-from tests.ops.gpu_source.shim import SOURCES, compile_command
+from tests.ops.gpu_source.shim import SOURCES, Shim, compile_command
 
 pytestmark = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
 OPERATIONS = re.findall(r'm\.impl\("(\w+)"', (SOURCES / "gpu/bindings.cpp").read_text())
 
 
 @pytest.fixture(scope="session")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+def gpu(shims: dict[int, Shim], tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """``torch.ops.megagap_shim``: the operations that csrc/gpu/bindings.cpp registers, declared like megagap's."""
-    folder = tmp_path_factory.mktemp("bindings")
+    library, kernels = tmp_path_factory.mktemp("bindings") / "bindings.so", shims[32].library
     torch_flags = [
-        "-std=c++20",
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
         *(f"-L{path}" for path in cpp_extension.library_paths()),
     ]
-    objects = [folder / "kernels.o", folder / "bindings.o"]
-    compilations = [
-        subprocess.Popen([*compile_command(objects[0], 32, SOURCES / "gpu/cpu_shim.cpp"), "-c"]),
-        subprocess.Popen([*compile_command(objects[1], 32, SOURCES / "gpu/bindings.cpp"), *torch_flags, "-c"]),
-    ]
-    assert [compilation.wait() for compilation in compilations] == [0, 0]
-    library = folder / "bindings.so"
-    link = compile_command(library, 32, objects[0])
-    subprocess.run([*link, str(objects[1]), *torch_flags, "-shared", "-ltorch_cpu", "-lc10"], check=True)
+    build = compile_command(library, 32, SOURCES / "gpu/bindings.cpp")
+    build += [str(kernels), f"-Wl,-rpath,{kernels.parent}", *torch_flags, "-std=c++20", "-O0", "-shared"]
+    subprocess.run([*build, "-ltorch_cpu", "-lc10"], check=True)
     declarations = torch.library.Library("megagap_shim", "DEF")
     for name in OPERATIONS:
         schema = getattr(torch.ops.megagap, name).default._schema

@@ -5,8 +5,8 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 EPS = 1e-5
-SHAPES = [(3, 64), (37, 136), (1, 33), (70, 5), (7, 1), (2, 4096), (3, 1001)]
-"""Rows that share a block, rows of several waves, sizes that no 16 bytes divide."""
+SHAPES = [(3, 64), (37, 136), (1, 33), (70, 5), (7, 1), (12, 2056), (3, 1001)]
+"""Rows that share a block, rows of several waves (more of them than blocks), sizes that no 16 bytes divide."""
 LONG = [(3, 16392, torch.bfloat16), (2, 4101, torch.bfloat16), (3, 8196, torch.float32), (2, 4099, torch.float32)]
 """Rows that do not fit in registers, read whole and by elements."""
 CASES = [(*shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)] + LONG
@@ -33,7 +33,13 @@ def gradients(x: Tensor, weight: Tensor, grad: Tensor, gain_scale: float, wide: 
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).abs().max() / exact.abs().max().clamp(min=1))
+    """Root mean square, as a share of the exact result's."""
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+def assert_no_worse(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Than plain torch in the same dtype (a hundredth aside: single roundings are luck), or than one rounding."""
+    assert error(got, exact) <= max(1.01 * error(plain, exact), torch.finfo(got.dtype).eps / 4, 3e-7)
 
 
 @pytest.mark.parametrize(("rows", "size", "dtype"), CASES)
@@ -42,7 +48,7 @@ def test_norm_equals_float64_within_rounding_and_rounds_where_transformers_does(
     y, rstd, _ = shim.rms_norm(x, weight, EPS)
     torch.testing.assert_close(rstd.double(), (x.double().pow(2).mean(-1) + EPS).rsqrt(), rtol=1e-6, atol=0)
     exact = unfused(x.double(), weight.double(), wide=torch.float64)
-    assert error(y, exact) <= max(error(unfused(x, weight), exact), 1e-6)
+    assert_no_worse(y, unfused(x, weight), exact)
     # The sum of squares has another order of additions: a value on the border of two roundings may fall either way.
     assert (y != unfused(x, weight)).float().mean() < (0.02 if dtype != torch.float32 else 1)
 
@@ -55,7 +61,7 @@ def test_gradients_equal_float64_at_least_as_well_as_unfused(shim: Shim, rows, s
     exact = gradients(x.double(), weight.double(), grad.double(), 1.0, torch.float64)
     plain = gradients(x, weight, grad, 1.0, torch.float32)
     for ours, theirs, wanted in zip(got, plain, exact, strict=True):
-        assert error(ours, wanted) <= max(error(theirs, wanted), 2e-6)
+        assert_no_worse(ours, theirs, wanted)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def test_residual_is_added_rounded_and_gets_its_gradient(shim: Shim, rows, size,
     assert torch.equal(y, alone[0]) and torch.equal(rstd, alone[1])
     grad_x, grad_weight = shim.rms_norm_backward(grad, total, weight, rstd, grad_total=grad_total)
     exact = gradients(total.double(), weight.double(), grad.double(), 1.0, torch.float64)
-    assert error(grad_x, exact[0] + grad_total.double()) <= (2**-8 if dtype == torch.bfloat16 else 2e-6)
+    assert error(grad_x, exact[0] + grad_total.double()) <= (2**-9 if dtype == torch.bfloat16 else 3e-7)
     assert torch.equal(grad_weight, shim.rms_norm_backward(grad, total, weight, rstd)[1])
 
 
@@ -105,7 +111,7 @@ def test_rows_at_an_odd_address_are_read_by_elements(shim: Shim):
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-3)
 
 
-@pytest.mark.parametrize(("rows", "size", "dtype"), [(37, 136, torch.bfloat16), (2, 4096, torch.float32), LONG[0]])
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(37, 136, torch.bfloat16), (12, 2056, torch.float32), LONG[0]])
 def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim, rows, size, dtype):
     x, residual, grad, grad_total, weight = inputs(rows, size, dtype)
 

@@ -144,27 +144,44 @@ MEGAGAP_DEVICE Chunk<T, kCount> load(const T* address) {
   return chunk;
 }
 
+// One store of 16 or 8 bytes. Left to itself, nvcc splits some into words, as the PTX of RMSNorm showed.
+MEGAGAP_DEVICE void store_words(void* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(__CUDA_ARCH__)
+  // No clobbered memory: a thread reads what it wrote only behind a barrier, and loads may pass the stores of others.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(a), "r"(b),
+               "r"(c), "r"(d));
+#else
+  uint4 raw;
+  raw.x = a;
+  raw.y = b;
+  raw.z = c;
+  raw.w = d;
+  *static_cast<uint4*>(address) = raw;
+#endif
+}
+
+MEGAGAP_DEVICE void store_words(void* address, uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(a), "r"(b));
+#else
+  uint2 raw;
+  raw.x = a;
+  raw.y = b;
+  *static_cast<uint2*>(address) = raw;
+#endif
+}
+
 template <typename T, int kCount>
 MEGAGAP_DEVICE void store(T* address, const Chunk<T, kCount>& chunk) {
   constexpr int kBytes = kCount * sizeof(T);
+  const auto& words = chunk.words;
   if constexpr (kCount == 1) {
     *address = chunk.element(0);
   } else if constexpr (kBytes == 8) {
-    uint2 raw;
-    raw.x = chunk.words[0];
-    raw.y = chunk.words[1];
-    *reinterpret_cast<uint2*>(address) = raw;
+    store_words(address, words[0], words[1]);
   } else {
-    static_assert(kBytes % 16 == 0, "accesses are of 8 or 16 bytes");
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      uint4 raw;
-      raw.x = chunk.words[4 * i];
-      raw.y = chunk.words[4 * i + 1];
-      raw.z = chunk.words[4 * i + 2];
-      raw.w = chunk.words[4 * i + 3];
-      reinterpret_cast<uint4*>(address)[i] = raw;
-    }
+    static_assert(kBytes == 16, "accesses are of 8 or 16 bytes");
+    store_words(address, words[0], words[1], words[2], words[3]);
   }
 }
 

@@ -122,3 +122,11 @@ def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim, rows, s
     first = results()
     shim.reverse_threads(True)
     assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_read_and_rounded_as_torch_does(shim: Shim, dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256)
+    other = x.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(256, 256)
+    _, _, total = shim.rms_norm(x, x[0], EPS, residual=other)
+    torch.testing.assert_close(total, x + other, rtol=0, atol=0, equal_nan=True)

@@ -1,9 +1,12 @@
-"""Times the real training step of a recipe on this machine, and compares it with what the hardware could do."""
+"""Times the trainer's own steps of a recipe on this machine, and compares them with what the hardware could do."""
 
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,12 +14,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from megagap.config import Settings
-from megagap.data.loader import Batch
+from megagap.data.loader import Batch, MicrobatchLoader
 from megagap.model.flops import flops_per_token
-from megagap.observe.run_directory import environment
+from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
+from megagap.training.datasets import training_data
+from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 
@@ -55,6 +60,7 @@ class Report:
                 for name, peak in peaks.items()
             },
             "memory_bytes": self.memory_bytes,
+            "tokens": "recipe" if has_data(self.settings) else "random",
             "hardware": environment(self.mesh),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "recipe": self.settings.model_dump(mode="json"),
@@ -70,6 +76,7 @@ class Report:
             ("step", f"{statistics.median(seconds):.3f} s (fastest {seconds[0]:.3f}, slowest {seconds[-1]:.3f})"),
             ("TFLOP/s a device", f"{numbers['tflops_per_device']:.3f}"),
             ("memory a device", f"{numbers['memory_bytes'] / 2**30:.2f} GiB"),
+            ("tokens", "the recipe's" if numbers["tokens"] == "recipe" else "random: the recipe's data is not there"),
         ]
         for name, peak in numbers["peak_tflops"].items():
             shares = numbers["mfu"][name]
@@ -88,18 +95,40 @@ class Report:
 
 
 def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int) -> Report:
-    """Run ``warmup`` and then ``steps`` timed training steps on random tokens, in the recipe's layout."""
+    """Run ``warmup`` and then ``steps`` timed steps in the recipe's layout, with all that the trainer does at a step:
+    read the batch, update, record. Where the recipe's data files do not exist, tokens are random.
+    """
     state = build_state(settings, mesh)
-    batch = random_batch(settings, mesh)
+    next_batch = batches(settings, mesh)
     seconds = []
-    for step in tqdm(range(warmup + steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
-        _synchronise(mesh)
-        start = time.perf_counter()
-        train_step(state, batch, lambda: (False, False)).loss.item()
-        _synchronise(mesh)
-        if step >= warmup:
-            seconds.append(time.perf_counter() - start)
+    with TemporaryDirectory(prefix="megagap_benchmark_") as folder:
+        recorder = Recorder(settings, mesh, RunDirectory(Path(folder), is_writer=mesh.world.rank == 0), state.step)
+        for step in tqdm(range(warmup + steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
+            batch = next_batch(state.consumed_samples).to(mesh.device)
+            result = train_step(state, batch, lambda: (False, False))
+            # On a GPU this waits for the step before only, as in training; the sum over steps is right all the same.
+            elapsed = recorder.step_done(state.step, result)
+            if step >= warmup:
+                seconds.append(elapsed)
+        recorder.close()
     return Report(settings, mesh, seconds, measure_peak(settings, mesh), peak_memory_bytes(mesh.device))
+
+
+def has_data(settings: Settings) -> bool:
+    """Whether the recipe names data files that exist."""
+    paths = [path for source in settings.data.sources for path in source.paths]
+    return bool(paths) and all(Path(f"{path}.idx").exists() for path in paths)
+
+
+def batches(settings: Settings, mesh: Mesh) -> Callable[[int], Batch]:
+    """From the number of a step's first sample to this rank's batch."""
+    train = settings.train
+    if has_data(settings):
+        data = training_data(settings)
+        loader = MicrobatchLoader(data, train.global_batch_size, train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
+        return loader.step
+    batch = random_batch(settings, mesh)
+    return lambda first_sample: batch
 
 
 def random_batch(settings: Settings, mesh: Mesh) -> Batch:
@@ -108,7 +137,7 @@ def random_batch(settings: Settings, mesh: Mesh) -> Batch:
     shape = (train.global_batch_size // (train.micro_batch_size * mesh.dp.size), train.micro_batch_size)
     generator = torch.Generator().manual_seed(train.seed + mesh.dp.rank)
     tokens = torch.randint(settings.model.vocab_size, (*shape, train.sequence_length + 1), generator=generator)
-    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), 1).to(mesh.device)
+    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(settings.data.sources))).to(mesh.device)
 
 
 def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 8) -> float:

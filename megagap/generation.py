@@ -8,14 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagap.checkpoint.huggingface import recorded_tokenizer
-from megagap.checkpoint.huggingface_import import (
-    end_ids,
-    is_hugging_face,
-    load_hugging_face_model,
-    read_settings,
-    tokenizer_of,
-)
+from megagap.checkpoint.companions import companions_of, read_companions, recorded_tokenizer, tokenizer_of
+from megagap.checkpoint.huggingface_import import is_hugging_face, load_hugging_face_model, read_settings
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
@@ -148,17 +142,21 @@ def load_text_model(path: Path, tokenizer: str | None = None, device: torch.devi
     ``tokenizer``: None means the one beside a Hugging Face model, or the one that the run was trained with.
     Raises :class:`CheckpointError` if there is no such model, :class:`DataError` if no tokenizer is known.
     """
+    index = None
     if is_hugging_face(path):
         read_settings(path)  # what is no Llama is refused as such, before its tokenizer is looked at
-        source, ends = tokenizer or tokenizer_of(path), end_ids(path)
+        source = tokenizer or tokenizer_of(path)
     else:
         path = resolve_checkpoint(path)
-        source, ends = tokenizer or recorded_tokenizer(Index.read(path)), set()
+        index = Index.read(path)
+        source = tokenizer or recorded_tokenizer(index)
     if source is None:
         raise DataError(f"{path} names no tokenizer that is still there\n  give one with --tokenizer.")
     loaded = load_tokenizer(source)
-    model = load_hugging_face_model(path, device) if is_hugging_face(path) else load_model(path, device)
-    return TextModel(model, loaded, frozenset(ends if loaded.eod is None else {*ends, loaded.eod}))
+    companions = companions_of(path, index, source, loaded) if index else read_companions(path)
+    model = load_model(path, device) if index else load_hugging_face_model(path, device)
+    own_end = set() if loaded.eod is None else {loaded.eod}
+    return TextModel(model, loaded, frozenset(companions.end_ids() | own_end))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

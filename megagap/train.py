@@ -4,6 +4,12 @@ One process without torchrun is a run like any other. Reading order: this file, 
 ``training/step.py`` (one step), then ``parallel/``, ``model/`` and ``optim/``.
 """
 
+if __name__ == "__main__":
+    # Before torch is imported: a launcher that is killed in these seconds must not leave us behind.
+    from megagap.training.parent import end_with_parent
+
+    end_with_parent()
+
 import argparse
 import sys
 from pathlib import Path
@@ -20,7 +26,6 @@ from megagap.training.trainer import train
 def main(arguments: list[str]) -> None:
     recipe, overrides = parse_arguments(arguments)
     process = launch.Process.from_environment()
-    launch.end_with_parent()
     with launch.orderly_exit(process) as on_failure:
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size)
         device = launch.start(process)

@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -6,6 +7,8 @@ import pytest
 from tests.workers import Workers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts commands in the background with Ctrl-C ignored, which what we start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
 """Real launches: torchrun in a process of its own, and ways to end it."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tools.processes import descendants, kill_tree
+
+__all__ = ["descendants", "finish", "is_alive", "kill_all", "launch", "wait_until"]
 
 
 def launch(recipe: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
@@ -37,27 +40,15 @@ def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, s
 
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL for the launcher and all its descendants, which are in sessions of their own."""
-    for pid in [process.pid, *descendants(process.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    kill_tree(process.pid)
     process.communicate()
 
 
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, frontier = [], [pid]
-    while frontier:
-        frontier = [child for parent in frontier for child in children.get(parent, [])]
-        found += frontier
-    return found
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_until(

@@ -66,6 +66,58 @@ def test_an_unknown_setting_names_the_nearest_real_one(recipe, given, nearest):
 
 
 @pytest.mark.parametrize(
+    ("changes", "setting", "hint"),
+    [
+        ({"data__sources": [{"path": "a"}, {"pth": "x"}]}, "data.sources[1].pth", "did you mean data.sources[1].path?"),
+        ({"data__validation": [{"path": "a", "q": 1}]}, "data.validation[0].q", "possible: path, weight, name"),
+        ({"model__rope_scaling": {"factr": 2.0}}, "model.rope_scaling.factr", "did you mean model.rope_scaling.factor"),
+    ],
+)
+def test_an_unknown_key_of_a_table_within_a_setting_names_its_neighbours(recipe, changes, setting, hint):
+    (line,) = [line for line in faults_of(recipe(**changes)).splitlines() if f"  {setting} = " in line]
+    assert "unknown" in line and hint in line
+
+
+PLANNED_VALUES = {
+    "model.norm_gain_scale": ("1.0", "20.0"),
+    "parallel.vpp": ("1", "2"),
+    "parallel.cp": ("1", "true"),
+    "parallel.context_mode": ("ring", "alltoall"),
+    "data.phases": ("[]", '[{name = "a", tokens = 5, sources = []}]'),
+    "data.document_mask": ("false", "true"),
+    "train.batch_ramp": ("[]", "[[100, 4]]"),
+    "train.recompute": ("none", "full"),
+    "train.compile": ("false", "1"),
+    "optim.rounding": ("nearest", "stochastic"),
+    "checkpoint.async": ("false", "true"),
+    "run.wandb": ("false", "true"),
+}
+
+
+@pytest.mark.parametrize(("setting", "values"), PLANNED_VALUES.items())
+def test_a_setting_to_come_can_be_given_its_default_only_and_is_not_called_unknown(recipe, setting, values):
+    default, other = values
+    assert load_recipe(recipe(), [f"{setting}={default}"]) == load_recipe(recipe())
+    message = faults_of(recipe(), [f"{setting}={other}"])
+    assert f"{setting} = " in message and "not yet supported" in message and "unknown" not in message
+
+
+def test_no_setting_is_both_there_and_to_come():
+    from megagap.config.settings import PLANNED, SECTIONS
+
+    for section, keys in PLANNED.items():
+        assert not keys.keys() & SECTIONS[section].model_fields.keys()
+
+
+def test_a_tokenizer_that_is_nowhere_is_a_fault_with_the_place_looked_at(recipe, tmp_path):
+    for given in ("bpe/tokenizer.json", "hf:bpe", "bpe" + "x" * 5000):
+        assert f"there is no {tmp_path}/bpe" in faults_of(recipe(data__tokenizer=given))
+    (tmp_path / "bpe").mkdir()
+    assert load_recipe(recipe(data__tokenizer="hf:bpe")).data.tokenizer == f"hf:{tmp_path / 'bpe'}"
+    assert load_recipe(recipe(data__tokenizer="none"), needs_data=False).data.tokenizer == f"{tmp_path / 'none'}"
+
+
+@pytest.mark.parametrize(
     ("changes", "world_size", "complaint"),
     [
         ({"parallel__tp": 3}, None, "does not divide model.num_attention_heads"),
@@ -114,6 +166,14 @@ def test_broken_toml_and_a_missing_recipe_are_config_errors(tmp_path):
     (tmp_path / "bad.toml").write_text("[model\n")
     assert "not valid TOML" in faults_of(tmp_path / "bad.toml")
     assert "cannot read the recipe" in faults_of(tmp_path / "none.toml")
+    for text in (b"x = 1" + b"0" * 5000, b"x = " + b"[" * 100_000, b"\xff"):
+        (tmp_path / "odd.toml").write_bytes(text)
+        assert "not valid TOML" in faults_of(tmp_path / "odd.toml")
+
+
+def test_numbers_beyond_any_use_are_faults(recipe):
+    assert "must be at most" in faults_of(recipe(), [f"train.steps={2**61}"])
+    assert "train.steps" in faults_of(recipe(), ["train.steps=1" + "0" * 5000])
 
 
 def test_tokens_become_whole_steps(recipe):

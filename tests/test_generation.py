@@ -9,23 +9,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from megagap.checkpoint.huggingface_import import load_hugging_face_model
-from megagap.config import Model
 from megagap.data.bpe import train_tokenizer
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.generation import Sampling, TextStream, choose, encode_prompt, generate, load_text_model
 from tests.huggingface import reference_model
+from tests.models import tiny_model
 
-MODEL = Model(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=24,
-    vocab_size=300,
-    max_position_embeddings=12,
-)
+MODEL = tiny_model(vocab_size=300, max_position_embeddings=12)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,11 @@
 """Time a recipe's training step on this machine: tokens a second, TFLOP/s, and the share of the hardware's peak."""
 
+if __name__ == "__main__":
+    # Before torch is imported: a launcher that is killed in these seconds must not leave us behind.
+    from megagap.training.parent import end_with_parent
+
+    end_with_parent()
+
 import argparse
 import json
 import sys
@@ -9,7 +15,7 @@ from rich.console import Console
 
 from megagap.benchmark import benchmark
 from megagap.config import load_recipe, parse_overrides
-from megagap.files import write_text
+from megagap.files import make_folder, write_text, writing
 from megagap.train import make_mesh
 from megagap.training import launch
 
@@ -18,7 +24,8 @@ EXAMPLES = """examples:
   python tools/benchmark_mfu.py recipe.toml --train.precision bf16-mixed --output runs/benchmark
   torchrun --nproc-per-node 8 tools/benchmark_mfu.py recipe.toml --parallel.tp 2
 
-Tokens are random: the recipe's data files need not exist. MFU (model FLOPs utilisation) is given by two formulas,
+A step is all that the trainer does at one: read the batch, update, record. Where the recipe's data files do not exist,
+tokens are random. MFU (model FLOPs utilisation) is given by two formulas,
 counting the whole attention square or its causal half, of the data sheet's peak and of a matrix product measured here.
 """
 
@@ -36,17 +43,19 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--warmup must be at least 0, --steps at least 1")
 
     process = launch.Process.from_environment()
-    launch.end_with_parent()
     with launch.orderly_exit(process):
         settings = load_recipe(options.recipe, parse_overrides(rest), process.world_size, needs_data=False)
+        if options.output and process.rank == 0:
+            make_folder(options.output)  # before the time is spent
         mesh = make_mesh(settings, process, launch.start(process))
         report = benchmark(settings, mesh, options.warmup, options.steps)
         if process.rank == 0:
             Console().print(report.table())
             if options.output:
-                options.output.mkdir(parents=True, exist_ok=True)
-                write_text(options.output / "benchmark.json", json.dumps(report.as_dict(), indent=2) + "\n")
-                print(f"saved {options.output / 'benchmark.json'}")
+                file = options.output / "benchmark.json"
+                with writing(file):
+                    write_text(file, json.dumps(report.as_dict(), indent=2) + "\n")
+                print(f"saved {file}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from text_from_markup import html_to_text, roff_to_text
 from tqdm import tqdm
 
 from megagap.errors import DataError, run_tool
+from megagap.files import make_folder, partial_name, publish, writing
 
 EXAMPLES = """
 examples:
@@ -92,7 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         help=f"of {', '.join(LANGUAGES)} (default: all)",
     )
     parser.add_argument(
-        "--megabytes", type=float, default=float("inf"), metavar="N", help="of each language, at most (default: all)"
+        "--megabytes",
+        type=megabytes,
+        default=float("inf"),
+        metavar="N",
+        help="of each language, at most (default: all)",
     )
     given = parser.parse_args(argv)
     written = gather(given.output, given.languages, given.megabytes * 1e6)
@@ -107,9 +113,16 @@ def languages(text: str) -> tuple[str, ...]:
     return chosen
 
 
+def megabytes(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def gather(output: Path, chosen: tuple[str, ...], limit: float) -> list[Path]:
     """Write LANGUAGE.jsonl for each language of which there is text, at most ``limit`` bytes of text each."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     packages = DebianPackages(output / "downloads")
     written = []
     for language in chosen:
@@ -240,7 +253,12 @@ def shuffled(files: list[Path]) -> list[Path]:
 def read_all(files: list[Path], language: str) -> Iterator[Document]:
     for path in tqdm(files, desc=language, unit="file", leave=False, disable=None):
         if language == "code" or not NO_PROSE.search(str(path)):
-            yield Document(read_text(path), source_of(path))
+            try:
+                text = read_text(path)
+            except (OSError, EOFError, zlib.error) as error:
+                note(f"{path}: left out: {error}")
+                continue
+            yield Document(text, source_of(path))
 
 
 def read_text(path: Path) -> str:
@@ -280,17 +298,19 @@ def select(documents: Iterator[Document], limit: float) -> Iterator[Document]:
 
 def write(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
     """Write JSON lines of ``text`` and ``source``; the number of documents, and the bytes of text."""
-    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    temporary = partial_name(path)
     count = size = 0
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for document in documents:
-                count += 1
-                size += len(document.text.encode())
-                file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                for document in documents:
+                    count += 1
+                    size += len(document.text.encode())
+                    line = json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False)
+                    file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return count, size

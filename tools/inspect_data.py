@@ -7,7 +7,7 @@ from rich.console import Console
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import dataset_table, documents_table, samples_json, samples_table, step_samples
 from megagap.data.tokenizer import load_tokenizer
-from megagap.errors import run_tool
+from megagap.errors import ConfigError, run_tool
 
 EXAMPLES = """
 examples:
@@ -35,12 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="training step, from 1")
     parser.add_argument("--json", action="store_true", help="print the step as one line of JSON")
     given, overrides = parser.parse_known_args(argv)
+    if given.documents < 0:
+        parser.error("--documents must be at least 0")
     if not given.target.endswith(".toml"):
         if overrides or given.step is not None or given.json:
             parser.error("--step, --json and settings go with a RECIPE.toml, not with a PREFIX")
         inspect_dataset(given.target, given.documents, given.tokenizer, given.verify)
     elif given.step is None or given.step < 1:
-        parser.error("a recipe needs --step N, counted from 1")
+        parser.error("a recipe needs --step N, counted from 1" + ("" if given.step is None else f", not {given.step}"))
     else:
         inspect_step(given.target, overrides, given.step, given.tokenizer, given.json)
 
@@ -62,6 +64,8 @@ def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: s
     from megagap.training.datasets import training_data
 
     settings = load_recipe(recipe, parse_overrides(arguments))
+    if step > settings.train.steps:
+        raise ConfigError(f"--step {step} is beyond the end: the run's last step is {settings.train.steps}")
     samples = step_samples(training_data(settings), settings.train.global_batch_size, step)
     if as_json:
         print(samples_json(samples))

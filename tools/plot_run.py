@@ -1,8 +1,8 @@
 """Draw the losses of one or several runs, in the terminal and as PNG."""
 
 import argparse
+import io
 import itertools
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagap.errors import DataError, run_tool
+from megagap.files import write_bytes, writing
 from megagap.observe.metrics import read_metrics
 
 EXAMPLES = """
@@ -20,6 +21,9 @@ examples:
 
 The losses on validation sources are drawn beside the training loss.
 """
+
+LARGEST = 1e300
+"""Of numbers that are drawn: beyond it the length of an axis may be no float."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or its metrics.jsonl")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="image to write (default: RUN/KEY.png of the first)"
+        "--output", type=Path, metavar="FILE", help="image to write, or folder for KEY.png (default: the first RUN)"
     )
     parser.add_argument("--key", default="loss", metavar="KEY", help="number in metrics.jsonl (default: loss)")
     given = parser.parse_args(argv)
     curves = [curve for run in given.runs for curve in curves_of(run, given.key, named=len(given.runs) > 1)]
     first = given.runs[0]
-    output = given.output or (first if first.is_dir() else first.parent) / f"{given.key.replace('/', '_')}.png"
+    output = given.output or (first if first.is_dir() else first.parent)
+    if output.is_dir():
+        output /= f"{given.key.replace('/', '_')}.png"
+    elif not output.suffix:
+        output = output.with_name(f"{output.name}.png")
     draw_in_terminal(curves, given.key)
     draw_image(curves, given.key, output)
     print(f"written: {output}", file=sys.stderr)
@@ -58,9 +66,9 @@ def curves_of(run: Path, key: str, named: bool) -> list[Curve]:
     path = run / "metrics.jsonl" if run.is_dir() else run
     if not path.exists():
         raise DataError(f"{path} does not exist\n  give a run directory, such as the run.dir of a recipe.")
-    records = read_metrics(path)
+    records = [record for record in read_metrics(path) if _is_number(record["step"])]
     if not records:
-        raise DataError(f"{path} is empty: the run has not made a step yet")
+        raise DataError(f"{path} is empty, or has no whole record: the run has not made a step yet")
     numeric = sorted({name for record in records for name, value in record.items() if _is_number(value)} - {"step"})
     if key not in numeric:
         raise DataError(f"{path} has no numbers named {key!r}\n  possible: {', '.join(numeric)}")
@@ -75,7 +83,8 @@ def curves_of(run: Path, key: str, named: bool) -> list[Curve]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it can be drawn: whole numbers may be too large even for that."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def draw_in_terminal(curves: Sequence[Curve], key: str) -> None:
@@ -109,11 +118,13 @@ def draw_image(curves: Sequence[Curve], key: str, output: Path) -> None:
     axes.set_ylabel(f"{key} (nats per token)" if key == "loss" else key)
     axes.grid(alpha=0.3)
     axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    image = io.BytesIO()
     try:
-        figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {output}: {error}") from None
+        figure.savefig(image, format=output.suffix[1:], dpi=150)
+    except ValueError as error:
+        raise DataError(f"cannot draw {output}: {error}") from None
+    with writing(output):
+        write_bytes(output, image.getvalue())
 
 
 if __name__ == "__main__":

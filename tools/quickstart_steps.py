@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from processes import kill_tree
 
 from megagap.checkpoint import load_model
 from megagap.config import Settings, load_recipe, parse_overrides
@@ -126,11 +125,7 @@ def run_and_kill(run: Path, command: list[str]) -> None:
             time.sleep(0.2)
     finally:
         ended = process.poll()
-        for pid in [process.pid, *descendants(process.pid)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        kill_tree(process.pid)
         process.wait()
     if ended:
         raise StepFailed(f"training failed with exit status {ended}; its logs are in {run}/logs")
@@ -148,23 +143,6 @@ def _last_step(run: Path) -> int:
     path = run / "metrics.jsonl"
     records = read_metrics(path) if path.exists() else []
     return int(records[-1]["step"]) if records else 0
-
-
-def descendants(pid: int) -> list[int]:
-    """All living processes that descend from ``pid``. torchrun's workers are in sessions of their own."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The name in parentheses may hold anything; the parent is the second field after it.
-            parent = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, frontier = [], [pid]
-    while frontier:
-        frontier = [child for parent in frontier for child in children.get(parent, [])]
-        found += frontier
-    return found
 
 
 # --------------------------------------------------------------------------------------------------- after training

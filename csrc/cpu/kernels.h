@@ -1,22 +1,21 @@
-// CPU kernels over raw rows; csrc/bindings.cpp gives them tensors. One file an operation.
+// The CPU kernels: loops over raw rows, compiled once for each instruction set (isa_*.cpp), one of which is chosen when
+// the first is called. cpu/ops.cpp gives them tensors and threads. The formulas are in the headers named at each kernel.
 #pragma once
+
+#include <c10/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
 
-// Compiles a function once for each instruction set and picks one when the library is loaded. What it calls must be
-// inlined into it (MEGAGAP_INLINE) to be compiled for the same set.
-#if defined(__x86_64__) && defined(__GLIBC__) && (defined(__GNUC__) || defined(__clang__))
-#define MEGAGAP_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MEGAGAP_CLONES
-#endif
 #define MEGAGAP_INLINE inline __attribute__((always_inline))
 
 namespace megagap {
 
-// A bfloat16 as its bits: arithmetic is in float, and plain shifts vectorise.
+// Half precisions as their bits: arithmetic is in float.
 struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
   uint16_t bits;
 };
 
@@ -29,11 +28,15 @@ MEGAGAP_INLINE float to_float(BFloat16 value) {
   return result;
 }
 
+MEGAGAP_INLINE float to_float(Half value) { return c10::detail::fp16_ieee_to_fp32_value(value.bits); }
+
 template <typename T>
 MEGAGAP_INLINE T from_float(float value);
 
 template <>
-MEGAGAP_INLINE float from_float<float>(float value) { return value; }
+MEGAGAP_INLINE float from_float<float>(float value) {
+  return value;
+}
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 template <>
@@ -44,23 +47,66 @@ MEGAGAP_INLINE BFloat16 from_float<BFloat16>(float value) {
   return {static_cast<uint16_t>(value == value ? rounded : 0x7fc0)};
 }
 
-// Rows [begin, end) of x [rows, size]: y = weight * round(x * rstd), rstd [rows] = 1 / sqrt(mean(x^2) + eps).
-void rms_norm_rows(const float* x, const float* weight, float* y, float* rstd, int64_t begin, int64_t end,
-                   int64_t size, float eps);
-void rms_norm_rows(const BFloat16* x, const BFloat16* weight, BFloat16* y, float* rstd, int64_t begin, int64_t end,
-                   int64_t size, float eps);
+template <>
+MEGAGAP_INLINE Half from_float<Half>(float value) {
+  return {c10::detail::fp16_ieee_from_fp32_value(value)};
+}
 
-// The gradient by x of rows [begin, end); their gradient by weight is written to grad_weight [size], in float.
-void rms_norm_rows_backward(const float* grad, const float* x, const float* weight, const float* rstd, float* grad_x,
-                            float* grad_weight, int64_t begin, int64_t end, int64_t size);
-void rms_norm_rows_backward(const BFloat16* grad, const BFloat16* x, const BFloat16* weight, const float* rstd,
-                            BFloat16* grad_x, float* grad_weight, int64_t begin, int64_t end, int64_t size);
+// Numbers of an AdamW update; adamw.h has the formula.
+struct AdamW {
+  float lr, beta1, beta2, eps, weight_decay;
+  float first_correction, second_correction;  // 1 - beta^step
+  float grad_divisor;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step;
+};
 
-// Tokens [begin, end) of x [tokens, heads, 2 * half]: y = x rotated by the angles of the token's position, which is its
-// number modulo positions; cos, sin [positions, 2 * half]. Backward: y = x times the transposed rotations.
-void rotary_rows(const float* x, const float* cos, const float* sin, float* y, int64_t begin, int64_t end,
-                 int64_t heads, int64_t half, int64_t positions, bool backward);
-void rotary_rows(const BFloat16* x, const float* cos, const float* sin, BFloat16* y, int64_t begin, int64_t end,
-                 int64_t heads, int64_t half, int64_t positions, bool backward);
+// Where a rotary kernel finds its numbers, in elements. Tables are [rows, 2 * half] floats.
+struct RotaryRows {
+  int64_t heads, half;
+  int64_t head_stride_in, head_stride_out;
+  bool interleaved, backward;
+};
+
+// Every kernel for elements of type T. Rows are contiguous; strides are between rows, in elements.
+template <typename T>
+struct Kernels {
+  // rms_norm.h. residual and total: null, or the residual stream that is added first, and the sum.
+  void (*rms_norm)(const T* x, int64_t x_stride, const T* residual, const T* weight, T* y, T* total, float* rstd,
+                   int64_t rows, int64_t size, float eps, float gain_scale);
+  // grad_total: null, or the gradient by the sum. Adds the rows' gradient by the weight to grad_weight [size].
+  void (*rms_norm_backward)(const T* grad, const T* grad_total, const T* x, int64_t x_stride, const T* weight,
+                            const float* rstd, T* grad_x, float* grad_weight, int64_t rows, int64_t size,
+                            float gain_scale);
+  // rotary.h. All heads of one token, whose row of the tables is given; in place where x is y.
+  void (*rotary)(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& form);
+  // swiglu.h.
+  void (*swiglu)(const T* gate, const T* up, T* y, int64_t size);
+  void (*swiglu_backward)(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t size);
+  // cross_entropy.h, one row of logits. target: its column, or -1.
+  void (*cross_entropy)(const T* logits, int64_t target, int64_t size, float* maximum, float* sum, float* at_target);
+  void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float scale);
+  // adamw.h: elements [first, first + size) of flat buffers, which start at the pointers.
+  void (*adamw)(T* parameter, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first, int64_t size,
+                const AdamW& form);
+};
+
+// Those for the instruction set that torch has chosen (ATEN_CPU_CAPABILITY overrules, as for torch's own).
+template <typename T>
+const Kernels<T>& kernels();
+
+namespace isa_default {
+template <typename T>
+const Kernels<T>& kernels();
+}
+namespace isa_avx2 {
+template <typename T>
+const Kernels<T>& kernels();
+}
+namespace isa_avx512 {
+template <typename T>
+const Kernels<T>& kernels();
+}
 
 }  // namespace megagap

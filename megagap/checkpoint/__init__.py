@@ -1,7 +1,7 @@
 """Checkpoints that any layout writes and any other reads: a safetensors file a rank and a JSON index of chunks.
 
-``index`` says what lies where, ``save`` writes and commits, ``load`` intersects and verifies; ``huggingface`` turns
-a checkpoint into a model that ``transformers`` loads.
+``index`` says what lies where, ``state`` what run it is of; ``save`` writes and commits, ``load`` intersects and
+verifies; ``huggingface`` turns a checkpoint into a model that ``transformers`` loads.
 """
 
 from megagap.checkpoint.index import Chunk, Index, StoredFile, StoredTensor, rectangles

@@ -5,7 +5,6 @@ Our tensors bear Hugging Face's names and our rotary embedding is the half-split
 are copied as they are.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,14 +16,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megagap.checkpoint.companions import (
+    CONFIG,
+    GENERATION_CONFIG,
+    Companions,
+    companions_of,
+    copy_tokenizer,
+    recorded_tokenizer,
+    write_json,
+)
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
-from megagap.checkpoint.model import read_model, stored_dtype
+from megagap.checkpoint.model import stored_dtype
+from megagap.checkpoint.state import check_tensors, read_model
 from megagap.config import Model
-from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer, load_tokenizer
+from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
-from megagap.files import partial_name, publish, write_text
-from megagap.model.shapes import model_tensors
+from megagap.files import partial_name, publish
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Element types that a model can be exported in, by their names in ``config.json``."""
@@ -80,6 +88,8 @@ def export(
             "  give the tokenizer that the model was trained with."
         )
 
+    companions = companions_of(checkpoint, index, source, loaded)
+
     shards = plan_shards(names, DTYPES[dtype].itemsize, max_shard_size)
     total = sum(prod(shape) for shape in names.values()) * DTYPES[dtype].itemsize
     partial = partial_name(output)
@@ -98,30 +108,17 @@ def export(
         if len(shards) > 1:
             weight_map = {name: file for file, members in shards.items() for name in members}
             listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(partial / "model.safetensors.index.json", listing)
-        _write_json(partial / "config.json", hugging_face_config(model, dtype, loaded))
-        _write_json(partial / "generation_config.json", _special_ids(loaded))
+            write_json(partial / "model.safetensors.index.json", listing)
+        write_json(partial / CONFIG, hugging_face_config(model, dtype, companions))
+        write_json(partial / GENERATION_CONFIG, companions.generation)
         if source and loaded is not None:
-            _copy_tokenizer(source, loaded, model, partial)
+            copy_tokenizer(source, loaded, model.max_position_embeddings, partial)
         publish(partial, output)
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(dtype, total // DTYPES[dtype].itemsize, tuple(shards), total, source)
-
-
-def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tuple[int, ...]]:
-    """:func:`model_tensors`, all of which and no others the checkpoint holds; else :class:`CheckpointError`."""
-    wanted = model_tensors(model)
-    unknown = sorted(set(index.names("weight")) - set(wanted))
-    if unknown:
-        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which its own model settings have no place for")
-    for name, shape in wanted.items():
-        stored = index.tensor(checkpoint, "weight", name).shape
-        if stored != shape:
-            raise CheckpointError(f"{checkpoint}: {name} has shape {list(stored)}, its settings say {list(shape)}")
-    return wanted
 
 
 def plan_shards(tensors: dict[str, tuple[int, ...]], itemsize: int, max_size: int) -> dict[str, list[str]]:
@@ -140,7 +137,7 @@ def plan_shards(tensors: dict[str, tuple[int, ...]], itemsize: int, max_size: in
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def hugging_face_config(model: Model, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dict[str, Any]:
     """``config.json``, with the rotary settings and the dtype as both transformers 4 and 5 look for them."""
     scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
     return {
@@ -165,17 +162,10 @@ def hugging_face_config(model: Model, dtype: str, tokenizer: Tokenizer | None) -
         "mlp_bias": model.mlp_bias,
         "initializer_range": model.initializer_range,
         "use_cache": True,
-        # Written out even where there is none: the defaults of transformers are Llama 2's.
-        "bos_token_id": tokenizer.bos if tokenizer else None,
-        "eos_token_id": tokenizer.eod if tokenizer else None,
+        **companions.special_ids,
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-
-
-def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} if tokenizer else {}
-    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _default_dtype(checkpoint: Path, index: Index) -> str:
@@ -187,16 +177,6 @@ def _default_dtype(checkpoint: Path, index: Index) -> str:
     return "float32" if precision == "fp32" else "bfloat16"
 
 
-def recorded_tokenizer(index: Index) -> str | None:
-    """The tokenizer that the checkpoint names, if it is still there."""
-    data = index.state.get("data")
-    recorded = data.get("tokenizer") if isinstance(data, dict) else None
-    if not isinstance(recorded, str) or not recorded:
-        return None
-    kind, _, rest = recorded.partition(":")
-    return recorded if Path(rest if kind in KINDS else recorded).exists() else None
-
-
 def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype) -> torch.Tensor:
     stored = load_tensor(checkpoint, index, "weight", name)
     # Cast before scaling, as the model does in its forward pass.
@@ -204,24 +184,6 @@ def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype) -> t
     if dtype == torch.float16 and not tensor.isfinite().all() and stored.isfinite().all():
         raise CheckpointError(f"{name} has values that float16 cannot hold\n  export with --dtype bfloat16 or float32.")
     return tensor
-
-
-def _copy_tokenizer(source: str, tokenizer: Tokenizer, model: Model, folder: Path) -> None:
-    """The tokenizer's files; where only ``tokenizer.json`` is there, a minimal ``tokenizer_config.json`` beside it."""
-    kind, file = find_tokenizer(source)
-    shutil.copyfile(file, folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if file.with_name(name).exists():
-            shutil.copyfile(file.with_name(name), folder / name)
-    if kind == "hf" and not (folder / "tokenizer_config.json").exists():
-        ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
-        tokens = {key: tokenizer.decode([value]) for key, value in ids.items() if value is not None}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.max_position_embeddings}
-        _write_json(folder / "tokenizer_config.json", config | tokens)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
@@ -23,11 +24,8 @@ from megagap.errors import CheckpointError
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that weights may have."""
@@ -65,7 +63,7 @@ def import_model(
     """Write the Hugging Face model in ``folder`` as the checkpoint ``output``: at step 0, its weights bit for bit.
 
     The files are memory-mapped, so that no more than the system can spare is held in memory. ``progress`` is told the
-    bytes checked and their total. ``output`` appears when whole, and must not exist or be empty.
+    bytes done and their total. ``output`` appears when whole, and must not exist or be empty.
     The tokenizer stays where it is; the checkpoint records the place.
     Raises :class:`CheckpointError` if ``folder`` is no Llama that we can train, is damaged, or ``output`` cannot be
     written.
@@ -75,19 +73,24 @@ def import_model(
         raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
     model, tensors = read_model_folder(folder)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    tokenizer = tokenizer_of(folder)
+    tokenizer, companions = tokenizer_of(folder), read_companions(folder)
+
+    passes = 0
+
+    def one_pass_over(size: int) -> None:
+        nonlocal passes
+        passes += size
+        progress(passes // 2, total)  # every byte is checked first, then written
 
     def slices() -> Iterator[Slice]:
-        done = 0
         for name, tensor in tensors.items():
             _check_finite(folder, name, tensor)
             yield Slice("weight", whole(name, tuple(tensor.shape)), 0, tensor.numel(), tensor.view(-1))
-            done += tensor.nbytes
-            progress(done, total)
+            one_pass_over(tensor.nbytes)
 
     progress_of_run = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
     state = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
-    save_checkpoint(output, slices(), progress_of_run | state)
+    save_checkpoint(output, slices(), progress_of_run | state | companions.state(), progress=one_pass_over)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     return Imported(sum(map(torch.numel, tensors.values())), tuple(sorted(dtypes)), total, tokenizer)
 
@@ -108,22 +111,6 @@ def load_hugging_face_model(folder: Path, device: torch.device | None = None) ->
 def is_hugging_face(folder: Path) -> bool:
     """Whether ``folder`` means to be a Hugging Face model."""
     return (folder / CONFIG).is_file()
-
-
-def tokenizer_of(folder: Path) -> str | None:
-    """The folder as a tokenizer, if it has one beside the model."""
-    return str(folder.resolve()) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
-
-
-def end_ids(folder: Path) -> set[int]:
-    """The ids at which a generated text ends, as ``transformers`` finds them. Raises :class:`CheckpointError`."""
-    path = folder / GENERATION_CONFIG
-    path = path if path.is_file() else folder / CONFIG
-    value = _read_json(path).get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise _unusable(path, "eos_token_id", f"is {value!r}; it should be an id, or a list of ids")
-    return set(ids)
 
 
 def read_model_folder(folder: Path) -> tuple[Model, dict[str, Tensor]]:
@@ -198,7 +185,7 @@ def read_settings(folder: Path) -> Model:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}")
-    config = _read_json(path)
+    config = read_json(path)
     _refuse_others(path, config)
     missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
@@ -275,18 +262,6 @@ def _unusable(path: Path, field: str, problem: str) -> CheckpointError:
     return CheckpointError(f"{path}: {field} {problem}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object")
-    return value
-
-
 # -------------------------------------------------------------------------------------------------------- safetensors
 
 
@@ -303,7 +278,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             )
         raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {SHARD_INDEX}\n  download the model again.")
     path = folder / SHARD_INDEX
-    places = _read_json(path).get("weight_map")
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{path}: weight_map should name a file for each tensor")
     files = sorted(set(places.values()))

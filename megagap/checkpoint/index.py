@@ -99,7 +99,7 @@ class Index(_Record):
     files: tuple[StoredFile, ...]
     tensors: tuple[StoredTensor, ...]
     state: dict[str, Any]
-    """Small things: steps, data positions, settings. JSON values only."""
+    """Small things: steps, data positions, settings. JSON values only; ``state.py`` reads and checks them."""
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
@@ -119,12 +119,7 @@ class Index(_Record):
         try:
             index = cls.model_validate_json(raw[head.end() :].removesuffix(b"}\n"))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "body"
-            raise CheckpointError(
-                f"{folder}/{INDEX_NAME}: {field}: {first['msg']}\n"
-                "  it was not written by this version of megagap, or was tampered with."
-            ) from None
+            raise unusable(folder, error) from None
         index.validate_against(folder)
         return index
 
@@ -231,6 +226,16 @@ def check_size(folder: Path, file: StoredFile) -> None:
         raise damaged(folder, f"{file.name}: {error.strerror}") from None
     if size != file.size:
         raise damaged(folder, f"{file.name} has {size:,} bytes, the index promises {file.size:,}")
+
+
+def unusable(folder: Path, error: ValidationError, *within: str) -> CheckpointError:
+    """An index that is not damaged, yet holds something else than we would have written ``within`` a field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(map(str, (*within, *first["loc"]))) or "body"
+    return CheckpointError(
+        f"{folder}/{INDEX_NAME}: {field}: {first['msg'].removeprefix('Value error, ')}\n"
+        "  it was written by another version of megagap, is no checkpoint of a training run, or was tampered with."
+    )
 
 
 def damaged(folder: Path, what: str) -> CheckpointError:

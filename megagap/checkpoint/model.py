@@ -5,11 +5,11 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_slices, resolve_checkpoint
+from megagap.checkpoint.state import read_model
 from megagap.config import Model
 from megagap.errors import CheckpointError
 from megagap.model.attention import KeyValueCache
@@ -29,8 +29,7 @@ class SingleProcessModel(nn.Module):
         """With ``caches`` of the tokens before, ``tokens`` [b, s] are added to them and the logits are the last
         token's only, [b, 1, vocab]. Once the caches hold any, tokens come one by one: s = 1."""
         before = caches[0].length if caches else 0
-        logits: Tensor = self.stage(tokens, before + tokens.shape[1], caches)
-        return logits
+        return self.stage.logits(self.stage(tokens, before + tokens.shape[1], caches))
 
     def empty_caches(self, positions: int, batch: int = 1) -> list[KeyValueCache]:
         """One a layer, with room for ``positions`` tokens of each of ``batch`` sequences."""
@@ -80,17 +79,3 @@ def stored_dtype(folder: Path, index: Index) -> torch.dtype:
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The narrowest dtype that holds the values of all ``dtypes``, of which there is at least one."""
     return reduce(torch.promote_types, dtypes)
-
-
-def read_model(checkpoint: Path, index: Index) -> Model:
-    """The model's settings. Raises :class:`CheckpointError` if the index states none."""
-    try:
-        model = Model.model_validate(index.state["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        reason = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"{reason['loc'][0] if reason['loc'] else 'model'}: {reason['msg']}" if reason else "they are missing"
-        raise CheckpointError(
-            f"{checkpoint}: state.model does not hold the settings of a model: {what}\n"
-            "  it was written by another version of megagap, or is no checkpoint of a training run."
-        ) from None
-    return model.model_copy(update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads})

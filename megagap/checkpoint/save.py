@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -90,12 +90,18 @@ class _Outcome:
 
 
 def save_checkpoint(
-    folder: Path, slices: Iterable[Slice], state: dict[str, Any], communicator: Communicator | None = None
+    folder: Path,
+    slices: Iterable[Slice],
+    state: dict[str, Any],
+    communicator: Communicator | None = None,
+    *,
+    progress: Callable[[int], object] = lambda written: None,
 ) -> None:
     """Write ``folder``, a checkpoint of all ranks' slices and rank 0's ``state``. Every rank calls it.
 
     ``slices``: what this rank owns; over all ranks every element of every tensor comes exactly once.
     ``state``: small things, JSON values only. ``communicator``: None for a process by itself.
+    ``progress`` is told the bytes of each piece that this rank has written.
     An existing checkpoint of this name is replaced, and its parent's stale unfinished ones are removed.
     Raises :class:`CheckpointError` on every rank, and leaves nothing behind, if any rank fails.
     """
@@ -112,7 +118,7 @@ def save_checkpoint(
 
     cause: Exception | None = None
     try:
-        outcome = _write_rank(partial / f"rank_{communicator.rank:05}.safetensors", slices)
+        outcome = _write_rank(partial / f"rank_{communicator.rank:05}.safetensors", slices, progress)
     # Whatever it is, the others must hear of it instead of waiting.
     except Exception as error:
         cause = error
@@ -181,7 +187,7 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir()
 
 
-def _write_rank(path: Path, slices: Iterable[Slice]) -> _Outcome:
+def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], object]) -> _Outcome:
     """Write and sync one rank's safetensors file, in which every rectangle of every slice is a tensor."""
     # Wider elements first keep every tensor aligned, as the format asks.
     ordered = sorted(slices, key=lambda part: -part.tensor.dtype.itemsize)
@@ -212,6 +218,7 @@ def _write_rank(path: Path, slices: Iterable[Slice]) -> _Outcome:
                 length = prod(sizes) * part.tensor.dtype.itemsize
                 piece = data[done : done + length]
                 file.write(piece)
+                progress(length)
                 chunk = Chunk(
                     offsets=offsets,
                     sizes=sizes,

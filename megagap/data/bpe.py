@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from megagap.data.jsonlines import read_texts, total_size
 from megagap.errors import DataError
-from megagap.files import write_text
+from megagap.files import write_text, writing
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -19,12 +19,16 @@ LLAMA3_WORDS = (
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SMALLEST = 256 + 2
 """Every byte and both special tokens."""
+LARGEST = 2**24
+"""Far beyond any vocabulary in use; the trainer makes room for all ids at once."""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
     """Train on ``texts``. The result has ``vocab_size`` ids if the texts have that many pairs to merge, else fewer."""
     if vocab_size < SMALLEST:
         raise DataError(f"a vocabulary of {vocab_size} is too small: 256 bytes and 2 special tokens need {SMALLEST}")
+    if vocab_size > LARGEST:
+        raise DataError(f"a vocabulary of {vocab_size} is too large: at most {LARGEST} ids can be trained")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,12 +59,9 @@ def train_tokenizer(
     special = {"bos_token": BEGIN, "eos_token": END}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / "tokenizer.json"):
         write_text(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write the tokenizer to {folder}: {error.strerror}") from None
     size: int = tokenizer.get_vocab_size(with_added_tokens=True)
     return size

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megagap.data.indexed import VERSION, IndexedDataset
 from megagap.data.tokenizer import Tokenizer
+from megagap.errors import DataError
 
 if TYPE_CHECKING:  # the loader brings torch, which token files do without
     from megagap.data.loader import Sample, TrainingData
@@ -40,10 +41,24 @@ def dataset_table(dataset: IndexedDataset) -> Table:
 
 
 def documents_table(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | None = None) -> Table:
-    """The first ``count`` documents: their first ids and, with a tokenizer, the text of these."""
+    """The first ``count`` documents: their first ids and, with a tokenizer, the text of these.
+
+    Raises :class:`DataError` where one is damaged.
+    """
     table = _tokens_table(["document", "tokens"], tokenizer)
     for index in range(min(count, dataset.document_count)):
+        first, stop = map(int, dataset.document_indices[index : index + 2])
+        if not 0 <= first <= stop <= len(dataset):
+            raise DataError(
+                f"{dataset.index_path} is damaged: document {index} should be sequences {first:,} to {stop:,} "
+                f"of {len(dataset):,}\n  preprocess the text again."
+            )
         tokens = dataset.document(index)
+        if tokenizer and (tokens.dtype.kind not in "iu" or (tokens[:SHOWN_TOKENS] < 0).any()):
+            raise DataError(
+                f"{dataset.tokens_path} holds no token ids: document {index} starts with "
+                f"{_shorten(tokens.tolist(), 4)}\n  leave --tokenizer out to see the numbers."
+            )
         table.add_row(str(index), f"{len(tokens):,}", *_show(tokens, tokenizer))
     return table
 

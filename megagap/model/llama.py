@@ -10,6 +10,7 @@ from megagap.config import Model
 from megagap.model.attention import Attention, KeyValueCache
 from megagap.model.rotary import rotary_tables
 from megagap.ops import rms_norm, swiglu
+from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter
 from megagap.parallel.tensor import (
@@ -18,7 +19,6 @@ from megagap.parallel.tensor import (
     TensorParallel,
     VocabParallelEmbedding,
     vocab_logits,
-    vocab_parallel_cross_entropy,
     vocab_shard,
 )
 
@@ -71,7 +71,7 @@ class LlamaStage(nn.Module):
     """The layers of one pipeline stage; the first has the token embedding, the last the norm and output projection.
 
     Input: tokens [b, s] on the first stage, else the residual stream [b, s or s / tp, h] from the stage below.
-    Output: the residual stream, or on the last stage this tp rank's columns of the logits [b, s, v] without padding.
+    Output: the residual stream, on the last stage normalised, for :meth:`loss` or :meth:`logits`.
     """
 
     def __init__(self, model: Model, layers: range, tensor_parallel: TensorParallel) -> None:
@@ -99,7 +99,7 @@ class LlamaStage(nn.Module):
         """``length``: tokens of a whole sequence, which under sequence parallelism x does not show.
 
         ``caches``, one a layer, are for generation by a single process: they hold the tokens before x, which
-        ``length`` counts too, and take those of x; the logits are the last token's only, [b, 1, v].
+        ``length`` counts too, and take those of x; the output is the last token's only, [b, 1, h].
         """
         cos, sin = self.rotary_tables(length)
         if caches:
@@ -110,13 +110,19 @@ class LlamaStage(nn.Module):
             x = layer(x, cos, sin, caches[i] if caches else None)
         if caches:
             x = x[:, -1:]
-        if self.is_last:
-            x = vocab_logits(self.tensor_parallel.enter(self.norm(x)), self.output, self.queue)
-        return x
+        return self.norm(x) if self.is_last else x
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy at each of the targets [b, s], 0 at ignored ones; fp32 [b, s]. Last stage only."""
-        return vocab_parallel_cross_entropy(logits, targets, self.output.shard.offsets[0], self.tensor_parallel.mesh.tp)
+    def loss(self, y: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``scale`` · the sum of the cross-entropies at the targets [b, s], and each of them: fp32 scalar and [b, s].
+
+        y: the last stage's output. Ignored targets have a loss of 0; only the sum has a gradient.
+        """
+        x = self.tensor_parallel.enter(y)
+        return linear_cross_entropy(x, self.output, targets, scale, self.tensor_parallel.mesh.tp)
+
+    def logits(self, y: Tensor) -> Tensor:
+        """This tp rank's columns of the logits [b, s, v], without padding, of the last stage's output."""
+        return vocab_logits(self.tensor_parallel.enter(y), self.output)
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         if self._tables is None or self._tables[0].shape[0] < length:

@@ -38,19 +38,24 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records; a last line torn by a kill is left out.
+    """All whole records, each with its ``step``; a last line torn by a kill is left out.
 
-    Raises :class:`DataError` naming file and line where another line is no JSON object.
+    Raises :class:`DataError` naming the file, and the line that is no record.
     """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path}:{number} is no JSON: {error}") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise DataError(f'{path}:{number} is no record of a step: it should be an object with a number "step"')
         records.append(record)
     return records
 

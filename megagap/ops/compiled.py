@@ -1,9 +1,27 @@
-"""The compiled kernels of ``csrc/``, if this installation has them."""
+"""The compiled kernels of ``csrc/``: which of them this installation has, and for which tensors they are."""
 
+import os
 import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from megagap.errors import ConfigError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute on, in fp32 arithmetic."""
+
+SWITCH = "MEGAGAP_OPS"
+"""Environment variable to find out whether a kernel is to blame: ``plain`` computes with plain torch, always."""
 
 
 def _load() -> bool:
+    choice = os.environ.get(SWITCH, "auto")
+    if choice not in ("auto", "plain"):
+        raise ConfigError(f"{SWITCH}={choice} in the environment: possible are auto and plain")
+    if choice == "plain":
+        return False
     try:
         import megagap._C  # noqa: F401  (loading it registers torch.ops.megagap)
     except ImportError as error:
@@ -19,3 +37,20 @@ def _load() -> bool:
 
 
 AVAILABLE = _load()
+
+
+@cache
+def has_kernels(device_type: str) -> bool:
+    """Whether kernels for ``cpu`` or ``cuda`` (which ROCm's devices are called, too) are there."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return AVAILABLE and key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("megagap::rms_norm", key)
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether kernels are there for these tensors: on one device, of one dtype that they compute on."""
+    first = tensors[0]
+    return (
+        first.dtype in DTYPES
+        and has_kernels(first.device.type)
+        and all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors[1:])
+    )

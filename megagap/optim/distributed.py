@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagap.config import Optim
-from megagap.optim.adamw import Moments, adamw_step
+from megagap.ops import adamw_
+from megagap.optim.adamw import Moments
 from megagap.parallel.collectives import all_gather_flat_async, all_reduce, reduce_scatter_flat_async
 from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.shard import ShardedParameter, Slice
@@ -188,19 +189,20 @@ class DistributedOptimizer:
     def step(self, lr: float, divisor: Tensor, accept: Tensor) -> None:
         """Update this rank's slices with gradients / ``divisor``, where ``accept`` (a device bool); start gathering."""
         reject = (~accept).float()
-        for decayed in (True, False):
-            chosen = [bucket for bucket in self.buckets if bucket.kind.decayed is decayed]
-            if chosen:
-                adamw_step(
-                    [bucket.master for bucket in chosen],
-                    [bucket.own_gradient for bucket in chosen],
-                    [bucket.moments for bucket in chosen],
-                    self.optim,
-                    lr=lr,
-                    weight_decay=self.optim.weight_decay if decayed else 0.0,
-                    divisor=divisor,
-                    reject=reject,
-                )
+        for bucket in self.buckets:
+            adamw_(
+                bucket.master,
+                bucket.moments.exp_avg,
+                bucket.moments.exp_avg_sq,
+                bucket.own_gradient,
+                divisor=divisor,
+                reject=reject,
+                updates=bucket.moments.updates,
+                lr=lr,
+                betas=self.optim.betas,
+                eps=self.optim.eps,
+                weight_decay=self.optim.weight_decay if bucket.kind.decayed else 0.0,
+            )
         self.gather_parameters()
 
     def gather_parameters(self) -> None:

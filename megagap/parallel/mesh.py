@@ -95,17 +95,23 @@ class Mesh:
             raise DistributedError(f"pp {pp} × cp {cp} × tp {tp} does not divide {world_size} processes")
         dp = world_size // (pp * cp * tp)
         grid = np.arange(world_size).reshape(pp, dp, cp, tp)
+        everyone = tuple(range(world_size))
+        made = {everyone: dist.group.WORLD} if world_size > 1 else {}
 
         def axis(name: str, groups: np.ndarray) -> Axis:
-            """``groups`` [number of groups, members]: every rank is a member of one at most."""
+            """``groups`` [number of groups, members]: every rank is a member of one at most.
+
+            Axes with the same members share a process group: each costs connections, and memory on a GPU.
+            """
             mine = Axis(name, (rank,), 0)
-            for members in groups.tolist():
+            for members in map(tuple, groups.tolist()):
                 if len(members) == 1:
                     continue
                 # Every rank must take part in the making of every group, also of those it is not in.
-                group = dist.new_group(members, timeout=timeout)
+                if members not in made:
+                    made[members] = dist.new_group(list(members), timeout=timeout)
                 if rank in members:
-                    mine = Axis(name, tuple(members), members.index(rank), group)
+                    mine = Axis(name, members, members.index(rank), made[members])
             return mine
 
         lines = lambda dims, size: np.moveaxis(grid, dims, range(-len(dims), 0)).reshape(-1, size)  # noqa: E731
@@ -118,7 +124,7 @@ class Mesh:
             data=axis("data", lines((1, 2), dp * cp)),
             embedding=axis("embedding", np.moveaxis(stages_at_the_ends, 0, -1).reshape(-1, min(pp, 2))),
             kv=axis("kv", grid.reshape(-1, kv_sharing)),
-            world=Axis("world", tuple(range(world_size)), rank, dist.group.WORLD if world_size > 1 else None),
+            world=Axis("world", everyone, rank, made.get(everyone)),
             device=device,
         )
 

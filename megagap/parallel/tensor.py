@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,9 +21,6 @@ from megagap.parallel.shard import Shard, ShardedParameter, split, whole
 
 SEQUENCE = 1
 """The sequence dimension of activations [b, s, h]."""
-
-IGNORED_TARGET = -100
-"""A target with this id counts neither in the loss nor in its gradient."""
 
 
 class WeightGradientQueue:
@@ -180,22 +176,12 @@ def vocab_shard(name: str, vocab_size: int, hidden_size: int, tp: Axis, tied_acr
     return split(name, (vocab_size, hidden_size), dim=0, rank=tp.rank, size=tp.size, **replicas)
 
 
-def vocab_logits(x: Tensor, weight: ShardedParameter, queue: WeightGradientQueue) -> Tensor:
-    """This rank's columns of the logits, without padding: x [b, s, h] whole -> [b, s, sizes[0]]."""
-    real_rows = weight.shard.sizes[0]
-    if real_rows == weight.shape[0]:
-        return linear(x, weight, None, queue)
-    return F.linear(x, weight[:real_rows])
+def vocab_logits(x: Tensor, weight: ShardedParameter) -> Tensor:
+    """This rank's columns of the logits, without padding: x [b, s, h] whole -> [b, s, sizes[0]].
 
-
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, first: int, tp: Axis) -> Tensor:
-    """Cross-entropy of each token, without gathering logits: three reductions of one number a token.
-
-    logits: [b, s, v], this rank's columns, which are the vocabulary entries ``first … first + v``; v may be 0.
-    targets: [b, s] global ids, or ``IGNORED_TARGET``, whose loss is 0. Result: [b, s] fp32, the same on every tp rank.
-    fp32 ``logits`` are overwritten: their storage holds the softmax for the backward pass, which can run once.
+    Training does not need them: see ``parallel/cross_entropy.py``.
     """
-    return _VocabParallelCrossEntropy.apply(logits, targets, first, tp)
+    return F.linear(x, weight[: weight.shard.sizes[0]])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradientQueue) -> Tensor:
@@ -275,33 +261,3 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_gather(grad, ctx.axis, SEQUENCE), None
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: Axis) -> Tensor:
-        columns = logits.shape[-1]
-        peak = logits.amax(-1) if columns else logits.new_full(logits.shape[:-1], float("-inf"))
-        peak = all_reduce(peak.float(), tp, dist.ReduceOp.MAX)
-        shifted = logits.detach().float().sub_(peak.unsqueeze(-1))  # in place where logits are fp32
-        local = targets - first
-        mine = (local >= 0) & (local < columns)
-        at_target = (
-            shifted.gather(-1, local.where(mine, 0).unsqueeze(-1)).squeeze(-1).where(mine, 0)
-            if columns
-            else torch.zeros_like(peak)
-        )
-        exponentials = shifted.exp_()
-        total, at_target = all_reduce(torch.stack([exponentials.sum(-1), at_target]), tp)
-        counted = targets != IGNORED_TARGET
-        softmax = exponentials.div_(total.unsqueeze(-1))
-        ctx.save_for_backward(softmax, local, mine, counted)
-        ctx.dtype = logits.dtype
-        return (total.log() - at_target).where(counted, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, local, mine, counted = ctx.saved_tensors
-        if softmax.shape[-1]:
-            softmax.scatter_add_(-1, local.where(mine, 0).unsqueeze(-1), -mine.to(softmax.dtype).unsqueeze(-1))
-        return softmax.mul_((grad * counted).unsqueeze(-1)).to(ctx.dtype), None, None, None

@@ -1,8 +1,12 @@
 """The data that a recipe names, opened. Training, evaluation and ``tools/inspect_data.py`` all read through this."""
 
+import logging
+
 from megagap.config import Settings
 from megagap.config import Source as SourceSettings
 from megagap.data.loader import Source, TrainingData, ValidationData, open_validation
+
+log = logging.getLogger(__name__)
 
 
 def training_data(settings: Settings) -> TrainingData:
@@ -20,6 +24,8 @@ def training_data(settings: Settings) -> TrainingData:
 def validation_data(settings: Settings) -> ValidationData:
     """Fixed held-out windows; none where the recipe evaluates never."""
     if not settings.train.evaluate_every:
+        if settings.data.validation:
+            log.warning("data.validation is given, but train.evaluate_every = 0: it is never evaluated")
         return ValidationData([], settings.train.evaluate_samples)
     return open_validation(
         _sources(settings.data.sources),

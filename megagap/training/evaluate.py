@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from megagap.data.loader import ValidationData
 from megagap.parallel.collectives import all_reduce
+from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute, plan
 from megagap.parallel.schedule import forward_only
-from megagap.parallel.tensor import IGNORED_TARGET
 from megagap.training.step import StageOnBatch, TrainState, border, count_targets
 
 

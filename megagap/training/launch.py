@@ -1,6 +1,5 @@
 """How a process starts and ends: device, threads, process groups, messages, exit codes."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -18,17 +17,14 @@ import torch
 import torch.distributed as dist
 
 from megagap.errors import INTERRUPTED, DistributedError, LostPeerError, MegagapError
+from megagap.training.allocator import keep_freed_memory
+from megagap.training.parent import UNDER_TORCHRUN
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
 
 LINGER_SECONDS = 5.0
 """How long the other ranks wait before leaving, so that torchrun's SIGTERM does not swallow the message."""
-
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""Set in the environment of torchrun's workers."""
-
-_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +44,6 @@ class Process:
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process when torchrun dies, which starts workers in sessions of their own.
-
-    Not without torchrun: a run under ``nohup`` is meant to outlive the shell that started it.
-    """
-    parent = os.getppid()
-    if sys.platform == "linux" and UNDER_TORCHRUN in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
-
 def start(process: Process) -> torch.device:
     """Choose device and threads, and join the process group. Returns the device."""
     if torch.cuda.is_available():
@@ -72,6 +56,7 @@ def start(process: Process) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         if not _threads_are_chosen():
             torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:

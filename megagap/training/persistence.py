@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
-from megagap.config import Settings
+from megagap.checkpoint.state import Progress, RunState, read_model, read_run
+from megagap.config import Model, Settings
 from megagap.data.skipping import SampleNumbers
 from megagap.errors import CheckpointError, ConfigError
 from megagap.observe.metrics import read_metrics
@@ -30,15 +31,16 @@ def save(state: TrainState, run: RunDirectory) -> None:
     """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates, and drop the oldest."""
     settings = state.settings
     folder = run.checkpoints / f"step_{state.step:08}"
-    progress = {
-        "step": state.step,
-        "updates": state.optimizer.updates,
-        "consumed_samples": state.consumed_samples,
-        "consumed_tokens": state.consumed_tokens,
-        "last_sample": last_sample(settings, state.consumed_samples),
-    }
+    progress = Progress(
+        step=state.step,
+        updates=state.optimizer.updates,
+        consumed_samples=state.consumed_samples,
+        consumed_tokens=state.consumed_tokens,
+        last_sample=last_sample(settings, state.consumed_samples),
+    )
     slices = state.optimizer.slices(owned_only=True)
-    save_checkpoint(folder, slices, progress | settings.model_dump(mode="json"), DistributedCommunicator(state.mesh))
+    saved = progress.model_dump() | settings.model_dump(mode="json")
+    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
     if run.is_writer:
         prune(run.checkpoints, settings.checkpoint.keep)
     run.event("checkpoint", folder=folder.name)
@@ -61,6 +63,8 @@ def resume(state: TrainState, run: RunDirectory) -> None:
             '  choose another run.dir, or checkpoint.load = "latest" to go on.'
         )
     if own is not None:
+        if wanted != "latest":
+            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
         go_on(state, run, own)
     elif wanted not in ("", "latest"):
         folder = resolve_checkpoint(Path(wanted))
@@ -70,11 +74,12 @@ def resume(state: TrainState, run: RunDirectory) -> None:
 def go_on(state: TrainState, run: RunDirectory, folder: Path) -> None:
     """Take everything: the run goes on from the folder's step."""
     index = Index.read(folder)
-    refuse_changes(index.state, state.settings, folder)
+    saved = read_run(folder, index)
+    refuse_changes(saved, state.settings, folder)
     load_slices(folder, index, state.optimizer.slices(owned_only=False))
-    state.optimizer.updates = index.state["updates"]
+    state.optimizer.updates = saved.updates
     state.optimizer.gather_parameters()
-    state.step = run.step = index.state["step"]
+    state.step = run.step = saved.step
     # Steps after the checkpoint were made before, and are cut from the metrics: only this event tells of them.
     run.event("resume", folder=str(folder), lost_steps=lost_steps(run) if folder.parent == run.checkpoints else 0)
 
@@ -89,21 +94,17 @@ def lost_steps(run: RunDirectory) -> int:
 def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
     """Take the weights only, whatever precision they are stored in: a new run starts from them."""
     index = Index.read(folder)
-    refuse_another_model(index.state, state.settings, folder)
+    refuse_another_model(read_model(folder, index), state.settings, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
     load_slices(folder, index, weights, cast=True)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
 
 
-def refuse_changes(saved: dict[str, Any], settings: Settings, folder: Path) -> None:
+def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
     """Raises :class:`CheckpointError` listing every setting that says what is trained on what, and differs."""
-    if "train" not in saved:
-        raise CheckpointError(
-            f'{folder} holds a model only, no run to go on with\n  start from it with checkpoint.load_mode = "model".'
-        )
-    differences = _differences(saved, settings, _FIXED)
-    last, now = saved["last_sample"], last_sample(settings, saved["consumed_samples"])
+    differences = _differences(saved.model_dump(mode="json"), settings, _FIXED)
+    last, now = saved.last_sample, last_sample(settings, saved.consumed_samples)
     if last != now:
         differences.append(
             f"  train.skip_samples: the last sample was number {last}, would have been {now}; "
@@ -117,9 +118,9 @@ def last_sample(settings: Settings, consumed: int) -> int | None:
     return SampleNumbers(skipped_ranges(settings)).number(consumed - 1) if consumed else None
 
 
-def refuse_another_model(saved: dict[str, Any], settings: Settings, folder: Path) -> None:
+def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:
     """Raises :class:`CheckpointError` listing what differs between a checkpoint's model and the recipe's."""
-    differences = _differences(saved, settings, {"model": None})
+    differences = _differences({"model": model.model_dump(mode="json")}, settings, {"model": None})
     _refuse(differences, folder, "another model", "make the recipe's model like it, or load another folder")
 
 
@@ -131,10 +132,10 @@ def _refuse(differences: list[str], folder: Path, whose: str, cure: str) -> None
 def _differences(saved: dict[str, Any], settings: Settings, compared: Mapping[str, Sequence[str] | None]) -> list[str]:
     now = settings.model_dump(mode="json")
     return [
-        f"  {section}.{key} was {saved[section].get(key)}, is {now[section][key]}"
+        f"  {section}.{key} was {saved[section][key]}, is {now[section][key]}"
         for section, keys in compared.items()
         for key in keys or now[section]
-        if key not in _FREE and _essence(saved[section].get(key)) != _essence(now[section][key])
+        if key not in _FREE and _essence(saved[section][key]) != _essence(now[section][key])
     ]
 
 

@@ -13,10 +13,10 @@ from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.schedule import learning_rate
 from megagap.parallel.collectives import all_reduce
+from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import Border, execute, plan
 from megagap.parallel.schedule import SCHEDULES, Action
-from megagap.parallel.tensor import IGNORED_TARGET
 from megagap.training.guard import accept_update
 
 
@@ -73,9 +73,9 @@ class StageOnBatch:
         y = self.stage(x, self.inputs.shape[-1])
         if not self.stage.is_last:
             return y
-        losses = self.stage.loss(y, self.targets[microbatch])
-        self.sequence_losses[microbatch] = losses.detach().sum(-1)
-        return losses.sum() * self.scale
+        loss, losses = self.stage.loss(y, self.targets[microbatch], self.scale)
+        self.sequence_losses[microbatch] = losses.sum(-1)
+        return loss
 
     def own_loss(self) -> Tensor:
         """This rank's share of the loss: summed over the world it is whole."""

@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
+from megagap.data.bpe import train_tokenizer
 from megagap.parallel.shard import Shard, Slice
 
 Tensors = dict[tuple[str, str], torch.Tensor]
@@ -97,3 +99,12 @@ def cut_out(tensors: Tensors, owned: list[tuple[str, Shard, int, int]]) -> list[
         Slice(kind, shard, start, stop, part_of(tensors[kind, shard.name], shard)[start:stop].clone())
         for kind, shard, start, stop in owned
     ]
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of at most 300 ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.jsonl").write_text('{"text": "the quick brown fox, le vif renard brun"}\n' * 5)
+    train_tokenizer([folder / "text.jsonl"], folder / "bpe", 300)
+    return folder / "bpe"

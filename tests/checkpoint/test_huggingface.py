@@ -9,36 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megagap.checkpoint import Index, save_checkpoint
 from megagap.checkpoint.huggingface import export, plan_shards
-from megagap.data.bpe import train_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.parallel.shard import Slice, whole
+from tests.models import SCALING, tiny_model
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-MODEL: dict[str, Any] = {
-    "preset": "",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 24,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "initializer_range": 0.02,
-}
+LLAMA3_SCALING = SCALING.model_dump()
+MODEL = tiny_model(hidden_size=16, intermediate_size=24, vocab_size=300, rope_theta=10000.0).model_dump(mode="json")
 
 
 def reference(**changes: Any) -> tuple[LlamaForCausalLM, dict[str, Any]]:
@@ -66,15 +42,6 @@ def save_model(
     state = {"model": settings, "data": {"tokenizer": tokenizer}, "train": {"precision": precision}}
     save_checkpoint(folder, parts, state)
     return folder
-
-
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of at most 300 ids."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.jsonl").write_text('{"text": "the quick brown fox, le vif renard brun"}\n' * 5)
-    train_tokenizer([folder / "text.jsonl"], folder / "bpe", 300)
-    return folder / "bpe"
 
 
 VARIANTS = {

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from megagap.checkpoint import Index, load_model, load_slices, load_tensor
+from megagap.checkpoint.companions import companions_of
 from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model, read_settings
-from megagap.config import Model, RopeScaling
+from megagap.config import Model
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError
+from megagap.generation import load_text_model
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, split
+from tests import models
 from tests.huggingface import reference_model
+from tests.models import SCALING
 
-SHAPE = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    intermediate_size=24,
-    vocab_size=61,
-    max_position_embeddings=64,
-    rope_theta=10000.0,
-)
-SCALING = RopeScaling(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
+SHAPE = models.SHAPE | dict(hidden_size=16, head_dim=4, intermediate_size=24, rope_theta=10000.0)
 NORM = "model.layers.0.input_layernorm.weight"
 VARIANTS = {
     "untied": {},
@@ -44,7 +36,7 @@ VARIANTS = {
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any) -> LlamaForCausalLM:
     """A random model that ``transformers`` has saved."""
-    model = reference_model(Model(**(SHAPE | changes))).to(dtype)  # type: ignore[arg-type]
+    model = reference_model(Model(**(SHAPE | changes))).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
@@ -79,8 +71,8 @@ def test_in_and_out_again_is_the_same_model_bit_for_bit(tmp_path, changes, dtype
     export(tmp_path / "checkpoint", tmp_path / "again")
     assert same_bits(stored(tmp_path / "hf"), stored(tmp_path / "again"))
     before, after = (LlamaForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("hf", "again"))
-    left_to_the_tokenizer = {"bos_token_id": None, "eos_token_id": None, "_name_or_path": ""}
-    assert before.config.to_dict() | left_to_the_tokenizer == after.config.to_dict() | left_to_the_tokenizer
+    assert before.config.to_dict() | {"_name_or_path": ""} == after.config.to_dict() | {"_name_or_path": ""}
+    assert before.generation_config.to_dict() == after.generation_config.to_dict()
     tokens = torch.randint(0, 61, (2, 40))
     with torch.no_grad():
         assert torch.equal(before(tokens).logits, after(tokens).logits)
@@ -125,7 +117,44 @@ def test_progress_ends_with_all_bytes(tmp_path):
     import_model(tmp_path / "hf", tmp_path / "checkpoint", progress=lambda done, total: told.append((done, total)))
     size = sum(tensor.nbytes for tensor in stored(tmp_path / "hf").values())
     assert told[-1] == (size, size)
-    assert len(told) == len(model_tensors(Model(**SHAPE)))
+    assert told == sorted(told) and len(told) >= 2 * len(model_tensors(Model(**SHAPE)))
+
+
+def test_several_ends_sampling_defaults_and_the_chat_template_come_out_again(tmp_path, bpe):
+    saved(tmp_path / "hf", vocab_size=300)
+    edit(tmp_path / "hf" / "config.json", bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6)
+    generation = {"eos_token_id": [4, 5, 7], "pad_token_id": 6, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+    for file in bpe.iterdir():
+        shutil.copy(file, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    import_model(tmp_path / "hf", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, [4, 5], 6)
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == generation
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "so"}], tokenize=False) == "so"
+    assert load_text_model(tmp_path / "checkpoint").stop >= {4, 5, 7}
+
+
+def test_a_run_that_trains_an_imported_model_exports_the_ends_of_its_tokenizers_folder(tmp_path, bpe):
+    saved(tmp_path / "hf", vocab_size=300)
+    edit(tmp_path / "hf" / "config.json", eos_token_id=[4, 5])
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
+    for file in bpe.iterdir():
+        shutil.copy(file, tmp_path / "hf")
+    state_of_a_run = Index(files=(), tensors=(), state={})
+    companions = companions_of(tmp_path, state_of_a_run, str(tmp_path / "hf"), load_tokenizer(tmp_path / "hf"))
+    assert companions.end_ids() == {4, 5} and companions.special_ids["eos_token_id"] == [4, 5]
+
+
+@pytest.mark.parametrize("ids", ["</s>", [1, "2"], True, 1.5])
+def test_special_ids_that_are_none_are_refused_naming_the_field(tmp_path, ids):
+    saved(tmp_path / "hf")
+    edit(tmp_path / "hf" / "generation_config.json", eos_token_id=ids)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is"):
+        import_model(tmp_path / "hf", tmp_path / "checkpoint")
 
 
 def test_the_settings_of_transformers_4_are_read(tmp_path):

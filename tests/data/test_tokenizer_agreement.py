@@ -2,9 +2,11 @@
 
 from base64 import b64decode
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megagap.checkpoint.companions import copy_tokenizer
 from megagap.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,3 +70,54 @@ def test_llama_3_ids_and_special_tokens_are_those_of_its_own_tokenizer(lines: li
     assert (ours.vocab_size, ours.bos, ours.eod) == (128_256, theirs.bos_id, theirs.eos_id)
     assert len(theirs.special_tokens) == 256
     assert {ours.decode([i]): i for i in range(128_000, 128_256)} == theirs.special_tokens
+
+
+def exported(source: Path, folder: Path) -> Any:
+    """As ``to-hf`` leaves it beside a model, loaded by transformers."""
+    from transformers import AutoTokenizer
+
+    folder.mkdir()
+    copy_tokenizer(str(source), load_tokenizer(source), 64, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_an_exported_rank_file_gives_the_same_ids_in_transformers(
+    rank_file: Path, lines: list[str], tmp_path: Path
+) -> None:
+    ours, theirs = load_tokenizer(rank_file), exported(rank_file, tmp_path / "hf")
+    assert_agrees(ours, lines, theirs(lines, add_special_tokens=False)["input_ids"])
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
+
+
+def test_an_exported_llama_3_rank_file_gives_the_same_ids_in_transformers(lines: list[str], tmp_path: Path) -> None:
+    llama3 = pytest.importorskip("llama_models.llama3.tokenizer", reason="pip install -r requirements.txt")
+    file = Path(llama3.__file__).with_name("tokenizer.model")
+    ours, theirs = load_tokenizer(file), exported(file, tmp_path / "hf")
+    assert_agrees(ours, lines, theirs(lines, add_special_tokens=False)["input_ids"])
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
+    assert theirs.convert_tokens_to_ids("<|eot_id|>") == 128_009
+
+
+def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_but_to_blanks_at_the_start(
+    lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    file = tmp_path / "tokenizer.model"
+    with open(file, "wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=1000, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    ours, theirs = load_tokenizer(file), exported(file, tmp_path / "hf")
+    texts = [line.lstrip() for line in lines]
+    assert_agrees(ours, texts, theirs(texts, add_special_tokens=False)["input_ids"])
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
+    assert "other ids to texts that begin with blanks" in caplog.text and "normalises" not in caplog.text
+
+
+def test_the_export_of_a_sentencepiece_model_that_normalises_says_so(
+    sentencepiece_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported(sentencepiece_model, tmp_path / "hf")
+    assert "or that the model normalises" in caplog.text

@@ -160,13 +160,6 @@ def _remove_namespace(name: str) -> None:
     _ip("netns", "delete", name)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def _is_training(pid: int) -> bool:
     """Whether it is a process of ours, not another that got its number meanwhile."""
     try:

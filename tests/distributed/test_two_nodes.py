@@ -6,7 +6,8 @@ import time
 import pytest
 
 from megagap.observe.metrics import read_metrics
-from tests.distributed.machines import ROOT, finish, is_alive, wait_until
+from tests.distributed.machines import ROOT, finish, wait_until
+from tests.launching import is_alive
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 

@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from megagap.config import load_recipe
+from megagap.errors import ConfigError
+from megagap.observe import run_directory
 from megagap.observe.metrics import read_metrics
-from tests.launching import descendants, finish, kill_all, launch, wait_until
+from tests.launching import descendants, finish, is_alive, kill_all, launch, wait_until
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -21,12 +23,12 @@ def same_numbers(metrics):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "precision"),
-    [(8, dict(tp=2, pp=2), "fp32"), (2, {}, "bf16-mixed")],
+    ("ranks", "parallel", "precision", "steps"),
+    [(8, dict(tp=2, pp=2), "fp32", 28), (2, {}, "bf16-mixed", 40)],
     ids=["tp2 pp2 dp2 fp32", "dp2 bf16-mixed"],
 )
-def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, precision):
-    train = dict(steps=40, precision=precision)
+def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, precision, steps):
+    train = dict(steps=steps, precision=precision)
     recipe = write_recipe(tmp_path, train=train, checkpoint=dict(every=8), parallel=parallel)
     expected = workers.run(ranks, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
 
@@ -34,10 +36,9 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, pr
     wait_until(lambda: (tmp_path / "run/checkpoints/step_00000016").exists(), killed)
     kill_all(killed)
     written = len(read_metrics(tmp_path / "run/metrics.jsonl"))
-    assert written < 40, "killed too late to show anything"
-    code, output = finish(launch(recipe, ranks))
+    assert written < steps, "killed too late to show anything"
+    workers.run(ranks, train_recipe, recipe, [])  # in processes that have torch already: launching takes long
 
-    assert code == 0, output
     assert same_numbers(read_metrics(tmp_path / "run/metrics.jsonl")) == same_numbers(expected)
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     names = [event["event"] for event in events]
@@ -76,7 +77,7 @@ def test_a_run_of_one_process_outlives_the_shell_that_started_it(tmp_path):
     pid = int(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
     try:
         wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        assert _alive(pid)
+        assert is_alive(pid)
     finally:
         os.kill(pid, signal.SIGKILL)
 
@@ -109,15 +110,44 @@ def test_workers_end_with_a_killed_launcher(tmp_path):
     assert len(pids) >= 2
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(_alive(pid) for pid in pids), seconds=20)
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=20)
 
 
-def _alive(pid):
+def test_workers_end_with_a_launcher_that_is_killed_as_they_start(tmp_path):
+    """Before they have imported torch, or told the kernel whom to end with."""
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    process = launch(recipe, 2)
+    wait_until(lambda: len(descendants(process.pid)) >= 2, process)
+    pids = descendants(process.pid)
+    process.kill()
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+        # The workers hold its output open: the end of it is theirs.
+        assert "Traceback" not in process.communicate(timeout=20)[0]
+        wait_until(lambda: not any(map(is_alive, pids)), seconds=5)
+    finally:
+        for pid in filter(is_alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("adopter", ["another program", "init"])
+def test_a_worker_that_another_than_torchrun_has_adopted_ends_at_once(adopter):
+    """The worker leads a session, as torchrun has it; its parent is a shell, or whoever takes over from that."""
+    command = "import os; os.setsid(); from megagap.training.parent import end_with_parent; "
+    command += "end_with_parent(); print('goes on')"
+    line = f'{sys.executable} -c "{command}"' + ("; true" if adopter == "another program" else " & disown")
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env=os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    )
+    assert done.stdout == "" and "torchrun, which started this process, has died" in done.stderr
+
+
+def test_a_worker_of_a_living_launcher_goes_on_and_so_does_one_behind_a_wrapper():
+    worker = "from megagap.training.parent import end_with_parent; end_with_parent(); print('goes on')"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    for command in ([sys.executable, "-c", worker], ["bash", "-c", f'{sys.executable} -c "{worker}"; true']):
+        # This process has torch in its memory, as torchrun has.
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, start_new_session=True)
+        assert done.stdout == "goes on\n", done.stderr
 
 
 def test_a_finished_run_says_so_and_exits_0(workers, tmp_path):
@@ -129,13 +159,14 @@ def test_a_finished_run_says_so_and_exits_0(workers, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_a_second_writer_is_refused_and_names_the_holder(tmp_path):
+def test_a_second_writer_is_refused_and_names_the_holder(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     first = launch(recipe, 1)
     wait_until(lambda: (tmp_path / "run/status.json").exists(), first)
-    code, output = finish(launch(recipe, 1))
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.5)
+    with pytest.raises(ConfigError, match=rf"is being written by process {first.pid} on"):
+        run_directory.RunDirectory(tmp_path / "run", is_writer=True).open()
     kill_all(first)
-    assert code == 2 and f"process {first.pid} on" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -5,24 +5,13 @@ import math
 import pytest
 import torch
 
-from megagap.config import Model
 from megagap.model.init import initialise, standard_normal
 from megagap.model.llama import build_stage
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter, split
+from tests.models import tiny_model
 
-MODEL = Model(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    vocab_size=61,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-    attention_bias=True,
-)
+MODEL = tiny_model(num_hidden_layers=3, tie_word_embeddings=True, attention_bias=True)
 
 
 def initial_weights(rank: int, ranks: int, layers_per_stage: list[int], tp: int):

@@ -3,24 +3,10 @@
 import pytest
 import torch
 
-from megagap.config import Model, RopeScaling
 from megagap.model.llama import build_stage
 from megagap.parallel.mesh import Mesh
 from tests.huggingface import reference_model
-
-SHAPE = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    vocab_size=61,
-    max_position_embeddings=64,
-)
-SCALING = RopeScaling(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
+from tests.models import SCALING, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -36,7 +22,7 @@ SCALING = RopeScaling(
     ids=lambda changes: ",".join(changes) or "plain",
 )
 def test_logits_loss_and_gradients_equal_transformers(changes):
-    model = Model(**(SHAPE | changes))
+    model = tiny_model(**changes)
     reference = reference_model(model)
     stage = build_stage(model, [2], Mesh.single(), sequence_parallel=False, dtype=torch.float32)
     theirs = dict(reference.named_parameters())
@@ -46,11 +32,12 @@ def test_logits_loss_and_gradients_equal_transformers(changes):
             parameter.copy_(theirs[parameter.shard.name])
     tokens = torch.randint(0, 61, (3, 33), generator=torch.Generator().manual_seed(1))
 
-    logits = stage(tokens[:, :-1], 32)
+    y = stage(tokens[:, :-1], 32)
+    logits = stage.logits(y)
     expected = reference(tokens[:, :-1]).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
-    loss = stage.loss(logits, tokens[:, 1:]).sum()
+    loss, _ = stage.loss(y, tokens[:, 1:], torch.ones(()))
     loss.backward()
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     expected_loss.backward()

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from megagap.parallel.collectives import all_gather
+from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.tensor import (
-    IGNORED_TARGET,
     ColumnParallelLinear,
     RowParallelLinear,
     TensorParallel,
@@ -15,7 +15,6 @@ from megagap.parallel.tensor import (
     WeightGradientQueue,
     linear,
     vocab_logits,
-    vocab_parallel_cross_entropy,
     vocab_shard,
 )
 
@@ -83,6 +82,10 @@ def test_column_and_row_parallel_linear_equal_plain_linear(workers, ranks, seque
     workers.run(ranks, column_then_row, sequence_parallel)
 
 
+def own(parameter) -> slice:
+    return slice(parameter.shard.offsets[0], parameter.shard.offsets[0] + parameter.shard.sizes[0])
+
+
 def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
     tp = TensorParallel(mesh(rank, ranks), False, torch.float64)
     embedding = VocabParallelEmbedding(vocab_shard("e", vocabulary, HIDDEN, tp.mesh.tp), tp)
@@ -96,8 +99,7 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
     targets[0, :3] = IGNORED_TARGET
 
     x = embedding(tokens)
-    logits = vocab_logits(tp.enter(x), head, WeightGradientQueue())
-    loss = vocab_parallel_cross_entropy(logits, targets, head.shard.offsets[0], tp.mesh.tp).sum()
+    loss, losses = linear_cross_entropy(tp.enter(x), head, targets, torch.tensor(0.5), tp.mesh.tp)
     loss.backward()
 
     table, projection = table.requires_grad_(), projection.requires_grad_()
@@ -105,14 +107,17 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
     expected = F.cross_entropy(
         (expected_x @ projection.T).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED_TARGET
     )
-    expected.backward()
+    (0.5 * expected).backward()
 
     torch.testing.assert_close(x.detach(), expected_x.detach())
     # The loss is computed in fp32 whatever the logits are.
-    torch.testing.assert_close(loss.detach(), expected.detach().float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.detach(), 0.5 * expected.detach().float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.sum(), expected.detach().float(), rtol=1e-6, atol=0)
+    assert not losses[0, :3].any()
+    torch.testing.assert_close(vocab_logits(x.detach(), head), (expected_x @ projection.T).detach()[..., own(head)])
     for parameter, reference in ((embedding.weight, table.grad), (head, projection.grad)):
         start, rows = parameter.shard.offsets[0], parameter.shard.sizes[0]
-        torch.testing.assert_close(parameter.grad[:rows], reference[start : start + rows], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parameter.grad[:rows], reference[start : start + rows], rtol=1e-5, atol=5e-6)
         assert not parameter.grad[rows:].any(), "padding must get no gradient"
 
 

@@ -6,23 +6,12 @@ from transformers import LlamaForCausalLM
 
 from megagap.checkpoint import load_model
 from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model
-from megagap.config import Model, RopeScaling
+from megagap.config import Model
 from megagap.generation import generate
 from tests.huggingface import reference_model
+from tests.models import SCALING, tiny_model
 
-SHAPE = dict(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    vocab_size=211,
-    max_position_embeddings=128,
-)
-SCALING = RopeScaling(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
+SHAPE = dict(num_hidden_layers=3, vocab_size=211, max_position_embeddings=128)
 NEW = 100
 
 
@@ -49,7 +38,7 @@ def decided_model(model: Model, seed: int) -> LlamaForCausalLM:
 )
 @pytest.mark.parametrize("prompt_length", [1, 17])
 def test_100_greedy_tokens_equal_transformers_with_and_without_the_cache(tmp_path, changes, prompt_length):
-    reference = decided_model(Model(**(SHAPE | changes)), seed=prompt_length)
+    reference = decided_model(tiny_model(**(SHAPE | changes)), seed=prompt_length)
     reference.save_pretrained(tmp_path / "hf")
     prompt = torch.randint(0, 211, (1, prompt_length), generator=torch.Generator().manual_seed(2))
     made = reference.generate(

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from megagap.config import load_recipe
+from megagap.config import Settings, load_recipe
 from megagap.data.inspect import step_samples
 from megagap.optim.schedule import learning_rate
 from megagap.parallel.mesh import Mesh
@@ -29,24 +31,19 @@ def printed_samples(recipe: Path, step: int) -> list[list[int]]:
     return [sample["tokens"] for sample in json.loads(printed)]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_ten_steps_equal_a_plain_loop(workers, tmp_path, tied):
-    recipe = write_recipe(tmp_path, model=dict(tie_word_embeddings=tied, attention_bias=True), train=dict(steps=STEPS))
-    settings = load_recipe(recipe)
-    model, optim = reference_model(settings.model), settings.optim
-    theirs = dict(model.named_parameters())
-    with torch.no_grad():
-        for parameter in build_state(settings, Mesh.single()).stage.sharded_parameters():
-            theirs[parameter.shard.name].copy_(parameter)
-    embedding = [theirs["model.embed_tokens.weight"]]
-    rest = [p for name, p in theirs.items() if "embed_tokens" not in name]
+def plain_loop(model: LlamaForCausalLM, settings: Settings, recipe: Path) -> list[tuple[float, float]]:
+    """Train ``model`` as the settings say, without any of our training code; loss and gradient norm of each step."""
+    optim = settings.optim
+    parameters = dict(model.named_parameters())
+    embedding = [parameters["model.embed_tokens.weight"]]
+    rest = [p for name, p in parameters.items() if "embed_tokens" not in name]
     optimizer = torch.optim.AdamW(
         [{"params": embedding, "weight_decay": 0.0}, {"params": rest, "weight_decay": optim.weight_decay}],
         betas=optim.betas,
         eps=optim.eps,
     )
     data = training_data(settings)
-    expected = []
+    results = []
     for step in range(1, STEPS + 1):
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in step_samples(data, 8, step)]))
         if step in (1, STEPS):  # starting the tool takes seconds
@@ -59,8 +56,37 @@ def test_ten_steps_equal_a_plain_loop(workers, tmp_path, tied):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, STEPS, step)
         optimizer.step()
-        expected.append((loss.item(), norm.item()))
+        results.append((loss.item(), norm.item()))
+    return results
 
-    metrics = workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2"])[0]
+
+def assert_equal(metrics: list[dict[str, Any]], expected: list[tuple[float, float]]) -> None:
     assert [m["loss"] for m in metrics] == pytest.approx([loss for loss, _ in expected], rel=2e-5)
     assert [m["grad_norm"] for m in metrics] == pytest.approx([norm for _, norm in expected], rel=2e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ten_steps_from_our_own_initialisation_equal_a_plain_loop(workers, tmp_path, tied):
+    recipe = write_recipe(tmp_path, model=dict(tie_word_embeddings=tied, attention_bias=True), train=dict(steps=STEPS))
+    settings = load_recipe(recipe)
+    model = reference_model(settings.model)
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for parameter in build_state(settings, Mesh.single()).stage.sharded_parameters():
+            theirs[parameter.shard.name].copy_(parameter)
+    metrics = workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2"])[0]
+    assert_equal(metrics, plain_loop(model, settings, recipe))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ten_steps_from_an_imported_hugging_face_model_equal_a_plain_loop(workers, tmp_path, tied):
+    recipe = write_recipe(tmp_path, model=dict(tie_word_embeddings=tied, attention_bias=True), train=dict(steps=STEPS))
+    settings = load_recipe(recipe)
+    model = reference_model(settings.model)
+    model.save_pretrained(tmp_path / "hf")
+    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "from-hf"]
+    subprocess.run([*command, "--input", tmp_path / "hf", "--output", tmp_path / "start"], check=True)
+    start = [f"checkpoint.load={tmp_path / 'start'}", "checkpoint.load_mode=model"]
+    metrics = workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2", *start])[0]
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert_equal(metrics, plain_loop(model, settings, recipe))

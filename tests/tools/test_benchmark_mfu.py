@@ -46,7 +46,7 @@ def test_flops_of_our_own_stage_equal_the_formula(tmp_path):
     tokens = torch.randint(settings.model.vocab_size, (2, 48))
     # The counter knows no fused attention on CPU; torch's plain one is made of matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        stage.loss(stage(tokens, 48), tokens).sum().backward()
+        stage.loss(stage(tokens, 48), tokens, torch.ones(()))[0].backward()
     counted = counter.get_total_flops() / tokens.numel()
     assert flops_per_token(settings.model, 48).full == pytest.approx(counted, rel=1e-3)
 
@@ -59,6 +59,7 @@ def test_the_report_has_the_keys_of_the_contract_and_its_speed_is_the_trainers(w
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert len(report["step_seconds"]) == 25
+    assert report["tokens"] == "recipe"
     assert report["peak_tflops"]["datasheet"] is None and report["mfu"]["datasheet"] is None
     assert 0 < report["mfu"]["measured"]["causal"] < report["mfu"]["measured"]["full"] < 1
     assert {"flops_per_token", "tflops_per_device", "memory_bytes", "hardware", "versions", "recipe"} <= report.keys()
@@ -74,9 +75,17 @@ def test_it_runs_under_torchrun_and_without_data_files(tmp_path):
     command += [ROOT / "tools/benchmark_mfu.py", recipe, "--steps", "2", "--parallel.tp", "2", "--output", tmp_path]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "benchmark.json").read_text())["hardware"]["layout"]["tp"] == 2
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert (report["hardware"]["layout"]["tp"], report["tokens"]) == (2, "random")
+    assert "random" in done.stdout
 
 
 def test_a_bad_recipe_exits_2_with_a_message(tmp_path):
     done = run(write_recipe(tmp_path, train=dict(sequence_length=100_000)))
     assert done.returncode == 2 and "max_position_embeddings" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_time_is_spent(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(write_recipe(tmp_path), "--steps", 10**9, "--output", tmp_path / "file" / "out")
+    assert done.returncode == 2 and "cannot make the folder" in done.stderr and "Traceback" not in done.stderr

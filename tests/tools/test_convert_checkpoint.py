@@ -5,7 +5,6 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,19 +14,11 @@ from megagap.checkpoint import load_model, save_checkpoint
 from megagap.config import Model
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
+from tests.models import SHAPE
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
-MODEL: dict[str, Any] = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "intermediate_size": 12,
-    "vocab_size": 20,
-    "max_position_embeddings": 16,
-}
+MODEL = SHAPE | dict(hidden_size=8, num_hidden_layers=1, head_dim=2, vocab_size=20)
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megagap.data.indexed import IndexedDataset
+from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.loader import Source, TrainingData
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -85,6 +87,36 @@ def test_step_json_is_what_training_reads(folder: Path) -> None:
         assert any(joined[i : i + 17] == sample["tokens"] for i in range(len(joined)))
 
 
+def test_a_step_beyond_the_end_is_refused_naming_the_last(folder: Path) -> None:
+    assert succeed("inspect_data.py", folder / "recipe.toml", "--step", 10, "--json")
+    for step in (11, 10**12):
+        done = run("inspect_data.py", folder / "recipe.toml", "--step", step, "--json")
+        assert done.returncode == 2 and "the run's last step is 10" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("entry", [-1, 99, 2**62])
+def test_a_damaged_document_index_is_named(folder: Path, tmp_path: Path, entry: int) -> None:
+    for ending in (".bin", ".idx"):
+        shutil.copy(folder / f"fr_text_document{ending}", tmp_path / f"fr{ending}")
+    index = bytearray((tmp_path / "fr.idx").read_bytes())
+    index[-40 * 8 : -39 * 8] = entry.to_bytes(8, "little", signed=True)  # where document 1 starts, of 40
+    (tmp_path / "fr.idx").write_bytes(index)
+    done = run("inspect_data.py", tmp_path / "fr")
+    assert done.returncode == 2 and "fr.idx is damaged: document" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int32", -7), ("float32", 0.5)])
+def test_numbers_that_are_no_token_ids_are_shown_but_not_decoded(
+    folder: Path, tmp_path: Path, dtype: str, value: float
+) -> None:
+    with IndexedDatasetWriter(str(tmp_path / "odd"), np.dtype(dtype)) as writer:
+        writer.add_document(np.array([3, value], dtype=dtype))
+    assert f"3 {value}" in succeed("inspect_data.py", tmp_path / "odd").replace("3.0 ", "3 ")
+    done = run("inspect_data.py", tmp_path / "odd", "--tokenizer", folder / "bpe")
+    assert done.returncode == 2 and "odd.bin holds no token ids: document 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_step_table_shows_text(folder: Path) -> None:
     printed = succeed("inspect_data.py", folder / "recipe.toml", "--step", 1)
     assert "monde" in printed or "world" in printed
@@ -103,6 +135,17 @@ def test_step_table_shows_text(folder: Path) -> None:
             "data error: cannot read absent",
         ),
         ("train_tokenizer.py", ["--input", "absent", "--output", "x", "--vocab-size", "300"], "data error"),
+        ("train_tokenizer.py", ["--input", __file__, "--output", "x", "--vocab-size", "-5"], "is too small"),
+        ("train_tokenizer.py", ["--input", __file__, "--output", "x", "--vocab-size", "9" * 30], "is too large"),
+        ("train_tokenizer.py", ["--input", __file__, "--output", "x", "--vocab-size", f"{2**31}"], "is too large"),
+        (
+            "train_tokenizer.py",
+            ["--input", __file__, "--output", f"{__file__}/x", "--vocab-size", "300"],
+            "cannot make the folder",
+        ),
+        ("inspect_data.py", ["absent", "--documents", "-5"], "--documents must be at least 0"),
+        ("inspect_data.py", ["absent.toml", "--step", "0"], "counted from 1, not 0"),
+        ("inspect_data.py", ["absent.toml", "--step", "-3"], "counted from 1, not -3"),
     ],
 )
 def test_user_faults_exit_2_with_a_message_and_no_traceback(tool: str, arguments: list[str], message: str) -> None:

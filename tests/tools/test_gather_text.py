@@ -158,3 +158,26 @@ def test_roff_gives_the_text_that_man_shows():
 
 def test_pages_that_only_point_to_another_are_empty():
     assert markup.roff_to_text(".so man3/printf.3\n") == ""
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "much"])
+def test_megabytes_are_a_number_above_0(tmp_path, value):
+    done = gather("--output", tmp_path / "out", "--languages", "code", f"--megabytes={value}")
+    assert done.returncode == 2 and "--megabytes" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = gather("--output", tmp_path / "file" / "out", "--languages", "code")
+    assert done.returncode == 2 and f"cannot make the folder {tmp_path}/file/out" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_page_that_cannot_be_read_is_left_out(tmp_path, fake_apt):
+    (tmp_path / "page.gz").write_bytes(b"no gzip")
+    done = gather(
+        "--output", tmp_path / "out", "--languages", "fr,code", "--megabytes", 0.01, path=f"{fake_apt}:/usr/bin:/bin"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ls.1.gz: left out" in done.stderr and (tmp_path / "out" / "code.jsonl").exists()

@@ -6,22 +6,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megagap.config import Model
 from megagap.data.bpe import train_tokenizer
 from tests.huggingface import reference_model
+from tests.models import tiny_model
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
-MODEL = Model(
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=24,
-    vocab_size=300,
-    max_position_embeddings=64,
-)
+MODEL = tiny_model(num_hidden_layers=1, vocab_size=300)
 
 
 @pytest.fixture(scope="module")

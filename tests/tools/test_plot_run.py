@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megagap.errors import DataError
+from tools import plot_run
+
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -39,8 +44,11 @@ def test_losses_are_drawn_in_the_terminal_and_as_png(tmp_path):
 
 
 def test_image_goes_into_the_run_directory_unless_told_otherwise(tmp_path):
-    assert plot(some_run(tmp_path / "run"), "--key", "grad_norm").returncode == 0
+    run = some_run(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    assert plot(run, "--key", "grad_norm").returncode == plot(run, "--output", tmp_path / "other").returncode == 0
     assert (tmp_path / "run" / "grad_norm.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "other" / "loss.png").read_bytes().startswith(PNG)
 
 
 def test_several_runs_are_told_apart_by_their_names(tmp_path):
@@ -51,6 +59,53 @@ def test_several_runs_are_told_apart_by_their_names(tmp_path):
 def test_losses_that_are_not_finite_leave_gaps(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}])
     assert plot(run).returncode == 0
+
+
+def test_an_output_without_ending_becomes_a_png_and_is_named_so(tmp_path):
+    done = plot(some_run(tmp_path / "run"), "--output", tmp_path / "deep" / "picture")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(PNG)
+    assert "picture.png" in done.stderr and [path.name for path in (tmp_path / "deep").iterdir()] == ["picture.png"]
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    run = some_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    for output in ("file/picture.png", "picture.xyz"):
+        done = plot(run, "--output", tmp_path / output)
+        assert done.returncode == 2 and "data error: " in done.stderr and "Traceback" not in done.stderr
+        assert str((tmp_path / output).parent) in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (b"", "is empty"),
+        (b'{"step": 1, "lo', "is empty, or has no whole record"),
+        (b"[1]\n", "metrics.jsonl:1 is no record of a step"),
+        (b'{"step": 1, "loss": 2}\n[1]\n', "metrics.jsonl:2 is no record of a step"),
+        (b'{"loss": 2}\n{"step": 2}\n', "metrics.jsonl:1 is no record of a step"),
+        (b'{"step": "1", "loss": 2}\n', "metrics.jsonl:1 is no record of a step"),
+        (b'\xff\xfe\n{"step": 2}\n', "metrics.jsonl:1 is no JSON"),
+        (b"[" * 100_000 + b'\n{"step": 2}\n', "metrics.jsonl:1 is no JSON"),
+        (b'{"step": 1}\n', "no numbers named 'loss'"),
+        (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", "no numbers named 'loss'"),
+        (b'{"step": 1' + b"0" * 400 + b', "loss": 1}\n', "is empty, or has no whole record"),
+    ],
+    ids=range(11),
+)
+def test_metrics_that_are_none_are_named_without_a_traceback(tmp_path, metrics, message):
+    (write_run(tmp_path / "run", []) / "metrics.jsonl").write_bytes(metrics)
+    with pytest.raises(DataError) as error:
+        plot_run.curves_of(tmp_path / "run", "loss", named=False)
+    assert message in str(error.value)
+
+
+def test_a_folder_in_place_of_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    done = plot(tmp_path)
+    assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_drawn_is_named_without_a_traceback(tmp_path):

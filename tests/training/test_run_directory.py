@@ -1,11 +1,13 @@
 """The run directory belongs to all ranks of one run."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megagap.errors import DistributedError
+from megagap.observe import run_directory
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from tests.recipes import write_recipe
@@ -18,7 +20,8 @@ def open_directory(rank: int, ranks: int, recipe: Path, shared: bool) -> str:
     run = RunDirectory(folder, is_writer=rank == 0)
     run.open()
     try:
-        run.require_shared(DistributedCommunicator(mesh))
+        with patch.object(run_directory, "LOCK_SECONDS", 0.5):
+            run.require_shared(DistributedCommunicator(mesh))
     except DistributedError as error:
         return str(error)
     finally:
@@ -30,7 +33,7 @@ def test_a_directory_that_all_ranks_see_is_accepted(workers, tmp_path):
     assert workers.run(2, open_directory, write_recipe(tmp_path), True) == ["", ""]
 
 
-def test_a_directory_that_is_not_shared_is_refused_by_every_rank(workers, tmp_path, monkeypatch):
+def test_a_directory_that_is_not_shared_is_refused_by_every_rank(workers, tmp_path):
     for answer in workers.run(2, open_directory, write_recipe(tmp_path), False):
         assert "is not shared" in answer
 

@@ -48,6 +48,13 @@ class SentencePieceTokenizer:
             for is_control, run in groupby(known, self._backend.is_control)
         )
 
+    @property
+    def normalises(self) -> bool:
+        """Whether it changes a text's blanks or characters before it cuts it up."""
+        text = " two  blanks, a ligature \ufb01, a line end\n"
+        kept: str = self._backend.normalize(text)
+        return kept.removeprefix("\u2581") != text.replace(" ", "\u2581")
+
     def _special(self, identifier: int, usual: Sequence[str]) -> int | None:
         """``identifier``, or where the model names none (-1), that of the first of ``usual`` that it has."""
         if identifier >= 0:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tiktoken import Encoding
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from megagap.data.bpe import LLAMA3_WORDS
 from megagap.errors import DataError
@@ -87,6 +88,42 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     if byte is not None:
         raise DataError(f"{file} has no token for the byte {byte:#04x}, so that some texts cannot be encoded")
     return ranks
+
+
+def to_hugging_face(file: Path) -> Tokenizer:
+    """The rank file as a ``tokenizer.json`` that gives the same ids, but takes a special token written out for one.
+
+    Raises :class:`DataError` as :func:`read_ranks`.
+    """
+    ranks = read_ranks(file)
+    letters = _letters_of_bytes()
+    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    # Any two tokens that together are a third may be merged into it; the lower its rank, the sooner.
+    merges = [
+        (text[token[:i]], text[token[i:]])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for i in sorted(range(1, len(token)), key=lambda i: (ranks.get(token[:i], -1), ranks.get(token[i:], -1)))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    # ignore_merges: a word that is a token is that token, whether or not merges lead to it, as in tiktoken.
+    converted = Tokenizer(models.BPE({text[token]: rank for token, rank in ranks.items()}, merges, ignore_merges=True))
+    converted.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    converted.decoder = decoders.ByteLevel()
+    converted.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return converted
+
+
+def _letters_of_bytes() -> list[str]:
+    """The character that stands for each byte in byte-level tokenizers (GPT-2's): itself, or one from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    stand_in = {byte: 256 + i for i, byte in enumerate(others)}
+    return [chr(stand_in.get(byte, byte)) for byte in range(256)]
 
 
 def _without_long_blanks(text: str) -> Iterator[str]:

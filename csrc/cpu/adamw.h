@@ -1,0 +1,60 @@
+// AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat buffers in one pass, as torch.optim.AdamW orders it. A
+// parameter in half precision has no other master: it is rounded to the nearest, or stochastically (Gupta et al. 2015,
+// section 3.1), which keeps updates below half a unit alive on average.
+
+// Philox4x32-10 (Salmon et al. 2011): one random word for each of W consecutive elements, a pure function of seed, step
+// and element, so that neither threads nor slices play a part.
+MEGAGAP_INLINE UVec random_words(uint64_t seed, uint32_t step, uint64_t first) {
+  LVec element;
+  for (int64_t lane = 0; lane < W; ++lane) {
+    element[lane] = first + lane;
+  }
+  UVec c0 = __builtin_convertvector(element & 0xffffffff, UVec), c1 = __builtin_convertvector(element >> 32, UVec);
+  UVec c2 = UVec{} + step, c3 = {};
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const LVec product0 = __builtin_convertvector(c0, LVec) * 0xD2511F53u;
+    const LVec product1 = __builtin_convertvector(c2, LVec) * 0xCD9E8D57u;
+    const UVec high0 = __builtin_convertvector(product0 >> 32, UVec), low0 = c0 * 0xD2511F53u;
+    const UVec high1 = __builtin_convertvector(product1 >> 32, UVec), low1 = c2 * 0xCD9E8D57u;
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+// Up or down with the probabilities that make the mean value itself; values that are not finite stay as they are.
+MEGAGAP_INLINE Vec stochastically_rounded(Vec value, UVec random) {
+  const UVec bits = bits_as<UVec>(value);
+  const UVec is_finite = bits_as<UVec>((bits & 0x7f800000) != 0x7f800000);
+  return bits_as<Vec>((((bits + (random & 0xffff)) & is_finite) | (bits & ~is_finite)) & 0xffff0000);
+}
+
+template <typename T>
+void adamw(T* parameter, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first, int64_t size,
+           const AdamW& given) {
+  const AdamW form = given;  // a copy: stores to the buffers might change the one given, for all that the compiler knows
+  const float step_size = form.lr / form.first_correction, second_root = std::sqrt(form.second_correction);
+  const float kept = 1.0f - form.lr * form.weight_decay;
+  for_each_vector(size, [&](int64_t offset, auto count) {
+    const int64_t i = first + offset;
+    const Vec g = load(grad + i, count) / form.grad_divisor;
+    const Vec m_before = load(exp_avg + i, count);
+    const Vec m = m_before + (g - m_before) * (1.0f - form.beta1);
+    const Vec v = load(exp_avg_sq + i, count) * form.beta2 + (1.0f - form.beta2) * (g * g);
+    const Vec decayed = load(parameter + i, count) * kept;
+    Vec updated = decayed - step_size * (m / (sqrt(v) / second_root + form.eps));
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (form.stochastic) {
+        updated = stochastically_rounded(updated, random_words(form.seed, form.step, static_cast<uint64_t>(i)));
+      }
+    }
+    store(exp_avg + i, m, count);
+    store(exp_avg_sq + i, v, count);
+    store(parameter + i, updated, count);
+  });
+}

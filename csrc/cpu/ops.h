@@ -1,0 +1,32 @@
+// The operations on CPU tensors. Their meaning: the schemas in bindings.cpp and the plain forms in megagap/ops/.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace megagap::cpu {
+
+using at::Tensor;
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double gain_scale);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                             const Tensor& rstd, double gain_scale);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, double gain_scale);
+std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& grad, const Tensor& grad_total, const Tensor& total,
+                                                 const Tensor& weight, const Tensor& rstd, double gain_scale);
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  const std::optional<Tensor>& positions, bool interleaved, bool backward);
+void rotary_(const Tensor& packed, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
+             int64_t heads, bool interleaved, bool backward);
+Tensor swiglu(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits, const Tensor& targets);
+void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& scale);
+void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,
+            const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
+            double beta2, double eps, double weight_decay, std::optional<int64_t> seed);
+
+}  // namespace megagap::cpu

@@ -1,0 +1,42 @@
+// Rotary position embeddings (Su et al. 2021): pairs of each head are rotated by the angles of the token's position. The
+// pairs are (x[i], x[i + half]) or, interleaved, (x[2i], x[2i + 1]); the tables hold the angle of an element where the
+// element is. Backward multiplies by the transposed matrices.
+
+template <typename T>
+void rotary_halves(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& given) {
+  const RotaryRows form = given;
+  const int64_t half = form.half;
+  for_each_vector(half, [&](int64_t i, auto count) {
+    const Vec cos_first = load(cos + i, count), cos_second = load(cos + half + i, count);
+    // What the other half is multiplied with: forward by its own sine, backward by the sine of the target of old.
+    const Vec into_first = form.backward ? load(sin + half + i, count) : -load(sin + i, count);
+    const Vec into_second = form.backward ? -load(sin + i, count) : load(sin + half + i, count);
+    for (int64_t head = 0; head < form.heads; ++head) {
+      const T* from = x + head * form.head_stride_in + i;
+      T* to = y + head * form.head_stride_out + i;
+      const Vec first = load(from, count), second = load(from + half, count);
+      store(to, first * cos_first + second * into_first, count);
+      store(to + half, second * cos_second + first * into_second, count);
+    }
+  });
+}
+
+template <typename T>
+void rotary_interleaved(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& form) {
+  for (int64_t head = 0; head < form.heads; ++head) {
+    const T* from = x + head * form.head_stride_in;
+    T* to = y + head * form.head_stride_out;
+    for (int64_t i = 0; i < 2 * form.half; i += 2) {
+      const float first = to_float(from[i]), second = to_float(from[i + 1]);
+      const float into_first = form.backward ? sin[i + 1] : -sin[i];
+      const float into_second = form.backward ? -sin[i] : sin[i + 1];
+      to[i] = from_float<T>(first * cos[i] + second * into_first);
+      to[i + 1] = from_float<T>(second * cos[i + 1] + first * into_second);
+    }
+  }
+}
+
+template <typename T>
+void rotary(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& form) {
+  (form.interleaved ? rotary_interleaved<T> : rotary_halves<T>)(x, y, cos, sin, form);
+}

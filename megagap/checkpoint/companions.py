@@ -1,0 +1,156 @@
+"""What a Hugging Face model has beside its weights and its shape: special ids, settings of generation, a tokenizer."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from megagap.checkpoint.index import Index
+from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer
+from megagap.errors import CheckpointError
+from megagap.files import write_text
+
+if TYPE_CHECKING:
+    from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+_STATE = "hugging_face"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Special ids and settings of generation."""
+
+    special_ids: dict[str, Any]
+    """Those of :data:`SPECIAL_IDS` that ``config.json`` has: an id, a list of ids, or None."""
+    generation: dict[str, Any]
+    """All of ``generation_config.json``."""
+
+    def end_ids(self) -> set[int]:
+        """The ids at which a generated text ends, as ``transformers`` finds them."""
+        value = self.generation.get("eos_token_id")
+        return set() if value is None else {*value} if isinstance(value, list) else {value}
+
+    def state(self) -> dict[str, Any]:
+        """To be kept in a checkpoint's index, for :func:`companions_of`."""
+        return {_STATE: {"special_ids": self.special_ids, "generation_config": self.generation}}
+
+
+def read_companions(folder: Path) -> Companions:
+    """Of a Hugging Face folder. Raises :class:`CheckpointError` if its files hold no such things."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    ids = _checked(folder / CONFIG, {key: config[key] for key in SPECIAL_IDS if key in config})
+    path = folder / GENERATION_CONFIG
+    generation = _checked(path, read_json(path)) if path.is_file() else {k: i for k, i in ids.items() if i is not None}
+    return Companions(ids, generation)
+
+
+def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer: Tokenizer | None) -> Companions:
+    """Of a checkpoint: what was imported with it, else what its tokenizer's folder says, else the tokenizer's own.
+
+    ``source``: where ``tokenizer`` came from. Raises :class:`CheckpointError` if that holds no such things.
+    """
+    imported = index.state.get(_STATE)
+    if imported is not None:
+        ids, generation = (
+            imported.get(key) if isinstance(imported, dict) else None for key in ("special_ids", "generation_config")
+        )
+        if not isinstance(ids, dict) or not isinstance(generation, dict) or ids.keys() - {*SPECIAL_IDS}:
+            raise CheckpointError(f"{checkpoint}: state.{_STATE} does not hold special_ids and generation_config")
+        return Companions(_checked(checkpoint, ids), _checked(checkpoint, generation))
+    if source and (folder := find_tokenizer(source)[1].parent) and (folder / GENERATION_CONFIG).is_file():
+        beside = read_companions(folder)
+        if beside.special_ids:
+            return beside
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} if tokenizer else {}
+    # Written out in config.json even where there is none: the defaults of transformers are Llama 2's.
+    absent = {"bos_token_id": None, "eos_token_id": None}
+    return Companions(absent | ids, {key: value for key, value in ids.items() if value is not None})
+
+
+def tokenizer_of(folder: Path) -> str | None:
+    """The Hugging Face folder as a tokenizer, if it has one beside the model."""
+    return str(folder.resolve()) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def recorded_tokenizer(index: Index) -> str | None:
+    """The tokenizer that the checkpoint names, if it is still there."""
+    data = index.state.get("data")
+    recorded = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(recorded, str) or not recorded:
+        return None
+    kind, _, rest = recorded.partition(":")
+    return recorded if Path(rest if kind in KINDS else recorded).exists() else None
+
+
+def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
+    """The tokenizer as files that ``transformers`` loads, with the settings and chat template beside it, if any.
+
+    ``max_length``: tokens of the longest text that the model takes. A rank file becomes a ``tokenizer.json`` that gives
+    the same ids; a sentencepiece model is left for ``transformers`` to convert. A minimal ``tokenizer_config.json`` is
+    written where there is none.
+    """
+    kind, file = find_tokenizer(source)
+    if kind == "tiktoken":
+        from megagap.data.tokenizer.tiktoken import to_hugging_face
+
+        write_text(folder / "tokenizer.json", to_hugging_face(file).to_str() + "\n")
+    else:
+        shutil.copyfile(file, folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model"))
+    if kind == "sentencepiece":
+        normalises = cast("SentencePieceTokenizer", tokenizer).normalises
+        others = "that begin with blanks, or that the model normalises" if normalises else "that begin with blanks"
+        log.warning("transformers converts %s by itself, and gives other ids to texts %s", source, others)
+    for name in BESIDE_TOKENIZER:
+        if file.with_name(name).is_file():
+            shutil.copyfile(file.with_name(name), folder / name)
+    if not (folder / "tokenizer_config.json").exists():
+        ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
+        tokens = {key: tokenizer.decode([value]) for key, value in ids.items() if value is not None}
+        config = {
+            "tokenizer_class": "LlamaTokenizer" if kind == "sentencepiece" else "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+        }
+        write_json(folder / "tokenizer_config.json", config | tokens)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises :class:`CheckpointError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """``values``, whose special ids are ids. Raises :class:`CheckpointError`."""
+    for key in SPECIAL_IDS:
+        value = values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise CheckpointError(f"{path}: {key} is {value!r}; it should be an id, or a list of ids")
+    return values

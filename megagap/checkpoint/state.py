@@ -1,0 +1,121 @@
+"""What a checkpoint says of the run that wrote it: the ``state`` of its index, checked.
+
+It is untrusted input, as the rest of the index is: every number is typed and bounded, the model's settings fit each
+other and the tensors that are stored, before anything is built from them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megagap.checkpoint.index import INDEX_NAME, Index, unusable
+from megagap.config import Data, Model, Train, check_rules
+from megagap.errors import CheckpointError
+from megagap.model.shapes import model_tensors
+
+_Count = Annotated[int, Field(ge=0, le=2**60)]
+
+
+class _Part(BaseModel):
+    # What else the state holds (layout, logging, …) says how a run was made, and rules nothing.
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class ModelState(_Part):
+    """What every checkpoint holds."""
+
+    model: Model
+
+
+class Progress(_Part):
+    """How far a run has come."""
+
+    step: _Count
+    """Updates asked for, skipped ones included."""
+    updates: _Count
+    """Updates made."""
+    consumed_samples: _Count
+    consumed_tokens: _Count
+    last_sample: _Count | None = None
+    """Global number of the last sample; None before the first."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.updates > self.step:
+            raise ValueError(f"updates = {self.updates} are more than step = {self.step}")
+        if (self.last_sample is None) != (self.consumed_samples == 0):
+            raise ValueError(f"last_sample = {self.last_sample} after consumed_samples = {self.consumed_samples}")
+        return self
+
+
+class RunState(ModelState, Progress):
+    """What a checkpoint holds that a run can go on from."""
+
+    data: Data
+    train: Train
+
+    @model_validator(mode="after")
+    def _counts_steps(self) -> Self:
+        samples = self.step * self.train.global_batch_size
+        if self.consumed_samples != samples:
+            raise ValueError(f"consumed_samples = {self.consumed_samples}, but {self.step} steps are {samples}")
+        tokens = samples * self.train.sequence_length
+        if self.consumed_tokens != tokens:
+            raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {samples} samples are {tokens}")
+        return self
+
+
+_State = TypeVar("_State", bound=_Part)
+
+
+def read_model(folder: Path, index: Index) -> Model:
+    """The model's settings, which all tensors of kind ``weight`` fit.
+
+    Raises :class:`CheckpointError` naming the folder and the field.
+    """
+    return _sound(folder, index, _validated(folder, index, ModelState).model)
+
+
+def read_run(folder: Path, index: Index) -> RunState:
+    """All that a run goes on from. Raises :class:`CheckpointError` naming the folder and the field."""
+    if "train" not in index.state:
+        raise CheckpointError(
+            f'{folder} holds a model only, no run to go on with\n  start from it with checkpoint.load_mode = "model".'
+        )
+    state = _validated(folder, index, RunState)
+    return state.model_copy(update={"model": _sound(folder, index, state.model)})
+
+
+def _validated(folder: Path, index: Index, kind: type[_State]) -> _State:
+    try:
+        return kind.model_validate(index.state)
+    except ValidationError as error:
+        raise unusable(folder, error, "state") from None
+
+
+def _sound(folder: Path, index: Index, model: Model) -> Model:
+    for fault in check_rules({f"model.{name}": value for name, value in model}, None):
+        raise CheckpointError(f"{folder}/{INDEX_NAME}: state.{fault.setting} = {fault.value} {fault.message}")
+    model = model.model_copy(update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads})
+    check_tensors(folder, index, model)
+    return model
+
+
+def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tuple[int, ...]]:
+    """:func:`model_tensors`, all of which and no others the checkpoint holds; else :class:`CheckpointError`."""
+    stored = index.names("weight")
+    if model.num_hidden_layers > len(stored):  # before as many names are made
+        raise CheckpointError(
+            f"{checkpoint}/{INDEX_NAME}: state.model.num_hidden_layers = {model.num_hidden_layers}, "
+            f"but it holds {len(stored)} weights"
+        )
+    wanted = model_tensors(model)
+    unknown = sorted(set(stored) - set(wanted))
+    if unknown:
+        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which its own model settings have no place for")
+    for name, shape in wanted.items():
+        found = index.tensor(checkpoint, "weight", name).shape
+        if found != shape:
+            raise CheckpointError(f"{checkpoint}: {name} has shape {list(found)}, its settings say {list(shape)}")
+    return wanted

@@ -1,0 +1,227 @@
+"""Rules between settings, each a function of few lines, so that all faults are reported at once."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megagap.config.faults import Fault
+from megagap.config.settings import source_name
+
+Lookup = Callable[[str], Any]
+Rule = Callable[[Lookup], Iterator[Fault]]
+
+
+class _Unsound(Exception):
+    """A rule asked for a setting that is itself faulty: the rule does not apply."""
+
+
+def check_rules(values: dict[str, Any], world_size: int | None, needs_data: bool = False) -> list[Fault]:
+    """All faults between settings, checked on those that are sound by themselves."""
+
+    def lookup(name: str) -> Any:
+        if name not in values:
+            raise _Unsound
+        return values[name]
+
+    faults: list[Fault] = []
+    for rule in (*RULES, lambda v: _ranks_fit(v, world_size), lambda v: _has_sources(v, needs_data)):
+        try:
+            faults += rule(lookup)
+        except _Unsound:
+            continue
+    return faults
+
+
+def divisors(*numbers: int) -> str:
+    smallest = min(numbers)
+    return ", ".join(str(d) for d in range(1, smallest + 1) if all(n % d == 0 for n in numbers))
+
+
+def _heads_share_keys(v: Lookup) -> Iterator[Fault]:
+    heads, kv = v("model.num_attention_heads"), v("model.num_key_value_heads")
+    if heads % kv:
+        message = f"does not divide model.num_attention_heads = {heads}; possible: {divisors(heads)}"
+        yield Fault("model.num_key_value_heads", kv, message)
+
+
+def _heads_have_a_width(v: Lookup) -> Iterator[Fault]:
+    heads, hidden, head_dim = v("model.num_attention_heads"), v("model.hidden_size"), v("model.head_dim")
+    if not head_dim and hidden % (2 * heads):
+        yield Fault(
+            "model.hidden_size", hidden, f"is no even multiple of model.num_attention_heads = {heads}; or set head_dim"
+        )
+
+
+def _tp_divides_heads(v: Lookup) -> Iterator[Fault]:
+    tp, heads = v("parallel.tp"), v("model.num_attention_heads")
+    if heads % tp:
+        yield Fault(
+            "parallel.tp", tp, f"does not divide model.num_attention_heads = {heads}; possible: {divisors(heads)}"
+        )
+
+
+def _tp_fits_key_values(v: Lookup) -> Iterator[Fault]:
+    tp, kv = v("parallel.tp"), v("model.num_key_value_heads")
+    if kv % tp and tp % kv:
+        yield Fault("parallel.tp", tp, f"neither divides nor is a multiple of model.num_key_value_heads = {kv}")
+
+
+def _tp_divides_feed_forward(v: Lookup) -> Iterator[Fault]:
+    tp, size = v("parallel.tp"), v("model.intermediate_size")
+    if size % tp:
+        yield Fault("parallel.tp", tp, f"does not divide model.intermediate_size = {size}")
+
+
+def _tp_divides_sequence(v: Lookup) -> Iterator[Fault]:
+    tp, length, on = v("parallel.tp"), v("train.sequence_length"), v("parallel.sequence_parallel")
+    if on is not False and tp > 1 and length % tp:
+        message = f"is no multiple of parallel.tp = {tp}, as sequence_parallel needs; or switch that off"
+        yield Fault("train.sequence_length", length, message)
+
+
+def _sequence_parallel_needs_tp(v: Lookup) -> Iterator[Fault]:
+    if v("parallel.sequence_parallel") and v("parallel.tp") == 1:
+        yield Fault("parallel.sequence_parallel", True, "splits over parallel.tp, which is 1")
+
+
+def _stages_have_layers(v: Lookup) -> Iterator[Fault]:
+    pp, layers, given = v("parallel.pp"), v("model.num_hidden_layers"), v("parallel.layers_per_stage")
+    if pp > layers:
+        yield Fault("parallel.pp", pp, f"is more than model.num_hidden_layers = {layers}: a stage would have none")
+    elif given is not None and (len(given) != pp or sum(given) != layers):
+        yield Fault(
+            "parallel.layers_per_stage", given, f"must be {pp} numbers (parallel.pp) that add up to {layers} layers"
+        )
+    elif given is not None and 0 in given[1:-1]:
+        yield Fault("parallel.layers_per_stage", given, "leaves a middle stage without layers: it would do nothing")
+
+
+def _sequence_fits_model(v: Lookup) -> Iterator[Fault]:
+    length, longest = v("train.sequence_length"), v("model.max_position_embeddings")
+    if length > longest:
+        yield Fault("train.sequence_length", length, f"is longer than model.max_position_embeddings = {longest}")
+
+
+def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
+    scaling = v("model.rope_scaling")
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield Fault("model.rope_scaling.high_freq_factor", scaling.high_freq_factor, "must be above low_freq_factor")
+
+
+def _one_length(v: Lookup) -> Iterator[Fault]:
+    steps, tokens = v("train.steps"), v("train.tokens")
+    if bool(steps) == bool(tokens):
+        yield Fault("train.steps", steps, "give either train.steps or train.tokens" + (", not both" if steps else ""))
+
+
+def _schedule_fits(v: Lookup) -> Iterator[Fault]:
+    warmup, cooldown = v("optim.warmup_steps"), v("optim.cooldown_steps")
+    if v("optim.schedule") == "wsd" and not cooldown:
+        yield Fault("optim.cooldown_steps", cooldown, 'must be at least 1 with optim.schedule = "wsd"')
+    if v("optim.schedule") != "wsd" and cooldown:
+        yield Fault("optim.cooldown_steps", cooldown, 'has a meaning with optim.schedule = "wsd" only')
+    steps = v("train.steps") or -(-v("train.tokens") // (v("train.global_batch_size") * v("train.sequence_length")))
+    if steps and warmup + cooldown > steps:
+        yield Fault("optim.warmup_steps", warmup, f"with cooldown_steps = {cooldown} is over the run's {steps} steps")
+
+
+def _rates_are_ordered(v: Lookup) -> Iterator[Fault]:
+    lr, least = v("optim.lr"), v("optim.min_lr")
+    if least > lr:
+        yield Fault("optim.min_lr", least, f"is above optim.lr = {lr}")
+
+
+def _shares(text: str) -> list[float] | None:
+    """The three shares of ``data.split``; None if it is no such thing."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+    return shares if len(shares) == 3 and min(shares) >= 0 and 0 < sum(shares) < float("inf") else None
+
+
+def _split_is_three_shares(v: Lookup) -> Iterator[Fault]:
+    text = v("data.split")
+    shares = _shares(text)
+    if shares is None:
+        yield Fault("data.split", text, 'must be three shares such as "98,1,1"')
+    elif shares[0] == 0:
+        yield Fault("data.split", text, "leaves no documents for training")
+
+
+def _has_sources(v: Lookup, needs_data: bool) -> Iterator[Fault]:
+    if needs_data and not v("data.sources"):
+        yield Fault("data.sources", None, 'is required: [{path = "prefix_text_document", weight = 1.0}, …]')
+
+
+def _sources_are_named(v: Lookup) -> Iterator[Fault]:
+    for setting in ("data.sources", "data.validation"):
+        if any(not source.paths for source in v(setting)):
+            yield Fault(setting, None, "has a source with an empty list of paths")
+            continue
+        names = [source_name(source) for source in v(setting)]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield Fault(setting, name, "names two sources; tell them apart with name = …")
+
+
+def _evaluation_has_data(v: Lookup) -> Iterator[Fault]:
+    held_out = v("data.validation") or (_shares(v("data.split")) or [0, 1])[1] > 0
+    if v("train.evaluate_every") and not held_out:
+        message = 'needs a held-out set: data.validation, or a data.split such as "98,2,0"'
+        yield Fault("train.evaluate_every", v("train.evaluate_every"), message)
+
+
+def _skipped_ranges_are_ranges(v: Lookup) -> Iterator[Fault]:
+    for text in v("train.skip_samples"):
+        start, stop = map(int, text.split(":"))
+        if start >= stop:
+            yield Fault("train.skip_samples", text, "is empty: the second number must be above the first")
+
+
+def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
+    if v("checkpoint.load_mode") != "continue" and v("checkpoint.load") in ("", "latest"):
+        message = "says what to take from a folder: name it in checkpoint.load"
+        yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
+
+
+def _batch_divides(v: Lookup) -> Iterator[Fault]:
+    batch, micro = v("train.global_batch_size"), v("train.micro_batch_size")
+    if batch % micro:
+        yield Fault("train.micro_batch_size", micro, f"does not divide train.global_batch_size = {batch}")
+
+
+def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
+    if world_size is None:
+        return
+    tp, pp = v("parallel.tp"), v("parallel.pp")
+    if world_size % (tp * pp):
+        yield Fault(
+            "parallel.tp × parallel.pp", tp * pp, f"does not divide the {world_size} processes that were launched"
+        )
+        return
+    dp, batch, micro = world_size // (tp * pp), v("train.global_batch_size"), v("train.micro_batch_size")
+    if batch % (dp * micro) and batch % micro == 0:
+        message = f"is no multiple of {dp} data-parallel ranks × micro_batch_size = {micro}"
+        yield Fault("train.global_batch_size", batch, message)
+
+
+RULES: tuple[Rule, ...] = (
+    _heads_share_keys,
+    _heads_have_a_width,
+    _tp_divides_heads,
+    _tp_fits_key_values,
+    _tp_divides_feed_forward,
+    _tp_divides_sequence,
+    _sequence_parallel_needs_tp,
+    _stages_have_layers,
+    _sequence_fits_model,
+    _scaling_is_a_band,
+    _one_length,
+    _schedule_fits,
+    _rates_are_ordered,
+    _split_is_three_shares,
+    _sources_are_named,
+    _evaluation_has_data,
+    _skipped_ranges_are_ranges,
+    _mode_needs_a_folder,
+    _batch_divides,
+)

@@ -1,0 +1,218 @@
+"""Every setting with its type, default and meaning.
+
+A setting explains itself in the docstring below it: ``--help`` and error messages come from that text.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1, le=2**60)]
+Count = Annotated[int, Field(ge=0, le=2**60)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SampleRange = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class RopeScaling(Section):
+    """Llama 3.1's stretch of the rotary wavelengths to longer contexts."""
+
+    rope_type: Literal["llama3"]
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    low_freq_factor: AboveZero
+    high_freq_factor: AboveZero
+    original_max_position_embeddings: Positive
+
+
+class Model(Section):
+    preset: str = ""
+    """A published shape to start from; `tiny`, `llama3-8b`, `llama3.2-1b`, `gaperon-1b` or `gaperon-8b`."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_hidden_layers: Positive
+    """Transformer layers."""
+    num_attention_heads: Positive
+    """Query heads."""
+    num_key_value_heads: Positive
+    """Key/value heads; must divide num_attention_heads (grouped-query attention)."""
+    head_dim: Annotated[int, Field(ge=0, le=2**60, multiple_of=2)] = 0
+    """Width of a head; 0 means hidden_size / num_attention_heads."""
+    intermediate_size: Positive
+    """Width of the SwiGLU feed-forward."""
+    vocab_size: Positive
+    """Token ids, without padding."""
+    max_position_embeddings: Positive
+    """Longest sequence that the model is meant for."""
+    rope_theta: AboveZero = 500000.0
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's long-context scaling, `{rope_type = "llama3", factor = …, …}`."""
+    rms_norm_eps: AboveZero = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_word_embeddings: bool = False
+    """Use the token embedding as the output projection too."""
+    attention_bias: bool = False
+    """Biases on the q, k, v and o projections."""
+    mlp_bias: bool = False
+    """Biases on the gate, up and down projections."""
+    initializer_range: AboveZero = 0.02
+    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers)."""
+
+
+class Parallel(Section):
+    tp: Positive = 1
+    """Tensor-parallel ranks: each layer's matrices are split over them. Keep within a node; must divide the heads."""
+    pp: Positive = 1
+    """Pipeline-parallel ranks: the layers are split over them, in order."""
+    sequence_parallel: bool | None = None
+    """Split the residual stream over tp along the sequence; saves activation memory. Default: true where tp > 1."""
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    """Order of forwards and backwards in the pipeline."""
+    layers_per_stage: list[Count] | None = None
+    """Layers of each pipeline stage; by default spread evenly, earlier stages first."""
+
+
+class Source(Section):
+    path: str | list[str]
+    """Prefix of a .bin/.idx pair without the ending; a glob or a list stands for shards of one source."""
+    weight: AboveZero = 1.0
+    """Share of the samples, relative to the other sources."""
+    name: str = ""
+    """Name in logs; by default from the path."""
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+class Data(Section):
+    tokenizer: str = ""
+    """Tokenizer of the sources (file or folder), exported with the model; optional for training."""
+    sources: list[Source] = []
+    """What to train on, `[{path = "…", weight = …}, …]`."""
+    validation: list[Source] = []
+    """Held-out sources; by default the second part of `split`."""
+    split: str = "100,0,0"
+    """Shares of each source's documents for training, validation and test."""
+    order: Literal["shuffled"] = "shuffled"
+    """Order of the samples; `shuffled` depends on the seed and the sample number only."""
+
+
+class Train(Section):
+    steps: Count = 0
+    """Updates to make; or give `tokens`."""
+    tokens: Count = 0
+    """Tokens to train on, rounded up to a whole step; or give `steps`."""
+    global_batch_size: Positive
+    """Sequences an update, over all ranks."""
+    micro_batch_size: Positive = 1
+    """Sequences that one rank computes at a time."""
+    sequence_length: Positive
+    """Tokens a sequence."""
+    precision: Literal["fp32", "bf16-mixed"] = "fp32"
+    """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
+    skip_samples: list[SampleRange] = []
+    """Global sample numbers to leave out, `["lo:hi", …]` without hi: the usual answer to a loss spike."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Rules initial weights and the order of samples, whatever the layout."""
+    evaluate_every: Count = 0
+    """Steps between evaluations on the held-out set; 0: never."""
+    evaluate_samples: Positive = 64
+    """Sequences of each validation source in an evaluation, always the same."""
+
+
+class Optim(Section):
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: AboveZero = 3e-4
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of a decay."""
+    warmup_steps: Count = 0
+    """Steps of linear warmup; step 1 uses lr / warmup_steps."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Learning rate after the warmup; `wsd` stays constant until a cooldown at the end."""
+    cooldown_steps: Count = 0
+    """Last steps of `wsd`, in which the rate falls to min_lr."""
+    cooldown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """Shape of that fall; `sqrt` is 1 - sqrt(progress)."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay (AdamW)."""
+    decay_embeddings: bool = False
+    """Apply weight decay to the token embedding too."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    eps: AboveZero = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: NonNegative = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    zero: Literal[1] = 1
+    """What is sharded over data-parallel ranks; 1: optimizer state and masters."""
+
+
+class Checkpoint(Section):
+    every: Count = 0
+    """Steps between checkpoints; one is always written at the end."""
+    keep: Count = 0
+    """Newest checkpoints to keep; 0: all."""
+    load: str = "latest"
+    """`latest` goes on from this run's newest checkpoint, a folder seeds an empty run, "" starts afresh."""
+    load_mode: Literal["continue", "model"] = "continue"
+    """What to take from the folder that seeds a run; `continue`: everything, `model`: the weights, from step 0."""
+
+
+class Run(Section):
+    dir: str = ""
+    """The run directory; by default runs/ and the recipe's name."""
+    tensorboard: bool = True
+    """Write TensorBoard files into the run directory."""
+    max_minutes: NonNegative = 0
+    """Save and stop like after a signal once this much time has passed; 0: no limit."""
+    log_every: Positive = 10
+    """Steps between console lines; metrics.jsonl has every step."""
+
+
+class Settings(Section):
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data = Data()
+    train: Train
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()
+
+
+SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
+
+PLANNED: dict[str, dict[str, Any]] = {
+    "model": {"norm_gain_scale": 1.0},
+    "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
+    "data": {"phases": [], "workers": 0, "document_mask": False},
+    "train": {"batch_ramp": [], "recompute": "none", "compile": False},
+    "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
+    "checkpoint": {"async": False},
+    "run": {"wandb": False, "profile": False},
+}
+"""Settings to come, each with the one value that it can be given today: what is done without it."""
+
+
+def source_name(source: Source) -> str:
+    """The given name, or the file's name without folder and Megatron's ``_text_document``."""
+    return source.name or Path(source.paths[0]).name.removesuffix("_document").removesuffix("_text")
+
+
+def describe_settings() -> str:
+    """Every setting with its default and meaning, for ``--help``."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        lines.append(f"\n[{section}]")
+        for key, field in kind.model_fields.items():
+            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+            lines.append(f"  --{section}.{key}  ({default!r})\n      {field.description or ''}")
+    return "\n".join(lines)

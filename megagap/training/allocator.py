@@ -1,0 +1,15 @@
+"""The C library's memory allocator on CPU."""
+
+import ctypes
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed instead of giving it back: activations of one step are the next one's memory.
+
+    By default it maps each block above 32 MiB anew and returns it when freed, so that a step touches all its pages for
+    the first time, at a fault each. Returns whether it could be told; another C library has no such default.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

@@ -1,0 +1,40 @@
+"""A worker ends with its launcher. Imports nothing heavy: this runs before torch, whose import takes seconds."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set in the environment of torchrun's workers."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when torchrun dies, which starts workers in sessions of their own.
+
+    Not without torchrun: a run under ``nohup`` is meant to outlive the shell that started it.
+    """
+    if sys.platform == "linux" and UNDER_TORCHRUN in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if _is_orphan(Path(f"/proc/{os.getppid()}")):
+            print("torchrun, which started this process, has died", file=sys.stderr)
+            os._exit(1)
+
+
+def _is_orphan(parent: Path) -> bool:
+    """Whether torchrun died before the kernel was told, so that init or a subreaper is the ``parent`` now.
+
+    torchrun makes each worker the leader of a session, and has torch in its memory; who adopts orphans has not. Behind
+    a wrapper, which leads the session in our place, nothing can be told.
+    """
+    if os.getsid(0) != os.getpid():
+        return False
+    try:
+        return b"libtorch" not in (parent / "maps").read_bytes()
+    except PermissionError:  # init, most likely; what it was started as is no secret
+        return b"torch" not in (parent / "cmdline").read_bytes()
+    except OSError:
+        return False

@@ -1,0 +1,370 @@
+"""Times each operation, forward and backward, against its rivals on this machine, and against copying memory.
+
+    python tests/benchmarks/kernels.py
+    python tests/benchmarks/kernels.py --ops rms_norm rotary --dtypes bfloat16 --rows 8192 --size 4096
+    python tests/benchmarks/kernels.py --device cuda --output runs/kernels
+
+Rivals: plain torch (eager), transformers' own operations, torch.compile of the plain form, and Liger-Kernel and apex
+where they are installed. All arms run in one process in turn, so that they share its noise; medians count. Speed is
+given in the bytes that the operation must move at least (each input read once, each output written once, forward and
+backward; a tensor that both need is read twice), and as a share of the speed of copying as many bytes.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megagap import ops
+from megagap.ops import compiled
+from megagap.training.allocator import keep_freed_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPS = 1e-5
+HEAD = 64
+
+
+@dataclass
+class Case:
+    """One operation at one size."""
+
+    arms: dict[str, Callable[[], object]]
+    """Each does a forward and a backward pass; the first is ours."""
+    bytes: int
+    """The least that must be moved."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, default=4096, help="tokens (4096)")
+    parser.add_argument("--size", type=int, default=2048, help="hidden size; also of the vocabulary (2048)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds over all arms (11)")
+    parser.add_argument("--without", nargs="+", default=[], help="arms to leave out")
+    parser.add_argument("--output", type=Path, help="folder for kernels.json")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    same_allocator = device.type == "cpu" and keep_freed_memory()
+    results = []
+    for name in options.ops:
+        for dtype in options.dtypes:
+            torch.manual_seed(0)
+            case = CASES[name](options.rows, options.size, DTYPES[dtype], device)
+            arms = {arm: run for arm, run in case.arms.items() if arm not in options.without}
+            seconds = alternate(arms, device, options.rounds)
+            copying = copy_bandwidth(case.bytes, device, options.rounds)
+            results.append(summary(name, dtype, case, seconds, copying))
+            Console().print(table(results[-1]))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        report = {
+            "results": results,
+            "hardware": hardware(device),
+            "same_allocator": same_allocator,
+            "rows": options.rows,
+        }
+        (options.output / "kernels.json").write_text(json.dumps(report | {"size": options.size}, indent=2) + "\n")
+    print(f"{hardware(device)}", file=sys.stderr)
+
+
+def alternate(arms: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm, one run of each in turn; the first two rounds, which compile and warm up, do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 2):
+        for name, run in arms.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def copy_bandwidth(size: int, device: torch.device, rounds: int) -> float:
+    """Bytes a second of copying a buffer to another, ``size`` bytes read and written together."""
+    source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = alternate({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def summary(op: str, dtype: str, case: Case, seconds: dict[str, list[float]], copying: float) -> dict[str, Any]:
+    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    ours = medians["megagap"]
+    # Of each round, so that noise that lasts for a while cancels.
+    ratios = {
+        arm: statistics.median(theirs / mine for theirs, mine in zip(values, seconds["megagap"], strict=True))
+        for arm, values in seconds.items()
+    }
+    return {
+        "op": op,
+        "dtype": dtype,
+        "megabytes": case.bytes / 1e6,
+        "copy_gb_per_second": copying / 1e9,
+        "share_of_copy": case.bytes / ours / copying,
+        "milliseconds": {arm: value * 1e3 for arm, value in medians.items()},
+        "gb_per_second": {arm: case.bytes / value / 1e9 for arm, value in medians.items()},
+        "times_megagap": ratios,
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    title = (
+        f"{result['op']} {result['dtype']}, {result['megabytes']:.0f} MB (copy {result['copy_gb_per_second']:.1f} GB/s)"
+    )
+    drawn = Table("arm", "ms", "GB/s", "of copy", "time : megagap", title=title)
+    for arm, ms in result["milliseconds"].items():
+        speed = result["gb_per_second"][arm]
+        share = f"{speed / result['copy_gb_per_second']:.0%}"
+        drawn.add_row(arm, f"{ms:.2f}", f"{speed:.1f}", share, f"{result['times_megagap'][arm]:.2f}")
+    return drawn
+
+
+def hardware(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    threads = torch.get_num_threads()
+    return {
+        "device": name,
+        "threads": threads,
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cases
+
+
+def forward_and_backward(
+    function: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor]
+) -> Callable[[], object]:
+    """A run of ``function(*inputs)`` and the gradients by those inputs that want one."""
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def run() -> object:
+        outputs = function(*inputs)
+        outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+        return torch.autograd.grad(outputs, wanted, grads)
+
+    return run
+
+
+def plain(module: str) -> Any:
+    """The file of an operation, whose ``reference`` is the plain form."""
+    return importlib.import_module(f"megagap.ops.{module}")
+
+
+def installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def arms_of(
+    ours: Callable[..., Any],
+    reference: Callable[..., Any],
+    others: dict[str, Callable[..., Any] | None],
+    inputs: list[Tensor],
+    grads: list[Tensor],
+) -> dict[str, Callable[[], object]]:
+    torch._dynamo.reset()
+    functions = {
+        "megagap": ours,
+        "eager": reference,
+        "torch.compile": torch.compile(reference, dynamic=False),
+        **others,
+    }
+    return {arm: forward_and_backward(f, inputs, grads) for arm, f in functions.items() if f is not None}
+
+
+def rms_norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, grad = (torch.randn(rows, size, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(size, device=device).to(dtype).requires_grad_()
+    x.requires_grad_()
+
+    def transformers(x: Tensor, weight: Tensor) -> Tensor:
+        return LlamaRMSNorm.forward(_Weight(weight), x)  # type: ignore[arg-type]
+
+    liger = installed("liger_kernel.ops.rms_norm") if device.type == "cuda" else None
+    apex = installed("apex.normalization.fused_layer_norm") if device.type == "cuda" else None
+    others = {
+        "transformers": transformers,
+        "torch F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+        "liger": liger and (lambda x, w: liger.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)),
+        "apex": apex and (lambda x, w: apex.fused_rms_norm_affine(x, w, w.shape, EPS)),
+    }
+    arms = arms_of(ops.rms_norm, plain("rms_norm").reference, others, [x, weight], [grad])
+    return Case(arms, 5 * rows * size * dtype.itemsize)  # x, y; grad, x, grad_x
+
+
+@dataclass
+class _Weight:
+    """What LlamaRMSNorm's forward looks at of itself."""
+
+    weight: Tensor
+    variance_epsilon: float = EPS
+
+
+def add_rms_norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    x, residual, grad, grad_total = (torch.randn(rows, size, device=device).to(dtype) for _ in range(4))
+    weight = torch.rand(size, device=device).to(dtype).requires_grad_()
+    x.requires_grad_()
+    residual.requires_grad_()
+
+    def reference(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return plain("rms_norm").reference(total, weight), total
+
+    arms = arms_of(ops.add_rms_norm, reference, {}, [x, residual, weight], [grad, grad_total])
+    return Case(arms, 8 * rows * size * dtype.itemsize)  # x, residual, y, total; grad, grad_total, total, grad_x
+
+
+def rotary_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """q has three quarters of the heads, k the rest: their sizes together are ``size``."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    heads = size // HEAD
+    batch = 4 if rows % 4 == 0 else 1
+    shapes = [(batch, rows // batch, count, HEAD) for count in (heads - heads // 4, heads // 4)]
+    q, k, grad_q, grad_k = (torch.randn(shape, device=device).to(dtype) for shape in (*shapes, *shapes))
+    angles = torch.outer(torch.arange(rows // batch).float(), 10000.0 ** -(torch.arange(0, HEAD, 2) / HEAD))
+    angles = torch.cat([angles, angles], -1).to(device)
+    cos, sin = angles.cos(), angles.sin()
+    q.requires_grad_()
+    k.requires_grad_()
+
+    def transformers(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.to(q.dtype).unsqueeze(0), sin.to(q.dtype).unsqueeze(0)
+        q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    arms = arms_of(
+        ops.rotary, plain("rotary").reference, {"transformers": transformers}, [q, k, cos, sin], [grad_q, grad_k]
+    )
+    return Case(arms, 4 * rows * size * dtype.itemsize)
+
+
+def swiglu_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    gate, up, grad = (torch.randn(rows, size, device=device).to(dtype) for _ in range(3))
+    gate.requires_grad_()
+    up.requires_grad_()
+    liger = installed("liger_kernel.ops.swiglu") if device.type == "cuda" else None
+    others = {"liger": liger and (lambda gate, up: liger.LigerSiLUMulFunction.apply(gate, up))}
+    arms = arms_of(ops.swiglu, plain("swiglu").reference, others, [gate, up], [grad])
+    return Case(arms, 8 * rows * size * dtype.itemsize)  # gate, up, y; grad, gate, up, and both gradients
+
+
+def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Loss and gradient of given logits."""
+    logits = torch.randn(rows, size, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(size, (rows,), device=device)
+    scale = torch.full((rows,), 1 / rows, device=device)
+
+    def ours() -> object:
+        kept = logits.detach()
+        maximum, total, at_target = ops.softmax_statistics(kept, targets)
+        log_sum_exp = maximum + total.log()
+        # In place: the next round's logits are this one's gradients, which cost the same.
+        ops.softmax_gradient_(kept, targets, log_sum_exp, scale)
+        return (log_sum_exp - at_target).mean()
+
+    def reference(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets)
+
+    one = [torch.ones((), device=device)]
+    arms = arms_of(reference, reference, {}, [logits], one)
+    return Case(arms | {"megagap": ours}, 3 * rows * size * dtype.itemsize)  # read, read again, written
+
+
+def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Parameters in ``dtype``; a bf16 one is rounded to the nearest, without a master. Rivals: fp32 only."""
+    count = rows * size
+    parameter = torch.randn(count, device=device).to(dtype)
+    grad, first, second = (torch.rand(count, device=device) for _ in range(3))
+    one, zero, updates = (torch.full((), value, device=device) for value in (1.0, 0.0, 0.0))
+    numbers = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+    def ours() -> object:
+        return ops.adamw_(parameter, first, second, grad, divisor=one, reject=zero, updates=updates, **numbers)  # type: ignore[arg-type]
+
+    def stochastic() -> object:
+        return ops.adamw_(
+            parameter,
+            first,
+            second,
+            grad,
+            divisor=one,
+            reject=zero,
+            updates=updates,
+            **numbers,
+            seed=1,  # type: ignore[arg-type]
+        )
+
+    arms: dict[str, Callable[[], object]] = {"megagap": ours}
+    if dtype == torch.float32:
+        for name, form in (("torch fused", dict(fused=True)), ("torch foreach", dict(foreach=True))):
+            own = torch.nn.Parameter(parameter.clone())
+            own.grad = grad.clone()
+            arms[name] = torch.optim.AdamW([own], **numbers, **form).step  # type: ignore[arg-type]
+    elif dtype == torch.bfloat16:
+        arms["megagap stochastic"] = stochastic
+    moved = 2 * dtype.itemsize + 4 + 2 * 2 * 4
+    return Case(arms, count * moved)
+
+
+def attention_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Sequences of 512; bytes are those of q, k, v, the result and the gradients, which no attention is bound by."""
+    heads, length = max(2, size // HEAD // 2), 512
+    shapes = [(max(1, rows // length), length, count, HEAD) for count in (heads, heads // 2, heads // 2)]
+    q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
+    grad = torch.randn(shapes[0], device=device).to(dtype)
+    functions = {"megagap": ops.attention, "torch SDPA": plain("attention").reference}
+    arms = {arm: forward_and_backward(f, [q, k, v], [grad]) for arm, f in functions.items()}
+    return Case(arms, (4 * q.numel() + 2 * 2 * k.numel() * 2) * dtype.itemsize)
+
+
+CASES: dict[str, Callable[[int, int, torch.dtype, torch.device], Case]] = {
+    "rms_norm": rms_norm_case,
+    "add_rms_norm": add_rms_norm_case,
+    "rotary": rotary_case,
+    "swiglu": swiglu_case,
+    "cross_entropy": cross_entropy_case,
+    "adamw": adamw_case,
+    "attention": attention_case,
+}
+
+
+if __name__ == "__main__":
+    if not compiled.AVAILABLE:
+        sys.exit("the compiled kernels are not built: there is nothing of ours to time")
+    main()

@@ -1,0 +1,15 @@
+"""Which checkpoint a run goes on from."""
+
+from tests.recipes import write_recipe
+from tests.training_run import train_recipe
+
+
+def test_a_folder_to_load_is_not_used_once_the_run_has_a_checkpoint_and_the_log_says_so(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    for name in ("seed", "run"):
+        workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / name}"])
+    folder = tmp_path / "seed/checkpoints/step_00000002"
+    workers.run(1, train_recipe, recipe, ["train.steps=3", f"checkpoint.load={folder}"])
+    log = (tmp_path / "run/logs/rank_00000.log").read_text()
+    (line,) = [line for line in log.splitlines() if "WARNING" in line]
+    assert f"checkpoint.load = {folder} is not used" in line and str(tmp_path / "run/checkpoints") in line

@@ -70,10 +70,12 @@ inline const char* error_text(int code) {
 MEGAGAP_DEVICE int wave_size() {
 #if defined(MEGAGAP_SHIM)
   return MEGAGAP_WAVE;
-#elif defined(__HIP_DEVICE_COMPILE__) && defined(__AMDGCN_WAVEFRONT_SIZE)
-  return __AMDGCN_WAVEFRONT_SIZE;
 #elif defined(__HIP_DEVICE_COMPILE__)
-  return static_cast<int>(__builtin_amdgcn_wavefrontsize());  // since the macro is gone
+#if __has_builtin(__builtin_amdgcn_wavefrontsize)
+  return static_cast<int>(__builtin_amdgcn_wavefrontsize());
+#else
+  return __AMDGCN_WAVEFRONT_SIZE;  // deprecated where the builtin is
+#endif
 #else
   return 32;  // and where hipcc reads the kernels for the host, which never runs them
 #endif

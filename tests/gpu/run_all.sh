@@ -24,8 +24,8 @@ step() {
     "$@" 2>&1 | tee "$reports/$name.txt" || failed+=("$name")
 }
 
-step machine bash -c 'date; lscpu | grep "Model name"; nvidia-smi || rocm-smi; nvcc --version | tail -2; hipcc --version
-    "$0" -c "import sys, torch; print(sys.version, torch.__version__)"' "$PYTHON"
+step machine bash -c '{ date; lscpu | grep "Model name"; nvidia-smi || rocm-smi; nvcc --version | tail -2; } 2>/dev/null
+    "$0" -c "import sys, torch; print(sys.version, torch.__version__, torch.version.cuda, torch.version.hip)"' "$PYTHON"
 step build "$PYTHON" setup.py build_ext --inplace
 step registers env PYTHON="$PYTHON" .ci/gpu_compile.sh --table
 step tests "$PYTHON" -m pytest -v tests/ops tests/gpu

@@ -38,7 +38,7 @@ if [[ $target == cuda ]] && command -v compute-sanitizer >/dev/null; then
 else
     echo "NOTE: no compute-sanitizer, or no GPU for it"
 fi
-step benchmark "$PYTHON" tests/benchmarks/kernels.py --device "$device"
+step benchmark "$PYTHON" tests/benchmarks/kernels.py --device "$device" --output "$reports"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

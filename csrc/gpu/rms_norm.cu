@@ -17,6 +17,7 @@ constexpr int kHeldChunks = kAligned ? 4 : 8 / kVector<T>;
 
 constexpr int kBlock = 256;                        // threads of a block whose rows need no more
 constexpr int kMinimumLanes = 8, kMaximumLanes = 512;  // of a row: 128 contiguous bytes; 128 registers a thread
+constexpr int kForwardBound = 768;                 // keeps registers at 80, so that three blocks share a multiprocessor
 constexpr int kColumns = 32, kSlices = 32;         // of the block that sums the parts of a weight's gradient
 constexpr int64_t kColumnParts = 64;               // of the weight's gradient where rows are too long for registers
 
@@ -59,7 +60,7 @@ MEGAGAP_DEVICE void store_part(T* row, const Chunk<T, kVector<T>>& chunk, int be
 }
 
 template <typename T, bool kAligned, bool kResidual>
-__global__ void __launch_bounds__(kMaximumLanes, 1)
+__global__ void __launch_bounds__(kForwardBound, 1)
     rms_norm_kernel(const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ weight,
                     T* __restrict__ y, T* total, float* __restrict__ rstd, int64_t rows, int size, int lanes, float eps,
                     float gain_scale) {

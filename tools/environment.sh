@@ -27,7 +27,7 @@ megagap_find_python() {
 megagap_hash() {
     (
         cd "$MEGAGAP_ROOT"
-        printf '%s\n' "$MEGAGAP_ROOT" "$PYTHON" "${CXX:-}"
+        printf '%s\n' "$MEGAGAP_ROOT" "$PYTHON" "${CXX:-}" "${MEGAGAP_BUILD:-}"
         find csrc -type f | LC_ALL=C sort | xargs cat setup.py pyproject.toml requirements.txt tools/environment.sh
     ) | sha256sum | cut -d' ' -f1
 }

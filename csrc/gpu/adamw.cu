@@ -1,0 +1,168 @@
+// AdamW (Loshchilov & Hutter 2019) over flat parameters in one pass, with torch.optim.AdamW's formula.
+#include "gpu/dispatch.h"
+#include "gpu/elements.h"
+#include "gpu/kernels.h"
+
+namespace megagap::gpu {
+namespace {
+
+constexpr int kAdamBlock = 256;
+constexpr int kAdamWidth = 4;   // elements: 16 bytes of float, 8 of bfloat16
+constexpr int kAdamChunks = 2;  // that a thread has in flight
+
+struct AdamSettings {
+  double lr, beta1, beta2;
+  float decay, eps;  // decay: 1 - lr * weight_decay
+  float keep1, take1, keep2, take2;  // beta1, 1 - beta1, beta2, 1 - beta2
+};
+
+// The first word of Philox4x32-10 (Salmon et al. 2011): a pure function of seed, step and element.
+MEGAGAP_DEVICE uint32_t philox(uint64_t seed, uint32_t step, uint64_t element) {
+  uint32_t c0 = static_cast<uint32_t>(element), c1 = static_cast<uint32_t>(element >> 32), c2 = step, c3 = 0;
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+    const uint32_t high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+    c0 = high1 ^ c1 ^ key0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ key1;
+    c3 = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+// Rounded away from zero with the probability that the cut-off bits stand for: 16 random bits are added to them.
+MEGAGAP_DEVICE float round_at_random(float value, uint32_t random) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return value;
+  return __uint_as_float((bits + (random & 0xffffu)) & 0xffff0000u);
+}
+
+struct AdamElement {
+  float parameter, exp_avg, exp_avg_sq;
+};
+
+MEGAGAP_DEVICE AdamElement adam_update(AdamElement old, float grad, float step_size, float root2,
+                                       const AdamSettings& settings) {
+  const float first = settings.keep1 * old.exp_avg + settings.take1 * grad;
+  const float second = settings.keep2 * old.exp_avg_sq + settings.take2 * grad * grad;
+  const float denominator = sqrtf(second) / root2 + settings.eps;
+  return {old.parameter * settings.decay - step_size * first / denominator, first, second};
+}
+
+template <typename P, typename M, typename G, int kWidth>
+__global__ void __launch_bounds__(kAdamBlock)
+    adamw_kernel(P* __restrict__ parameter, M* __restrict__ exp_avg, M* __restrict__ exp_avg_sq,
+                 const G* __restrict__ grad, const float* __restrict__ grad_scale, const float* __restrict__ found_inf,
+                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic, uint64_t seed) {
+  __shared__ float shared[2];
+  if (*found_inf != 0.0f) return;  // the same for all threads
+  if (threadIdx.x == 0) {
+    shared[0] = static_cast<float>(settings.lr / (1.0 - pow(settings.beta1, static_cast<double>(*step))));
+    shared[1] = static_cast<float>(sqrt(1.0 - pow(settings.beta2, static_cast<double>(*step))));
+  }
+  block_barrier();
+  const float step_size = shared[0], root2 = shared[1], divisor = *grad_scale;
+  const uint32_t update_number = static_cast<uint32_t>(*step);
+
+  const auto update = [&](float& value, float& first, float& second, float gradient, int64_t index) {
+    const AdamElement now = adam_update({value, first, second}, gradient / divisor, step_size, root2, settings);
+    value = now.parameter;
+    if (sizeof(P) == 2 && stochastic) value = round_at_random(value, philox(seed, update_number, static_cast<uint64_t>(index)));
+    first = now.exp_avg;
+    second = now.exp_avg_sq;
+  };
+
+  constexpr int64_t kStep = int64_t{kAdamBlock} * kWidth;
+  for (int64_t block = int64_t{blockIdx.x} * kAdamChunks * kStep; block < size;
+       block += int64_t{gridDim.x} * kAdamChunks * kStep) {
+    const int64_t mine = block + int64_t{threadIdx.x} * kWidth;
+    Chunk<P, kWidth> values[kAdamChunks];
+    Chunk<M, kWidth> firsts[kAdamChunks], seconds[kAdamChunks];
+    Chunk<G, kWidth> grads[kAdamChunks];
+#pragma unroll
+    for (int k = 0; k < kAdamChunks; ++k) {
+      const int64_t index = mine + k * kStep;
+      if (index + kWidth > size) continue;
+      values[k] = load<kWidth>(parameter + index);
+      firsts[k] = load<kWidth>(exp_avg + index);
+      seconds[k] = load<kWidth>(exp_avg_sq + index);
+      grads[k] = load<kWidth>(grad + index);
+    }
+#pragma unroll
+    for (int k = 0; k < kAdamChunks; ++k) {
+      const int64_t index = mine + k * kStep;
+      if (index + kWidth > size) continue;
+      Chunk<P, kWidth> to_value;
+      Chunk<M, kWidth> to_first, to_second;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        float value = values[k].get(i), first = firsts[k].get(i), second = seconds[k].get(i);
+        update(value, first, second, grads[k].get(i), index + i);
+        to_value.set(i, value);
+        to_first.set(i, first);
+        to_second.set(i, second);
+      }
+      store(parameter + index, to_value);
+      store(exp_avg + index, to_first);
+      store(exp_avg_sq + index, to_second);
+    }
+    // What is left at the end: fewer elements than a chunk.
+    const int64_t rest = size - size % kWidth + threadIdx.x;
+    if (kWidth > 1 && block + kAdamChunks * kStep >= size && rest < size) {
+      float value = to_float(parameter[rest]), first = to_float(exp_avg[rest]), second = to_float(exp_avg_sq[rest]);
+      update(value, first, second, to_float(grad[rest]), rest);
+      parameter[rest] = from_float<P>(value);
+      exp_avg[rest] = from_float<M>(first);
+      exp_avg_sq[rest] = from_float<M>(second);
+    }
+  }
+}
+
+template <typename P, typename M, typename G>
+int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, const void* grad_given,
+          const float* grad_scale, const float* found_inf, const float* step, int64_t size,
+          const AdamSettings& settings, bool stochastic, uint64_t seed, void* stream) {
+  P* parameter = static_cast<P*>(parameter_given);
+  M* exp_avg = static_cast<M*>(exp_avg_given);
+  M* exp_avg_sq = static_cast<M*>(exp_avg_sq_given);
+  const G* grad = static_cast<const G*>(grad_given);
+  const bool whole = aligned_for<kAdamWidth>(parameter) && aligned_for<kAdamWidth>(exp_avg) &&
+                     aligned_for<kAdamWidth>(exp_avg_sq) && aligned_for<kAdamWidth>(grad);
+  return launch(whole ? adamw_kernel<P, M, G, kAdamWidth> : adamw_kernel<P, M, G, 1>,
+                ceil_divide(size, int64_t{kAdamBlock} * kAdamChunks * (whole ? kAdamWidth : 1)), dim3(kAdamBlock),
+                stream, parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings, stochastic,
+                seed);
+}
+
+}  // namespace
+}  // namespace megagap::gpu
+
+extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
+                                 void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
+                                 const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
+                                 double weight_decay, int stochastic, int64_t seed, void* stream) {
+  using megagap::gpu::BFloat16;
+  const auto number = [](double value) { return static_cast<float>(value); };
+  const megagap::gpu::AdamSettings settings = {lr,           beta1,            beta2,         number(1 - lr * weight_decay),
+                                          number(eps),  number(beta1),    number(1 - beta1),
+                                          number(beta2), number(1 - beta2)};
+  const auto run = [&](auto* kernels) {
+    return size == 0 ? 0
+                     : kernels(parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings,
+                               stochastic != 0, static_cast<uint64_t>(seed), stream);
+  };
+  const auto types = [&](int p, int m, int g) { return parameter_type == p && moment_type == m && grad_type == g; };
+  if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<float, float, float>);
+  if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<float, float, BFloat16>);
+  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<BFloat16, float, float>);
+  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<BFloat16, float, BFloat16>);
+  if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapFloat)) return run(megagap::gpu::adamw<BFloat16, BFloat16, float>);
+  if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapBFloat16)) {
+    return run(megagap::gpu::adamw<BFloat16, BFloat16, BFloat16>);
+  }
+  return kMegagapUnsupported;
+}

@@ -1,0 +1,67 @@
+// The launchers of the kernels. Pointers are to device memory, sizes and strides count elements, a stream is a
+// cudaStream_t or hipStream_t. Each returns 0, a runtime's error code, or kUnsupported; nothing waits for the device.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum MegagapType : int { kMegagapFloat = 0, kMegagapBFloat16 = 1, kMegagapHalf = 2 };
+
+constexpr int kMegagapUnsupported = -1;  // an element type without kernels, or a row of 2^30 elements or more
+
+const char* megagap_gpu_error(int code);
+
+// y = weight * gain_scale * x / sqrt(mean(x^2) + eps) over rows [rows, size]; with a residual, x + residual takes the
+// place of x and is written to total (else both are null). rstd [rows] in float.
+int megagap_gpu_rms_norm(int type, const void* x, const void* residual, const void* weight, void* y, void* total,
+                         float* rstd, int64_t rows, int64_t size, float eps, float gain_scale, void* stream);
+
+// Rows of the workspace `partial` [parts, size], in float, that the backward pass needs on the current device.
+int64_t megagap_gpu_rms_norm_parts(int type, int64_t rows, int64_t size);
+
+// grad_total (may be null) is added to grad_x. grad_weight is summed over `parts` parts, then over these: equal bits
+// for equal parts.
+int megagap_gpu_rms_norm_backward(int type, const void* grad, const void* grad_total, const void* x,
+                                  const void* weight, const float* rstd, void* grad_x, void* grad_weight,
+                                  float* partial, int64_t parts, int64_t rows, int64_t size, float gain_scale,
+                                  void* stream);
+
+// One of the tensors to rotate, [batch, length, heads, size] with unit stride in the last dimension.
+struct MegagapRotated {
+  const void* in;
+  void* out;  // may be in
+  int64_t heads;
+  int64_t in_batch, in_token, in_head, out_batch, out_token, out_head;  // strides
+};
+
+// Rotates the heads of q and k (k.heads may be 0). Tables [table_rows, size] in float; the row of a token is
+// positions[token] or, where positions is null, its number modulo table_rows. A position outside of them gives NaN.
+int megagap_gpu_rotary(int type, const MegagapRotated* q, const MegagapRotated* k, const float* cos, const float* sin,
+                       const int64_t* positions, int64_t table_rows, int64_t batch, int64_t length, int64_t size,
+                       int interleaved, int backward, void* stream);
+
+// y = silu(gate) * up over rows [rows, size]; the inputs' rows may lie apart, y is contiguous.
+int megagap_gpu_swiglu(int type, const void* gate, const void* up, void* y, int64_t rows, int64_t size,
+                       int64_t gate_stride, int64_t up_stride, void* stream);
+int megagap_gpu_swiglu_backward(int type, const void* grad, const void* gate, const void* up, void* grad_gate,
+                                void* grad_up, int64_t rows, int64_t size, int64_t grad_stride, int64_t gate_stride,
+                                int64_t up_stride, void* stream);
+
+// Of each row of logits [rows, size]: the maximum, the sum of exp(logit - maximum), and the logit at the target (0 where
+// the target is not in [0, size)).
+int megagap_gpu_cross_entropy_rows(int type, const void* logits, const int64_t* targets, float* maximum, float* sum,
+                                   float* target_logit, int64_t rows, int64_t size, int64_t stride, void* stream);
+
+// In place: logits = (exp(logit - lse[row]) - [column == target[row]]) * scale[row].
+int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_t* targets, const float* lse,
+                                            const float* scale, int64_t rows, int64_t size, int64_t stride,
+                                            void* stream);
+
+// AdamW over flat [size]. grad_scale, found_inf, step: one float each on the device. Moments in bfloat16 go with a
+// parameter in bfloat16. Where `stochastic`, that parameter is rounded up or down at random, keyed by (seed, step).
+int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
+                      void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
+                      const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
+                      double weight_decay, int stochastic, int64_t seed, void* stream);
+}

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.gpu_source.shim import Shim
+
+FULL, HALF = torch.float32, torch.bfloat16
+TYPES = [
+    (FULL, FULL, FULL),
+    (FULL, FULL, HALF),
+    (HALF, FULL, FULL),
+    (HALF, FULL, HALF),
+    (HALF, HALF, FULL),
+    (HALF,) * 3,
+]
+"""Of parameter, moments, gradient."""
+SEED = 0x123456789ABC
+
+
+def inputs(size: int, types: tuple[torch.dtype, ...] = (FULL,) * 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """parameter, exp_avg, exp_avg_sq, grad"""
+    generator = torch.Generator().manual_seed(size)
+    parameter, average, square, grad = (torch.randn(size, generator=generator) for _ in range(4))
+    parameter_type, moment_type, grad_type = types
+    return parameter.to(parameter_type), average.to(moment_type), square.pow(2).to(moment_type), grad.to(grad_type)
+
+
+def exact_update(
+    state: tuple[Tensor, ...], *, step: int, grad_scale: float = 1.0, lr: float = 1e-2, weight_decay: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kingma & Ba's formulas with decoupled decay, in float64."""
+    parameter, average, square, grad = (tensor.double() for tensor in state)
+    grad = grad / grad_scale
+    average, square = 0.9 * average + 0.1 * grad, 0.999 * square + 0.001 * grad**2
+    corrected = average / (1 - 0.9**step), square / (1 - 0.999**step)
+    return parameter * (1 - lr * weight_decay) - lr * corrected[0] / (corrected[1].sqrt() + 1e-8), average, square
+
+
+def philox(words: list[int], key: tuple[int, int]) -> list[int]:
+    """Philox4x32-10 of a counter of four words, as its authors write it."""
+    low, high = key
+    for _ in range(10):
+        first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
+        words = [
+            second >> 32 ^ words[1] ^ low,
+            second & 0xFFFFFFFF,
+            first >> 32 ^ words[3] ^ high,
+            first & 0xFFFFFFFF,
+        ]
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return words
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("size", [1, 4096, 5003])
+def test_update_equals_float64_within_rounding(shim: Shim, size, types):
+    state = inputs(size, types)
+    expected = exact_update(state, step=3, grad_scale=4.0)
+    shim.adamw_(*state, step=3, grad_scale=4.0)
+    for got, wanted in zip(state, expected, strict=False):
+        unit = 2**-8 if got.dtype == HALF else 0
+        torch.testing.assert_close(got.double(), wanted, rtol=unit + 1e-6, atol=1e-7)
+
+
+def test_twenty_steps_follow_torchs_adamw(shim: Shim):
+    parameter, average, square, _ = inputs(300)
+    average.zero_(), square.zero_()
+    theirs = torch.nn.Parameter(parameter.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    for step in range(1, 21):
+        grad = torch.randn(300, generator=torch.Generator().manual_seed(step))
+        shim.adamw_(parameter, average, square, grad, step=step)
+        theirs.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(parameter, theirs.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_found_inf_leaves_everything_as_it_was(shim: Shim):
+    state = inputs(70)
+    before = [tensor.clone() for tensor in state]
+    shim.adamw_(*state, step=1, found_inf=1.0)
+    assert all(torch.equal(one, other) for one, other in zip(state, before, strict=True))
+
+
+def test_philox_of_the_test_gives_the_published_words():
+    assert philox([0] * 4, (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize(("size", "start"), [(64, 0), (67, 1)])
+def test_stochastic_rounding_compares_the_cut_bits_with_philox(shim: Shim, size, start):
+    parameter, *rest = (tensor[start:] for tensor in inputs(size + start, (HALF, FULL, HALF)))
+    wide = [parameter.float(), *(tensor.clone() for tensor in rest)]
+    shim.adamw_(*wide, step=7)  # the same update, not rounded
+    shim.adamw_(parameter, *rest, step=7, seed=SEED)
+    for index, bits in enumerate(wide[0].view(torch.int32).tolist()):
+        up = (bits & 0xFFFF) + (philox([index, 0, 7, 0], (SEED & 0xFFFFFFFF, SEED >> 32))[0] & 0xFFFF) > 0xFFFF
+        expected = ((bits >> 16) + up) & 0xFFFF
+        assert parameter.view(torch.int16)[index].item() & 0xFFFF == expected
+
+
+def test_stochastic_rounding_is_right_on_average(shim: Shim):
+    size, updates = 20000, 4
+    parameter, zeros = torch.ones(size, dtype=HALF), torch.zeros(size)
+    for step in range(1, 1 + updates):  # decay alone: a 64th of the distance to the next lower number
+        shim.adamw_(parameter, zeros, zeros.clone(), zeros.clone(), step=step, lr=2**-14, weight_decay=1.0, seed=5)
+    lost = (1 - parameter.float()).mean().item() / (updates * 2**-14)
+    assert abs(lost - 1) < 0.1
+
+
+def test_empty_bucket_is_left_alone(shim: Shim):
+    shim.adamw_(*inputs(0), step=1)

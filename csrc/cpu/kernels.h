@@ -66,24 +66,26 @@ struct AdamW {
 struct RotaryRows {
   int64_t heads, half;
   int64_t head_stride_in, head_stride_out;
-  bool interleaved, backward;
+  bool interleaved, backward, streaming;
 };
 
-// Every kernel for elements of type T. Rows are contiguous; strides are between rows, in elements.
+// Every kernel for elements of type T. Rows are contiguous; strides are between rows, in elements. streaming: the results
+// are too large to stay in the caches.
 template <typename T>
 struct Kernels {
   // rms_norm.h. residual and total: null, or the residual stream that is added first, and the sum.
   void (*rms_norm)(const T* x, int64_t x_stride, const T* residual, const T* weight, T* y, T* total, float* rstd,
-                   int64_t rows, int64_t size, float eps, float gain_scale);
-  // grad_total: null, or the gradient by the sum. Adds the rows' gradient by the weight to grad_weight [size].
+                   int64_t rows, int64_t size, float eps, float gain_scale, bool streaming);
+  // grad_total: null, or the gradient by the sum. Adds the rows' gradient by the gain to grad_weight [size].
   void (*rms_norm_backward)(const T* grad, const T* grad_total, const T* x, int64_t x_stride, const T* weight,
                             const float* rstd, T* grad_x, float* grad_weight, int64_t rows, int64_t size,
-                            float gain_scale);
+                            float gain_scale, bool streaming);
   // rotary.h. All heads of one token, whose row of the tables is given; in place where x is y.
   void (*rotary)(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& form);
   // swiglu.h.
-  void (*swiglu)(const T* gate, const T* up, T* y, int64_t size);
-  void (*swiglu_backward)(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t size);
+  void (*swiglu)(const T* gate, const T* up, T* y, int64_t size, bool streaming);
+  void (*swiglu_backward)(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t size,
+                          bool streaming);
   // cross_entropy.h, one row of logits. target: its column, or -1.
   void (*cross_entropy)(const T* logits, int64_t target, int64_t size, float* maximum, float* sum, float* at_target);
   void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float scale);

@@ -34,6 +34,10 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kGrain = 16384;   // elements that are worth a thread of their own
+#ifndef MEGAGAP_STREAM
+#define MEGAGAP_STREAM (16 << 20)
+#endif
+constexpr int64_t kStreamedBytes = MEGAGAP_STREAM;  // of a result that is not expected to stay in the caches
 constexpr int64_t kRowBlocks = 64;  // sums over rows are made in at most this many parts, whatever the threads
 
 template <typename T>
@@ -96,6 +100,8 @@ struct Rows {
   }
 };
 
+bool streaming(const Tensor& result) { return static_cast<int64_t>(result.nbytes()) >= kStreamedBytes; }
+
 Tensor new_like(const Tensor& x) { return at::empty_like(x, at::MemoryFormat::Contiguous); }
 
 void check_rms_norm(const Tensor& x, const Tensor& weight) {
@@ -130,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& residual_
       const auto at_row = [&](const Tensor& t) { return t.defined() ? data<T>(t) + begin * rows.size : nullptr; };
       kernels<T>().rms_norm(data<T>(rows.tensor) + begin * rows.stride, rows.stride, at_row(residual), data<T>(weight),
                             at_row(y), at_row(total), data<float>(rstd) + begin, end - begin, rows.size,
-                            static_cast<float>(eps), static_cast<float>(gain_scale));
+                            static_cast<float>(eps), static_cast<float>(gain_scale), streaming(y));
     });
   });
   return {y, total, rstd};
@@ -163,7 +169,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad_given, const Tensor&
         kernels<T>().rms_norm_backward(at_row(grad), at_row(grad_total), data<T>(rows.tensor) + begin * rows.stride,
                                        rows.stride, data<T>(weight), data<float>(rstd) + begin, at_row(grad_x),
                                        data<float>(partial) + part * rows.size, count, rows.size,
-                                       static_cast<float>(gain_scale));
+                                       static_cast<float>(gain_scale), streaming(grad_x));
       }
     });
     for (int64_t i = 0; i < rows.size; ++i) {
@@ -171,7 +177,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad_given, const Tensor&
       for (int64_t part = 0; part < blocks; ++part) {
         sum += data<float>(partial)[part * rows.size + i];
       }
-      data<T>(grad_weight)[i] = from_float<T>(sum);
+      data<T>(grad_weight)[i] = from_float<T>(sum * static_cast<float>(gain_scale));
     }
   });
   return {grad_x, grad_weight};
@@ -217,7 +223,7 @@ struct Tables {
 // The first heads of x rotated into y, which may be x.
 void rotate(const Tensor& x, const Tensor& y, int64_t heads, const Tables& tables, bool interleaved, bool backward) {
   const int64_t length = x.size(1), tokens = x.size(0) * length;
-  const RotaryRows form{heads, x.size(3) / 2, x.stride(2), y.stride(2), interleaved, backward};
+  const RotaryRows form{heads, x.size(3) / 2, x.stride(2), y.stride(2), interleaved, backward, streaming(y)};
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, heads && x.size(3) ? tokens : 0, grain(heads * x.size(3)), [&](int64_t begin, int64_t end) {
@@ -307,7 +313,7 @@ Tensor swiglu(const Tensor& gate_given, const Tensor& up_given) {
     using T = decltype(element);
     for_rows(gate.count, gate.size, [&](int64_t row) {
       kernels<T>().swiglu(data<T>(gate.tensor) + row * gate.stride, data<T>(up.tensor) + row * up.stride,
-                          data<T>(y) + row * gate.size, gate.size);
+                          data<T>(y) + row * gate.size, gate.size, streaming(y));
     });
   });
   return y;
@@ -323,7 +329,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_given, const Tenso
     for_rows(gate.count, gate.size, [&](int64_t row) {
       kernels<T>().swiglu_backward(data<T>(grad.tensor) + row * grad.stride, data<T>(gate.tensor) + row * gate.stride,
                                    data<T>(up.tensor) + row * up.stride, data<T>(grad_gate) + row * gate.size,
-                                   data<T>(grad_up) + row * gate.size, gate.size);
+                                   data<T>(grad_up) + row * gate.size, gate.size, streaming(grad_up));
     });
   });
   return {grad_gate, grad_up};

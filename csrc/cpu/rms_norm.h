@@ -98,9 +98,9 @@ class Gains {
   const float* values_;
 };
 
-template <typename T>
-void rms_norm(const T* x, int64_t x_stride, const T* residual, const T* weight, T* y, T* total, float* rstd,
-              int64_t rows, int64_t size, float eps, float gain_scale) {
+template <typename T, bool kStream>
+void rms_norm_rows(const T* x, int64_t x_stride, const T* residual, const T* weight, T* y, T* total, float* rstd,
+                   int64_t rows, int64_t size, float eps, float gain_scale) {
   const Gains<T> gains(weight, size, gain_scale);
   const float* gain = gains.values();
   for (int64_t row = 0; row < rows; ++row) {
@@ -119,18 +119,30 @@ void rms_norm(const T* x, int64_t x_stride, const T* residual, const T* weight, 
     const float scale = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
     rstd[row] = scale;
     T* out = y + row * size;
+    const T* next = x + (row + 1 < rows ? row + 1 : row) * x_stride;
     for_each_vector(size, [&](int64_t i, auto count) {
-      store(out + i, load(gain + i, count) * rounded(load(normed + i, count) * scale, T{}), count);
+      __builtin_prefetch(next + i);  // memory is read while results are written
+      put<kStream>(out + i, load(gain + i, count) * rounded(load(normed + i, count) * scale, T{}), count);
     });
   }
 }
 
-// With n = x * rstd and g = grad * gain: grad_x = rstd * (g - n * mean(g * n)) + grad_total, and
-// grad_weight = gain_scale * sum over rows of grad * round(n).
 template <typename T>
-void rms_norm_backward(const T* grad, const T* grad_total, const T* x, int64_t x_stride, const T* weight,
-                       const float* rstd, T* grad_x, float* grad_weight, int64_t rows, int64_t size,
-                       float gain_scale) {
+void rms_norm(const T* x, int64_t x_stride, const T* residual, const T* weight, T* y, T* total, float* rstd,
+              int64_t rows, int64_t size, float eps, float gain_scale, bool streaming) {
+  if (streaming && can_stream(y, size)) {
+    rms_norm_rows<T, true>(x, x_stride, residual, weight, y, total, rstd, rows, size, eps, gain_scale);
+    return finish_streams();
+  }
+  rms_norm_rows<T, false>(x, x_stride, residual, weight, y, total, rstd, rows, size, eps, gain_scale);
+}
+
+// With n = x * rstd and g = grad * gain: grad_x = rstd * (g - n * mean(g * n)) + grad_total, and
+// grad_weight = sum over rows of grad * round(n), which the caller multiplies with gain_scale.
+template <typename T, bool kStream>
+void rms_norm_rows_backward(const T* grad, const T* grad_total, const T* x, int64_t x_stride, const T* weight,
+                            const float* rstd, T* grad_x, float* grad_weight, int64_t rows, int64_t size,
+                            float gain_scale) {
   const Gains<T> gains(weight, size, gain_scale);
   const float* gain = gains.values();
   constexpr int64_t kTogether = sizeof(T) == 4 ? 2 : 4;  // rows that stay in the first cache between the two passes
@@ -146,7 +158,7 @@ void rms_norm_backward(const T* grad, const T* grad_total, const T* x, int64_t x
           const Vec above = load(grad + row * size + i, count);
           const Vec normalised = load(x + row * x_stride + i, count) * rstd[row];
           dots[r] += above * gain_here * normalised;
-          weight_sum += gain_scale * (above * rounded(normalised, T{}));
+          weight_sum += above * rounded(normalised, T{});
         }
         store(grad_weight + i, weight_sum, count);
       });
@@ -160,15 +172,31 @@ void rms_norm_backward(const T* grad, const T* grad_total, const T* x, int64_t x
       const int64_t row = first + r;
       const float scale = rstd[row], mean = sum_of_lanes(dots[r]) / static_cast<float>(size);
       T* out = grad_x + row * size;
+      const int64_t next = row + kTogether < rows ? row + kTogether : row;
       for_each_vector(size, [&](int64_t i, auto count) {
+        __builtin_prefetch(grad + next * size + i);
+        __builtin_prefetch(x + next * x_stride + i);
         const Vec above = load(grad + row * size + i, count);
         const Vec normalised = load(x + row * x_stride + i, count) * scale;
         Vec result = scale * (above * load(gain + i, count) - normalised * mean);
         if (grad_total) {
           result += load(grad_total + row * size + i, count);
         }
-        store(out + i, result, count);
+        put<kStream>(out + i, result, count);
       });
     }
   }
+}
+
+template <typename T>
+void rms_norm_backward(const T* grad, const T* grad_total, const T* x, int64_t x_stride, const T* weight,
+                       const float* rstd, T* grad_x, float* grad_weight, int64_t rows, int64_t size, float gain_scale,
+                       bool streaming) {
+  if (streaming && can_stream(grad_x, size)) {
+    rms_norm_rows_backward<T, true>(grad, grad_total, x, x_stride, weight, rstd, grad_x, grad_weight, rows, size,
+                                    gain_scale);
+    return finish_streams();
+  }
+  rms_norm_rows_backward<T, false>(grad, grad_total, x, x_stride, weight, rstd, grad_x, grad_weight, rows, size,
+                                   gain_scale);
 }

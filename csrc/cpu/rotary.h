@@ -2,7 +2,7 @@
 // pairs are (x[i], x[i + half]) or, interleaved, (x[2i], x[2i + 1]); the tables hold the angle of an element where the
 // element is. Backward multiplies by the transposed matrices.
 
-template <typename T>
+template <typename T, bool kStream>
 void rotary_halves(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& given) {
   const RotaryRows form = given;
   const int64_t half = form.half;
@@ -15,8 +15,8 @@ void rotary_halves(const T* x, T* y, const float* cos, const float* sin, const R
       const T* from = x + head * form.head_stride_in + i;
       T* to = y + head * form.head_stride_out + i;
       const Vec first = load(from, count), second = load(from + half, count);
-      store(to, first * cos_first + second * into_first, count);
-      store(to + half, second * cos_second + first * into_second, count);
+      put<kStream>(to, first * cos_first + second * into_first, count);
+      put<kStream>(to + half, second * cos_second + first * into_second, count);
     }
   });
 }
@@ -38,5 +38,12 @@ void rotary_interleaved(const T* x, T* y, const float* cos, const float* sin, co
 
 template <typename T>
 void rotary(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& form) {
-  (form.interleaved ? rotary_interleaved<T> : rotary_halves<T>)(x, y, cos, sin, form);
+  if (form.interleaved) {
+    return rotary_interleaved(x, y, cos, sin, form);
+  }
+  if (form.streaming && x != y && can_stream(y, form.head_stride_out) && form.half % W == 0) {
+    rotary_halves<T, true>(x, y, cos, sin, form);
+    return finish_streams();
+  }
+  rotary_halves<T, false>(x, y, cos, sin, form);
 }

@@ -34,6 +34,25 @@ MEGAGAP_INLINE To bits_as(From from) {
 
 // ---- load and store
 
+// gcc makes two halves of these conversions, which the instruction sets have whole.
+MEGAGAP_INLINE UVec widened(HVec half) {
+#if defined(MEGAGAP_AVX512)
+  return reinterpret_cast<UVec>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half)));
+#elif defined(MEGAGAP_AVX2)
+  return reinterpret_cast<UVec>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(half)));
+#else
+  return __builtin_convertvector(half, UVec);
+#endif
+}
+
+MEGAGAP_INLINE HVec narrowed(UVec bits) {
+#if defined(MEGAGAP_AVX512)
+  return reinterpret_cast<HVec>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, HVec);
+#endif
+}
+
 MEGAGAP_INLINE Vec load(const float* from, Full) {
   Vec result;
   std::memcpy(&result, from, sizeof(result));
@@ -43,7 +62,7 @@ MEGAGAP_INLINE Vec load(const float* from, Full) {
 MEGAGAP_INLINE Vec load(const BFloat16* from, Full) {
   HVec half;
   std::memcpy(&half, from, sizeof(half));
-  return bits_as<Vec>(__builtin_convertvector(half, UVec) << 16);
+  return bits_as<Vec>(widened(half) << 16);
 }
 
 MEGAGAP_INLINE Vec load(const Half* from, Full) {
@@ -63,14 +82,13 @@ MEGAGAP_INLINE Vec load(const Half* from, Full) {
 MEGAGAP_INLINE UVec bfloat16_bits(Vec value) {
   const UVec bits = bits_as<UVec>(value);
   const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const UVec is_number = bits_as<UVec>(value == value);
-  return (rounded & is_number) | (0x7fc0 & ~is_number);
+  return value == value ? rounded : UVec{} + 0x7fc0;
 }
 
 MEGAGAP_INLINE void store(float* to, Vec value, Full) { std::memcpy(to, &value, sizeof(value)); }
 
 MEGAGAP_INLINE void store(BFloat16* to, Vec value, Full) {
-  const HVec half = __builtin_convertvector(bfloat16_bits(value), HVec);
+  const HVec half = narrowed(bfloat16_bits(value));
   std::memcpy(to, &half, sizeof(half));
 }
 
@@ -101,6 +119,51 @@ MEGAGAP_INLINE void store(T* to, Vec value, int count) {
   std::memcpy(to, part, count * sizeof(T));
 }
 
+// Past the caches, for results that would not stay in them: spares reading what is overwritten. to is aligned to the
+// vector. Whoever streams calls finish_streams() at the end.
+template <typename T>
+MEGAGAP_INLINE void stream(T* to, Vec value) {
+  T part[W];
+  store(part, value, Full{});
+  constexpr int64_t kBytes = W * sizeof(T);
+#if defined(MEGAGAP_AVX512)
+  if constexpr (kBytes == 64) {
+    __m512i bits;
+    std::memcpy(&bits, part, kBytes);
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+  }
+#endif
+#if defined(MEGAGAP_AVX512) || defined(MEGAGAP_AVX2)
+  if constexpr (kBytes == 32) {
+    __m256i bits;
+    std::memcpy(&bits, part, kBytes);
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+#endif
+  std::memcpy(to, part, kBytes);
+}
+
+MEGAGAP_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kStream, typename T, typename Count>
+MEGAGAP_INLINE void put(T* to, Vec value, Count count) {
+  if constexpr (kStream && std::is_same_v<Count, Full>) {
+    stream(to, value);
+  } else {
+    store(to, value, count);
+  }
+}
+
+// Whether every row of a buffer starts at a vector's border.
+template <typename T>
+MEGAGAP_INLINE bool can_stream(const T* rows, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(rows) % (W * sizeof(T)) == 0 && stride % W == 0;
+}
+
 // value as T and back: what is left of it after rounding.
 MEGAGAP_INLINE Vec rounded(Vec value, float) { return value; }
 MEGAGAP_INLINE Vec rounded(Vec value, BFloat16) { return bits_as<Vec>(bfloat16_bits(value) << 16); }
@@ -122,6 +185,19 @@ MEGAGAP_INLINE float sum_of_lanes(Vec value) {
 
 MEGAGAP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the instruction set can; only where the last bit does not matter.
+MEGAGAP_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(MEGAGAP_AVX512)
+  return reinterpret_cast<Vec>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                               reinterpret_cast<__m512>(c)));
+#elif defined(MEGAGAP_AVX2)
+  return reinterpret_cast<Vec>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                               reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 MEGAGAP_INLINE Vec sqrt(Vec value) {
 #if defined(MEGAGAP_AVX512)
   return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(value)));
@@ -142,18 +218,17 @@ MEGAGAP_INLINE Vec exp(Vec given) {
   Vec x = largest < given ? largest : given;
   x = x < smallest ? smallest : x;
   const Vec shift = broadcast(12582912.0f);  // adding 1.5 * 2^23 rounds to a whole number
-  Vec n = x * 1.44269504f + shift;
+  Vec n = fma(x, broadcast(1.44269504f), shift) - shift;
   // 2^127 is the largest power that the exponent's field holds: the upper half of the last octave is left to r.
-  n -= shift;
   n = n > 127.0f ? broadcast(127.0f) : n;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+  Vec p = fma(r, broadcast(1.0f / 5040), broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
   const IVec exponent = (__builtin_convertvector(n, IVec) + 127) << 23;
   const Vec result = p * bits_as<Vec>(exponent);
   return given < smallest ? Vec{} : result;

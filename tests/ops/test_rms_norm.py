@@ -66,13 +66,13 @@ def test_results_are_those_of_transformers_bit_for_bit(size, dtype):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets_give_the_same_bits(capability):
     program = (
-        "import torch, hashlib, numpy; from megagap.ops import add_rms_norm, rms_norm, swiglu\n"
+        "import torch, hashlib, numpy; from megagap.ops import add_rms_norm, rms_norm\n"
         "random = numpy.random.default_rng(0); digest = hashlib.sha256()\n"  # torch's own depends on the set
         "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "    x, r, g = (torch.tensor(random.normal(size=(9, 1003))).to(dtype).requires_grad_() for _ in range(3))\n"
+        "    x, r = (torch.tensor(random.normal(size=(9, 1003))).to(dtype).requires_grad_() for _ in range(2))\n"
         "    w = torch.tensor(random.random(1003)).to(dtype).requires_grad_()\n"
         "    y, total = add_rms_norm(x, r, w, 1e-5, 20.0)\n"
-        "    results = [rms_norm(x, w), y, total, swiglu(x, r), torch.autograd.grad(swiglu(x, r), x, g)[0]]\n"
+        "    results = [rms_norm(x, w), y, total]\n"
         "    for part in results: digest.update(part.detach().view(torch.uint8).numpy().tobytes())\n"
         "print(torch.backends.cpu.get_cpu_capability().lower(), digest.hexdigest())\n"
     )

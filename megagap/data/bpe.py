@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megagap.data.jsonlines import read_texts, total_size
+from megagap.data.documents import read_texts
 from megagap.errors import DataError
 from megagap.files import write_text
 
@@ -50,7 +50,6 @@ def train_tokenizer(
 
     Returns the number of ids, which is less than ``vocab_size`` if the text was too short.
     """
-    total_size(inputs)  # all files are there
     tokenizer = train_bpe(read_texts(inputs, key), vocab_size, show_progress)
     special = {"bos_token": BEGIN, "eos_token": END}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special

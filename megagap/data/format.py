@@ -1,8 +1,8 @@
 """Megatron's ``.bin``/``.idx`` byte format, version 1: what reading and writing share.
 
 ``.bin`` holds raw tokens. ``.idx``, little-endian: ``MMIDIDX\\0\\0``; u64 version = 1; u8 dtype code; u64 number of
-sequences S; u64 D = documents + 1; then, from byte 34 and unaligned, i32 lengths[S] in tokens, i64 pointers[S] in bytes,
-i64 document indices[D] in sequences (first 0, last S). As a rule a document is one sequence.
+sequences S; u64 D = documents + 1; then, from byte 34 and unaligned, i32 lengths[S] in tokens, i64 pointers[S] in
+bytes, i64 document indices[D] in sequences (first 0, last S). As a rule a document is one sequence.
 """
 
 import struct

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, VERSION, best_dtype
-from megagap.data.partial import PartialPair, cannot_write, lock_pair, publish_pair, remove_partial
+from megagap.data.partial import PartialPair, cannot_write, lock_pair, publish_pair, remove_partial, write_index
 from megagap.errors import DataError
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
@@ -246,8 +246,9 @@ class IndexedDatasetWriter:
             if kind is None:
                 if self._ended != self._pair.sequences:
                     raise DataError(f"{self.prefix}: the last document was not ended (end_document)")
-                self._pair.write_index()
+                position = self._pair.sync()
                 self._pair.close()
+                write_index(self.prefix, self.dtype, position)
                 publish_pair(self.prefix)
         except OSError as fault:
             raise cannot_write(self.prefix, fault) from fault

@@ -1,8 +1,8 @@
 """A ``.bin``/``.idx`` pair while it is being written: how it is locked, continued after a kill, and published.
 
 ``PREFIX.partial.*`` are its files: ``tokens`` (the ``.bin`` to be), ``lengths`` and ``documents`` (the parts of the
-``.idx``, on disk so that memory does not grow with the number of documents), ``index`` and ``manifest``. They belong to
-the holder of the lock on ``PREFIX.lock``.
+``.idx``, on disk so that memory does not grow with the number of documents), ``index``, ``manifest``, and what else its
+writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
 """
 
 import os
@@ -50,9 +50,10 @@ def partial_path(prefix: str, part: str) -> Path:
 
 def remove_partial(prefix: str) -> bool:
     """Remove what an earlier writer left unfinished; whether there was anything. The caller holds the lock."""
-    found = [path for part in (*PARTS, "index", "manifest") if (path := partial_path(prefix, part)).exists()]
-    for path in found:
-        path.unlink()
+    path = Path(partial_path(prefix, ""))
+    found = [entry for entry in path.parent.iterdir() if entry.name.startswith(path.name)]
+    for entry in found:
+        entry.unlink()
     return bool(found)
 
 
@@ -81,11 +82,13 @@ class Written:
 class PartialPair:
     """Appends to the partial files of ``prefix``, whose lock the caller holds; from ``position`` on if one is given.
 
-    Raises :class:`DataError` if the files do not hold what ``position`` says. All writing may raise OSError.
+    ``stem`` begins the names of its parts, where a prefix has two. Raises :class:`DataError` if the files do not hold
+    what ``position`` says. All writing may raise OSError.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype[Any], position: Position | None = None) -> None:
+    def __init__(self, prefix: str, dtype: np.dtype[Any], position: Position | None = None, stem: str = "") -> None:
         self.prefix = prefix
+        self._paths = {part: partial_path(prefix, stem + part) for part in PARTS}
         self.dtype = dtype
         at = position or Position()
         self._tokens, self._sequences, self._documents, self._open = at.tokens, at.sequences, at.documents, at.open
@@ -94,7 +97,7 @@ class PartialPair:
         try:
             for part in PARTS:
                 mode: Literal["wb", "r+b"] = "wb" if position is None else "r+b"
-                self._files[part] = open(partial_path(prefix, part), mode, buffering=1 << 20)  # noqa: SIM115
+                self._files[part] = open(self._paths[part], mode, buffering=1 << 20)  # noqa: SIM115
             if position is not None:
                 self._continue_at(position)
         except BaseException:
@@ -109,7 +112,7 @@ class PartialPair:
                 raise DataError(f"{file.name} holds less than was written to it: it cannot be continued")
             file.truncate(size)
             file.seek(size)
-        for block in blocks_of(partial_path(self.prefix, "tokens")):
+        for block in blocks_of(self._paths["tokens"]):
             self._hash.update(block)
         if self._hash.hexdigest() != position.checksum:
             raise DataError(f"{self._files['tokens'].name} does not hold what was written to it: it was damaged")
@@ -117,6 +120,11 @@ class PartialPair:
     @property
     def tokens(self) -> int:
         return self._tokens
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the sequence that was begun and has not ended."""
+        return self._open
 
     @property
     def sequences(self) -> int:
@@ -184,35 +192,6 @@ class PartialPair:
             os.fsync(file.fileno())
         return Position(self._tokens, self._sequences, self._documents, self._open, self._hash.hexdigest())
 
-    def write_index(self) -> dict[str, Written]:
-        """Complete both partial files; what ``.bin`` and ``.idx`` will be."""
-        assert not self._open
-        position = self.sync()
-        hash_ = xxhash.xxh3_64()
-        with open(partial_path(self.prefix, "index"), "wb") as file:
-            for block in self._index():
-                file.write(block)
-                hash_.update(block)
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-        return {
-            ".bin": Written(position.tokens * self.dtype.itemsize, position.checksum),
-            ".idx": Written(size, hash_.hexdigest()),
-        }
-
-    def _index(self) -> Iterator[bytes]:
-        yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], self._sequences, self._documents + 1)
-        lengths = partial_path(self.prefix, "lengths")
-        yield from blocks_of(lengths)
-        start = 0
-        for block in blocks_of(lengths):
-            stops = start + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self.dtype.itemsize
-            yield np.concatenate(([start], stops[:-1])).astype("<i8").tobytes()
-            start = int(stops[-1])
-        yield bytes(8)
-        yield from blocks_of(partial_path(self.prefix, "documents"))
-
     def close(self) -> None:
         for file in self._files.values():
             with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
@@ -223,6 +202,36 @@ class PartialPair:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_index(prefix: str, dtype: np.dtype[Any], position: Position) -> dict[str, Written]:
+    """Write the ``.idx`` to be of a partial pair that is closed; what ``.bin`` and ``.idx`` will be."""
+    assert not position.open
+    hash_ = xxhash.xxh3_64()
+    with open(partial_path(prefix, "index"), "wb") as file:
+        for block in _index(prefix, dtype, position):
+            file.write(block)
+            hash_.update(block)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return {
+        ".bin": Written(position.tokens * dtype.itemsize, position.checksum),
+        ".idx": Written(size, hash_.hexdigest()),
+    }
+
+
+def _index(prefix: str, dtype: np.dtype[Any], position: Position) -> Iterator[bytes]:
+    yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], position.sequences, position.documents + 1)
+    lengths = partial_path(prefix, "lengths")
+    yield from blocks_of(lengths)
+    start = 0
+    for block in blocks_of(lengths):
+        stops = start + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * dtype.itemsize
+        yield np.concatenate(([start], stops[:-1])).astype("<i8").tobytes()
+        start = int(stops[-1])
+    yield bytes(8)
+    yield from blocks_of(partial_path(prefix, "documents"))
 
 
 def publish_pair(prefix: str) -> None:

@@ -7,8 +7,13 @@ in a text, ``hf`` takes it for that token, and the other two take it for plain t
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from megagap.errors import DataError
 
@@ -55,8 +60,39 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The ids of all texts laid end to end, integers of some kind, and the number of ids of each text."""
+
+    @property
+    def splits_at_blanks(self) -> bool:
+        """Whether ids provably stay the same if a text is cut between a visible ASCII character and a blank after it.
+
+        "Provably": by what follows from the regular expression that finds words, no word spans such a place, nor does
+        a word depend on what lies beyond it.
+        """
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """The ordinary tokens, special ones left out: what each id stands for."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens written out; ids from ``vocab_size`` on are left out."""
+
+
+def flatten(ids: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """What :meth:`Tokenizer.encode_flat` returns, from a list for each text."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A checksum of what the ids mean: equal for a rank file and a ``tokenizer.json`` of the same tokens.
+
+    Special tokens are left out: their names vary between releases of one vocabulary.
+    """
+    hash_ = xxhash.xxh3_64()
+    for identifier, token in sorted(tokenizer.vocabulary().items()):
+        hash_.update(b"%d %d " % (identifier, len(token)) + token)
+    return hash_.hexdigest()
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -276,16 +276,6 @@ class IndexedDatasetWriter:
         self._pair.end_document()
         self._ended = self._pair.sequences
 
-    def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Add all documents of a pair that holds tokens of the same type, in constant memory."""
-        assert dataset.dtype == self.dtype, dataset.dtype
-        dataset.require_contiguous()
-        try:
-            self._pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])
-        except OSError as error:
-            raise cannot_write(self.prefix, error) from error
-        self._ended = self._pair.sequences
-
     def _cast(self, given: NDArray[Any]) -> NDArray[Any]:
         if given.ndim != 1:
             raise DataError(f"a sequence of {self.prefix} must be one row of tokens, not of shape {given.shape}")

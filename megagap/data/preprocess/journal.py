@@ -7,6 +7,7 @@ been written. A last line that was cut short does not count.
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
+            self._file.close()
 
 
 def _cut_torn_line(path: Path) -> None:

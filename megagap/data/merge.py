@@ -37,7 +37,7 @@ def merge_datasets(
         raise DataError(f"{output_prefix} cannot be merged into itself: choose another --output-prefix")
     datasets = [IndexedDataset(prefix) for prefix in inputs]
     manifests = [read_manifest(prefix) for prefix in inputs]
-    known = {prefix: manifest for prefix, manifest in zip(inputs, manifests, strict=True) if manifest}
+    known = [(prefix, manifest) for prefix, manifest in zip(inputs, manifests, strict=True) if manifest]
     _require_same_type(datasets)
     _require_same_making(known)
     _require_whole_shards(known)
@@ -59,7 +59,7 @@ def merge_datasets(
         files = write_index(output_prefix, datasets[0].dtype, position)
         if len(known) == len(inputs):
             records = {ending: FileRecord(**asdict(file)) for ending, file in files.items()}
-            merged = _merged(list(known.values()), records, shuffle_documents, dedup, duplicates)
+            merged = _merged([manifest for _, manifest in known], records, shuffle_documents, dedup, duplicates)
             write_text(partial_path(output_prefix, "manifest"), merged.model_dump_json(indent=2) + "\n")
         publish_pair(output_prefix)
     except OSError as error:
@@ -79,11 +79,9 @@ def _require_same_type(datasets: Sequence[IndexedDataset]) -> None:
             )
 
 
-def _require_same_making(manifests: dict[str, Manifest]) -> None:
-    first = next(iter(manifests), None)
-    for prefix, manifest in manifests.items():
-        assert first is not None
-        one, other = manifests[first], manifest
+def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
+    for prefix, other in manifests[1:]:
+        first, one = manifests[0]
         for name, ours, theirs in (
             ("tokenizer fingerprint", one.tokenizer.fingerprint, other.tokenizer.fingerprint),
             ("end-of-text id", one.tokenizer.eod, other.tokenizer.eod),
@@ -97,10 +95,10 @@ def _require_same_making(manifests: dict[str, Manifest]) -> None:
                 )
 
 
-def _require_whole_shards(manifests: dict[str, Manifest]) -> None:
+def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
     """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice."""
     expected, count = 0, 0
-    for prefix, manifest in manifests.items():
+    for prefix, manifest in manifests:
         found = manifest.arguments.shard
         index, of = map(int, found.split("/")) if found else (0, 1)
         if index != expected or (index and of != count):

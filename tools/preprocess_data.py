@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
-from typing import get_args
+from typing import TYPE_CHECKING
 
-from megagap.data.preprocess import Fast, OnError, Summary, preprocess
 from megagap.errors import run_tool
+
+if TYPE_CHECKING:
+    from megagap.data.preprocess import Summary
 
 EXAMPLES = r"""
 examples:
@@ -29,6 +31,8 @@ the rest.
 
 
 def main(argv: list[str] | None = None) -> None:
+    from megagap.data.preprocess import preprocess  # here, as worker processes import this file and need none of it
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument(
         "--fast",
-        choices=get_args(Fast),
+        choices=["auto", "on", "off"],
         default="auto",
         help="use gigatoken if it is there and its ids are the same on a sample of the input (auto, default), insist "
         "on it (on), or not (off)",
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--on-error",
-        choices=get_args(OnError),
+        choices=["stop", "skip"],
         default="stop",
         help="at a malformed document or one without a key: stop (default), or skip it and report",
     )
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     warn_of_skipped(summary)
 
 
-def warn_of_skipped(summary: Summary) -> None:
+def warn_of_skipped(summary: "Summary") -> None:
     if not summary.skipped:
         return
     print(f"warning: {summary.skipped:,} documents were skipped", file=sys.stderr)

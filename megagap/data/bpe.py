@@ -7,14 +7,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megagap.data.documents import read_texts
+from megagap.data.tokenizer.words import LLAMA3_WORDS
 from megagap.errors import DataError
 from megagap.files import write_text
-
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Llama 3's words: contractions, letters with a leading mark, at most three digits, punctuation, line ends, blanks."""
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SMALLEST = 256 + 2

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from datatrove.pipeline.base import PipelineStep
 
+from megagap.data.encoder import EncodedTexts, Encoder
 from megagap.data.format import best_dtype
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, tokenizer_record, versions
 from megagap.data.partial import (
@@ -27,7 +28,6 @@ from megagap.data.partial import (
     remove_partial,
     write_index,
 )
-from megagap.data.preprocess.encoder import EncodedTexts, Encoder
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import DataError
 from megagap.files import write_text

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from megagap.data.encoder import REPORTED
 from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
 from megagap.data.partial import (
@@ -19,7 +20,6 @@ from megagap.data.partial import (
     write_index,
 )
 from megagap.data.preprocess.arrange import arrange, take_over
-from megagap.data.preprocess.encoder import REPORTED
 from megagap.errors import DataError
 from megagap.files import write_text
 

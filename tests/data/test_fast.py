@@ -13,7 +13,7 @@ import pytest
 from megagap.data.preprocess import preprocess
 from megagap.data.tokenizer import fast as module
 from megagap.data.tokenizer import fingerprint, load_tokenizer
-from megagap.data.tokenizer.fast import FastTokenizer
+from megagap.data.tokenizer.fast import FastEncoder, FastSource
 from megagap.errors import DataError
 
 pytest.importorskip("gigatoken")
@@ -22,16 +22,17 @@ pytest.importorskip("gigatoken")
 @pytest.mark.parametrize("kind", ["bpe_of_lines", "rank_file", "sentencepiece_model"])
 def test_ids_are_those_of_the_reference(request: pytest.FixtureRequest, lines: list[str], kind: str) -> None:
     reference = load_tokenizer(request.getfixturevalue(kind))
-    fast = FastTokenizer(reference)
-    fast.check(lines)
+    fast = FastEncoder(FastSource.of(reference))
+    fast.check(reference, lines)
     expected, lengths = reference.encode_flat(lines)
-    found, found_lengths = FastTokenizer(reference, fast.source).encode_flat(lines)
+    found, found_lengths = fast.encode_flat(lines)
     assert np.array_equal(expected, found) and np.array_equal(lengths, found_lengths)
 
 
 def test_llama_3_ids_are_those_of_the_reference(lines: list[str]) -> None:
     llama3 = pytest.importorskip("llama_models.llama3.tokenizer")
-    FastTokenizer(load_tokenizer(Path(llama3.__file__).with_name("tokenizer.model"))).check(lines)
+    reference = load_tokenizer(Path(llama3.__file__).with_name("tokenizer.model"))
+    FastEncoder(FastSource.of(reference)).check(reference, [*lines, "a <|end_of_text|> written out"])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -39,7 +40,7 @@ def test_files_of_all_back_ends_for_one_vocabulary_are_the_same(
     tmp_path: Path, corpus: Path, rank_file: Path, workers: int
 ) -> None:
     """The rank file by tiktoken and gigatoken, and as a tokenizer.json by tokenizers and gigatoken."""
-    (tmp_path / "same.json").write_text(module._json_of_ranks(load_tokenizer(rank_file).vocabulary()))
+    (tmp_path / "same.json").write_text(module.json_of_ranks(load_tokenizer(rank_file).vocabulary()))
     written = []
     for i, (tokenizer, fast) in enumerate(
         [(rank_file, "off"), (rank_file, "on"), (tmp_path / "same.json", "off"), (tmp_path / "same.json", "on")]
@@ -50,7 +51,7 @@ def test_files_of_all_back_ends_for_one_vocabulary_are_the_same(
     assert fingerprint(load_tokenizer(rank_file)) == fingerprint(load_tokenizer(tmp_path / "same.json"))
 
 
-class Wrong(FastTokenizer):
+class Wrong(FastEncoder):
     def encode_flat(self, texts: Any) -> Any:
         tokens, lengths = super().encode_flat(texts)
         wrong = np.array(tokens)
@@ -62,7 +63,7 @@ class Wrong(FastTokenizer):
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from megagap.data.preprocess import fast
 
-    monkeypatch.setattr(fast, "FastTokenizer", Wrong)
+    monkeypatch.setattr(fast, "FastEncoder", Wrong)
 
 
 def test_a_difference_on_the_input_refuses_or_falls_back(

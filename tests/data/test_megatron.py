@@ -43,7 +43,8 @@ def ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """A pair that preprocessing wrote."""
-    from megagap.data.preprocess import encoder, run
+    from megagap.data import encoder
+    from megagap.data.preprocess import run
 
     for module in (encoder, run):
         monkeypatch.setattr(module, "best_dtype", lambda size: np.dtype(request.param).newbyteorder("<"))

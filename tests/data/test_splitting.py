@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from megagap.data.bpe import LLAMA3_WORDS
+from megagap.data.encoder import Encoder, pieces_of
 from megagap.data.indexed import IndexedDataset
 from megagap.data.preprocess import preprocess, run
-from megagap.data.preprocess.encoder import Encoder, pieces_of
 from megagap.data.tokenizer import load_tokenizer
-from megagap.data.tokenizer.huggingface import QWEN2_WORDS
+from megagap.data.tokenizer.words import LLAMA3_WORDS, QWEN2_WORDS
 from megagap.data.units import read_units
 
 # White space of many kinds, contractions, digits, punctuation, letters of several scripts, an added token.
@@ -57,7 +56,7 @@ def test_pieces_have_the_ids_of_the_whole(tokenizers: dict[str, Path], kind: str
 def test_encoding_of_long_documents_is_that_of_the_whole(
     tokenizers: dict[str, Path], lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megagap.data.preprocess import encoder
+    from megagap.data import encoder
 
     tokenizer = load_tokenizer(tokenizers["llama3"])
     monkeypatch.setattr(encoder, "pieces_of", lambda text: pieces_of(text, 100))

@@ -7,8 +7,8 @@ from typing import Literal
 
 from megagap.data.documents import Fault, documents_of, text_of
 from megagap.data.inputs import Input, is_plain_lines
-from megagap.data.tokenizer import Tokenizer
-from megagap.data.tokenizer.fast import FastTokenizer
+from megagap.data.tokenizer import TextEncoder, Tokenizer
+from megagap.data.tokenizer.fast import FastEncoder, FastSource
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
@@ -20,9 +20,9 @@ SAMPLE_BYTES = 1 << 17
 """Of each sample; together they take less than a second."""
 
 
-def choose_tokenizer(
+def choose_encoder(
     reference: Tokenizer, fast: Fast, inputs: Sequence[Input], keys: Sequence[str]
-) -> tuple[Tokenizer, str | None]:
+) -> tuple[TextEncoder, str | None]:
     """``reference`` or a faster one of the same ids on samples of ``inputs``; for ``auto``, why it is not the latter.
 
     Raises :class:`DataError` if ``fast`` is ``on`` and it cannot be.
@@ -30,16 +30,16 @@ def choose_tokenizer(
     if fast == "off":
         return reference, None
     try:
-        tokenizer = FastTokenizer(reference)
+        encoder = FastEncoder(FastSource.of(reference))
         texts = [text for unit in _samples(inputs, keys) for text in _texts(unit, keys)]
         if inputs and not texts:
             raise DataError("there is no sample of the input to compare gigatoken on")
-        tokenizer.check(texts)
+        encoder.check(reference, texts)
     except DataError as error:
         if fast == "on":
             raise DataError(f"--fast on cannot be: {error.args[0]}") from None
         return reference, f"the tokenizer's own library is used: {error.args[0]}"
-    return tokenizer, None
+    return encoder, None
 
 
 def _samples(inputs: Sequence[Input], keys: Sequence[str]) -> Iterator[Unit]:

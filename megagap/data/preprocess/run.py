@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megagap.data.documents import fault_in
+from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder, make_encoder
 from megagap.data.format import best_dtype
 from megagap.data.inputs import Input, lines_before
 from megagap.data.manifest import (
@@ -36,13 +37,12 @@ from megagap.data.partial import (
     write_index,
 )
 from megagap.data.preprocess.arrange import arrange, take_over
-from megagap.data.preprocess.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
-from megagap.data.preprocess.fast import Fast, choose_tokenizer
+from megagap.data.preprocess.fast import Fast, choose_encoder
 from megagap.data.preprocess.journal import Journal, PairState, State, check_inputs, inputs_entry, read_journal
-from megagap.data.preprocess.workers import map_in_order
-from megagap.data.tokenizer import Tokenizer, load_tokenizer
-from megagap.data.tokenizer.fast import FastTokenizer
+from megagap.data.tokenizer import Tokenizer
+from megagap.data.tokenizer.fast import FastEncoder
 from megagap.data.units import Unit, read_units
+from megagap.data.workers import map_in_order
 from megagap.errors import DataError
 from megagap.files import write_text
 
@@ -172,20 +172,20 @@ class Run:
     def _read(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         """Read all inputs and write their tokens."""
         arguments = self._arguments
-        tokenizer, note = choose_tokenizer(self._tokenizer, fast, self._inputs, self._keys)
+        tokenizer, note = choose_encoder(self._tokenizer, fast, self._inputs, self._keys)
         if note:
             self.notes.append(note)
-        bos = tokenizer.bos if arguments.prepend_bos else None
-        eod = tokenizer.eod if arguments.append_eod else None
+        bos = self._tokenizer.bos if arguments.prepend_bos else None
+        eod = self._tokenizer.eod if arguments.append_eod else None
+        settings = (self._keys, bos, eod, arguments.min_tokens)
         units = read_units(self._inputs, self._keys, tokenizer.splits_at_blanks, state.mark)
         results: Iterator[tuple[Unit, EncodedUnit]]
         if workers == 1:
-            encoder = Encoder(tokenizer, self._keys, bos, eod, arguments.min_tokens)
+            encoder = Encoder(tokenizer, *settings)
             results = ((unit, encoder(unit)) for unit in units)
         else:
-            source = tokenizer.source if isinstance(tokenizer, FastTokenizer) else None
-            settings = (tokenizer.spec, source, self._keys, bos, eod, arguments.min_tokens)
-            results = map_in_order(make_encoder, settings, units, workers)
+            source = tokenizer.source if isinstance(tokenizer, FastEncoder) else tokenizer.spec
+            results = map_in_order(make_encoder, (source, *settings), units, workers)
         done = sum(file.share for file in self._inputs[: state.mark.input])
         total = sum(file.share for file in self._inputs)
         name = Path(self._prefixes[0]).name
@@ -333,14 +333,6 @@ class TextWriter:
         else:
             self._state.empty += 1
         self._held, self._held_characters = [], 0
-
-
-def make_encoder(
-    tokenizer: str, source: str | bytes | None, keys: Sequence[str], bos: int | None, eod: int | None, min_tokens: int
-) -> Encoder:
-    """The encoder of a worker process; ``source`` is that of a :class:`FastTokenizer`."""
-    reference = load_tokenizer(tokenizer)
-    return Encoder(reference if source is None else FastTokenizer(reference, source), keys, bos, eod, min_tokens)
 
 
 def _has_checksum(file: Input, checksum: str) -> bool:

@@ -37,8 +37,8 @@ STARTS = {
 """How the file of each kind starts, tried in this order."""
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. No special tokens are added."""
+class TextEncoder(Protocol):
+    """Text to ids. No special tokens are added."""
 
     @property
     def spec(self) -> str:
@@ -47,6 +47,21 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """The highest id + 1, added tokens included."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The ids of all texts laid end to end, integers of some kind, and the number of ids of each text."""
+
+    @property
+    def splits_at_blanks(self) -> bool:
+        """Whether ids provably stay the same if a text is cut between a visible ASCII character and a blank after it.
+
+        "Provably": by what follows from the regular expression that finds words, no word spans such a place, nor does
+        a word depend on what lies beyond it.
+        """
+
+
+class Tokenizer(TextEncoder, Protocol):
+    """Text to ids and back."""
 
     @property
     def bos(self) -> int | None:
@@ -60,17 +75,6 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The ids of all texts laid end to end, integers of some kind, and the number of ids of each text."""
-
-    @property
-    def splits_at_blanks(self) -> bool:
-        """Whether ids provably stay the same if a text is cut between a visible ASCII character and a blank after it.
-
-        "Provably": by what follows from the regular expression that finds words, no word spans such a place, nor does
-        a word depend on what lies beyond it.
-        """
-
     def vocabulary(self) -> dict[int, bytes]:
         """The ordinary tokens, special ones left out: what each id stands for."""
 
@@ -79,7 +83,7 @@ class Tokenizer(Protocol):
 
 
 def flatten(ids: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """What :meth:`Tokenizer.encode_flat` returns, from a list for each text."""
+    """What :meth:`TextEncoder.encode_flat` returns, from a list for each text."""
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
 
@@ -89,10 +93,8 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
     Special tokens are left out: their names vary between releases of one vocabulary.
     """
-    hash_ = xxhash.xxh3_64()
-    for identifier, token in sorted(tokenizer.vocabulary().items()):
-        hash_.update(b"%d %d " % (identifier, len(token)) + token)
-    return hash_.hexdigest()
+    tokens = sorted(tokenizer.vocabulary().items())
+    return xxhash.xxh3_64_hexdigest(b"".join(b"%d %d %b" % (i, len(token), token) for i, token in tokens))
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -12,18 +12,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from megagap.data.bpe import LLAMA3_WORDS
 from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten
+from megagap.data.tokenizer.words import BYTE_OF, LLAMA3_WORDS, QWEN2_WORDS
 from megagap.errors import DataError
-
-VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-CHARACTER_OF = {byte: chr(byte) for byte in VISIBLE} | {
-    byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in VISIBLE)
-}
-"""How byte-level tokens are written (GPT-2): visible bytes as themselves, the others as characters from 256 on."""
-BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
-
-QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:

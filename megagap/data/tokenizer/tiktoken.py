@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tiktoken import Encoding
 
-from megagap.data.bpe import LLAMA3_WORDS
+from megagap.data.tokenizer.words import LLAMA3_WORDS
 from megagap.errors import DataError
 
 NAMED_TOKENS = (

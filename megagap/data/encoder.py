@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from megagap.data.documents import Fault, documents_of, text_of
 from megagap.data.format import best_dtype
-from megagap.data.tokenizer import Tokenizer
+from megagap.data.tokenizer import TextEncoder, load_tokenizer
+from megagap.data.tokenizer.fast import FastEncoder, FastSource
 from megagap.data.units import Unit
 from megagap.errors import DataError
 
@@ -53,7 +54,7 @@ class Encoder:
     without counting these two, are left out, as are those of none.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: TextEncoder
     keys: Sequence[str]
     bos: int | None = None
     eod: int | None = None
@@ -126,3 +127,9 @@ def pieces_of(text: str, size: int = PIECE) -> Iterator[str]:
         yield text[start : found.end()]
         start = found.end()
     yield text[start:]
+
+
+def make_encoder(tokenizer: str | FastSource, *settings: Any) -> Encoder:
+    """The encoder of a worker process; ``settings`` are its other attributes."""
+    loaded = FastEncoder(tokenizer) if isinstance(tokenizer, FastSource) else load_tokenizer(tokenizer)
+    return Encoder(loaded, *settings)

@@ -1,9 +1,13 @@
 """Files that appear under their name only when whole."""
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def partial_name(path: str | Path) -> Path:
@@ -45,7 +49,8 @@ class LockedError(Exception):
 class Lock:
     """An advisory lock on a file that names its holder, held until :meth:`release` or the end of the process.
 
-    Raises :class:`LockedError` at once if it is held, and OSError if the file cannot be written.
+    Raises :class:`LockedError` at once if it is held, and OSError if the file cannot be written. Where the file system
+    cannot lock, as some on clusters, it warns and goes on.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,8 +65,10 @@ class Lock:
                 file.close()
                 raise LockedError(holder) from None
             except OSError as error:
-                file.close()
-                raise OSError(error.errno, f"its file system cannot lock files ({error.strerror})") from None
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    file.close()
+                    raise
+                logger.warning("%s: its file system cannot lock files; make sure that nobody else writes there", path)
             # The holder before may have removed the file after we opened it.
             try:
                 same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))

@@ -142,7 +142,7 @@ def shard(inputs: Sequence[Input], index: int, count: int) -> list[Input]:
     for file in inputs:
         size = file.share
         start, stop = max(first - before, 0), min(last - before, size)
-        begins_here = first <= before < last or (not size and before == first == 0 == index)
+        begins_here = first <= before < last or (before == total and index == count - 1)  # an empty file at the end
         if size and start < stop and (start or stop < size) and is_plain_lines(file.path):
             part.append(replace(file, start=start, stop=None if stop == size else stop))
         elif begins_here:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -21,7 +21,7 @@ UNDER_WAY = 3
 
 def map_in_order(
     make: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Iterable[Item], workers: int
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Each item and ``function(item)``; each of ``workers`` processes has its own ``function = make(*arguments)``.
 
     At most a few items a worker are under way, so memory does not grow with their number. Raises what a worker raised,

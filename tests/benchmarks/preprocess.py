@@ -6,7 +6,7 @@
 Text: what tools/gather_text.py gathers, and the Python sources of the installed packages, as JSON lines. Tokenizer:
 Llama 3's, from the package llama-models. Rivals are installed into a folder of their own. Contestants take turns; each
 runs in a process of its own, and the time is from its start to its end, with start-up, unless it is a bare tokenizer:
-for these, texts are in memory, and only the encoding counts.
+for these, texts are in memory, and only the encoding counts. Start-up is what three documents take.
 """
 
 import argparse
@@ -140,8 +140,9 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--skip", default="", metavar="NAME,…", help=f"of {', '.join(CONTESTANTS)}, memory")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    corpus = given.output / f"corpus-{given.megabytes}.jsonl"
+    corpus = given.corpus or given.output / f"corpus-{given.megabytes}.jsonl"
     if given.contestant:
         seconds = FUNCTIONS[given.contestant](given.contestant, corpus, given.output, given.cores)
         if seconds is not None:
@@ -152,18 +153,29 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     if not corpus.exists():
         gather(corpus, given.megabytes * 10**6)
+    few = given.output / "few.jsonl"
+    with open(corpus, "rb") as file:
+        few.write_bytes(b"".join(islice(file, 3)))
     write_hugging_face(given.output / "tokenizer.json")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if "datatrove" in names:
         environment["PYTHONPATH"] += f":{install(given.output / 'rivals', 'datatrove==0.10.1')}"
     command = [sys.executable, __file__, "--output", str(given.output), "--megabytes", str(given.megabytes)]
     command += ["--cores", str(given.cores)]
+    start_up = {
+        name: time_of([*command, "--contestant", name, "--corpus", str(few)], environment) for name in PREPROCESS
+    }
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(given.rounds):
         for name in names:
             seconds[name].append(time_of([*command, "--contestant", name], environment))
             print(f"round {number + 1}: {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
-    result: dict[str, Any] = {"bytes": corpus.stat().st_size, "cores": given.cores, "seconds": seconds}
+    result: dict[str, Any] = {
+        "bytes": corpus.stat().st_size,
+        "cores": given.cores,
+        "seconds": seconds,
+        "start_up": start_up,
+    }
     if (manifest := given.output / "megagap_text_document.json").exists():
         result["tokens"] = json.loads(manifest.read_text())["tokens"]
     if "memory" not in skipped:
@@ -287,6 +299,9 @@ def report(result: dict[str, Any]) -> None:
     best = min((seconds for name, seconds in medians.items() if name.startswith("tiktoken")), default=None)
     if best and (ours := medians.get("megagap, --fast off")):
         print(f"megagap, --fast off has {best / ours:.0%} of the speed of bare tiktoken at its best")
+    for name, seconds in result["start_up"].items():
+        if name in medians and medians[name] > seconds:
+            print(f"{name}: {seconds:.2f} s of start-up; without, {megabytes / (medians[name] - seconds):.1f} MB/s")
     for size, peak in result.get("peak_memory_bytes", {}).items():
         print(f"peak memory of all processes at {int(size) / 1e6:,.0f} MB of input: {peak / 1e6:,.0f} MB")
 

@@ -207,6 +207,7 @@ def endless(*arguments):
         yield from read_units(*arguments, unit_bytes=2000)
 
 run.read_units = endless
+run.JOURNAL_SECONDS = 0
 if __name__ == "__main__":
     run_tool(lambda: preprocess(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=2))
 """
@@ -257,7 +258,9 @@ def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) 
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
-    assert not list(tmp_path.glob("out*"))
+    assert "--resume goes on" in errors
+    assert (tmp_path / "out_text_document.partial.journal").exists()
+    assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.lock"))
 
 
 @needs_proc

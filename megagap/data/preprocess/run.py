@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ class Run:
         eod = self._tokenizer.eod if arguments.append_eod else None
         settings = (self._keys, bos, eod, arguments.min_tokens)
         units = read_units(self._inputs, self._keys, tokenizer.splits_at_blanks, state.mark)
-        results: Iterator[tuple[Unit, EncodedUnit]]
+        results: Generator[tuple[Unit, EncodedUnit], None, None]
         if workers == 1:
             encoder = Encoder(tokenizer, *settings)
             results = ((unit, encoder(unit)) for unit in units)
@@ -193,6 +193,7 @@ class Run:
             ExitStack() as stack,
             tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name, disable=not show_progress) as bar,
         ):
+            stack.enter_context(closing(results))  # ends the workers at once if we fail
             writers = []
             for prefix, pair_state in zip(self._prefixes, state.pairs, strict=True):
                 position = pair_state.position if journal.has_progress else None

@@ -1,6 +1,6 @@
 """How fast text becomes token files, beside the bare tokenizer, datatrove, and Megatron's way of doing it.
 
-    python tests/benchmarks/preprocess.py                        # everything: some minutes on two cores
+    python tests/benchmarks/preprocess.py                        # everything: a quarter of an hour on two cores
     python tests/benchmarks/preprocess.py --megabytes 10 --rounds 1 --skip datatrove,memory
 
 Text: what tools/gather_text.py gathers, and the Python sources of the installed packages, as JSON lines. Tokenizer:
@@ -135,7 +135,7 @@ def rank_file() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/benchmark-preprocess", metavar="DIR")
-    parser.add_argument("--megabytes", type=int, default=80, metavar="N", help="of text (default: 80)")
+    parser.add_argument("--megabytes", type=int, default=160, metavar="N", help="of text (default: 160)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the medians count (default: 3)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--skip", default="", metavar="NAME,…", help=f"of {', '.join(CONTESTANTS)}, memory")

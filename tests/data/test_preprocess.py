@@ -48,11 +48,11 @@ def test_files_do_not_depend_on_the_number_of_workers(
 ) -> None:
     # So small that many are under way at once.
     cut_into_units_of(500, monkeypatch)
-    for workers in (1, 2):
+    for workers in (1, 2, 5):
         preprocess([corpus], str(tmp_path / str(workers)), str(tokenizer_folder), workers=workers)
-    for ending in ("bin", "idx"):
-        one, two = ((tmp_path / f"{workers}_text_document.{ending}").read_bytes() for workers in (1, 2))
-        assert one == two
+    for ending in ("bin", "idx", "json"):
+        one, two, five = ((tmp_path / f"{n}_text_document.{ending}").read_bytes() for n in (1, 2, 5))
+        assert one == two == five
 
 
 @pytest.mark.parametrize(
@@ -268,3 +268,28 @@ def test_workers_end_when_their_parent_is_killed(endless_run) -> None:  # type: 
     run, workers = endless_run
     run.kill()
     wait_for(lambda: not any(map(is_running, workers)))
+
+
+def test_an_id_outside_the_vocabulary_is_refused(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", lambda self, texts: [[70_000] for _ in texts])
+    with pytest.raises(DataError, match=r"corpus\.jsonl, from line 1 on: .* gave the id 70000, .* vocabulary of 300"):
+        preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_special_ids_stand_around_documents_and_short_ones_are_left_out(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path
+) -> None:
+    summary = preprocess(
+        [corpus], str(tmp_path / "out"), str(tokenizer_folder), append_eod=True, prepend_bos=True, min_tokens=30
+    )
+    encoded = [backend(tokenizer_folder).encode(text).ids for text in documents_of(corpus)]
+    expected = [[0, *ids, 1] for ids in encoded if len(ids) >= 30]
+    assert [document.tolist() for document in IndexedDataset(tmp_path / "out_text_document")] == expected
+    assert 0 < len(expected) < 200
+    assert summary.pairs[0].short == 200 - len(expected)
+    assert f"1 empty, {summary.pairs[0].short} too short left out" in str(summary)

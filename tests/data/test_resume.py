@@ -7,12 +7,17 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megagap.data.inputs import find_inputs
 from megagap.data.preprocess import preprocess, run
+from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
 # Writes a journal entry after each unit, cuts inputs into small ones, and kills itself at the n-th call of those that
@@ -169,7 +174,7 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
 ) -> None:
     (tmp_path / "bad.jsonl").write_bytes(corpus.read_bytes() + b"{\n")
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
-    monkeypatch.setattr(run, "read_units", lambda *given: __import__("megagap").data.units.read_units(*given, 500))
+    monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=500))
     arguments: dict[str, Any] = dict(inputs=[tmp_path / "bad.jsonl"], tokenizer=str(tokenizer_folder))
     arguments["output_prefix"] = str(tmp_path / "out")
     with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume goes on"):
@@ -203,3 +208,29 @@ def test_a_second_writer_is_refused_naming_the_first(tmp_path: Path, corpus: Pat
         pytest.raises(DataError, match=rf"out_text_document is being written by process {os.getpid()} on "),
     ):
         preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder))
+
+
+@pytest.mark.parametrize("min_tokens", [0, 300])
+def test_interrupted_after_any_unit_the_bytes_are_the_same(
+    tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, min_tokens: int
+) -> None:
+    """Also in the middle of a plain text, too short as yet or not."""
+    monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
+    arguments: dict[str, Any] = dict(tokenizer=str(tokenizer_folder), min_tokens=min_tokens, append_eod=True)
+    arguments["inputs"] = [inputs[2], inputs[1], inputs[2]]
+    monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=400))
+    preprocess(**arguments, output_prefix=str(tmp_path / "whole"))
+    units = len(list(read_units(find_inputs(arguments["inputs"]), ["text"], True, unit_bytes=400)))
+    assert units > 20
+    for count in range(1, units):
+        monkeypatch.setattr(run, "read_units", lambda *given, n=count: interrupted_after(n, *given))
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(**arguments, output_prefix=str(tmp_path / "out"))
+        monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=400))
+        preprocess(**arguments, output_prefix=str(tmp_path / "out"), resume=True)
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def interrupted_after(count: int, *given: Any) -> Iterator[Unit]:
+    yield from islice(read_units(*given, unit_bytes=400), count)
+    raise KeyboardInterrupt

@@ -56,7 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         "--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order, in a second pass"
     )
     parser.add_argument("--shard", type=part, metavar="I/N", help="do part I of N (from 0) of the inputs")
-    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="cores to use (default: all)",
+    )
     parser.add_argument(
         "--fast",
         choices=["auto", "on", "off"],

@@ -20,15 +20,20 @@ UNDER_WAY = 3
 
 
 def map_in_order(
-    make: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Iterable[Item], workers: int
+    make: Callable[..., Callable[[Item], Result]],
+    arguments: tuple[Any, ...],
+    items: Iterable[Item],
+    workers: int,
+    threads: int = 1,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Each item and ``function(item)``; each of ``workers`` processes has its own ``function = make(*arguments)``.
 
+    ``threads`` is how many threads libraries in Rust may use in each of them.
     At most a few items a worker are under way, so memory does not grow with their number. Raises what a worker raised,
     and :class:`DataError` if one died.
     """
     # Spawned rather than forked: a tokenizer's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (make, arguments))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (threads, make, arguments))
     under_way: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -55,9 +60,10 @@ _function: Callable[[Any], Any]
 """In a worker process: set once by its initialiser, as ProcessPoolExecutor has no other place for it."""
 
 
-def _start(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+def _start(threads: int, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _function
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as cores, one thread each
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in order
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = make(*arguments)

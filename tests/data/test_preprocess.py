@@ -209,7 +209,7 @@ def endless(*arguments):
 run.read_units = endless
 run.JOURNAL_SECONDS = 0
 if __name__ == "__main__":
-    run_tool(lambda: preprocess(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=2))
+    run_tool(lambda: preprocess(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=8))  # two processes of four threads
 """
 
 

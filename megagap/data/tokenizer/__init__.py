@@ -52,6 +52,10 @@ class TextEncoder(Protocol):
         """The ids of all texts laid end to end, integers of some kind, and the number of ids of each text."""
 
     @property
+    def uses_threads(self) -> bool:
+        """Whether :meth:`encode_flat` spreads texts over threads, as many as ``RAYON_NUM_THREADS`` says."""
+
+    @property
     def splits_at_blanks(self) -> bool:
         """Whether ids provably stay the same if a text is cut between a visible ASCII character and a blank after it.
 

@@ -52,6 +52,7 @@ class FastEncoder:
         self.source = source
         self.spec, self.vocab_size = source.spec, source.vocab_size
         self.splits_at_blanks = source.splits_at_blanks
+        self.uses_threads = False
         with _as_data_error(f"cannot take {source.spec}"):
             if isinstance(source.data, bytes):
                 self._backend = gigatoken.Tokenizer.from_sentencepiece(source.data)

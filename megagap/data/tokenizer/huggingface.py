@@ -68,6 +68,10 @@ class HuggingFaceTokenizer:
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return flatten(self.encode_batch(texts))
 
+    @property
+    def uses_threads(self) -> bool:
+        return True
+
     @cached_property
     def splits_at_blanks(self) -> bool:
         model = self._backend.model

@@ -47,6 +47,10 @@ class SentencePieceTokenizer:
         return flatten(self.encode_batch(texts))
 
     @property
+    def uses_threads(self) -> bool:
+        return False
+
+    @property
     def splits_at_blanks(self) -> bool:
         # Normalisation may drop blanks and prefix one, and a unigram model weighs a whole text at once.
         return False

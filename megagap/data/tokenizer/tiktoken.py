@@ -67,6 +67,10 @@ class TiktokenTokenizer:
         return np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(arrays)]), lengths
 
     @property
+    def uses_threads(self) -> bool:
+        return False
+
+    @property
     def splits_at_blanks(self) -> bool:
         return True
 

@@ -1,11 +1,17 @@
 """Files that appear under their name only when whole."""
 
+import errno
+import fcntl
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megagap.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def partial_name(path: str | Path) -> Path:
@@ -60,3 +66,54 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+class LockedError(Exception):
+    """Another process, or another part of this one, holds the lock."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+class Lock:
+    """An advisory lock on a file that names its holder, held until :meth:`release` or the end of the process.
+
+    Raises :class:`LockedError` at once if it is held, and OSError if the file cannot be written. Where the file system
+    cannot lock, as some on clusters, it warns and goes on.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        while True:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise LockedError(holder) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    file.close()
+                    raise
+                log.warning("%s: its file system cannot lock files; make sure that nobody else writes there", path)
+            # The holder before may have removed the file after we opened it.
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                same = False
+            if same:
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Remove the file and let others have the lock."""
+        if not self._file.closed:
+            Path(self._path).unlink(missing_ok=True)
+            self._file.close()

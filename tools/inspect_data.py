@@ -5,7 +5,15 @@ import argparse
 from rich.console import Console
 
 from megagap.data.indexed import IndexedDataset
-from megagap.data.inspect import dataset_table, documents_table, samples_json, samples_table, step_samples
+from megagap.data.inspect import (
+    dataset_table,
+    documents_table,
+    manifest_table,
+    samples_json,
+    samples_table,
+    step_samples,
+)
+from megagap.data.manifest import read_manifest
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import ConfigError, run_tool
 
@@ -49,14 +57,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bool) -> None:
     dataset = IndexedDataset(prefix.removesuffix(".idx").removesuffix(".bin"))
+    manifest = read_manifest(dataset.prefix)
     tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
     if verify:  # first, for what is damaged cannot be shown
         dataset.verify(tokenizer.vocab_size if tokenizer else None)
+        if manifest:
+            manifest.require_files(dataset.prefix)
     console = Console()
     console.print(dataset_table(dataset))
+    if manifest:
+        console.print(manifest_table(manifest))
     console.print(documents_table(dataset, documents, tokenizer))
     if verify:
-        console.print("verified: every entry is sound" + (", every token is in the vocabulary" if tokenizer else ""))
+        console.print(
+            "verified: every entry is sound"
+            + (", every token is in the vocabulary" if tokenizer else "")
+            + (", the checksums are right" if manifest else "")
+        )
 
 
 def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: str, as_json: bool) -> None:

@@ -38,7 +38,7 @@ def main(pyproject: str) -> int:
         return 2
     for extra, requirements in project["optional-dependencies"].items():
         if absent := missing(requirements):
-            print(f"warning: without {', '.join(absent)}, some {extra} will not run", file=sys.stderr)
+            print(f"warning: without {', '.join(absent)}, megagap[{extra}] is not complete", file=sys.stderr)
     return 0
 
 

@@ -1,46 +1,81 @@
-"""Turn JSON lines of text into the .bin/.idx pairs that training reads (Megatron's format)."""
+"""Turn text into the .bin/.idx pairs that training reads (Megatron's format)."""
 
 import argparse
 import os
 import sys
-from typing import get_args
+from typing import TYPE_CHECKING
 
-from megagap.data.preprocess import OnError, Summary, preprocess
 from megagap.errors import run_tool
+
+if TYPE_CHECKING:
+    from megagap.data.preprocess import Summary
 
 EXAMPLES = r"""
 examples:
   python tools/preprocess_data.py --input fr.jsonl --output-prefix data/fr --tokenizer data/tokenizer --append-eod
-      writes data/fr_text_document.bin and .idx
-  python tools/preprocess_data.py --input part-*.jsonl --output-prefix all --tokenizer tokenizer.json --workers 8
+      writes data/fr_text_document.bin, .idx and .json
+  python tools/preprocess_data.py --input crawl/ 'books/*.parquet' --output-prefix all --tokenizer tokenizer.json
   python tools/preprocess_data.py --input web.jsonl.zst --output-prefix web --tokenizer llama3/tokenizer.model \
       --json-keys title text --on-error skip
-      writes web_title_document.bin and .idx, and web_text_document.bin and .idx
+      writes web_title_document.bin, .idx and .json, and the same of web_text_document
+  srun … python tools/preprocess_data.py --input crawl/ --output-prefix web --tokenizer llama3/tokenizer.model \
+      --shard $SLURM_ARRAY_TASK_ID/64 --resume
+      writes web-00000-of-00064_text_document.bin and so on; tools/merge_datasets.py puts them together
 
-Each line of the input is a JSON object such as {"text": "…"}; files compressed with gzip or Zstandard are recognised.
-Documents without text are left out and counted. --tokenizer is a file or a folder: a Hugging Face tokenizer.json, a
-sentencepiece model or a tiktoken rank file (Llama 3's tokenizer.model), told apart by content; a prefix hf:,
-sentencepiece: or tiktoken: forces the kind.
+Inputs are JSON lines ({"text": "…"}), Parquet files with such columns, or plain texts (*.txt, one document a file);
+compression with gzip or Zstandard is recognised. Documents without text are left out and counted. --tokenizer is a
+file or a folder: a Hugging Face tokenizer.json, a sentencepiece model or a tiktoken rank file (Llama 3's
+tokenizer.model), told apart by content; a prefix hf:, sentencepiece: or tiktoken: forces the kind. docs/data.md has
+the rest.
 """
 
 
 def main(argv: list[str] | None = None) -> None:
+    from megagap.data.preprocess import preprocess  # here, as worker processes import this file and need none of it
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON-lines files, read in this order"
+        "--input", nargs="+", required=True, metavar="FILE", help="files, folders or patterns, read in this order"
     )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin, .idx and .json")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="a tokenizer's file or folder, see below")
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of texts, a pair for each (default: text)"
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
-    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin-of-text id")
+    parser.add_argument(
+        "--min-tokens", type=not_negative, default=0, metavar="N", help="leave out documents of fewer tokens"
+    )
+    parser.add_argument(
+        "--dedup", choices=["exact"], help="leave out documents whose tokens were there before, in a second pass"
+    )
+    parser.add_argument(
+        "--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order, in a second pass"
+    )
+    parser.add_argument("--shard", type=part, metavar="I/N", help="do part I of N (from 0) of the inputs")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="cores to use (default: all)",
+    )
+    parser.add_argument(
+        "--fast",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="use gigatoken if it is there and its ids are the same on a sample of the input (auto, default), insist "
+        "on it (on), or not (off)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the same command was interrupted; nothing if it has finished"
+    )
     parser.add_argument(
         "--on-error",
-        choices=get_args(OnError),
+        choices=["stop", "skip"],
         default="stop",
         help="at a malformed document or one without a key: stop (default), or skip it and report",
     )
@@ -54,12 +89,21 @@ def main(argv: list[str] | None = None) -> None:
         given.workers,
         given.on_error,
         show_progress=True,
+        prepend_bos=given.prepend_bos,
+        min_tokens=given.min_tokens,
+        shuffle_documents=given.shuffle_documents,
+        dedup=given.dedup is not None,
+        part=given.shard,
+        fast=given.fast,
+        resume=given.resume,
     )
     print(summary)
+    for note in summary.notes:
+        print(f"note: {note}", file=sys.stderr)
     warn_of_skipped(summary)
 
 
-def warn_of_skipped(summary: Summary) -> None:
+def warn_of_skipped(summary: "Summary") -> None:
     if not summary.skipped:
         return
     print(f"warning: {summary.skipped:,} documents were skipped", file=sys.stderr)
@@ -74,6 +118,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def part(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, such as 0/8, not {text}")
+    return int(index), int(count)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .json lines, or plain text"
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, Parquet, or plain text (*.txt)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.json into")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")

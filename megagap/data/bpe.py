@@ -6,15 +6,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megagap.data.jsonlines import read_texts, total_size
+from megagap.data.documents import read_texts
+from megagap.data.tokenizer.words import LLAMA3_WORDS
 from megagap.errors import DataError
 from megagap.files import write_text, writing
-
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Llama 3's words: contractions, letters with a leading mark, at most three digits, punctuation, line ends, blanks."""
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SMALLEST = 256 + 2
@@ -54,7 +49,6 @@ def train_tokenizer(
 
     Returns the number of ids, which is less than ``vocab_size`` if the text was too short.
     """
-    total_size(inputs)  # all files are there
     tokenizer = train_bpe(read_texts(inputs, key), vocab_size, show_progress)
     special = {"bos_token": BEGIN, "eos_token": END}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special

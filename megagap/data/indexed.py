@@ -1,46 +1,21 @@
-"""Token files in Megatron's byte format: ``PREFIX.bin`` holds raw tokens, ``PREFIX.idx`` says where documents start.
-
-``.idx``, little-endian: ``MMIDIDX\\0\\0``; u64 version = 1; u8 dtype code; u64 number of sequences S; u64 D = documents
-+ 1; then, from byte 34 and unaligned, i32 lengths[S] in tokens, i64 pointers[S] in bytes, i64 document indices[D] in
-sequences (first 0, last S). As a rule a document is one sequence.
-"""
+"""Token files in Megatron's byte format (:mod:`megagap.data.format`), memory-mapped, and how to write them."""
 
 import mmap
 import os
-import struct
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megagap.data.format import BLOCK, CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, VERSION, best_dtype
+from megagap.data.partial import PartialPair, cannot_write, lock_pair, publish_pair, remove_partial, write_index
 from megagap.errors import DataError
-from megagap.files import partial_name, publish
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
-    code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
-}
-CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
-
-UINT16_VOCABULARY = 65_500
-"""Megatron's limit: vocabularies below it are stored as uint16."""
-
-LONGEST_SEQUENCE = 2**31 - 1
-BLOCK = 1 << 20
-"""Entries that full passes look at in one go, so that their memory stays flat."""
-
-
-def best_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 for vocabularies under 65,500, else int32, as Megatron does."""
-    return np.dtype("<u2") if vocab_size < UINT16_VOCABULARY else np.dtype("<i4")
+__all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 
 
 class IndexedDataset(Sequence[NDArray[Any]]):
@@ -241,7 +216,8 @@ class IndexedDatasetWriter:
     """Writes a ``.bin``/``.idx`` pair; a context manager.
 
     The files appear under their names only when whole, the index last, on leaving the context without an exception.
-    An existing pair is replaced. Raises :class:`DataError` for tokens that do not fit ``dtype``.
+    An existing pair is replaced, and what a killed writer left behind is removed. Memory does not grow with the number
+    of documents. Raises :class:`DataError` for tokens that do not fit ``dtype``, and if the prefix has another writer.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
@@ -250,15 +226,15 @@ class IndexedDatasetWriter:
         if self.dtype not in CODE_OF_DTYPE:
             known = ", ".join(str(known) for known in CODE_OF_DTYPE)
             raise DataError(f"tokens cannot be stored as {self.dtype}; possible: {known}")
-        self._lengths = array("i")
-        self._document_ends = array("q")
-        self._tokens_partial = partial_name(f"{prefix}.bin")
-        self._index_partial = partial_name(f"{prefix}.idx")
+        self._lock = lock_pair(self.prefix)
         try:
-            self._tokens_partial.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = open(self._tokens_partial, "wb", buffering=1 << 20)  # noqa: SIM115
+            remove_partial(self.prefix)
+            self._pair = PartialPair(self.prefix, self.dtype)
         except OSError as error:
-            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from None
+            self._lock.release()
+            raise cannot_write(self.prefix, error) from error
+        self._ended = 0
+        """Sequences whose document has ended."""
 
     def __enter__(self) -> Self:
         return self
@@ -268,14 +244,18 @@ class IndexedDatasetWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                if self._ended != self._pair.sequences:
+                    raise DataError(f"{self.prefix}: the last document was not ended (end_document)")
+                position = self._pair.sync()
+                self._pair.close()
+                write_index(self.prefix, self.dtype, position)
+                publish_pair(self.prefix)
         except OSError as fault:
-            raise DataError(f"cannot write {self.prefix}.bin and .idx: {fault.strerror}") from fault
+            raise cannot_write(self.prefix, fault) from fault
         finally:
-            with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
-                self._file.close()
-            self._tokens_partial.unlink(missing_ok=True)
-            self._index_partial.unlink(missing_ok=True)
+            self._pair.close()
+            remove_partial(self.prefix)
+            self._lock.release()
 
     def add_document(self, tokens: ArrayLike) -> None:
         """Add a document of one sequence."""
@@ -285,19 +265,16 @@ class IndexedDatasetWriter:
     def add_sequence(self, tokens: ArrayLike) -> None:
         """Add a sequence to the document that :meth:`end_document` will end."""
         values = self._cast(np.asarray(tokens))
-        if len(values) > LONGEST_SEQUENCE:
-            raise DataError(
-                f"a sequence of {len(values):,} tokens is too long for {self.prefix}.idx: at most {LONGEST_SEQUENCE:,}"
-            )
         try:
-            self._file.write(values.tobytes())
+            self._pair.add_tokens(values)
+            self._pair.end_sequence()
         except OSError as error:
-            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from error
-        self._lengths.append(len(values))
+            raise cannot_write(self.prefix, error) from error
 
     def end_document(self) -> None:
         """End a document with the sequences added since the last one ended."""
-        self._document_ends.append(len(self._lengths))
+        self._pair.end_document()
+        self._ended = self._pair.sequences
 
     def _cast(self, given: NDArray[Any]) -> NDArray[Any]:
         if given.ndim != 1:
@@ -313,34 +290,7 @@ class IndexedDatasetWriter:
         if wrong.size:
             at = int(wrong[0])
             raise DataError(
-                f"token {given.flat[at]} at position {at} of document {len(self._document_ends)} does not fit "
+                f"token {given.flat[at]} at position {at} of document {self._pair.documents} does not fit "
                 f"{self.dtype.name}, the type of {self.prefix}.bin\n  write with best_dtype(vocab_size)."
             )
         return values
-
-    def _finish(self) -> None:
-        if (self._document_ends[-1] if self._document_ends else 0) != len(self._lengths):
-            raise DataError(f"{self.prefix}: the last document was not ended (end_document)")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        with open(self._index_partial, "wb") as index:
-            self._write_index(index)
-            index.flush()
-            os.fsync(index.fileno())
-        # An old index must not stand beside new tokens, should we be killed in between.
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        publish(self._tokens_partial, f"{self.prefix}.bin")
-        publish(self._index_partial, f"{self.prefix}.idx")
-
-    def _write_index(self, index: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, np.int32)
-        ends = np.frombuffer(self._document_ends, np.int64)
-        index.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(ends) + 1))
-        index.write(lengths.astype("<i4").data)
-        start = 0
-        for first in range(0, len(lengths), BLOCK):
-            stops = start + np.cumsum(lengths[first : first + BLOCK], dtype=np.int64) * self.dtype.itemsize
-            index.write(np.concatenate(([start], stops[:-1])).astype("<i8").data)
-            start = int(stops[-1])
-        index.write(np.zeros(1, "<i8").data)
-        index.write(ends.astype("<i8").data)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megagap.data.indexed import VERSION, IndexedDataset
+from megagap.data.manifest import Manifest
 from megagap.data.tokenizer import Tokenizer
 from megagap.errors import DataError
 
@@ -37,6 +38,25 @@ def dataset_table(dataset: IndexedDataset) -> Table:
         ("tokens a sequence", statistics),
     ):
         table.add_row(name, value)
+    return table
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """What a token file was made of and with."""
+    table = Table(title="made of", show_header=False)
+    left_out = manifest.left_out
+    counts = {"empty": left_out.empty, "too short": left_out.short, "repeated": left_out.duplicate}
+    settings = manifest.arguments.model_dump()
+    first, *more = [Text(record.path) for record in manifest.inputs] or [Text("unknown")]
+    for name, value in (
+        ("inputs", first + Text(f" and {len(more):,} more files") if more else first),
+        ("characters", f"{manifest.characters:,}"),
+        ("left out", ", ".join(f"{count:,} {name}" for name, count in (counts | left_out.malformed).items() if count)),
+        ("tokenizer", Text(f"{manifest.tokenizer.spec} ({manifest.tokenizer.fingerprint})")),
+        ("settings", ", ".join(f"{name} {value}" for name, value in settings.items() if value)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+    ):
+        table.add_row(name, value or "–")
     return table
 
 

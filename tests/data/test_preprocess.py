@@ -5,21 +5,26 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from megagap.data import preprocess as module
 from megagap.data.indexed import IndexedDataset
-from megagap.data.jsonlines import read_chunks
 from megagap.data.preprocess import Pair, preprocess
+from megagap.data.preprocess import run as module
+from megagap.data.units import read_units
 from megagap.errors import DataError
 
 
 def documents_of(path: Path) -> list[str]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     return [text for line in lines if (text := json.loads(line)["text"])]
+
+
+def cut_into_units_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "read_units", partial(read_units, unit_bytes=size))
 
 
 def backend(folder: Path):  # type: ignore[no-untyped-def]
@@ -41,13 +46,13 @@ def test_documents_are_tokens_in_input_order(tmp_path: Path, corpus: Path, token
 def test_files_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Chunks so small that many are under way at once.
-    monkeypatch.setattr(module, "read_chunks", lambda paths: read_chunks(paths, 500))
-    for workers in (1, 2):
+    # So small that many are under way at once.
+    cut_into_units_of(500, monkeypatch)
+    for workers in (1, 2, 5):
         preprocess([corpus], str(tmp_path / str(workers)), str(tokenizer_folder), workers=workers)
-    for ending in ("bin", "idx"):
-        one, two = ((tmp_path / f"{workers}_text_document.{ending}").read_bytes() for workers in (1, 2))
-        assert one == two
+    for ending in ("bin", "idx", "json"):
+        one, two, five = ((tmp_path / f"{n}_text_document.{ending}").read_bytes() for n in (1, 2, 5))
+        assert one == two == five
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def test_a_pair_of_several_keys_is_the_pair_of_each_key_alone(
 ) -> None:
     documents = [{"text": f"texte {i}. " * (i % 3), "title": f"titre {i}" * (i % 2)} for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    monkeypatch.setattr(module, "read_chunks", lambda paths: read_chunks(paths, 500))
+    cut_into_units_of(500, monkeypatch)
     for out, keys, workers in (("both", ["title", "text"], 2), ("one", ["text"], 1), ("other", ["title"], 1)):
         summary = preprocess([tmp_path / "a.jsonl"], str(tmp_path / out), str(tokenizer_folder), keys, workers=workers)
         assert [pair.prefix for pair in summary.pairs] == [str(tmp_path / f"{out}_{key}_document") for key in keys]
@@ -152,7 +157,7 @@ def test_skipping_leaves_bad_documents_out_and_says_where(
     for bad in BAD_LINES:
         lines.insert(100, bad)
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
-    monkeypatch.setattr(module, "read_chunks", lambda paths: read_chunks(paths, 100))
+    cut_into_units_of(100, monkeypatch)
     summary = preprocess(
         [tmp_path / "bad.jsonl"], str(tmp_path / "skip"), str(tokenizer_folder), workers=workers, on_error="skip"
     )
@@ -181,24 +186,30 @@ def test_a_file_cut_short_is_never_skipped(tmp_path: Path, corpus: Path, tokeniz
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_empty_input_gives_an_empty_pair(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_inputs_without_documents_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
-    preprocess([tmp_path / "a.jsonl"], str(tmp_path / "new/out"), str(tokenizer_folder))
-    assert len(IndexedDataset(tmp_path / "new/out_text_document")) == 0
+    with pytest.raises(DataError, match="the inputs hold no documents"):
+        preprocess([tmp_path / "a.jsonl"], str(tmp_path / "new/out"), str(tokenizer_folder))
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match=r"only documents that are empty or too short \(1\)"):
+        preprocess([tmp_path / "a.jsonl"], str(tmp_path / "new/out"), str(tokenizer_folder))
+    assert not any((tmp_path / "new").iterdir())
 
 
 PROGRAM = """
 import sys
-from megagap.data import jsonlines, preprocess as module
+from megagap.data.preprocess import preprocess, run
+from megagap.data.units import read_units
 from megagap.errors import run_tool
 
-def endless(paths):
+def endless(*arguments):
     while True:
-        yield from jsonlines.read_chunks(paths, 2000)
+        yield from read_units(*arguments, unit_bytes=2000)
 
-module.read_chunks = endless
+run.read_units = endless
+run.JOURNAL_SECONDS = 0
 if __name__ == "__main__":
-    run_tool(lambda: module.preprocess(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=2))
+    run_tool(lambda: preprocess(sys.argv[1:2], sys.argv[2], sys.argv[3], workers=8))  # two processes of four threads
 """
 
 
@@ -210,7 +221,7 @@ def endless_run(tmp_path: Path, corpus: Path, tokenizer_folder: Path):  # type: 
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         workers = wait_for(lambda: found if len(found := worker_processes(run.pid)) == 2 else None)
-        wait_for(lambda: [path for path in tmp_path.glob("*.partial-*") if path.stat().st_size])
+        wait_for(lambda: [path for path in tmp_path.glob("*.partial.tokens") if path.stat().st_size])
         yield run, workers
     finally:
         run.kill()
@@ -247,7 +258,9 @@ def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) 
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
-    assert not list(tmp_path.glob("out*"))
+    assert "--resume goes on" in errors
+    assert (tmp_path / "out_text_document.partial.journal").exists()
+    assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.lock"))
 
 
 @needs_proc
@@ -255,3 +268,28 @@ def test_workers_end_when_their_parent_is_killed(endless_run) -> None:  # type: 
     run, workers = endless_run
     run.kill()
     wait_for(lambda: not any(map(is_running, workers)))
+
+
+def test_an_id_outside_the_vocabulary_is_refused(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", lambda self, texts: [[70_000] for _ in texts])
+    with pytest.raises(DataError, match=r"corpus\.jsonl, from line 1 on: .* gave the id 70000, .* vocabulary of 300"):
+        preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_special_ids_stand_around_documents_and_short_ones_are_left_out(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path
+) -> None:
+    summary = preprocess(
+        [corpus], str(tmp_path / "out"), str(tokenizer_folder), append_eod=True, prepend_bos=True, min_tokens=30
+    )
+    encoded = [backend(tokenizer_folder).encode(text).ids for text in documents_of(corpus)]
+    expected = [[0, *ids, 1] for ids in encoded if len(ids) >= 30]
+    assert [document.tolist() for document in IndexedDataset(tmp_path / "out_text_document")] == expected
+    assert 0 < len(expected) < 200
+    assert summary.pairs[0].short == 200 - len(expected)
+    assert f"1 empty, {summary.pairs[0].short} too short left out" in str(summary)

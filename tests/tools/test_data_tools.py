@@ -63,7 +63,32 @@ def test_inspect_shows_counts_and_text_of_a_pair(folder: Path) -> None:
     printed = succeed("inspect_data.py", folder / "fr_text_document", "--tokenizer", folder / "bpe", "--verify")
     assert f"{IndexedDataset(folder / 'fr_text_document').token_count:,}" in printed
     assert "bonjour [tout]" in printed
-    assert "verified" in printed
+    assert "verified: every entry is sound" in printed and "the checksums are right" in " ".join(printed.split())
+    assert "fr.jsonl" in printed and "append_eod" in printed
+
+
+def test_verifying_finds_a_changed_byte_by_the_manifest(folder: Path, tmp_path: Path) -> None:
+    for ending in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"fr_text_document{ending}", tmp_path / f"fr{ending}")
+    tokens = bytearray((tmp_path / "fr.bin").read_bytes())
+    tokens[100] ^= 1
+    (tmp_path / "fr.bin").write_bytes(tokens)
+    assert run("inspect_data.py", tmp_path / "fr").returncode == 0
+    done = run("inspect_data.py", tmp_path / "fr", "--verify")
+    assert done.returncode == 2 and "fr.bin is damaged: it has another checksum" in done.stderr
+
+
+def test_shards_of_two_tasks_are_merged(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--input", folder / "fr.jsonl", "--tokenizer", folder / "bpe", "--append-eod", "--workers", 1]
+    for i in range(2):
+        succeed("preprocess_data.py", *arguments, "--output-prefix", tmp_path / "fr", "--shard", f"{i}/2", "--resume")
+    printed = succeed(
+        "merge_datasets.py", "--input", *sorted(tmp_path.glob("*.idx")), "--output-prefix", tmp_path / "merged"
+    )
+    assert "40 documents" in printed
+    assert (tmp_path / "merged.bin").read_bytes() == (folder / "fr_text_document.bin").read_bytes()
+    refused = run("preprocess_data.py", *arguments, "--output-prefix", tmp_path / "fr", "--shard", "2/2")
+    assert refused.returncode == 2 and "must be I/N with I from 0 to N - 1" in refused.stderr
 
 
 def test_step_json_is_what_training_reads(folder: Path) -> None:

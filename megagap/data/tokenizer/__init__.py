@@ -7,8 +7,13 @@ in a text, ``hf`` takes it for that token, and the other two take it for plain t
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from megagap.errors import DataError
 
@@ -32,8 +37,8 @@ STARTS = {
 """How the file of each kind starts, tried in this order."""
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. No special tokens are added."""
+class TextEncoder(Protocol):
+    """Text to ids. No special tokens are added."""
 
     @property
     def spec(self) -> str:
@@ -42,6 +47,25 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """The highest id + 1, added tokens included."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The ids of all texts laid end to end, integers of some kind, and the number of ids of each text."""
+
+    @property
+    def uses_threads(self) -> bool:
+        """Whether :meth:`encode_flat` spreads texts over threads, as many as ``RAYON_NUM_THREADS`` says."""
+
+    @property
+    def splits_at_blanks(self) -> bool:
+        """Whether ids provably stay the same if a text is cut between a visible ASCII character and a blank after it.
+
+        "Provably": by what follows from the regular expression that finds words, no word spans such a place, nor does
+        a word depend on what lies beyond it.
+        """
+
+
+class Tokenizer(TextEncoder, Protocol):
+    """Text to ids and back."""
 
     @property
     def bos(self) -> int | None:
@@ -55,8 +79,26 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    def vocabulary(self) -> dict[int, bytes]:
+        """The ordinary tokens, special ones left out: what each id stands for."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens written out; ids from ``vocab_size`` on are left out."""
+
+
+def flatten(ids: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """What :meth:`TextEncoder.encode_flat` returns, from a list for each text."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A checksum of what the ids mean: equal for a rank file and a ``tokenizer.json`` of the same tokens.
+
+    Special tokens are left out: their names vary between releases of one vocabulary.
+    """
+    tokens = sorted(tokenizer.vocabulary().items())
+    return xxhash.xxh3_64_hexdigest(b"".join(b"%d %d %b" % (i, len(token), token) for i, token in tokens))
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
-from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT
+from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten
 from megagap.errors import DataError
 
 
@@ -39,6 +42,23 @@ class SentencePieceTokenizer:
         # One thread: workers are processes.
         ids: list[list[int]] = self._backend.encode(list(texts), out_type=int, num_threads=1)
         return ids
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return flatten(self.encode_batch(texts))
+
+    @property
+    def uses_threads(self) -> bool:
+        return False
+
+    @property
+    def splits_at_blanks(self) -> bool:
+        # Normalisation may drop blanks and prefix one, and a unigram model weighs a whole text at once.
+        return False
+
+    def vocabulary(self) -> dict[int, bytes]:
+        model = self._backend
+        ordinary = (i for i in range(self.vocab_size) if not (model.is_control(i) or model.is_unknown(i)))
+        return {i: model.id_to_piece(i).encode() for i in ordinary}
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(i) for i in ids if i < self.vocab_size]

@@ -3,12 +3,17 @@
 import re
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tiktoken import Encoding
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megagap.data.bpe import LLAMA3_WORDS
+from megagap.data.tokenizer.words import LLAMA3_WORDS
 from megagap.errors import DataError
 
 NAMED_TOKENS = (
@@ -42,6 +47,7 @@ class TiktokenTokenizer:
     def __init__(self, file: Path, spec: str) -> None:
         ranks = read_ranks(file)
         special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self._ranks = ranks
         self._backend = Encoding(file.name, pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
         self.spec = spec
         self.vocab_size = len(ranks) + len(special)
@@ -53,6 +59,24 @@ class TiktokenTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        # Without specials allowed or refused, this is encode_ordinary, less the making of a list.
+        encode = partial(self._backend.encode_to_numpy, allowed_special=set(), disallowed_special=())
+        arrays = [[encode(piece) for piece in _without_long_blanks(text)] for text in texts]
+        lengths = np.fromiter((sum(map(len, pieces)) for pieces in arrays), np.int64, len(arrays))
+        return np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(arrays)]), lengths
+
+    @property
+    def uses_threads(self) -> bool:
+        return False
+
+    @property
+    def splits_at_blanks(self) -> bool:
+        return True
+
+    def vocabulary(self) -> dict[int, bytes]:
+        return {rank: token for token, rank in self._ranks.items()}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids if i < self.vocab_size])

@@ -1,13 +1,17 @@
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 import zstandard
 
-from megagap.data.jsonlines import read_chunks, read_texts
+from megagap.data.documents import read_texts
+from megagap.data.inputs import find_inputs
+from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
 Compress = Callable[[bytes], bytes]
@@ -41,37 +45,57 @@ def text() -> bytes:
     return b"".join(json.dumps({"text": os.urandom(60).hex()}).encode() + b"\n" for _ in range(5000))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_chunks_are_whole_lines_and_lose_nothing(tmp_path: Path, text: bytes, form: str) -> None:
-    (tmp_path / "file").write_bytes(FORMS[form](text))
-    chunks = list(read_chunks([tmp_path / "file"], 30_000))
-    assert len(chunks) > 10
-    assert b"".join(line for chunk in chunks for line in chunk.lines) == text
-    first_lines = [chunk.first_line for chunk in chunks]
-    assert first_lines == [1 + sum(len(c.lines) for c in chunks[:i]) for i in range(len(chunks))]
+def units_of(*paths: Path, unit_bytes: int = 30_000, splits: bool = True) -> list[Unit]:
+    return list(read_units(find_inputs(paths), ["text"], splits, unit_bytes=unit_bytes))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_progress_counts_the_bytes_of_the_file(tmp_path: Path, text: bytes, form: str) -> None:
+def test_units_are_whole_lines_and_lose_nothing(tmp_path: Path, text: bytes, form: str) -> None:
     (tmp_path / "file").write_bytes(FORMS[form](text))
-    sizes = [chunk.size for chunk in read_chunks([tmp_path / "file"], 1)]
-    assert sum(sizes) == (tmp_path / "file").stat().st_size
-    assert max(sizes) < sum(sizes) / 2
+    units = units_of(tmp_path / "file")
+    assert len(units) > 10
+    assert b"".join(unit.data for unit in units) == text
+    assert all(unit.data.endswith(b"\n") for unit in units[:-1])
+    assert [unit.line for unit in units] == [1 + sum(u.data.count(b"\n") for u in units[:i]) for i in range(len(units))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_progress_and_checksum_count_the_bytes_of_the_file(tmp_path: Path, text: bytes, form: str) -> None:
+    content = FORMS[form](text)
+    (tmp_path / "file").write_bytes(content)
+    units = units_of(tmp_path / "file", tmp_path / "file")
+    assert sum(unit.size for unit in units) == 2 * len(content)
+    assert [unit.file_checksum for unit in units if unit.file_checksum] == [xxhash.xxh3_64_hexdigest(content)] * 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reading_goes_on_at_any_mark(tmp_path: Path, text: bytes, form: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(FORMS[form](text))
+    units = units_of(tmp_path / "one", tmp_path / "two")
+    for i in range(0, len(units), 7):
+        inputs = find_inputs([tmp_path / "one", tmp_path / "two"])
+        rest = list(read_units(inputs, ["text"], True, units[i].next, 30_000))
+        assert b"".join(unit.data for unit in rest) == b"".join(unit.data for unit in units[i + 1 :])
+        assert [u.file_checksum for u in rest if u.file_checksum] == [
+            u.file_checksum for u in units[i + 1 :] if u.file_checksum
+        ]
 
 
 @pytest.mark.parametrize("form", COMPRESSED)
 def test_a_compressed_file_cut_anywhere_names_file_and_line(tmp_path: Path, text: bytes, form: str) -> None:
     whole = COMPRESSED[form](text)
-    for length in (len(whole) - 1, len(whole) // 2, 30):
+    for length in (len(whole) - 1, len(whole) // 2, 300):
         (tmp_path / "cut").write_bytes(whole[:length])
-        read = 0
+        read = b""
         with pytest.raises(
             DataError, match=r"cut cannot be read beyond line [\d,]+: its compressed data ends"
         ) as error:
-            for chunk in read_chunks([tmp_path / "cut"], 1):
-                read += len(chunk.lines)
-        assert f"beyond line {read:,}:" in str(error.value)
-        assert read >= 5000 * length / len(whole) - 2500 and read <= 5000
+            for unit in read_units(find_inputs([tmp_path / "cut"]), ["text"], True, unit_bytes=100):
+                read += unit.data
+        named = int(re.search(r"beyond line ([\d,]+)", str(error.value))[1].replace(",", ""))  # type: ignore[index]
+        assert 0 <= named - read.count(b"\n") <= 1
+        assert named >= 5000 * length / len(whole) - 2500 and named <= 5000
 
 
 @pytest.mark.parametrize("form", COMPRESSED)
@@ -80,27 +104,27 @@ def test_a_damaged_compressed_file_names_file_and_line(tmp_path: Path, text: byt
     damaged[len(damaged) // 2] ^= 0x55
     (tmp_path / "damaged").write_bytes(damaged)
     with pytest.raises(DataError, match=r"damaged cannot be read beyond line [\d,]+: "):
-        list(read_chunks([tmp_path / "damaged"]))
+        units_of(tmp_path / "damaged")
 
 
 @pytest.mark.parametrize("form", COMPRESSED)
 def test_what_follows_compressed_data_is_not_dropped_in_silence(tmp_path: Path, text: bytes, form: str) -> None:
     (tmp_path / "tail").write_bytes(COMPRESSED[form](text) + b'{"text": "more"}\n')
     with pytest.raises(DataError, match=r"tail cannot be read beyond line [\d,]+: "):
-        list(read_chunks([tmp_path / "tail"]))
+        units_of(tmp_path / "tail")
 
 
 def test_a_file_made_with_the_longest_window_is_read(tmp_path: Path, text: bytes) -> None:
     settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
     compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj(size=-1)
     (tmp_path / "long").write_bytes(compressor.compress(text) + compressor.flush())
-    assert sum(len(chunk.lines) for chunk in read_chunks([tmp_path / "long"])) == 5000
+    assert b"".join(unit.data for unit in units_of(tmp_path / "long")) == text
 
 
 def test_empty_files_hold_no_lines(tmp_path: Path) -> None:
     for name, content in (("plain", b""), ("gzip", gzip.compress(b"")), ("zstandard", zstandard.compress(b""))):
         (tmp_path / name).write_bytes(content)
-        assert [chunk.lines for chunk in read_chunks([tmp_path / name]) if chunk.lines] == []
+        assert [unit.data for unit in units_of(tmp_path / name)] == [b""]
 
 
 def test_texts_of_compressed_json_lines_and_plain_text_are_told_apart_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""What units hold: the texts of documents, and what is wrong with documents that have none."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from megagap.data.inputs import find_inputs
+from megagap.data.units import Unit, read_units
+from megagap.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+class BadDocument(ValueError):
+    """A document that is malformed or lacks a text; ``reason`` says so in a few fixed words."""
+
+    def __init__(self, reason: str, details: str) -> None:
+        super().__init__(details)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A document that cannot be used."""
+
+    line: int
+    """Of its unit, from 0."""
+    reason: str
+    """In a few words, the same for all faults of a kind."""
+    details: str
+
+
+def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Fault]:
+    """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines hold none."""
+    records = _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
+    for number, read in records:
+        try:
+            yield _texts_of(read(), keys)
+        except BadDocument as error:
+            yield Fault(number, error.reason, str(error))
+
+
+Record = tuple[int, Callable[[], Any]]
+"""The number of a line or row in its unit, from 0, and what gives its document or raises :class:`BadDocument`."""
+
+
+def _lines(data: bytes) -> Iterator[Record]:
+    for number, line in enumerate(data.split(b"\n")):
+        if line and not line.isspace():
+            yield number, partial(_parse, line)
+
+
+def _rows(data: bytes) -> Iterator[Record]:
+    if not data:
+        return
+    import pyarrow
+
+    for batch in pyarrow.ipc.open_stream(data):
+        for number in range(batch.num_rows):
+            yield number, partial(_row, batch, number)
+
+
+def _row(batch: "pyarrow.RecordBatch", number: int) -> dict[str, Any]:
+    try:
+        values = {name: batch.column(name)[number].as_py() for name in batch.schema.names}
+        return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+    except UnicodeDecodeError as error:
+        raise BadDocument("invalid UTF-8", f"not valid UTF-8: {error}") from None
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        pass
+    # What the fast parser refuses, Python's may take (NaN, say), and its messages say where.
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocument("invalid UTF-8", f"not valid UTF-8, so not valid JSON: {error}") from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument("invalid JSON", f"not valid JSON: {error}") from None
+
+
+def _texts_of(document: Any, keys: Sequence[str]) -> tuple[str, ...]:
+    """Raises :class:`BadDocument`."""
+    if not isinstance(document, dict):
+        raise BadDocument("no JSON object", 'not a JSON object such as {"text": "…"}')
+    return tuple(_text_of(document, key) for key in keys)
+
+
+def _text_of(document: dict[str, Any], key: str) -> str:
+    if key not in document:
+        details = f"the document has no key {key!r}; it has {', '.join(map(repr, document)) or 'none'}"
+        raise BadDocument(f"no key {key!r}", details)
+    text = document[key]
+    if not isinstance(text, str):
+        raise BadDocument(f"{key!r} is no text", f"the value of {key!r} is {type(text).__name__}, not text")
+    if not text.isascii():
+        try:
+            text.encode()  # JSON may escape half of a surrogate pair, which is no text
+        except ValueError as error:
+            raise BadDocument(f"{key!r} is no text", f"the value of {key!r} is no text: {error}") from None
+    return text
+
+
+def read_texts(paths: Sequence[str | Path], key: str) -> Iterator[str]:
+    """The documents of JSON-lines files, and plain texts in pieces, cut anywhere between words.
+
+    Raises :class:`DataError` for a file that cannot be read, a document that is malformed or lacks its text, and plain
+    text that is not UTF-8.
+    """
+    # A BPE is trained on words: where a plain text is cut does not matter.
+    for unit in read_units(find_inputs(paths), [key], splits_texts=True):
+        if unit.kind == "text":
+            text = text_of(unit)
+            if isinstance(text, Fault):
+                raise fault_in(unit, text)
+            yield text
+            continue
+        for document in documents_of(unit, [key]):
+            if isinstance(document, Fault):
+                raise fault_in(unit, document)
+            yield document[0]
+
+
+def fault_in(unit: Unit, fault: Fault, lines_before: int = 0) -> DataError:
+    """Names file and line, or row; ``lines_before`` those that are not read, of a part of a file."""
+    number = unit.line + fault.line + lines_before
+    return DataError(f"{unit.path}, {'row' if unit.kind == 'rows' else 'line'} {number}: {fault.details}")
+
+
+def text_of(unit: Unit) -> str | Fault:
+    """A piece of a plain text."""
+    try:
+        return unit.data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        details = f"not valid UTF-8: {error.reason} ({unit.data[error.start]:#04x})"
+        return Fault(unit.data[: error.start].count(b"\n"), "invalid UTF-8", details)

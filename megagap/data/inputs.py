@@ -1,0 +1,324 @@
+"""Which files are to be read, and what they hold: JSON lines, Parquet or plain text, plain or compressed.
+
+What a file holds decides, not its name, but for one thing: a file is plain text only if it is called ``*.txt`` and does
+not start with a line that is a JSON object.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import stat
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
+
+import xxhash
+import zstandard
+
+from megagap.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Kind = Literal["lines", "text", "rows"]
+"""JSON lines, a plain text, the rows of a Parquet file."""
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
+COMPRESSED_ENDINGS = (".gz", ".zst")
+READ_BY_ENDING = tuple(ending + more for ending in ENDINGS for more in ("", *COMPRESSED_ENDINGS))
+"""Of a folder, files with these endings are read."""
+
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
+PARQUET_MAGIC = b"PAR1"
+UNREAD_MAGIC = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf": "7-Zip",
+}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+ZSTANDARD_INPUT = 1 << 14
+"""Compressed bytes handed over at a time; what comes of them is held in memory."""
+ZSTANDARD_WINDOW = 1 << 31
+"""Bytes that a file may ask to look back; the most that ``zstd --long=31`` writes."""
+BUFFER = 1 << 18
+LOOKED_AT = 1 << 16
+"""Bytes at the start of a file by which its kind is told."""
+
+READING_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+"""What reading :class:`Content` raises where a file is cut short or damaged."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, or of plain JSON lines the lines that start at bytes ``[start, stop)``."""
+
+    path: str
+    size: int | None
+    """Bytes; None of a pipe, which can be read only once and in one go."""
+    modified: int = 0
+    """In ns, as the file system tells."""
+    start: int = 0
+    stop: int | None = None
+    """None for the end of the file."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.start == 0 and self.stop is None
+
+    @property
+    def share(self) -> int:
+        """Bytes that are to be read of it."""
+        return 0 if self.size is None else (self.size if self.stop is None else self.stop) - self.start
+
+
+def find_inputs(names: Sequence[str | Path]) -> list[Input]:
+    """The files that ``names`` mean: files, folders (all that they hold, by path) and glob patterns (sorted).
+
+    Raises :class:`DataError` for one that does not exist or cannot be read, and for a folder or pattern without files.
+    """
+    return [_input(path) for name in names for path in _expand(str(name))]
+
+
+def _expand(name: str) -> list[str]:
+    if os.path.isdir(name):
+        found = [
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(name)
+            if not any(map(_is_hidden, Path(os.path.relpath(folder, name)).parts))
+            for file in files
+            if file.endswith(READ_BY_ENDING) and not _is_hidden(file)
+        ]
+        if not found:
+            raise DataError(f"the folder {name} holds no file to read: none of {', '.join(ENDINGS)}, .gz, .zst")
+        return sorted(found)
+    if not os.path.exists(name) and glob.has_magic(name):
+        found = [path for path in sorted(glob.glob(name, recursive=True)) if not os.path.isdir(path)]
+        if not found:
+            raise DataError(f"no file matches {name}")
+        return found
+    return [name]
+
+
+def _is_hidden(name: str) -> bool:
+    # Spark and others leave _SUCCESS, _temporary and .crc files behind.
+    return name.startswith((".", "_"))
+
+
+def _input(path: str) -> Input:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(0, "is a directory")
+            return Input(path, None)
+        with open(path, "rb"):
+            return Input(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def shard(inputs: Sequence[Input], index: int, count: int) -> list[Input]:
+    """Part ``index`` of ``count``, from 0: all parts one after the other are the whole, each document once.
+
+    The parts have about as many bytes. A plain JSON-lines file is cut between lines; others, which cannot be read from
+    the middle, belong whole to the part in which they start. Raises :class:`DataError` for a pipe.
+    """
+    assert 0 <= index < count, (index, count)
+    if pipe := next((file.path for file in inputs if file.size is None), None):
+        raise DataError(f"{pipe} is no regular file: it cannot be shared out")
+    total = sum(file.share for file in inputs)
+    first, last = total * index // count, total * (index + 1) // count
+    part = []
+    before = 0
+    for file in inputs:
+        size = file.share
+        start, stop = max(first - before, 0), min(last - before, size)
+        begins_here = first <= before < last or (before == total and index == count - 1)  # an empty file at the end
+        if size and start < stop and (start or stop < size) and is_plain_lines(file.path):
+            part.append(replace(file, start=start, stop=None if stop == size else stop))
+        elif begins_here:
+            part.append(file)
+        before += size
+    return part
+
+
+def is_plain_lines(path: str) -> bool:
+    """Whether a file is of JSON lines that are not compressed, so that it can be read from the middle."""
+    with open_content(path) as content:
+        return not content.is_compressed and content.kind == "lines"
+
+
+def lines_before(file: Input) -> int:
+    """Lines of the file before those that are read. Reads all of them."""
+    count, left = 0, file.start - 1
+    with open_content(file.path) as content:
+        while left > 0 and (block := content.read(min(left, 1 << 20))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count + bool(file.start)
+
+
+class Content:
+    """What a file holds, decompressed; a context manager. Reading raises :data:`READING_ERRORS`."""
+
+    def __init__(self, path: str) -> None:
+        self._file = _Summing(path)
+        try:
+            buffered = io.BufferedReader(self._file, BUFFER)
+            decompressed = _decompressed(path, buffered)
+            self.is_compressed = decompressed is not None
+            self._stream = buffered if decompressed is None else io.BufferedReader(decompressed, BUFFER)
+            self.kind = _kind_of(path, self._stream.peek(LOOKED_AT))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, count: int) -> bytes:
+        """Fewer bytes only at the end."""
+        return self._stream.read(count)
+
+    def readline(self) -> bytes:
+        return self._stream.readline()
+
+    def skip_to(self, position: int) -> None:
+        """Go on at a byte of a file that is not compressed."""
+        assert not self.is_compressed
+        self._stream.seek(position)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file that were read so far, perhaps ahead."""
+        return self._file.count
+
+    @property
+    def file_checksum(self) -> str:
+        """xxh3_64 of these bytes."""
+        return self._file.hash.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def open_content(path: str) -> Content:
+    """Open a file. Raises :class:`DataError` if it is compressed in a way that is not known, or damaged already."""
+    try:
+        return Content(path)
+    except READING_ERRORS as error:
+        raise cannot_read_on(path, 0, error) from None
+
+
+def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
+    if isinstance(error, EOFError):
+        fault = "its compressed data ends before their end marker"
+    else:
+        fault = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return DataError(
+        f"{path} cannot be read beyond line {line:,}: {fault}\n"
+        "  the file is cut short or damaged (disk full? copy interrupted?). Copy or make it again."
+    )
+
+
+def _kind_of(path: str, start: bytes) -> Kind:
+    if start.startswith(PARQUET_MAGIC):
+        return "rows"
+    if start.startswith(UTF16_MARKS):
+        raise DataError(f"{path} is in UTF-16; only UTF-8 is read: iconv -f UTF-16 -t UTF-8")
+    name = path
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    if not name.endswith(".txt"):
+        return "lines"
+    line = start.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")[0]
+    try:
+        return "lines" if isinstance(json.loads(line), dict) else "text"
+    except (ValueError, RecursionError):
+        return "text"
+
+
+class _Summing(io.RawIOBase):
+    """A file that counts and sums what is read of it."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.hash = xxhash.xxh3_64()
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        view = memoryview(buffer)
+        count = self._file.readinto(view) or 0
+        self.hash.update(view[:count])
+        self.count += count
+        return count
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _decompressed(path: str, file: "io.BufferedReader[_Summing]") -> io.RawIOBase | None:
+    """What a compressed file holds; None for one that is not compressed."""
+    start = file.peek(8)
+    if start.startswith(GZIP_MAGIC):
+        return cast(io.RawIOBase, gzip.GzipFile(fileobj=file))  # a BufferedIOBase, which serves as well
+    if start.startswith(ZSTANDARD_MAGIC):
+        return _ZstandardFile(file)
+    for magic, name in UNREAD_MAGIC.items():
+        if start.startswith(magic):
+            raise DataError(f"{path} is compressed with {name}, which is not read; known are gzip and Zstandard")
+    return None
+
+
+class _ZstandardFile(io.RawIOBase):
+    """The content of a Zstandard file: its frames one after the other.
+
+    The library's own reader takes a file that is cut short for one that has ended.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame = self._new_frame()
+        self._content = memoryview(b"")
+        """Decompressed, and not yet read."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        while not self._content:
+            if not (compressed := self._frame.unused_data or self._file.read(ZSTANDARD_INPUT)):
+                if not self._frame.eof:
+                    raise EOFError
+                return 0
+            if self._frame.eof:
+                self._frame = self._new_frame()
+            self._content = memoryview(self._frame.decompress(compressed))
+        target = memoryview(buffer)
+        count = min(len(target), len(self._content))
+        target[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    @staticmethod
+    def _new_frame() -> "zstandard.ZstdDecompressionObj":
+        return zstandard.ZstdDecompressor(max_window_size=ZSTANDARD_WINDOW).decompressobj()

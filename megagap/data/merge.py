@@ -1,0 +1,147 @@
+"""Several token files laid end to end into one, in constant memory: what preprocessing all their inputs would give."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+
+import numpy as np
+
+from megagap.data.encoder import REPORTED
+from megagap.data.indexed import IndexedDataset
+from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
+from megagap.data.partial import (
+    PartialPair,
+    cannot_write,
+    lock_pair,
+    partial_path,
+    publish_pair,
+    remove_partial,
+    write_index,
+)
+from megagap.data.preprocess.arrange import arrange, take_over
+from megagap.errors import DataError
+from megagap.files import write_text
+
+
+def merge_datasets(
+    inputs: Sequence[str], output_prefix: str, shuffle_documents: int | None = None, dedup: bool = False
+) -> IndexedDataset:
+    """Write the documents of the pairs ``inputs``, in this order, to ``output_prefix``; the new pair.
+
+    The last two arguments are those of :func:`megagap.data.preprocess.preprocess`. There is a manifest if all inputs
+    have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests say, of
+    different tokenizers, with and without special ids around documents, or not all shards of a whole in their order.
+    """
+    if output_prefix in inputs:
+        raise DataError(f"{output_prefix} cannot be merged into itself: choose another --output-prefix")
+    datasets = [IndexedDataset(prefix) for prefix in inputs]
+    manifests = [read_manifest(prefix) for prefix in inputs]
+    known = [(prefix, manifest) for prefix, manifest in zip(inputs, manifests, strict=True) if manifest]
+    _require_same_type(datasets)
+    _require_same_making(known)
+    _require_whole_shards(known)
+    arranged = shuffle_documents is not None or dedup
+    many = next((d.prefix for d in datasets if len(d) != d.document_count), None)
+    if arranged and many:
+        raise DataError(f"{many} has documents of several sequences, which can be neither shuffled nor compared")
+    lock = lock_pair(output_prefix)
+    try:
+        remove_partial(output_prefix)
+        with closing(PartialPair(output_prefix, datasets[0].dtype)) as pair:
+            for dataset in datasets:
+                dataset.require_contiguous()
+                pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])
+            position, duplicates = pair.sync(), 0
+        if arranged:
+            position, duplicates = arrange(output_prefix, datasets[0].dtype, shuffle_documents, dedup)
+            take_over(output_prefix)
+        files = write_index(output_prefix, datasets[0].dtype, position)
+        if len(known) == len(inputs):
+            records = {ending: FileRecord(**asdict(file)) for ending, file in files.items()}
+            merged = _merged([manifest for _, manifest in known], records, shuffle_documents, dedup, duplicates)
+            write_text(partial_path(output_prefix, "manifest"), merged.model_dump_json(indent=2) + "\n")
+        publish_pair(output_prefix)
+    except OSError as error:
+        raise cannot_write(output_prefix, error) from error
+    finally:
+        remove_partial(output_prefix)
+        lock.release()
+    return IndexedDataset(output_prefix)
+
+
+def _require_same_type(datasets: Sequence[IndexedDataset]) -> None:
+    for dataset in datasets:
+        if dataset.dtype != datasets[0].dtype:
+            raise DataError(
+                f"{datasets[0].prefix} holds tokens of type {datasets[0].dtype.name}, {dataset.prefix} "
+                f"of type {dataset.dtype.name}\n  they come from different tokenizers; preprocess one of them again."
+            )
+
+
+def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
+    for prefix, other in manifests[1:]:
+        first, one = manifests[0]
+        for name, ours, theirs in (
+            ("tokenizer fingerprint", one.tokenizer.fingerprint, other.tokenizer.fingerprint),
+            ("end-of-text id", one.tokenizer.eod, other.tokenizer.eod),
+            ("append_eod", one.arguments.append_eod, other.arguments.append_eod),
+            ("prepend_bos", one.arguments.prepend_bos, other.arguments.prepend_bos),
+        ):
+            if ours != theirs:
+                raise DataError(
+                    f"{first} was made with {name} = {ours}, {prefix} with {theirs}\n"
+                    "  preprocess one of them again, as the other."
+                )
+
+
+def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
+    """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice."""
+    expected, count = 0, 0
+    for prefix, manifest in manifests:
+        found = manifest.arguments.shard
+        index, of = map(int, found.split("/")) if found else (0, 1)
+        if index != expected or (index and of != count):
+            wanted = f"shard {expected}/{count}" if expected else "the first shard of a whole"
+            raise DataError(
+                f"{prefix} is shard {index}/{of}, where {wanted} should be\n  give all shards in their order."
+            )
+        expected, count = (index + 1) % of, of
+    if expected:
+        raise DataError(f"shard {expected}/{count} is missing\n  give all shards in their order.")
+
+
+def _merged(
+    manifests: Sequence[Manifest], files: dict[str, FileRecord], seed: int | None, dedup: bool, duplicates: int
+) -> Manifest:
+    left_out = [manifest.left_out for manifest in manifests]
+    given = [manifest.arguments for manifest in manifests]
+    malformed: Counter[str] = Counter()
+    for one in left_out:
+        malformed.update(one.malformed)
+    return manifests[0].model_copy(
+        update=dict(
+            documents=sum(manifest.documents for manifest in manifests) - duplicates,
+            tokens=files[".bin"].size // np.dtype(manifests[0].dtype).itemsize,
+            characters=sum(manifest.characters for manifest in manifests),
+            left_out=LeftOut(
+                empty=sum(one.empty for one in left_out),
+                short=sum(one.short for one in left_out),
+                duplicate=sum(one.duplicate for one in left_out) + duplicates,
+                malformed=dict(sorted(malformed.items())),
+                first_malformed=[fault for one in left_out for fault in one.first_malformed][:REPORTED],
+            ),
+            arguments=Arguments(
+                append_eod=given[0].append_eod,
+                prepend_bos=given[0].prepend_bos,
+                min_tokens=min(one.min_tokens for one in given),
+                dedup=dedup,
+                shuffle_documents=seed,
+                shard=None,
+                on_error="skip" if any(one.on_error == "skip" for one in given) else "stop",
+            ),
+            inputs=[record for manifest in manifests for record in manifest.inputs],
+            files=files,
+            versions=versions(),
+        )
+    )

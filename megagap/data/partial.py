@@ -1,0 +1,262 @@
+"""A ``.bin``/``.idx`` pair while it is being written: how it is locked, continued after a kill, and published.
+
+``PREFIX.partial.*`` are its files: ``tokens`` (the ``.bin`` to be), ``lengths`` and ``documents`` (the parts of the
+``.idx``, on disk so that memory does not grow with the number of documents), ``index``, ``manifest``, and what else its
+writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megagap.data.format import BLOCK, CODE_OF_DTYPE, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION
+from megagap.errors import DataError
+from megagap.files import Lock, LockedError, publish
+
+PARTS = ("tokens", "lengths", "documents")
+"""What a pair is written to."""
+COPIED_BYTES = 1 << 23
+"""Read at a time when a whole file is passed over."""
+
+
+def lock_pair(prefix: str) -> Lock:
+    """The right to write the pair, until it is released. Raises :class:`DataError` naming the holder."""
+    try:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        return Lock(f"{prefix}.lock")
+    except LockedError as error:
+        raise DataError(
+            f"{prefix} is being written by {error.holder}\n  wait for it to end, stop it, or choose another prefix."
+        ) from None
+    except OSError as error:
+        raise cannot_write(prefix, error) from error
+
+
+def cannot_write(prefix: str, error: OSError) -> DataError:
+    return DataError(f"cannot write {prefix}.bin and .idx: {error.strerror}")
+
+
+def partial_path(prefix: str, part: str) -> Path:
+    """Matches neither ``*.bin`` nor ``*.idx`` nor ``*.json``."""
+    return Path(f"{prefix}.partial.{part}")
+
+
+def remove_partial(prefix: str) -> bool:
+    """Remove what an earlier writer left unfinished; whether there was anything. The caller holds the lock."""
+    path = Path(partial_path(prefix, ""))
+    found = [entry for entry in path.parent.iterdir() if entry.name.startswith(path.name)]
+    for entry in found:
+        entry.unlink()
+    return bool(found)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How much of a pair has been written and synced."""
+
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
+    open: int = 0
+    """Tokens, counted in ``tokens``, of a sequence that has not ended."""
+    checksum: str = ""
+    """xxh3_64 of the tokens' bytes."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a finished pair."""
+
+    size: int
+    checksum: str
+    """xxh3_64, as 16 hexadecimal digits."""
+
+
+class PartialPair:
+    """Appends to the partial files of ``prefix``, whose lock the caller holds; from ``position`` on if one is given.
+
+    ``stem`` begins the names of its parts, where a prefix has two. Raises :class:`DataError` if the files do not hold
+    what ``position`` says. All writing may raise OSError.
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype[Any], position: Position | None = None, stem: str = "") -> None:
+        self.prefix = prefix
+        self._paths = {part: partial_path(prefix, stem + part) for part in PARTS}
+        self.dtype = dtype
+        at = position or Position()
+        self._tokens, self._sequences, self._documents, self._open = at.tokens, at.sequences, at.documents, at.open
+        self._hash = xxhash.xxh3_64()
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            for part in PARTS:
+                mode: Literal["wb", "r+b"] = "wb" if position is None else "r+b"
+                self._files[part] = open(self._paths[part], mode, buffering=1 << 20)  # noqa: SIM115
+            if position is not None:
+                self._continue_at(position)
+        except BaseException:
+            self.close()
+            raise
+
+    def _continue_at(self, position: Position) -> None:
+        sizes = (position.tokens * self.dtype.itemsize, position.sequences * 4, position.documents * 8)
+        for part, size in zip(PARTS, sizes, strict=True):
+            file = self._files[part]
+            if file.seek(0, os.SEEK_END) < size:
+                raise DataError(f"{file.name} holds less than was written to it: it cannot be continued")
+            file.truncate(size)
+            file.seek(size)
+        for block in blocks_of(self._paths["tokens"]):
+            self._hash.update(block)
+        if self._hash.hexdigest() != position.checksum:
+            raise DataError(f"{self._files['tokens'].name} does not hold what was written to it: it was damaged")
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the sequence that was begun and has not ended."""
+        return self._open
+
+    @property
+    def sequences(self) -> int:
+        return self._sequences
+
+    @property
+    def documents(self) -> int:
+        return self._documents
+
+    def add_tokens(self, tokens: NDArray[Any]) -> None:
+        """Append to the sequence that :meth:`end_sequence` will end."""
+        self._append(tokens)
+        self._open += len(tokens)
+
+    def end_sequence(self) -> None:
+        self._end_sequences(np.array([self._open], np.int64))
+        self._open = 0
+
+    def end_document(self) -> None:
+        """End a document with the sequences added since the last one ended."""
+        self._end_documents(np.array([self._sequences], np.int64))
+
+    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Documents of one sequence each, laid end to end; all lengths are positive or zero and sum to the tokens."""
+        assert not self._open
+        first = self._sequences
+        self._append(tokens)
+        self._end_sequences(lengths)
+        self._end_documents(np.arange(first + 1, first + len(lengths) + 1))
+
+    def add_pair(self, tokens: NDArray[Any], lengths: NDArray[np.int32], ends: NDArray[np.int64]) -> None:
+        """All of another pair: its tokens, its sequences' lengths, and where its documents end in sequences."""
+        first = self._sequences
+        for start in range(0, len(tokens), COPIED_BYTES):
+            self._append(tokens[start : start + COPIED_BYTES])
+        for start in range(0, len(lengths), BLOCK):
+            self._end_sequences(lengths[start : start + BLOCK].astype(np.int64))
+        for start in range(0, len(ends), BLOCK):
+            self._end_documents(ends[start : start + BLOCK] + first)
+
+    def _append(self, tokens: NDArray[Any]) -> None:
+        assert tokens.dtype == self.dtype, tokens.dtype
+        data = np.ascontiguousarray(tokens).view(np.uint8).data
+        self._files["tokens"].write(data)
+        self._hash.update(data)
+        self._tokens += len(tokens)
+
+    def _end_sequences(self, lengths: NDArray[np.int64]) -> None:
+        if lengths.size and lengths.max() > LONGEST_SEQUENCE:
+            raise DataError(
+                f"a sequence of {int(lengths.max()):,} tokens is too long for {self.prefix}.idx: "
+                f"at most {LONGEST_SEQUENCE:,}"
+            )
+        self._files["lengths"].write(lengths.astype("<i4").data)
+        self._sequences += len(lengths)
+
+    def _end_documents(self, ends: NDArray[np.int64]) -> None:
+        self._files["documents"].write(ends.astype("<i8").data)
+        self._documents += len(ends)
+
+    def sync(self) -> Position:
+        """Make what was written durable."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return Position(self._tokens, self._sequences, self._documents, self._open, self._hash.hexdigest())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
+                file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_index(prefix: str, dtype: np.dtype[Any], position: Position) -> dict[str, Written]:
+    """Write the ``.idx`` to be of a partial pair that is closed; what ``.bin`` and ``.idx`` will be."""
+    assert not position.open
+    hash_ = xxhash.xxh3_64()
+    with open(partial_path(prefix, "index"), "wb") as file:
+        for block in _index(prefix, dtype, position):
+            file.write(block)
+            hash_.update(block)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return {
+        ".bin": Written(position.tokens * dtype.itemsize, position.checksum),
+        ".idx": Written(size, hash_.hexdigest()),
+    }
+
+
+def _index(prefix: str, dtype: np.dtype[Any], position: Position) -> Iterator[bytes]:
+    yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], position.sequences, position.documents + 1)
+    lengths = partial_path(prefix, "lengths")
+    yield from blocks_of(lengths)
+    start = 0
+    for block in blocks_of(lengths):
+        stops = start + np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * dtype.itemsize
+        yield np.concatenate(([start], stops[:-1])).astype("<i8").tobytes()
+        start = int(stops[-1])
+    yield bytes(8)
+    yield from blocks_of(partial_path(prefix, "documents"))
+
+
+def publish_pair(prefix: str) -> None:
+    """Give complete partial files their names; goes on where it was interrupted. The caller holds the lock."""
+    if partial_path(prefix, "tokens").exists():
+        # An old index or manifest must not stand beside new tokens, should we be killed in between.
+        for ending in (".idx", ".json"):
+            Path(prefix + ending).unlink(missing_ok=True)
+        publish(partial_path(prefix, "tokens"), f"{prefix}.bin")
+    for part, ending in (("index", ".idx"), ("manifest", ".json")):
+        if partial_path(prefix, part).exists():
+            publish(partial_path(prefix, part), f"{prefix}{ending}")
+    remove_partial(prefix)
+
+
+def blocks_of(path: str | Path) -> Iterator[bytes]:
+    """The bytes of a file, in blocks of whole entries."""
+    with open(path, "rb") as file:
+        while block := file.read(COPIED_BYTES):
+            yield block
+
+
+def checksum_of(path: str | Path) -> str:
+    """xxh3_64 of a file, as 16 hexadecimal digits."""
+    hash_ = xxhash.xxh3_64()
+    for block in blocks_of(path):
+        hash_.update(block)
+    return hash_.hexdigest()

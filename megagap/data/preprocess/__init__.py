@@ -1,0 +1,149 @@
+"""Text to ``.bin``/``.idx`` pairs, one for each key, at the speed of the tokenizer.
+
+The parent reads files and cuts them into units of about a megabyte (``units``), worker processes parse and encode these
+(``encoder``, ``workers``), the parent writes their tokens in input order. Reading, encoding and writing overlap, and at
+most a few units a worker are under way, so memory does not grow with the input. Now and then a journal says how far the
+partial files have come (``journal``), so that a run that was killed can be continued. At the end the documents may be
+put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, get_args
+
+from megagap.data.inputs import find_inputs, shard
+from megagap.data.manifest import Arguments, Manifest, OnError
+from megagap.data.partial import lock_pair
+from megagap.data.preprocess.fast import Fast
+from megagap.data.preprocess.run import Run
+from megagap.data.tokenizer import load_tokenizer
+from megagap.errors import DataError
+
+__all__ = ["Fast", "OnError", "Pair", "Summary", "preprocess"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A ``.bin``/``.idx`` pair that was written."""
+
+    prefix: str
+    documents: int
+    empty: int
+    """Documents without text, left out."""
+    tokens: int
+    short: int = 0
+    """Documents of too few tokens, left out."""
+    duplicate: int = 0
+    """Documents that were there before, left out."""
+
+    @classmethod
+    def of(cls, prefix: str, manifest: Manifest) -> Self:
+        left_out = manifest.left_out
+        counts = (left_out.empty, manifest.tokens, left_out.short, left_out.duplicate)
+        return cls(prefix, manifest.documents, *counts)
+
+    def __str__(self) -> str:
+        counts = ((self.empty, "empty"), (self.short, "too short"), (self.duplicate, "repeated"))
+        left_out = ", ".join(f"{count:,} {name}" for count, name in counts if count)
+        left_out = f" ({left_out} left out)" if left_out else ""
+        return f"{self.prefix}: {self.documents:,} documents{left_out}, {self.tokens:,} tokens"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written, and what was not."""
+
+    pairs: tuple[Pair, ...]
+    """In the order of the keys."""
+    skipped: int
+    """Documents that were malformed or lacked a text, left out of all pairs."""
+    first_skipped: tuple[str, ...]
+    """File, line and fault of the first of them."""
+    input_bytes: int
+    """Of compressed files, the compressed bytes."""
+    seconds: float
+    notes: tuple[str, ...] = ()
+    """What else there is to know."""
+
+    def __str__(self) -> str:
+        megabytes = self.input_bytes / 1e6
+        speed = f"{megabytes:,.1f} MB in {self.seconds:.1f} s ({megabytes / max(self.seconds, 1e-9):.1f} MB/s)"
+        return "\n".join(f"{pair} from {speed}" for pair in self.pairs)
+
+
+def preprocess(
+    inputs: Sequence[str | Path],
+    output_prefix: str,
+    tokenizer: str,
+    keys: Sequence[str] = ("text",),
+    append_eod: bool = False,
+    workers: int = 1,
+    on_error: OnError = "stop",
+    show_progress: bool = False,
+    *,
+    prepend_bos: bool = False,
+    min_tokens: int = 0,
+    shuffle_documents: int | None = None,
+    dedup: bool = False,
+    part: tuple[int, int] | None = None,
+    fast: Fast = "off",
+    resume: bool = False,
+) -> Summary:
+    """Write ``{output_prefix}_{key}_document.bin``, ``.idx`` and ``.json`` for each key, in input order.
+
+    ``inputs`` are files, folders and patterns (:func:`find_inputs`); ``tokenizer`` is a specification for
+    :func:`load_tokenizer`. ``append_eod`` and ``prepend_bos`` put its special ids around each document. Documents of
+    fewer than ``min_tokens`` tokens are left out, with ``dedup`` those whose tokens were there before; the rest is
+    shuffled by the seed ``shuffle_documents``. ``part`` (i, n) makes part i of n, from 0, whose name is
+    ``{output_prefix}-{i}-of-{n}``, with five digits. ``resume`` goes on where a killed run of the same arguments
+    stopped, and does nothing if that had finished.
+
+    Raises :class:`DataError` naming file and line of a document that is malformed or lacks a key, unless ``on_error``
+    is ``skip`` and others are fine, and of an input file that is cut short or damaged, in any case. What an error
+    leaves behind is kept for ``resume`` if there is more than a little of it; no file has a final name then.
+    """
+    assert on_error in get_args(OnError), on_error
+    started = time.monotonic()
+    if len({*keys}) < len(keys):
+        raise DataError(f"the keys {', '.join(keys)} are not distinct: each is to be a file of its own")
+    files = find_inputs(inputs)
+    if part is not None:
+        if dedup or shuffle_documents is not None:
+            raise DataError(
+                "a shard sees only its own documents: neither can repeated ones be left out, nor all be shuffled\n"
+                "  leave that to tools/merge_datasets.py, which has the same options."
+            )
+        files = shard(files, *part)
+        output_prefix = f"{output_prefix}-{part[0]:05}-of-{part[1]:05}"
+    reference = load_tokenizer(tokenizer)
+    if append_eod and reference.eod is None:
+        raise DataError(f"the tokenizer {tokenizer} has no end-of-text token to append")
+    if prepend_bos and reference.bos is None:
+        raise DataError(f"the tokenizer {tokenizer} has no begin-of-text token to prepend")
+    arguments = Arguments(
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
+        min_tokens=min_tokens,
+        dedup=dedup,
+        shuffle_documents=shuffle_documents,
+        shard=f"{part[0]}/{part[1]}" if part else None,
+        on_error=on_error,
+    )
+    prefixes = [f"{output_prefix}_{key}_document" for key in keys]
+    with ExitStack() as stack:
+        for prefix in prefixes:
+            stack.callback(lock_pair(prefix).release)
+        run = Run(files, prefixes, list(keys), reference, arguments)
+        manifests = run(fast, workers, resume, show_progress)
+    left_out = manifests[0].left_out
+    return Summary(
+        tuple(Pair.of(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True)),
+        sum(left_out.malformed.values()),
+        tuple(left_out.first_malformed),
+        sum(file.share for file in files),
+        time.monotonic() - started,
+        tuple(run.notes),
+    )

@@ -1,0 +1,67 @@
+"""Whether gigatoken may stand in for a tokenizer's own library: only if its ids are the same on this very input."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Literal
+
+from megagap.data.documents import Fault, documents_of, text_of
+from megagap.data.inputs import Input, is_plain_lines
+from megagap.data.tokenizer import TextEncoder, Tokenizer
+from megagap.data.tokenizer.fast import FastEncoder, FastSource
+from megagap.data.units import Unit, read_units
+from megagap.errors import DataError
+
+Fast = Literal["auto", "on", "off"]
+"""Use gigatoken if it can be and its ids are the same, insist on it, or not."""
+
+SAMPLES = 16
+SAMPLE_BYTES = 1 << 17
+"""Of each sample; together they take less than a second."""
+
+
+def choose_encoder(
+    reference: Tokenizer, fast: Fast, inputs: Sequence[Input], keys: Sequence[str]
+) -> tuple[TextEncoder, str | None]:
+    """``reference`` or a faster one of the same ids on samples of ``inputs``; for ``auto``, why it is not the latter.
+
+    Raises :class:`DataError` if ``fast`` is ``on`` and it cannot be.
+    """
+    if fast == "off":
+        return reference, None
+    try:
+        encoder = FastEncoder(FastSource.of(reference))
+        texts = [text for unit in _samples(inputs, keys) for text in _texts(unit, keys)]
+        if inputs and not texts:
+            raise DataError("there is no sample of the input to compare gigatoken on")
+        encoder.check(reference, texts)
+    except DataError as error:
+        if fast == "on":
+            raise DataError(f"--fast on cannot be: {error.args[0]}") from None
+        return reference, f"the tokenizer's own library is used: {error.args[0]}"
+    return encoder, None
+
+
+def _samples(inputs: Sequence[Input], keys: Sequence[str]) -> Iterator[Unit]:
+    """Units from all over the inputs: from the start of files, and where there are few, from within."""
+    files = [file for file in inputs if file.size]
+    files = [files[len(files) * i // SAMPLES] for i in range(SAMPLES)] if len(files) > SAMPLES else files
+    places = SAMPLES // max(len(files), 1)
+    for file in files:
+        parts = [file]
+        if places > 1 and file.share > SAMPLES * SAMPLE_BYTES and is_plain_lines(file.path):
+            parts = [replace(file, start=file.start + file.share * i // places) for i in range(places)]
+        for part in parts:
+            yield from islice(read_units([part], keys, splits_texts=True, unit_bytes=SAMPLE_BYTES), 1)
+
+
+def _texts(unit: Unit, keys: Sequence[str]) -> Iterator[str]:
+    """Those that can be read; the others come up when they are to be written."""
+    if unit.kind == "text":
+        text = text_of(unit)
+        if not isinstance(text, Fault):
+            yield text
+        return
+    for document in documents_of(unit, keys):
+        if not isinstance(document, Fault):
+            yield from document

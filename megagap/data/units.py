@@ -1,0 +1,261 @@
+"""Inputs cut into units of work of about as many bytes, each of which can be parsed and encoded by itself.
+
+A unit is whole lines of a JSON-lines file, whole rows of a Parquet file, or a piece of a plain text. How inputs are cut
+depends on nothing but them. Each unit says where the next one starts, so that reading can go on there in another run.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from megagap.data.inputs import (
+    BYTE_ORDER_MARK,
+    READING_ERRORS,
+    Content,
+    Input,
+    Kind,
+    cannot_read_on,
+    open_content,
+)
+from megagap.data.partial import checksum_of
+from megagap.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+UNIT_BYTES = 1 << 20
+ROWS_AT_A_TIME = 1000
+
+TEXT_CUT = re.compile(rb"[!-~](?= )")
+"""Where a text may be cut: between a visible ASCII character and a blank (``Tokenizer.splits_at_blanks``)."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a unit starts."""
+
+    input: int = 0
+    """Number of the input; that of all inputs for the end."""
+    offset: int = 0
+    """Bytes of its content, or rows, that come before, counted from where the reading of this input begins."""
+    line: int = 1
+    """Number of the line, or row, counted from there."""
+    checksum: str = ""
+    """xxh3_64 of the content before."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    input: int
+    path: str
+    kind: Kind
+    data: bytes
+    """Lines, a piece of text, or rows in Arrow's IPC format."""
+    line: int
+    """Number of the first line, or row."""
+    size: int
+    """Bytes of the file that were read for it."""
+    next: Mark
+    begins: bool = False
+    """Of a piece of text: it is the first of its document."""
+    ends: bool = False
+    file_checksum: str | None = None
+    """Of the last unit of an input: xxh3_64 of all bytes that were read of the file."""
+
+
+def read_units(
+    inputs: Sequence[Input],
+    columns: Sequence[str],
+    splits_texts: bool,
+    start: Mark | None = None,
+    unit_bytes: int = UNIT_BYTES,
+) -> Iterator[Unit]:
+    """The units of ``inputs`` from ``start`` on. ``columns`` are read of Parquet files.
+
+    A plain text is cut at :data:`TEXT_CUT` if ``splits_texts``, else it is one unit. Raises :class:`DataError` where a
+    file cannot be read on, has changed since it was listed, or, before ``start``, since then.
+    """
+    mark = start or Mark()
+    for number in range(mark.input, len(inputs)):
+        at = mark if number == mark.input else Mark(number)
+        with open_content(inputs[number].path) as content:
+            yield from _read_input(inputs[number], content, at, columns, splits_texts, unit_bytes)
+
+
+def _read_input(
+    file: Input, content: Content, at: Mark, columns: Sequence[str], splits_texts: bool, unit_bytes: int
+) -> Iterator[Unit]:
+    if content.kind == "rows":
+        units = _read_rows(file, content, at, columns, unit_bytes)
+    else:
+        units = _read_bytes(file, content, at, splits_texts, unit_bytes)
+    yield from units
+    if file.size is None:
+        return
+    try:
+        size = os.stat(file.path).st_size
+    except OSError as error:
+        raise DataError(f"cannot read {file.path}: {error.strerror}") from None
+    if size != file.size:
+        raise DataError(f"{file.path} had {file.size:,} bytes at the start and has {size:,} now: it changed meanwhile")
+
+
+def _read_bytes(file: Input, content: Content, at: Mark, splits_texts: bool, unit_bytes: int) -> Iterator[Unit]:
+    """Lines or a text. The last unit may be empty."""
+    is_text = content.kind == "text"
+    line, hash_ = at.line, xxhash.xxh3_64()
+    try:
+        left = _begin(file, content)
+        _skip(file, content, at, hash_)
+        offset = at.offset
+        counted = 0
+        pending: list[bytes] = []
+        """What was read, but for want of a place to cut is not yet in a unit."""
+        while True:
+            wanted = unit_bytes if left is None else min(unit_bytes, max(left - offset - sum(map(len, pending)), 0))
+            block = content.read(wanted)
+            is_last = len(block) < unit_bytes
+            if left is not None and is_last and (end := block or (pending or [b""])[-1]) and not end.endswith(b"\n"):
+                block += content.readline()  # the line that starts in our part and ends in the next
+            cut = len(block) if is_last else _last_cut(block, is_text, splits_texts)
+            if not cut and not is_last:
+                pending.append(block)
+                continue
+            data = b"".join((*pending, block[:cut]))
+            pending = [block[cut:]] if cut < len(block) else []
+            hash_.update(data)
+            unit = Unit(
+                at.input,
+                file.path,
+                content.kind,
+                data.removeprefix(BYTE_ORDER_MARK) if not offset and not file.start else data,
+                line,
+                content.bytes_read - counted,
+                Mark(at.input, offset + len(data), line + data.count(b"\n"), hash_.hexdigest()),
+                begins=is_text and not offset,
+                ends=is_text and is_last,
+            )
+            offset, line, counted = unit.next.offset, unit.next.line, content.bytes_read
+            if is_last:
+                # Of a part of a file, what was read ahead counts too; the sum of its lines is what can be checked.
+                checksum = content.file_checksum if file.is_whole else hash_.hexdigest()
+                yield replace(unit, next=Mark(at.input + 1), file_checksum=checksum)
+                return
+            yield unit
+    except READING_ERRORS as error:
+        raise cannot_read_on(file.path, line - 1 + b"".join(pending).count(b"\n"), error) from None
+
+
+def _begin(file: Input, content: Content) -> int | None:
+    """Go to the first line of a part of a file; the bytes from there to its end, None for those of the whole file."""
+    if file.is_whole:
+        return None
+    content.skip_to(max(file.start - 1, 0))
+    skipped = len(content.readline()) - 1 if file.start else 0
+    assert file.size is not None
+    return max((file.size if file.stop is None else file.stop) - file.start - skipped, 0)
+
+
+def _skip(file: Input, content: Content, at: Mark, hash_: "xxhash.xxh3_64") -> None:
+    """Read over what an earlier run has dealt with."""
+    left = at.offset
+    while left and (block := content.read(min(left, UNIT_BYTES))):
+        hash_.update(block)
+        left -= len(block)
+    if at.offset and (left or hash_.hexdigest() != at.checksum):
+        raise changed(file.path)
+
+
+def changed(path: str) -> DataError:
+    return DataError(
+        f"{path} has changed since the interrupted run read it\n  restore it to go on, or start again without --resume."
+    )
+
+
+def _last_cut(block: bytes, is_text: bool, splits_texts: bool) -> int:
+    """Where the last unit that ends in ``block`` ends; 0 if none does."""
+    if not is_text:
+        return block.rfind(b"\n") + 1
+    if splits_texts:
+        for window in range(len(block) - 4096, -4096, -4096):
+            matches = list(TEXT_CUT.finditer(block, max(window, 0), window + 4097))
+            if matches:
+                return matches[-1].end()
+    return 0
+
+
+def _read_rows(file: Input, content: Content, at: Mark, columns: Sequence[str], unit_bytes: int) -> Iterator[Unit]:
+    """Rows of a Parquet file. A unit may be empty."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{file.path} is a Parquet file, and pyarrow cannot be imported ({error})\n"
+            "  install it with pip install 'megagap[parquet]'."
+        ) from None
+    if content.is_compressed or file.size is None:
+        raise DataError(f"{file.path} is a compressed Parquet file or comes from a pipe: it can only be read as a file")
+    row = 0
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            missing = [column for column in columns if column not in table.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    f"{file.path} has no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}"
+                )
+            size_of_row = file.size / max(table.metadata.num_rows, 1)
+            for batch in _batches(table, columns, at.offset):
+                row = batch.first
+                for rows in _slices(batch.rows, unit_bytes):
+                    sink = io.BytesIO()
+                    with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
+                        stream.write_batch(rows)
+                    row += rows.num_rows
+                    data, mark = sink.getvalue(), Mark(at.input, row, row + 1)
+                    size = int(rows.num_rows * size_of_row)
+                    yield Unit(at.input, file.path, "rows", data, row - rows.num_rows + 1, size, mark)
+        checksum = checksum_of(file.path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{file.path} cannot be read beyond row {row:,}: {error}\n"
+            "  the file is cut short or damaged (disk full? copy interrupted?). Copy or make it again."
+        ) from None
+    yield Unit(at.input, file.path, "rows", b"", row + 1, 0, Mark(at.input + 1), file_checksum=checksum)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    first: int
+    """Rows before it."""
+    rows: Any
+
+
+def _batches(table: "ParquetFile", columns: Sequence[str], skipped: int) -> Iterator[_Batch]:
+    """The rows after the first ``skipped``; row groups that lie before are not read."""
+    first = 0
+    for group in range(table.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        if first + count <= skipped:
+            first += count
+            continue
+        for rows in table.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=list(columns)):
+            over = min(max(skipped - first, 0), rows.num_rows)
+            if over < rows.num_rows:
+                yield _Batch(first + over, rows.slice(over))
+            first += rows.num_rows
+
+
+def _slices(rows: Any, unit_bytes: int) -> Iterator[Any]:
+    """``rows`` in parts of about ``unit_bytes``, whatever the batches of the reader: halved until small enough."""
+    if rows.nbytes <= unit_bytes or rows.num_rows < 2:
+        yield rows
+        return
+    half = rows.num_rows // 2
+    yield from _slices(rows.slice(0, half), unit_bytes)
+    yield from _slices(rows.slice(half), unit_bytes)

@@ -1,0 +1,38 @@
+"""The adapter for datatrove: two local tasks and a merge are what preprocessing gives."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove", reason="pip install megagap[curate]")
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+
+from megagap.data.datatrove import TokenFileWriter
+from megagap.data.manifest import read_manifest
+from megagap.data.merge import merge_datasets
+from megagap.data.preprocess import preprocess
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
+    tmp_path: Path, texts: list[str], tokenizer_folder: Path, workers: int
+) -> None:
+    for i in range(2):  # datatrove deals whole files out to tasks
+        lines = [json.dumps({"text": texts[j % 4] + f" {i} {j}"}) for j in range(100)]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / f"in/{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    pipeline = [JsonlReader(str(tmp_path / "in")), TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder))]
+    executor = LocalPipelineExecutor(pipeline, tasks=2, workers=workers, logging_dir=str(tmp_path / "log"))
+    executor.run()
+    shards = [str(tmp_path / f"web-0000{i}-of-00002_text_document") for i in range(2)]
+    merge_datasets(shards, str(tmp_path / "merged"))
+    preprocess([tmp_path / "in"], str(tmp_path / "whole"), str(tokenizer_folder), append_eod=True)
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"merged{ending}").read_bytes() == (tmp_path / f"whole_text_document{ending}").read_bytes()
+    manifest = read_manifest(tmp_path / "merged")
+    assert manifest and manifest.documents == 200
+    assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))

@@ -1,0 +1,134 @@
+"""gigatoken is used only where its ids are those of the tokenizer's own library."""
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megagap.data.preprocess import preprocess
+from megagap.data.tokenizer import fast as module
+from megagap.data.tokenizer import fingerprint, load_tokenizer
+from megagap.data.tokenizer.fast import FastEncoder, FastSource
+from megagap.errors import DataError
+
+pytest.importorskip("gigatoken")
+
+
+@pytest.mark.parametrize("kind", ["bpe_of_lines", "rank_file", "sentencepiece_model"])
+def test_ids_are_those_of_the_reference(request: pytest.FixtureRequest, lines: list[str], kind: str) -> None:
+    reference = load_tokenizer(request.getfixturevalue(kind))
+    fast = FastEncoder(FastSource.of(reference))
+    fast.check(reference, lines)
+    expected, lengths = reference.encode_flat(lines)
+    found, found_lengths = fast.encode_flat(lines)
+    assert np.array_equal(expected, found) and np.array_equal(lengths, found_lengths)
+
+
+def test_llama_3_ids_are_those_of_the_reference(lines: list[str]) -> None:
+    llama3 = pytest.importorskip("llama_models.llama3.tokenizer")
+    reference = load_tokenizer(Path(llama3.__file__).with_name("tokenizer.model"))
+    FastEncoder(FastSource.of(reference)).check(reference, [*lines, "a <|end_of_text|> written out"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_of_all_back_ends_for_one_vocabulary_are_the_same(
+    tmp_path: Path, corpus: Path, rank_file: Path, workers: int
+) -> None:
+    """The rank file by tiktoken and gigatoken, and as a tokenizer.json by tokenizers and gigatoken."""
+    (tmp_path / "same.json").write_text(module.json_of_ranks(load_tokenizer(rank_file).vocabulary()))
+    written = []
+    for i, (tokenizer, fast) in enumerate(
+        [(rank_file, "off"), (rank_file, "on"), (tmp_path / "same.json", "off"), (tmp_path / "same.json", "on")]
+    ):
+        preprocess([corpus], str(tmp_path / str(i)), str(tokenizer), workers=workers, fast=fast)  # type: ignore[arg-type]
+        written.append([(tmp_path / f"{i}_text_document{ending}").read_bytes() for ending in (".bin", ".idx")])
+    assert all(files == written[0] for files in written)
+    assert fingerprint(load_tokenizer(rank_file)) == fingerprint(load_tokenizer(tmp_path / "same.json"))
+
+
+class Wrong(FastEncoder):
+    def encode_flat(self, texts: Any) -> Any:
+        tokens, lengths = super().encode_flat(texts)
+        wrong = np.array(tokens)
+        wrong[np.cumsum(lengths)[["whisky" in text for text in texts]] - 1] = 0
+        return wrong, lengths
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megagap.data.preprocess import fast
+
+    monkeypatch.setattr(fast, "FastEncoder", Wrong)
+
+
+def test_a_difference_on_the_input_refuses_or_falls_back(
+    tmp_path: Path, corpus: Path, bpe_of_lines: Path, wrong: None
+) -> None:
+    arguments: tuple[Any, ...] = ([corpus], str(tmp_path / "out"), str(bpe_of_lines))
+    with pytest.raises(DataError, match=r"--fast on cannot be: gigatoken 0.* gives other ids .* of 'Portez"):
+        preprocess(*arguments, fast="on")
+    assert not list(tmp_path.glob("out*"))
+    summary = preprocess(*arguments, fast="auto")
+    assert "the tokenizer's own library is used: gigatoken" in summary.notes[0]
+    preprocess([corpus], str(tmp_path / "off"), str(bpe_of_lines), fast="off")
+    assert (tmp_path / "out_text_document.bin").read_bytes() == (tmp_path / "off_text_document.bin").read_bytes()
+
+
+def test_a_difference_late_in_a_long_file_is_found(tmp_path: Path, bpe_of_lines: Path, wrong: None) -> None:
+    with open(tmp_path / "long.jsonl", "w") as file:
+        for i in range(60_000):
+            file.write(json.dumps({"text": f"{'whisky' if i > 55_000 else 'water'} {i}. " * 4}) + "\n")
+    with pytest.raises(DataError, match="gives other ids"):
+        preprocess([tmp_path / "long.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
+
+
+def test_without_gigatoken_on_is_refused_and_auto_goes_on(
+    tmp_path: Path, corpus: Path, bpe_of_lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *rest: Any) -> Any:
+        if name == "gigatoken":
+            raise ImportError("No module named 'gigatoken'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    arguments: tuple[Any, ...] = ([corpus], str(tmp_path / "out"), str(bpe_of_lines))
+    with pytest.raises(DataError, match=r"--fast on cannot be: gigatoken cannot be imported(.|\n)*megagap\[fast\]"):
+        preprocess(*arguments, fast="on")
+    assert "cannot be imported" in preprocess(*arguments, fast="auto").notes[0]
+
+
+def test_a_tokenizer_that_makes_gigatoken_panic_falls_back(
+    tmp_path: Path, corpus: Path, rank_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(source: str) -> None:
+        raise BaseException("panicked")  # as errors in Rust come to Python
+
+    import gigatoken
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", panic)
+    with pytest.raises(DataError, match=r"cannot take .*panicked"):
+        preprocess([corpus], str(tmp_path / "out"), str(rank_file), fast="on")
+    assert preprocess([corpus], str(tmp_path / "out"), str(rank_file), fast="auto").pairs[0].documents == 200
+
+
+def test_the_tool_uses_it_by_default(tmp_path: Path, corpus: Path, bpe_of_lines: Path) -> None:
+    tool = Path(__file__).parents[2] / "tools/preprocess_data.py"
+    command = [
+        sys.executable,
+        tool,
+        "--input",
+        corpus,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer",
+        bpe_of_lines,
+    ]
+    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True)
+    assert done.returncode == 0 and "own library" not in done.stderr, done.stderr

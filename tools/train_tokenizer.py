@@ -17,9 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines, Parquet, or plain text (*.txt)"
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, Parquet, or plain text")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.json into")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="key of the text (default: text)")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +118,9 @@ def read_texts(paths: Sequence[str | Path], key: str) -> Iterator[str]:
     Raises :class:`DataError` for a file that cannot be read, a document that is malformed or lacks its text, and plain
     text that is not UTF-8.
     """
-    # A BPE is trained on words: where a plain text is cut does not matter.
-    for unit in read_units(find_inputs(paths), [key], splits_texts=True):
+    # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
+    inputs = [replace(file, any_text=True) for file in find_inputs(paths)]
+    for unit in read_units(inputs, [key], splits_texts=True):
         if unit.kind == "text":
             text = text_of(unit)
             if isinstance(text, Fault):

@@ -69,6 +69,8 @@ class Input:
     start: int = 0
     stop: int | None = None
     """None for the end of the file."""
+    any_text: bool = False
+    """Whether it is plain text, whatever its name, if it does not start like JSON lines."""
 
     @property
     def is_whole(self) -> bool:
@@ -170,14 +172,14 @@ def lines_before(file: Input) -> int:
 class Content:
     """What a file holds, decompressed; a context manager. Reading raises :data:`READING_ERRORS`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, any_text: bool) -> None:
         self._file = _Summing(path)
         try:
             buffered = io.BufferedReader(self._file, BUFFER)
             decompressed = _decompressed(path, buffered)
             self.is_compressed = decompressed is not None
             self._stream = buffered if decompressed is None else io.BufferedReader(decompressed, BUFFER)
-            self.kind = _kind_of(path, self._stream.peek(LOOKED_AT))
+            self.kind = _kind_of(path, self._stream.peek(LOOKED_AT), any_text)
         except BaseException:
             self._file.close()
             raise
@@ -211,10 +213,13 @@ class Content:
         self._file.close()
 
 
-def open_content(path: str) -> Content:
-    """Open a file. Raises :class:`DataError` if it is compressed in a way that is not known, or damaged already."""
+def open_content(path: str, any_text: bool = False) -> Content:
+    """Open a file; ``any_text`` as in :class:`Input`.
+
+    Raises :class:`DataError` if it is compressed in a way that is not known, or damaged already.
+    """
     try:
-        return Content(path)
+        return Content(path, any_text)
     except READING_ERRORS as error:
         raise cannot_read_on(path, 0, error) from None
 
@@ -230,7 +235,7 @@ def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
     )
 
 
-def _kind_of(path: str, start: bytes) -> Kind:
+def _kind_of(path: str, start: bytes, any_text: bool) -> Kind:
     if start.startswith(PARQUET_MAGIC):
         return "rows"
     if start.startswith(UTF16_MARKS):
@@ -239,7 +244,8 @@ def _kind_of(path: str, start: bytes) -> Kind:
     for ending in COMPRESSED_ENDINGS:
         name = name.removesuffix(ending)
     if not name.endswith(".txt"):
-        return "lines"
+        is_json = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")
+        return "text" if any_text and not is_json else "lines"
     line = start.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")[0]
     try:
         return "lines" if isinstance(json.loads(line), dict) else "text"

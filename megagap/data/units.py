@@ -83,7 +83,7 @@ def read_units(
     mark = start or Mark()
     for number in range(mark.input, len(inputs)):
         at = mark if number == mark.input else Mark(number)
-        with open_content(inputs[number].path) as content:
+        with open_content(inputs[number].path, inputs[number].any_text) as content:
             yield from _read_input(inputs[number], content, at, columns, splits_texts, unit_bytes)
 
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -172,12 +173,15 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad_given, const Tensor&
                                        static_cast<float>(gain_scale), streaming(grad_x));
       }
     });
-    for (int64_t i = 0; i < rows.size; ++i) {
-      float sum = 0;
-      for (int64_t part = 0; part < blocks; ++part) {
-        sum += data<float>(partial)[part * rows.size + i];
+    std::vector<float> sums(rows.size, 0.0f);
+    for (int64_t part = 0; part < blocks; ++part) {
+      const float* own = data<float>(partial) + part * rows.size;
+      for (int64_t i = 0; i < rows.size; ++i) {
+        sums[i] += own[i];
       }
-      data<T>(grad_weight)[i] = from_float<T>(sum * static_cast<float>(gain_scale));
+    }
+    for (int64_t i = 0; i < rows.size; ++i) {
+      data<T>(grad_weight)[i] = from_float<T>(sums[i] * static_cast<float>(gain_scale));
     }
   });
   return {grad_x, grad_weight};

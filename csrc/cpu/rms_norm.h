@@ -145,7 +145,7 @@ void rms_norm_rows_backward(const T* grad, const T* grad_total, const T* x, int6
                             float gain_scale) {
   const Gains<T> gains(weight, size, gain_scale);
   const float* gain = gains.values();
-  constexpr int64_t kTogether = sizeof(T) == 4 ? 2 : 4;  // rows that stay in the first cache between the two passes
+  constexpr int64_t kTogether = 4;  // rows that stay in the caches between the two passes
   for (int64_t first = 0; first < rows; first += kTogether) {
     const int64_t together = rows - first < kTogether ? rows - first : kTogether;
     Vec dots[kTogether] = {};

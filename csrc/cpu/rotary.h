@@ -6,19 +6,20 @@ template <typename T, bool kStream>
 void rotary_halves(const T* x, T* y, const float* cos, const float* sin, const RotaryRows& given) {
   const RotaryRows form = given;
   const int64_t half = form.half;
-  for_each_vector(half, [&](int64_t i, auto count) {
-    const Vec cos_first = load(cos + i, count), cos_second = load(cos + half + i, count);
-    // What the other half is multiplied with: forward by its own sine, backward by the sine of the target of old.
-    const Vec into_first = form.backward ? load(sin + half + i, count) : -load(sin + i, count);
-    const Vec into_second = form.backward ? -load(sin + i, count) : load(sin + half + i, count);
-    for (int64_t head = 0; head < form.heads; ++head) {
-      const T* from = x + head * form.head_stride_in + i;
-      T* to = y + head * form.head_stride_out + i;
-      const Vec first = load(from, count), second = load(from + half, count);
-      put<kStream>(to, first * cos_first + second * into_first, count);
-      put<kStream>(to + half, second * cos_second + first * into_second, count);
-    }
-  });
+  const float* into_first = form.backward ? sin + half : sin;  // what the other half is multiplied with
+  const float* into_second = form.backward ? sin : sin + half;
+  const float sign = form.backward ? -1.0f : 1.0f;
+  for (int64_t head = 0; head < form.heads; ++head) {
+    const T* from = x + head * form.head_stride_in;
+    T* to = y + head * form.head_stride_out;
+    for_each_vector(half, [&](int64_t i, auto count) {
+      const Vec first = load(from + i, count), second = load(from + half + i, count);
+      const Vec turned_first = second * (sign * load(into_first + i, count));
+      const Vec turned_second = first * (sign * load(into_second + i, count));
+      put<kStream>(to + i, first * load(cos + i, count) - turned_first, count);
+      put<kStream>(to + half + i, second * load(cos + half + i, count) + turned_second, count);
+    });
+  }
 }
 
 template <typename T>

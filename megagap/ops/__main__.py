@@ -76,7 +76,10 @@ def explain(name: str, example: Example) -> tuple[str, str]:
             return "flash-attn", "it is installed"
         attention = import_module("megagap.ops.attention")
         if attention._blocks_pay(*example.inputs):
-            return "blocks of queries", f"trained on CPU, at most {attention.BLOCKED_UP_TO} tokens"
+            return (
+                "blocks of queries",
+                f"bf16 trained on CPU, {attention.BLOCKED_FROM} to {attention.BLOCKED_UP_TO} tokens",
+            )
         return "torch SDPA", "no flash-attn for these tensors"
     if compiled.fits(*tensors):
         return "megagap kernel", f"compiled for {device}"

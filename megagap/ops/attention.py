@@ -1,7 +1,7 @@
 """Scaled dot-product attention with grouped keys and values: flash-attn on GPUs that have it, else torch's own.
 
-On CPU, torch's is slow in the backward pass; for sequences that are not long, a few matrix products over blocks of
-queries are faster there. They keep the probabilities, whose memory grows with the square of the sequence.
+On CPU, torch's is slow in the backward pass in bf16; for sequences that are not long, a few matrix products over blocks
+of queries are faster there. They keep the probabilities, whose memory grows with the square of the sequence.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library
 
-BLOCKED_UP_TO = 1024
-"""Longest sequence that is computed in blocks on CPU, by measurement (docs/performance.md)."""
+BLOCKED_FROM, BLOCKED_UP_TO = 256, 1024
+"""Shortest and longest sequences that are computed in blocks on CPU, by measurement (docs/performance.md)."""
 
 BLOCK = 128
 """Queries in a block: what lies above the diagonal is computed within blocks only."""
@@ -31,8 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed: Tensor = flash.flash_attn_func(q, k, v, causal=causal)
         return mixed
     if causal and _blocks_pay(q, k, v):
-        blocked: Tensor = _Blocked.apply(q, k, v)
-        return blocked
+        return in_blocks(q, k, v)
     return reference(q, k, v)
 
 
@@ -46,10 +45,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ).transpose(1, 2)
 
 
+def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The causal :func:`reference` of whole sequences as matrix products over blocks of queries."""
+    mixed: Tensor = _Blocked.apply(q, k, v)
+    return mixed
+
+
 def _blocks_pay(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Only where there is a backward pass: forward alone, torch's is as fast and keeps nothing."""
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return compiled.AVAILABLE and q.device.type == "cpu" and trained and 1 < q.shape[1] <= BLOCKED_UP_TO
+    on_cpu = compiled.AVAILABLE and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return on_cpu and trained and BLOCKED_FROM <= q.shape[1] <= BLOCKED_UP_TO
 
 
 class _Blocked(torch.autograd.Function):

@@ -7,7 +7,8 @@ import torch
 from megagap.ops import attention, compiled
 
 _file = importlib.import_module("megagap.ops.attention")
-reference, blocks_pay, BLOCK, BLOCKED_UP_TO = _file.reference, _file._blocks_pay, _file.BLOCK, _file.BLOCKED_UP_TO
+reference, in_blocks, blocks_pay = _file.reference, _file.in_blocks, _file._blocks_pay
+BLOCK, BLOCKED_FROM, BLOCKED_UP_TO = _file.BLOCK, _file.BLOCKED_FROM, _file.BLOCKED_UP_TO
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="what comes with the compiled kernels")
 
 
@@ -40,8 +41,7 @@ def test_blocks_of_queries_give_values_and_gradients_of_torchs_attention(heads, 
     generator = torch.Generator().manual_seed(0)
     q, grad = (torch.randn(2, length, heads[0], 8, generator=generator, dtype=torch.float64) for _ in range(2))
     k, v = (torch.randn(2, length, heads[1], 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    assert blocks_pay(q.requires_grad_(), k, v)
-    for got, wanted in zip(results(attention, q, k, v, grad), results(reference, q, k, v, grad), strict=True):
+    for got, wanted in zip(results(in_blocks, q, k, v, grad), results(reference, q, k, v, grad), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -59,17 +59,21 @@ def test_in_bf16_blocks_err_no_more_than_eager_attention():
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 300, n, 32, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
     exact = results(reference, *(x.double() for x in inputs))
-    for got, other, true in zip(results(attention, *inputs), results(eager, *inputs), exact, strict=True):
+    for got, other, true in zip(results(in_blocks, *inputs), results(eager, *inputs), exact, strict=True):
         errors = [float((part.double() - true).square().mean().sqrt()) for part in (got, other)]
         assert errors[0] <= 1.05 * errors[1]
 
 
 @needs_kernels
-def test_without_a_backward_pass_or_for_long_sequences_torchs_attention_is_used():
-    q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
-    assert blocks_pay(q, k, v)
+def test_blocks_are_used_for_bf16_with_a_backward_pass_in_a_range_of_lengths_only():
+    def inputs(length, dtype=torch.bfloat16):
+        return [torch.randn(1, length, 1, 2).to(dtype).requires_grad_() for _ in range(3)]
+
+    assert blocks_pay(*inputs(BLOCKED_FROM)) and blocks_pay(*inputs(BLOCKED_UP_TO))
+    for length in (BLOCKED_FROM - 1, BLOCKED_UP_TO + 1):
+        assert not blocks_pay(*inputs(length))
+    assert not blocks_pay(*inputs(BLOCKED_FROM, torch.float32))
+    assert not blocks_pay(*(part.detach() for part in inputs(BLOCKED_FROM)))
     with torch.no_grad():
-        assert not blocks_pay(q, k, v)
-    assert not blocks_pay(*(part.detach() for part in (q, k, v)))
-    long = torch.randn(1, BLOCKED_UP_TO + 1, 1, 2, requires_grad=True)
-    assert not blocks_pay(long, long, long)
+        assert not blocks_pay(*inputs(BLOCKED_FROM))
+    assert torch.equal(attention(*(x := inputs(BLOCKED_FROM))), in_blocks(*x))

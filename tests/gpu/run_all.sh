@@ -39,6 +39,7 @@ else
     echo "NOTE: no compute-sanitizer, or no GPU for it"
 fi
 step benchmark "$PYTHON" tests/benchmarks/kernels.py --device "$device" --output "$reports"
+step training-step "$PYTHON" tests/benchmarks/step.py
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

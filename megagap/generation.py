@@ -179,7 +179,9 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
         return [] if tokenizer.bos is None else [tokenizer.bos]
     from tokenizers import Tokenizer as Backend
 
-    encoding = Backend.from_file(str(file)).encode("a")
+    backend = Backend.from_file(str(file))
+    backend.no_padding()  # else its filling would pass for the template's
+    encoding = backend.encode("a")
     return [
         token
         for token, _ in takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))

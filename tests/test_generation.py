@@ -170,6 +170,14 @@ def test_a_prompt_begins_as_transformers_begins_it(bpe, tmp_path: Path):
     assert encode_prompt(load_tokenizer(tmp_path), "") == [bos]
 
 
+def test_the_padding_that_a_tokenizer_json_asks_for_is_no_part_of_a_prompt(bpe, tmp_path: Path):
+    backend = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    backend.enable_padding(direction="left", length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    plain = load_tokenizer(bpe)
+    assert encode_prompt(load_tokenizer(tmp_path), "the") == encode_prompt(plain, "the")
+
+
 def test_sentencepiece_prompts_begin_with_their_begin_of_text(sentencepiece_model):
     tokenizer = load_tokenizer(sentencepiece_model)
     assert encode_prompt(tokenizer, "the") == [tokenizer.bos, *tokenizer.encode("the")]

@@ -157,6 +157,22 @@ def test_special_ids_that_are_none_are_refused_naming_the_field(tmp_path, ids):
         import_model(tmp_path / "hf", tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 300 + "1" + "}" * 300, "{", ""])
+def test_generation_settings_that_no_checkpoint_can_hold_are_refused_naming_the_file(tmp_path, text):
+    saved(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        import_model(tmp_path / "hf", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_heads_too_many_to_try_all_divisors_are_refused_at_once(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", num_attention_heads=2**60, num_key_value_heads=7)
+    with pytest.raises(CheckpointError, match="does not divide num_attention_heads"):
+        read_settings(tmp_path)
+
+
 def test_the_settings_of_transformers_4_are_read(tmp_path):
     saved(tmp_path)
     legacy = {"type": "llama3", **SCALING.model_dump()}

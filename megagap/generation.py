@@ -69,7 +69,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         )
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    below = logits.float() - logits.max().float()
+    probabilities = (below / max(sampling.temperature, 1e-30)).softmax(-1)  # fp32 has no much smaller divisors
     if sampling.top_p < 1:
         descending, order = probabilities.sort(descending=True)
         # A token stays if those before it do not reach top_p: the first always does.

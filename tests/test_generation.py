@@ -102,6 +102,11 @@ def test_sampling_follows_the_softmax_at_its_temperature():
     torch.testing.assert_close(frequencies(logits, Sampling(2.0)), expected / expected.sum(), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-6])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature):
+    assert frequencies(torch.tensor([-5.0, 30.0, 20.0]), Sampling(temperature), draws=20).tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 3]), (1e-9, [2])])
 def test_top_p_samples_from_the_smallest_set_of_likeliest_tokens_that_reaches_it(top_p, kept):
     probabilities = torch.tensor([0.3, 0.05, 0.5, 0.15], dtype=torch.float64)

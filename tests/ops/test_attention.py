@@ -73,3 +73,9 @@ def test_without_a_backward_pass_or_for_long_sequences_torchs_attention_is_used(
     assert not blocks_pay(*(part.detach() for part in (q, k, v)))
     long = torch.randn(1, BLOCKED_UP_TO + 1, 1, 2, requires_grad=True)
     assert not blocks_pay(long, long, long)
+
+
+def test_without_compiled_kernels_or_with_plain_operations_torchs_attention_is_used(monkeypatch):
+    monkeypatch.setattr(compiled, "AVAILABLE", False)
+    q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
+    assert not blocks_pay(q, k, v)

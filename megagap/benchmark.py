@@ -60,7 +60,7 @@ class Report:
                 for name, peak in peaks.items()
             },
             "memory_bytes": self.memory_bytes,
-            "tokens": "recipe" if has_data(self.settings) else "random",
+            "tokens": "random" if missing_data(self.settings) else "recipe",
             "hardware": environment(self.mesh),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "recipe": self.settings.model_dump(mode="json"),
@@ -76,7 +76,7 @@ class Report:
             ("step", f"{statistics.median(seconds):.3f} s (fastest {seconds[0]:.3f}, slowest {seconds[-1]:.3f})"),
             ("TFLOP/s a device", f"{numbers['tflops_per_device']:.3f}"),
             ("memory a device", f"{numbers['memory_bytes'] / 2**30:.2f} GiB"),
-            ("tokens", "the recipe's" if numbers["tokens"] == "recipe" else "random: the recipe's data is not there"),
+            ("tokens", f"random: {missing}" if (missing := missing_data(self.settings)) else "the recipe's"),
         ]
         for name, peak in numbers["peak_tflops"].items():
             shares = numbers["mfu"][name]
@@ -114,16 +114,17 @@ def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int) -> Report
     return Report(settings, mesh, seconds, measure_peak(settings, mesh), peak_memory_bytes(mesh.device))
 
 
-def has_data(settings: Settings) -> bool:
-    """Whether the recipe names data files that exist."""
+def missing_data(settings: Settings) -> str | None:
+    """Why the recipe's own data cannot be read, if so."""
     paths = [path for source in settings.data.sources for path in source.paths]
-    return bool(paths) and all(Path(f"{path}.idx").exists() for path in paths)
+    missing = [f"{path}.idx does not exist" for path in paths if not Path(f"{path}.idx").exists()]
+    return missing[0] if missing else None if paths else "the recipe names none"
 
 
 def batches(settings: Settings, mesh: Mesh) -> Callable[[int], Batch]:
     """From the number of a step's first sample to this rank's batch."""
     train = settings.train
-    if has_data(settings):
+    if missing_data(settings) is None:
         data = training_data(settings)
         loader = MicrobatchLoader(data, train.global_batch_size, train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
         return loader.step

@@ -69,7 +69,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         )
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    below = logits.float() - logits.max().float()
+    probabilities = (below / max(sampling.temperature, 1e-30)).softmax(-1)  # fp32 has no much smaller divisors
     if sampling.top_p < 1:
         descending, order = probabilities.sort(descending=True)
         # A token stays if those before it do not reach top_p: the first always does.
@@ -179,7 +180,9 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
         return [] if tokenizer.bos is None else [tokenizer.bos]
     from tokenizers import Tokenizer as Backend
 
-    encoding = Backend.from_file(str(file)).encode("a")
+    backend = Backend.from_file(str(file))
+    backend.no_padding()  # else its filling would pass for the template's
+    encoding = backend.encode("a")
     return [
         token
         for token, _ in takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))

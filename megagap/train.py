@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
+from megagap.errors import run_tool
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training import launch
@@ -70,4 +71,4 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(lambda: main(sys.argv[1:]))

@@ -102,6 +102,11 @@ def test_sampling_follows_the_softmax_at_its_temperature():
     torch.testing.assert_close(frequencies(logits, Sampling(2.0)), expected / expected.sum(), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-6])
+def test_a_temperature_next_to_0_takes_the_likeliest_token(temperature):
+    assert frequencies(torch.tensor([-5.0, 30.0, 20.0]), Sampling(temperature), draws=20).tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 3]), (1e-9, [2])])
 def test_top_p_samples_from_the_smallest_set_of_likeliest_tokens_that_reaches_it(top_p, kept):
     probabilities = torch.tensor([0.3, 0.05, 0.5, 0.15], dtype=torch.float64)
@@ -168,6 +173,14 @@ def test_a_prompt_begins_as_transformers_begins_it(bpe, tmp_path: Path):
     assert ids == AutoTokenizer.from_pretrained(tmp_path)("the")["input_ids"]
     assert ids[0] == bos
     assert encode_prompt(load_tokenizer(tmp_path), "") == [bos]
+
+
+def test_the_padding_that_a_tokenizer_json_asks_for_is_no_part_of_a_prompt(bpe, tmp_path: Path):
+    backend = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    backend.enable_padding(direction="left", length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    plain = load_tokenizer(bpe)
+    assert encode_prompt(load_tokenizer(tmp_path), "the") == encode_prompt(plain, "the")
 
 
 def test_sentencepiece_prompts_begin_with_their_begin_of_text(sentencepiece_model):

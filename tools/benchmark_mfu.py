@@ -15,6 +15,7 @@ from rich.console import Console
 
 from megagap.benchmark import benchmark
 from megagap.config import load_recipe, parse_overrides
+from megagap.errors import run_tool
 from megagap.files import make_folder, write_text, writing
 from megagap.train import make_mesh
 from megagap.training import launch
@@ -32,7 +33,7 @@ counting the whole attention square or its causal half, of the data sheet's peak
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", type=Path, help="TOML recipe; further --section.key value override it")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (3)")
@@ -59,4 +60,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(lambda: main(sys.argv[1:]))

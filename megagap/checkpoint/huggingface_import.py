@@ -240,9 +240,12 @@ def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) ->
             key = "rope_type" if key == "type" else key
             if merged.setdefault(key, inner) != inner:
                 raise _unusable(path, field, f"says {key} = {inner!r}, elsewhere it is {merged[key]!r}")
-    kind, theta = merged.pop("rope_type", "default"), merged.pop("rope_theta", 10000.0)
+    kind, theta = merged.pop("rope_type", None), merged.pop("rope_theta", 10000.0)
     if merged.pop("partial_rotary_factor", 1.0) != 1:
         raise _unusable(path, "partial_rotary_factor", "is set; only whole heads can be rotated")
+    if kind is None and merged:
+        raise _unusable(path, "rope_scaling", f"says {next(iter(merged))}, but no rope_type")
+    kind = kind or "default"
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "llama3":

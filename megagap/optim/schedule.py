@@ -18,7 +18,8 @@ def learning_rate(optim: Optim, steps: int, step: int) -> float:
         case "constant":
             return optim.lr
         case "linear" | "cosine":
-            return _fall(optim, optim.schedule, (step - optim.warmup_steps) / (steps - optim.warmup_steps))
+            # A warmup may take all steps, and a benchmark may go on beyond the last.
+            return _fall(optim, optim.schedule, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
         case "wsd":
             into_cooldown = step - (steps - optim.cooldown_steps)
             return (

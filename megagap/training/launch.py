@@ -40,8 +40,19 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
+        """Raises :class:`DistributedError` if the environment holds only a part of what torchrun sets."""
         names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
+        values = {name: os.environ.get(name, default) for name, default in names.items()}
+        torchruns = [*names, "MASTER_ADDR", "MASTER_PORT"]
+        if not all(value.isdecimal() for value in values.values()) or (
+            values["WORLD_SIZE"] != "1" and any(name not in os.environ for name in torchruns)
+        ):
+            found = ", ".join(f"{name}={os.environ[name]}" for name in torchruns if name in os.environ)
+            raise DistributedError(
+                f"the environment does not say where this process belongs: {found}\n"
+                "  start with torchrun, which sets it, or unset these variables for a run of one process."
+            )
+        return cls(*map(int, values.values()))
 
 
 def start(process: Process) -> torch.device:

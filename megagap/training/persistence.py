@@ -10,6 +10,7 @@ from megagap.checkpoint.state import Progress, RunState, read_model, read_run
 from megagap.config import Model, Settings
 from megagap.data.skipping import SampleNumbers
 from megagap.errors import CheckpointError, ConfigError
+from megagap.model.shapes import is_norm_gain
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator
@@ -92,11 +93,16 @@ def lost_steps(run: RunDirectory) -> int:
 
 
 def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
-    """Take the weights only, whatever precision they are stored in: a new run starts from them."""
+    """Take the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
     index = Index.read(folder)
-    refuse_another_model(read_model(folder, index), state.settings, folder)
+    saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
+    refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
     load_slices(folder, index, weights, cast=True)
+    if saved.norm_gain_scale != gain_scale:
+        for part in weights:
+            if is_norm_gain(part.shard.name):
+                part.tensor.mul_(saved.norm_gain_scale / gain_scale)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
 

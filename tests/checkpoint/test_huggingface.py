@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megagap.checkpoint import Index, save_checkpoint
@@ -50,6 +51,19 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3_scaling": {"rope_scaling": LLAMA3_SCALING},
 }
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_scaled_norm_gains_are_exported_as_the_run_computed_with_them(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    model, settings = reference(norm_gain_scale=20.0)
+    export(save_model(tmp_path / "checkpoint", model, settings, precision), tmp_path / "hf")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, master in model.state_dict().items():
+        computed_with = master.to(dtype)
+        is_gain = "norm" in name
+        assert torch.equal(exported[name], (20 * computed_with.float()).to(dtype) if is_gain else computed_with), name
 
 
 @pytest.mark.parametrize("max_shard_size", [10**9, 10_000])

@@ -149,12 +149,44 @@ def test_a_run_that_trains_an_imported_model_exports_the_ends_of_its_tokenizers_
     assert companions.end_ids() == {4, 5} and companions.special_ids["eos_token_id"] == [4, 5]
 
 
+@pytest.mark.parametrize("ids", ["x", [], {"vocab_size": 1}])
+def test_an_index_whose_special_ids_would_overwrite_other_settings_is_refused(tmp_path, ids):
+    state = {"hugging_face": {"special_ids": ids, "generation_config": {}}}
+    index = Index(files=(), tensors=(), state=state)
+    with pytest.raises(CheckpointError, match="does not hold special_ids and generation_config"):
+        companions_of(tmp_path, index, None, None)
+
+
 @pytest.mark.parametrize("ids", ["</s>", [1, "2"], True, 1.5])
 def test_special_ids_that_are_none_are_refused_naming_the_field(tmp_path, ids):
     saved(tmp_path / "hf")
     edit(tmp_path / "hf" / "generation_config.json", eos_token_id=ids)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is"):
         import_model(tmp_path / "hf", tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 300 + "1" + "}" * 300, "{", ""])
+def test_generation_settings_that_no_checkpoint_can_hold_are_refused_naming_the_file(tmp_path, text):
+    saved(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        import_model(tmp_path / "hf", tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_heads_too_many_to_try_all_divisors_are_refused_at_once(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", num_attention_heads=2**60, num_key_value_heads=7)
+    with pytest.raises(CheckpointError, match="does not divide num_attention_heads"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"factor": 8.0}, {"full_attention": {"rope_theta": 1e6}}])
+def test_rotary_settings_without_their_type_are_refused(tmp_path, settings):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", rope_parameters=settings)
+    with pytest.raises(CheckpointError, match=f"rope_scaling says {next(iter(settings))}, but no rope_type"):
+        read_settings(tmp_path)
 
 
 def test_the_settings_of_transformers_4_are_read(tmp_path):

@@ -87,6 +87,7 @@ def test_an_exported_rank_file_gives_the_same_ids_in_transformers(
     ours, theirs = load_tokenizer(rank_file), exported(rank_file, tmp_path / "hf")
     assert_agrees(ours, lines, theirs(lines, add_special_tokens=False)["input_ids"])
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
+    assert theirs.model_max_length == 64
 
 
 def test_an_exported_llama_3_rank_file_gives_the_same_ids_in_transformers(lines: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -98,3 +100,11 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
     code, output = finish(process, timeout=60)
     assert code == 1 and "lost contact with another rank" in output
     assert "megagap/training" not in output
+
+
+@pytest.mark.parametrize("half_set", [{"RANK": "abc"}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=str)
+def test_an_environment_with_half_of_torchruns_variables_is_refused(tmp_path, half_set):
+    command = [sys.executable, "-m", "megagap.train", write_recipe(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **half_set}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "where this process belongs: " in done.stderr and "start with torchrun" in done.stderr

@@ -77,3 +77,9 @@ def test_blocks_are_used_for_bf16_with_a_backward_pass_in_a_range_of_lengths_onl
     with torch.no_grad():
         assert not blocks_pay(*inputs(BLOCKED_FROM))
     assert torch.equal(attention(*(x := inputs(BLOCKED_FROM))), in_blocks(*x))
+
+
+def test_without_compiled_kernels_or_with_plain_operations_torchs_attention_is_used(monkeypatch):
+    monkeypatch.setattr(compiled, "AVAILABLE", False)
+    q, k, v = (torch.randn(1, BLOCKED_FROM, 2, 8).bfloat16().requires_grad_() for _ in range(3))
+    assert not blocks_pay(q, k, v)

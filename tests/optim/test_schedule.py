@@ -29,3 +29,9 @@ def test_wsd_stays_constant_until_its_cooldown(shape, half_way):
     values = rates(10, warmup_steps=2, schedule="wsd", cooldown_steps=4, cooldown_shape=shape)
     assert values[2:6] == [1, 1, 1, 1]
     assert values[7] == pytest.approx(half_way) and values[9] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_beyond_the_last_step_the_rate_stays_at_min_lr_even_if_all_steps_were_warmup(schedule):
+    optim = Optim(lr=1.0, min_lr=0.1, warmup_steps=4, schedule=schedule)
+    assert [learning_rate(optim, 4, step) for step in (4, 5, 6)] == pytest.approx([1.0, 0.1, 0.1])

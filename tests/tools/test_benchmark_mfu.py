@@ -78,6 +78,9 @@ def test_it_runs_under_torchrun_and_without_data_files(tmp_path):
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert (report["hardware"]["layout"]["tp"], report["tokens"]) == (2, "random")
     assert "random" in done.stdout
+    per_device = report["flops_per_token"]["full"] * report["tokens_per_second"] / 2 / 1e12
+    assert report["tflops_per_device"] == pytest.approx(per_device)
+    assert report["mfu"]["measured"]["full"] == pytest.approx(per_device / report["peak_tflops"]["measured"])
 
 
 def test_a_bad_recipe_exits_2_with_a_message(tmp_path):

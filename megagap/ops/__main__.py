@@ -78,7 +78,7 @@ def explain(name: str, example: Example) -> tuple[str, str]:
         if attention._blocks_pay(*example.inputs):
             return (
                 "blocks of queries",
-                f"bf16 trained on CPU, {attention.BLOCKED_FROM} to {attention.BLOCKED_UP_TO} tokens",
+                f"trained on CPU, up to {attention.BLOCKED_UP_TO[tensors[0].dtype]} tokens",
             )
         return "torch SDPA", "no flash-attn for these tensors"
     if compiled.fits(*tensors):

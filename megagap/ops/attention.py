@@ -1,7 +1,7 @@
 """Scaled dot-product attention with grouped keys and values: flash-attn on GPUs that have it, else torch's own.
 
-On CPU, torch's is slow in the backward pass in bf16; for sequences that are not long, a few matrix products over blocks
-of queries are faster there. They keep the probabilities, whose memory grows with the square of the sequence.
+On CPU, torch's is slow in the backward pass; for sequences that are not long, a few matrix products over blocks of
+queries are faster there. They keep the probabilities, whose memory grows with the square of the sequence.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library
 
-BLOCKED_FROM, BLOCKED_UP_TO = 256, 1024
+BLOCKED_FROM = 128
+BLOCKED_UP_TO = {torch.bfloat16: 1024, torch.float32: 512}
 """Shortest and longest sequences that are computed in blocks on CPU, by measurement (docs/performance.md)."""
 
 BLOCK = 128
@@ -54,8 +55,8 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _blocks_pay(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Only where there is a backward pass: forward alone, torch's is as fast and keeps nothing."""
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    on_cpu = compiled.AVAILABLE and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return on_cpu and trained and BLOCKED_FROM <= q.shape[1] <= BLOCKED_UP_TO
+    on_cpu = compiled.AVAILABLE and q.device.type == "cpu"
+    return on_cpu and trained and BLOCKED_FROM <= q.shape[1] <= BLOCKED_UP_TO.get(q.dtype, 0)
 
 
 class _Blocked(torch.autograd.Function):

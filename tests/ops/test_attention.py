@@ -65,14 +65,15 @@ def test_in_bf16_blocks_err_no_more_than_eager_attention():
 
 
 @needs_kernels
-def test_blocks_are_used_for_bf16_with_a_backward_pass_in_a_range_of_lengths_only():
-    def inputs(length, dtype=torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_are_used_with_a_backward_pass_in_a_range_of_lengths_only(dtype):
+    def inputs(length):
         return [torch.randn(1, length, 1, 2).to(dtype).requires_grad_() for _ in range(3)]
 
-    assert blocks_pay(*inputs(BLOCKED_FROM)) and blocks_pay(*inputs(BLOCKED_UP_TO))
-    for length in (BLOCKED_FROM - 1, BLOCKED_UP_TO + 1):
+    longest = BLOCKED_UP_TO[dtype]
+    assert blocks_pay(*inputs(BLOCKED_FROM)) and blocks_pay(*inputs(longest))
+    for length in (BLOCKED_FROM - 1, longest + 1):
         assert not blocks_pay(*inputs(length))
-    assert not blocks_pay(*inputs(BLOCKED_FROM, torch.float32))
     assert not blocks_pay(*(part.detach() for part in inputs(BLOCKED_FROM)))
     with torch.no_grad():
         assert not blocks_pay(*inputs(BLOCKED_FROM))

@@ -83,8 +83,6 @@ PLANNED_VALUES = {
     "parallel.vpp": ("1", "2"),
     "parallel.cp": ("1", "true"),
     "parallel.context_mode": ("ring", "alltoall"),
-    "data.phases": ("[]", '[{name = "a", tokens = 5, sources = []}]'),
-    "data.document_mask": ("false", "true"),
     "train.batch_ramp": ("[]", "[[100, 4]]"),
     "train.recompute": ("none", "full"),
     "train.compile": ("false", "1"),

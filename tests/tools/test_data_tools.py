@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megagap.data.loader import Source, TrainingData
+from megagap.data.samples import Phase, TrainingData
+from megagap.data.sources import Source
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -70,14 +71,11 @@ def test_step_json_is_what_training_reads(folder: Path) -> None:
     printed = succeed("inspect_data.py", folder / "recipe.toml", "--train.seed", 7, "--step", 4, "--json")
     assert len(printed.splitlines()) == 1
     samples = json.loads(printed)
-    data = TrainingData(
-        [
-            Source("fr", (str(folder / "fr_text_document"),), 2),
-            Source("english", (str(folder / "en_text_document"),), 1),
-        ],
-        16,
-        seed=7,
+    sources = (
+        Source("fr", (str(folder / "fr_text_document"),), 2),
+        Source("english", (str(folder / "en_text_document"),), 1),
     )
+    data = TrainingData([Phase("all", 0, 16, sources)], seed=7)
     assert [sample["sample"] for sample in samples] == [9, 10, 11]
     assert [sample["tokens"] for sample in samples] == data.batch(9, 3).tolist()
     for sample in samples:

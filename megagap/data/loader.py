@@ -110,15 +110,18 @@ class MicrobatchLoader:
     def _read(self, first_sample: int) -> Batch:
         first = first_sample + self.offset
         shape = (-1, self.micro_batch_size)
-        tokens = torch.from_numpy(self.data.batch(first, self.samples))
-        sources = torch.from_numpy(self.data.source_indices(first, self.samples))
+        read, sources, read_positions = self.data.read(first, self.samples, with_positions=self.document_mask)
+        tokens = torch.from_numpy(read)
         positions = documents = None
-        if self.document_mask:
-            positions = torch.from_numpy(self.data.positions(first, self.samples)).view(*shape, tokens.shape[-1])
+        if read_positions is not None:
+            positions = torch.from_numpy(read_positions).view(*shape, tokens.shape[-1])
             documents = [Documents.of(part[:, :-1]) for part in positions]
-        self.data.require_unchanged(first, self.samples)
         return Batch(
-            tokens.view(*shape, tokens.shape[-1]), sources.view(shape), len(self.data.sources), positions, documents
+            tokens.view(*shape, tokens.shape[-1]),
+            torch.from_numpy(sources).view(shape),
+            len(self.data.sources),
+            positions,
+            documents,
         )
 
     def _tell_epochs(self, first: int) -> None:

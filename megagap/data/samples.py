@@ -128,9 +128,24 @@ class TrainingData:
         """The tokens of the samples at positions ``first … first + count - 1``, int64 [count, s + 1]."""
         return np.stack([self._read(i, place) for _, i, place in self._places(first, first + count)])
 
-    def positions(self, first: int, count: int) -> NDArray[np.int64]:
-        """How far each of these tokens lies behind its document's start, or the sample's: int64 [count, s + 1]."""
-        return np.stack([self._positions_in(i, place) for _, i, place in self._places(first, first + count)])
+    def read(
+        self, first: int, count: int, *, with_positions: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+        """All there is to train on at positions ``first … first + count - 1``.
+
+        Tokens, int64 [count, s + 1]; each sample's index into :attr:`sources`, int64 [count]; and if asked for how far
+        each token lies behind its document's start, or the sample's, int64 [count, s + 1]. Raises :class:`DataError` if
+        a file that they come from was rebuilt since it was opened.
+        """
+        places = list(self._places(first, first + count))
+        tokens = np.stack([self._read(i, place) for _, i, place in places])
+        positions = np.stack([self._positions_in(i, place) for _, i, place in places]) if with_positions else None
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for _, i, place in places:
+            spans.setdefault(i, []).extend(place.stretches)
+        for i, stretches in spans.items():
+            self.sources[i].require_unchanged(stretches)
+        return tokens, np.array([i for _, i, _ in places], np.int64), positions
 
     def source_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """The source of each of these samples, as an index into :attr:`sources`, int64 [count]."""
@@ -147,14 +162,6 @@ class TrainingData:
     def identities(self) -> dict[str, list[Identity]]:
         """By source: what tells its shards from rebuilt ones."""
         return {source.source.name: source.identities() for source in self.sources}
-
-    def require_unchanged(self, first: int, count: int) -> None:
-        """Raises :class:`DataError` if a file that these samples come from was rebuilt since it was opened."""
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for _, i, place in self._places(first, first + count):
-            spans.setdefault(i, []).extend(place.stretches)
-        for i, stretches in spans.items():
-            self.sources[i].require_unchanged(stretches)
 
     def _places(self, first: int, last: int) -> Iterator[tuple[int, int, Place]]:
         """Number, index of the source and place of the samples at positions ``first … last - 1``."""

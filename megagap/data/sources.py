@@ -119,15 +119,13 @@ class TokenSource:
 
     def positions(self, start: int, stop: int) -> NDArray[np.int64]:
         """The place of each token in its document, counted from the document's start or from ``start``: int64."""
-        begins = np.zeros(stop - start, bool)
-        begins[0] = True
-        at = 0
+        found, at = [], 0
         for piece, first, last in self._stretches(start, stop):
-            _, ends = _sequences_of(piece, first, last)
-            begins[at] = True
-            begins[at + ends[:-1] - first] = True
+            found.append(at + _sequences_of(piece, first, last)[1] - first)
             at += last - first
-        return positions_from(begins)
+        ends = np.concatenate(found)
+        lengths = np.diff(ends, prepend=0)
+        return np.arange(stop - start) - np.repeat(ends - lengths, lengths)
 
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens of each document of the part, int64; a pass over the index that checks it."""
@@ -178,12 +176,6 @@ class TokenSource:
                     f"the vocabulary of {self.vocab_size:,}\n"
                     f"  {piece.dataset.tokens_path} was made with another tokenizer, or model.vocab_size is too small."
                 )
-
-
-def positions_from(begins: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How far each place lies behind the last one that begins something; the first place begins."""
-    places = np.arange(len(begins))
-    return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
 def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np.int64]]:

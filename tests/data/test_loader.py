@@ -36,14 +36,14 @@ def test_a_workers_failure_is_raised_at_the_step_that_it_spoils_with_its_cause(
     sources: list[Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = training(sources, seed=5)
-    batch = data.batch
+    read = data.read
 
-    def fail_from_36(first: int, count: int) -> object:
+    def fail_from_36(first: int, count: int, **more: bool) -> object:
         if first >= 36:
             raise OSError("the disk is gone")
-        return batch(first, count)
+        return read(first, count, **more)
 
-    monkeypatch.setattr(data, "batch", fail_from_36)
+    monkeypatch.setattr(data, "read", fail_from_36)
     with MicrobatchLoader(data, 12, 3, workers=2) as loader:
         for step in range(3):
             assert loader.step(12 * step).tokens.shape == (4, 3, S + 1)

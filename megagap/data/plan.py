@@ -19,7 +19,7 @@ def unnormalised_weights(phase: Phase) -> str:
     Weights of which all are 1 or more are taken for ratios, as in 3 : 2 : 1.
     """
     weights = [source.weight for source in phase.sources]
-    if abs(sum(weights) - 1) <= TOLERANCE or min(weights) >= 1:
+    if len(weights) == 1 or abs(sum(weights) - 1) <= TOLERANCE or min(weights) >= 1:
         return ""
     width = max(len(source.name) for source in phase.sources)
     lines = [

@@ -92,6 +92,17 @@ def test_a_step_beyond_the_end_is_refused_naming_the_last(folder: Path) -> None:
         assert done.returncode == 2 and "the run's last step is 10" in done.stderr and not done.stdout
 
 
+def test_plan_json_is_one_line_and_the_picture_is_drawn(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--plan", "--json", "--output", tmp_path / "plan.png", "--train.steps", 7)
+    printed = succeed("inspect_data.py", folder / "recipe.toml", *arguments)
+    assert len(printed.splitlines()) == 1
+    (phase,) = json.loads(printed)["phases"]
+    assert phase["last_step"] == 7 and phase["tokens"] == 7 * 3 * 16
+    assert [source["source"] for source in phase["sources"]] == ["fr", "english"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    assert "english" in succeed("inspect_data.py", folder / "recipe.toml", "--plan")
+
+
 @pytest.mark.parametrize("entry", [-1, 99, 2**62])
 def test_a_damaged_document_index_is_named(folder: Path, tmp_path: Path, entry: int) -> None:
     for ending in (".bin", ".idx"):
@@ -125,7 +136,10 @@ def test_step_table_shows_text(folder: Path) -> None:
     [
         ("inspect_data.py", ["absent"], "data error: absent.idx does not exist"),
         ("inspect_data.py", ["absent.toml", "--step", "1"], "config error: cannot read the recipe"),
-        ("inspect_data.py", ["absent.toml"], "--step N"),
+        ("inspect_data.py", ["absent.toml"], "--step N or --plan"),
+        ("inspect_data.py", ["absent.toml", "--plan", "--step", "1"], "--step N or --plan"),
+        ("inspect_data.py", ["absent.toml", "--plan", "--output", "x.pdf"], "drawn as a .png"),
+        ("inspect_data.py", ["absent", "--plan"], "go with a RECIPE.toml"),
         ("inspect_data.py", ["absent", "--json"], "go with a RECIPE.toml"),
         (
             "preprocess_data.py",

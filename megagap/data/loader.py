@@ -132,5 +132,5 @@ class MicrobatchLoader:
         now = self.data.epochs(first + self.global_batch_size)
         for name, was, epoch in zip(self.data.names, before, now, strict=True):
             if epoch > was:
-                log.info("source %s was read as a whole and repeats: epoch %d begins", name, epoch + 1)
+                log.info("source %s repeats: epoch %d begins", name, epoch + 1)
         self._epochs = (first + self.global_batch_size, now)

@@ -75,7 +75,7 @@ def test_the_log_says_when_a_source_repeats(sources: list[Source], caplog: pytes
             loader.step(12 * step)
             said.append(" ".join(caplog.messages))
             caplog.clear()
-    again = "source code was read as a whole and repeats: epoch {} begins"
+    again = "source code repeats: epoch {} begins"
     assert said == ["", again.format(2), again.format(3), ""]
 
 

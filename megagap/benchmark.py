@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
-from megagap.config import Settings
-from megagap.data.loader import Batch, MicrobatchLoader
+from megagap.config import Settings, Source, spans
+from megagap.data.loader import Batch
 from megagap.model.flops import flops_per_token
 from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
@@ -23,7 +23,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data
 from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
-from megagap.training.trainer import build_state
+from megagap.training.trainer import build_state, make_loader
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Report:
     @property
     def tokens_per_second(self) -> float:
         """Of all devices together, from the median step."""
-        train = self.settings.train
-        return train.global_batch_size * train.sequence_length / statistics.median(self.step_seconds)
+        tokens = self.settings.train.global_batch_size * sequence_length(self.settings)
+        return tokens / statistics.median(self.step_seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        flops = flops_per_token(self.settings.model, self.settings.train.sequence_length)
+        flops = flops_per_token(self.settings.model, sequence_length(self.settings))
         per_device = self.tokens_per_second / self.mesh.world.size / 1e12
         achieved = {"full": flops.full * per_device, "causal": flops.causal * per_device}
         peaks = {"datasheet": peak_tflops(self.mesh.device), "measured": self.measured_peak}
@@ -114,20 +114,28 @@ def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int) -> Report
     return Report(settings, mesh, seconds, measure_peak(settings, mesh), peak_memory_bytes(mesh.device))
 
 
+def sequence_length(settings: Settings) -> int:
+    """Of the first phase, whose steps are timed."""
+    return spans(settings.data, settings.train, settings.model.rope_theta)[0].sequence_length
+
+
+def sources(settings: Settings) -> list[Source]:
+    """Of all phases."""
+    plan = spans(settings.data, settings.train, settings.model.rope_theta)
+    return list({source.name: source for phase in plan for source in phase.sources}.values())
+
+
 def missing_data(settings: Settings) -> str | None:
     """Why the recipe's own data cannot be read, if so."""
-    paths = [path for source in settings.data.sources for path in source.paths]
+    paths = [path for source in sources(settings) for path in source.paths]
     missing = [f"{path}.idx does not exist" for path in paths if not Path(f"{path}.idx").exists()]
     return missing[0] if missing else None if paths else "the recipe names none"
 
 
 def batches(settings: Settings, mesh: Mesh) -> Callable[[int], Batch]:
     """From the number of a step's first sample to this rank's batch."""
-    train = settings.train
     if missing_data(settings) is None:
-        data = training_data(settings)
-        loader = MicrobatchLoader(data, train.global_batch_size, train.micro_batch_size, mesh.dp.rank, mesh.dp.size)
-        return loader.step
+        return make_loader(settings, mesh, training_data(settings)).step
     batch = random_batch(settings, mesh)
     return lambda first_sample: batch
 
@@ -137,8 +145,8 @@ def random_batch(settings: Settings, mesh: Mesh) -> Batch:
     train = settings.train
     shape = (train.global_batch_size // (train.micro_batch_size * mesh.dp.size), train.micro_batch_size)
     generator = torch.Generator().manual_seed(train.seed + mesh.dp.rank)
-    tokens = torch.randint(settings.model.vocab_size, (*shape, train.sequence_length + 1), generator=generator)
-    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(settings.data.sources))).to(mesh.device)
+    tokens = torch.randint(settings.model.vocab_size, (*shape, sequence_length(settings) + 1), generator=generator)
+    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(sources(settings)))).to(mesh.device)
 
 
 def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 8) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from megagap.config import describe_settings, load_recipe, parse_overrides, spread_layers
+from megagap.config import describe_settings, load_recipe, parse_overrides, span_of, spans, spread_layers, tokens_after
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
 from megagap.model.shapes import parameter_count
@@ -82,8 +82,6 @@ PLANNED_VALUES = {
     "parallel.vpp": ("1", "2"),
     "parallel.cp": ("1", "true"),
     "parallel.context_mode": ("ring", "alltoall"),
-    "data.phases": ("[]", '[{name = "a", tokens = 5, sources = []}]'),
-    "data.document_mask": ("false", "true"),
     "train.batch_ramp": ("[]", "[[100, 4]]"),
     "train.recompute": ("none", "full"),
     "train.compile": ("false", "1"),
@@ -244,3 +242,57 @@ def test_help_describes_every_setting():
     assert "--parallel.tp  (1)" in text and "Tensor-parallel ranks" in text
     undocumented = [line for line in text.splitlines() if line.strip() == "" and line.startswith("      ")]
     assert not undocumented
+
+
+WEB, CODE = {"path": "web_text_document", "weight": 0.7}, {"path": "code_text_document", "weight": 0.3}
+
+
+def in_phases(*phases, **more):
+    return {"data__sources": [], "data__phases": list(phases), "train__steps": 0} | more
+
+
+def phase(name, steps, **more):
+    """Of so many steps of the good recipe."""
+    return {"name": name, "tokens": steps * 8 * 64, "sources": [WEB, CODE]} | more
+
+
+def test_phases_make_the_length_of_the_run_and_end_at_whole_steps(recipe):
+    phases = [phase("a", 3, tokens=2 * 512 + 1), phase("b", 4, sequence_length=128, rope_theta=5e4)]
+    settings = load_recipe(recipe(**in_phases(*phases)))
+    assert settings.train.steps == 3 + 2
+    assert [(p.sequence_length, p.rope_theta) for p in settings.data.phases] == [(64, 10000.0), (128, 50000.0)]
+    assert settings.data.phases[0].sources[0].name == "web"
+    plan = spans(settings.data, settings.train, settings.model.rope_theta)
+    assert [(span.name, span.first, span.steps) for span in plan] == [("a", 0, 3), ("b", 3, 2)]
+    assert [span_of(plan, step).name for step in (1, 3, 4, 5, 6)] == ["a", "a", "b", "b", "b"]
+    assert [tokens_after(plan, 8, step) for step in (0, 1, 3, 4, 5)] == [0, 512, 1536, 2560, 3584]
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (1536, 3), (1537, 4), (2561, 5)])
+def test_tokens_of_a_run_in_phases_become_steps_of_their_lengths(recipe, tokens, steps):
+    phases = [phase("a", 3), phase("b", 4, sequence_length=128)]
+    assert load_recipe(recipe(**in_phases(*phases, train__tokens=tokens))).train.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("phases", "more", "complaint"),
+    [
+        ([phase("a", 3)], {"train__steps": 4}, "end after 3 steps, the run has 4"),
+        ([phase("a", 3)], {"train__tokens": 3 * 512 + 1}, "end after 3 steps, the run has 4"),
+        ([phase("a", 3)], {"data__sources": [WEB]}, "data.sources  is given beside data.phases"),
+        ([phase("a", 3)], {"data__order": "megatron"}, "knows no phases"),
+        ([phase("a", 3), phase("a", 3)], {}, "names two phases"),
+        ([phase("a", 3, sources=[])], {}, "data.phases[0].sources"),
+        ([phase("a", 3, sources=[WEB, WEB])], {}, "data.phases[0].sources = 'web'  names two sources"),
+        ([phase("a", 3, sources=[{"path": []}])], {}, "has a source with an empty list of paths"),
+        ([phase("a", 3), phase("b", 3, sources=[{"path": "x/web"}, WEB])], {}, "names two sources"),
+        ([phase("a", 3), phase("b", 3, sources=[{"path": "x/web"}])], {}, "is other data than in an earlier phase"),
+        ([phase("a", 3, sequence_length=4096)], {}, "data.phases[0].sequence_length = 4096"),
+        ([phase("a", 3, sequence_length=63)], {"parallel__tp": 2}, "data.phases[0].sequence_length = 63"),
+        ([phase("a", 0)], {}, "data.phases[0].tokens = 0"),
+        ([phase("a", 3, tokes=1)], {}, "did you mean data.phases[0].tokens?"),
+        ([phase("a", 3)], {"optim__warmup_steps": 4}, "over the run's 3 steps"),
+    ],
+)
+def test_phases_that_are_no_plan_are_refused(recipe, phases, more, complaint):
+    assert complaint in faults_of(recipe(**in_phases(*phases, **more)))

@@ -12,7 +12,7 @@ from processes import kill_tree
 
 from megagap.checkpoint import load_model
 from megagap.config import Settings, load_recipe, parse_overrides
-from megagap.data.loader import ValidationData
+from megagap.data.validation import ValidationData
 from megagap.errors import DataError, MegagapError, run_tool
 from megagap.observe.metrics import read_metrics
 from megagap.training.datasets import validation_data
@@ -94,7 +94,7 @@ def unigram_entropies(data: ValidationData) -> dict[str, float]:
     """
     entropies = {}
     for name, source in data.sources.items():
-        tokens = np.concatenate([source.tokens(window)[1:] for window in range(source.window_count)])
+        tokens = source.read(1, source.window_count(data.sequence_length) * data.sequence_length + 1)
         shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
         entropies[name] = float(-(shares * np.log(shares)).sum())
     return entropies

@@ -5,12 +5,12 @@ other and the tensors that are stored, before anything is built from them.
 """
 
 from pathlib import Path
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megagap.checkpoint.index import INDEX_NAME, Index, unusable
-from megagap.config import Data, Model, Train, check_rules
+from megagap.config import Data, Model, Train, check_rules, spans, tokens_after
 from megagap.errors import CheckpointError
 from megagap.model.shapes import model_tensors
 
@@ -54,13 +54,15 @@ class RunState(ModelState, Progress):
 
     data: Data
     train: Train
+    identities: dict[str, list[dict[str, Any]]] = {}
+    """By source: what told each of its shards from a rebuilt one."""
 
     @model_validator(mode="after")
     def _counts_steps(self) -> Self:
         samples = self.step * self.train.global_batch_size
         if self.consumed_samples != samples:
             raise ValueError(f"consumed_samples = {self.consumed_samples}, but {self.step} steps are {samples}")
-        tokens = samples * self.train.sequence_length
+        tokens = tokens_after(spans(self.data, self.train, 0.0), self.train.global_batch_size, self.step)
         if self.consumed_tokens != tokens:
             raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {samples} samples are {tokens}")
         return self

@@ -12,8 +12,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megagap.config.faults import Fault, from_pydantic, render, unknown
+from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
-from megagap.config.settings import PLANNED, SECTIONS, Section, Settings, Source, source_name
+from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
 from megagap.errors import ConfigError
 
 _Section = TypeVar("_Section", bound=Section)
@@ -159,7 +160,8 @@ def _is_strict(metadata: Iterable[Any]) -> bool:
 def _resolve(settings: Settings, recipe: Path) -> Settings:
     """Fill in what depends on other settings, and make paths absolute."""
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
-    tokens_a_step = train.global_batch_size * train.sequence_length
+    plan = spans(data, train, model.rope_theta)
+    tokens = steps_for(plan, train.global_batch_size, train.tokens)
     folder = recipe.parent.resolve()
     return _with(
         settings,
@@ -173,9 +175,10 @@ def _resolve(settings: Settings, recipe: Path) -> Settings:
             data,
             tokenizer="{}{}".format(*_find_tokenizer(data.tokenizer, folder)) if data.tokenizer else "",
             sources=[_resolve_source(source, folder) for source in data.sources],
+            phases=[_resolve_phase(phase, folder, settings) for phase in data.phases],
             validation=[_resolve_source(source, folder) for source in data.validation],
         ),
-        train=_with(train, steps=train.steps or -(-train.tokens // tokens_a_step), tokens=0),
+        train=_with(train, steps=train.steps or tokens or plan[-1].first + plan[-1].steps, tokens=0),
         run=_with(settings.run, dir=str(Path(settings.run.dir or Path("runs") / recipe.stem).resolve())),
     )
 
@@ -195,6 +198,15 @@ def _resolve_source(source: Source, folder: Path) -> Source:
             matches = sorted(str(folder / name).removesuffix(".idx") for name in found)
         paths += matches or [full]
     return _with(source, path=paths, name=source_name(source))
+
+
+def _resolve_phase(phase: Phase, folder: Path, settings: Settings) -> Phase:
+    return _with(
+        phase,
+        sources=[_resolve_source(source, folder) for source in phase.sources],
+        sequence_length=phase.sequence_length or settings.train.sequence_length,
+        rope_theta=phase.rope_theta or settings.model.rope_theta,
+    )
 
 
 def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megagap.config.faults import Fault
+from megagap.config.phases import Span, phase_spans, steps_for
 from megagap.config.settings import source_name
 
 Lookup = Callable[[str], Any]
@@ -71,11 +72,31 @@ def _tp_divides_feed_forward(v: Lookup) -> Iterator[Fault]:
         yield Fault("parallel.tp", tp, f"does not divide model.intermediate_size = {size}")
 
 
+def _lengths(v: Lookup) -> Iterator[tuple[str, int]]:
+    """Every sequence length, with its setting."""
+    yield "train.sequence_length", v("train.sequence_length")
+    for i, phase in enumerate(v("data.phases")):
+        if phase.sequence_length:
+            yield f"data.phases[{i}].sequence_length", phase.sequence_length
+
+
+def _plan(v: Lookup) -> list[Span]:
+    return phase_spans(v("data.phases"), v("train.global_batch_size"), v("train.sequence_length"))
+
+
+def _steps(v: Lookup) -> int:
+    """Of the run; 0 where its length is given wrongly."""
+    plan = _plan(v) or [Span("", 0, 0, v("train.sequence_length"), 0.0, [])]
+    by_tokens = steps_for(plan, v("train.global_batch_size"), v("train.tokens"))
+    return v("train.steps") or by_tokens or plan[-1].first + plan[-1].steps
+
+
 def _tp_divides_sequence(v: Lookup) -> Iterator[Fault]:
-    tp, length, on = v("parallel.tp"), v("train.sequence_length"), v("parallel.sequence_parallel")
-    if on is not False and tp > 1 and length % tp:
-        message = f"is no multiple of parallel.tp = {tp}, as sequence_parallel needs; or switch that off"
-        yield Fault("train.sequence_length", length, message)
+    tp, on = v("parallel.tp"), v("parallel.sequence_parallel")
+    for setting, length in _lengths(v):
+        if on is not False and tp > 1 and length % tp:
+            message = f"is no multiple of parallel.tp = {tp}, as sequence_parallel needs; or switch that off"
+            yield Fault(setting, length, message)
 
 
 def _sequence_parallel_needs_tp(v: Lookup) -> Iterator[Fault]:
@@ -96,9 +117,10 @@ def _stages_have_layers(v: Lookup) -> Iterator[Fault]:
 
 
 def _sequence_fits_model(v: Lookup) -> Iterator[Fault]:
-    length, longest = v("train.sequence_length"), v("model.max_position_embeddings")
-    if length > longest:
-        yield Fault("train.sequence_length", length, f"is longer than model.max_position_embeddings = {longest}")
+    longest = v("model.max_position_embeddings")
+    for setting, length in _lengths(v):
+        if length > longest:
+            yield Fault(setting, length, f"is longer than model.max_position_embeddings = {longest}")
 
 
 def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
@@ -109,7 +131,7 @@ def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
 
 def _one_length(v: Lookup) -> Iterator[Fault]:
     steps, tokens = v("train.steps"), v("train.tokens")
-    if bool(steps) == bool(tokens):
+    if bool(steps) == bool(tokens) and (steps or not v("data.phases")):
         yield Fault("train.steps", steps, "give either train.steps or train.tokens" + (", not both" if steps else ""))
 
 
@@ -119,7 +141,7 @@ def _schedule_fits(v: Lookup) -> Iterator[Fault]:
         yield Fault("optim.cooldown_steps", cooldown, 'must be at least 1 with optim.schedule = "wsd"')
     if v("optim.schedule") != "wsd" and cooldown:
         yield Fault("optim.cooldown_steps", cooldown, 'has a meaning with optim.schedule = "wsd" only')
-    steps = v("train.steps") or -(-v("train.tokens") // (v("train.global_batch_size") * v("train.sequence_length")))
+    steps = _steps(v)
     if steps and warmup + cooldown > steps:
         yield Fault("optim.warmup_steps", warmup, f"with cooldown_steps = {cooldown} is over the run's {steps} steps")
 
@@ -149,16 +171,44 @@ def _split_is_three_shares(v: Lookup) -> Iterator[Fault]:
 
 
 def _has_sources(v: Lookup, needs_data: bool) -> Iterator[Fault]:
-    if needs_data and not v("data.sources"):
+    if needs_data and not v("data.sources") and not v("data.phases"):
         yield Fault("data.sources", None, 'is required: [{path = "prefix_text_document", weight = 1.0}, …]')
 
 
+def _phases_are_a_plan(v: Lookup) -> Iterator[Fault]:
+    phases = v("data.phases")
+    if not phases:
+        return
+    if v("data.sources"):
+        yield Fault("data.sources", None, "is given beside data.phases, each of which has sources of its own")
+    if v("data.order") == "megatron":
+        yield Fault("data.order", "megatron", "knows no phases: a run in Megatron's order has data.sources")
+    names = [phase.name for phase in phases]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Fault("data.phases", name, "names two phases")
+    held, steps = _plan(v)[-1].first + _plan(v)[-1].steps, _steps(v)
+    if steps > held:
+        yield Fault("data.phases", None, f"end after {held:,} steps, the run has {steps:,}; add tokens to the last one")
+
+
+def _sources_are_one_thing(v: Lookup) -> Iterator[Fault]:
+    seen: dict[str, list[str]] = {}
+    for i, phase in enumerate(v("data.phases")):
+        for source in phase.sources:
+            name = source_name(source) if source.paths else ""
+            if name and seen.setdefault(name, source.paths) != source.paths:
+                message = f"is other data than in an earlier phase: {', '.join(seen[name])}; name it otherwise"
+                yield Fault(f"data.phases[{i}].sources", name, message)
+
+
 def _sources_are_named(v: Lookup) -> Iterator[Fault]:
-    for setting in ("data.sources", "data.validation"):
-        if any(not source.paths for source in v(setting)):
+    given = {setting: v(setting) for setting in ("data.sources", "data.validation")}
+    given |= {f"data.phases[{i}].sources": phase.sources for i, phase in enumerate(v("data.phases"))}
+    for setting, sources in given.items():
+        if any(not source.paths for source in sources):
             yield Fault(setting, None, "has a source with an empty list of paths")
             continue
-        names = [source_name(source) for source in v(setting)]
+        names = [source_name(source) for source in sources]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield Fault(setting, name, "names two sources; tell them apart with name = …")
 
@@ -220,6 +270,8 @@ RULES: tuple[Rule, ...] = (
     _rates_are_ordered,
     _split_is_three_shares,
     _sources_are_named,
+    _phases_are_a_plan,
+    _sources_are_one_thing,
     _evaluation_has_data,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,

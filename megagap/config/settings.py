@@ -93,17 +93,36 @@ class Source(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
 
+class Phase(Section):
+    name: str
+    """Name in logs."""
+    tokens: Positive
+    """Tokens to train on, rounded up to a whole step."""
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Its mixture, as in `data.sources`."""
+    sequence_length: Count = 0
+    """Tokens a sequence; 0 means train.sequence_length."""
+    rope_theta: NonNegative = 0.0
+    """Base of the rotary wavelengths; 0 means model.rope_theta."""
+
+
 class Data(Section):
     tokenizer: str = ""
     """Tokenizer of the sources (file or folder), exported with the model; optional for training."""
     sources: list[Source] = []
     """What to train on, `[{path = "…", weight = …}, …]`."""
+    phases: list[Phase] = []
+    """Instead of `sources`: mixtures that follow each other, `[[data.phases]]` with `name`, `tokens` and `sources`."""
     validation: list[Source] = []
     """Held-out sources; by default the second part of `split`."""
     split: str = "100,0,0"
     """Shares of each source's documents for training, validation and test."""
-    order: Literal["shuffled"] = "shuffled"
-    """Order of the samples; `shuffled` depends on the seed and the sample number only."""
+    order: Literal["shuffled", "megatron"] = "shuffled"
+    """Order of the samples; `shuffled` depends on the seed and the sample number only, `megatron` on the steps too."""
+    workers: Count = 1
+    """Threads of each process that read batches ahead; 0: each is read when it is needed."""
+    document_mask: bool = False
+    """Attend within documents only, count positions from their start, predict nothing across their borders."""
 
 
 class Train(Section):
@@ -194,7 +213,6 @@ SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Setti
 
 PLANNED: dict[str, dict[str, Any]] = {
     "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
-    "data": {"phases": [], "workers": 0, "document_mask": False},
     "train": {"batch_ramp": [], "recompute": "none", "compile": False},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,9 @@ from rich.text import Text
 
 from megagap.data.indexed import VERSION, IndexedDataset
 from megagap.data.manifest import Manifest
+from megagap.data.samples import Sample, TrainingData
 from megagap.data.tokenizer import Tokenizer
 from megagap.errors import DataError
-
-if TYPE_CHECKING:  # the loader brings torch, which token files do without
-    from megagap.data.loader import Sample, TrainingData
 
 SHOWN_TOKENS = 64
 
@@ -83,13 +81,13 @@ def documents_table(dataset: IndexedDataset, count: int, tokenizer: Tokenizer | 
     return table
 
 
-def step_samples(data: "TrainingData", global_batch_size: int, step: int) -> list["Sample"]:
+def step_samples(data: TrainingData, global_batch_size: int, step: int) -> list[Sample]:
     """The samples that training step ``step`` (from 1) reads, in batch order."""
     first = (step - 1) * global_batch_size
     return [data.sample(n) for n in range(first, first + global_batch_size)]
 
 
-def samples_json(samples: Sequence["Sample"]) -> str:
+def samples_json(samples: Sequence[Sample]) -> str:
     """``[{"sample": int, "source": str, "documents": [int], "tokens": [int]}, …]`` in one line."""
     return json.dumps(
         [
@@ -99,7 +97,7 @@ def samples_json(samples: Sequence["Sample"]) -> str:
     )
 
 
-def samples_table(samples: Sequence["Sample"], tokenizer: Tokenizer | None = None) -> Table:
+def samples_table(samples: Sequence[Sample], tokenizer: Tokenizer | None = None) -> Table:
     """Each sample's source, documents and first ids and, with a tokenizer, the text of these."""
     table = _tokens_table(["sample", "source", "documents"], tokenizer)
     for s in samples:

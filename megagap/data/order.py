@@ -1,9 +1,4 @@
-"""The ``shuffled`` order: which window of a source is its k-th sample, as a pure function of the seed and k.
-
-A source's documents, laid end to end in file order, are cut into windows of s + 1 tokens that overlap by one (the last
-target of one window is the first input of the next). Each epoch reads every window once, in an order given by a keyed,
-stateless permutation: nothing is stored, nothing depends on how long training will be.
-"""
+"""What orders of samples are made of: keyed stateless permutations, windows, and splits of documents."""
 
 import hashlib
 import json
@@ -75,12 +70,6 @@ def _mix(x: Any) -> Any:
 def window_count(tokens: int, sequence_length: int) -> int:
     """Whole windows of ``sequence_length + 1`` tokens in a source of ``tokens`` tokens, overlapping by one."""
     return max(tokens - 1, 0) // sequence_length
-
-
-def window_of_sample(k: int, windows: int, seed: int, source: str) -> int:
-    """The window that the source's k-th sample reads; epoch k // windows has a permutation of its own."""
-    epoch, index = divmod(k, windows)
-    return permute(index, windows, stable_key("order", seed, source, epoch))
 
 
 def split_shares(split: str) -> list[float]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megagap.config import Model
 from megagap.ops import attention, rotary
+from megagap.ops.documents import Documents, document_attention
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
@@ -57,7 +58,14 @@ class Attention(nn.Module):
         self.v_proj = column("v_proj", key_width, **sharing)
         self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream.
 
         A ``cache`` that is not empty holds the tokens before, and x must then be a single token.
@@ -66,7 +74,8 @@ class Attention(nn.Module):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotary(q, k, cos, sin)
+        q, k = rotary(q, k, cos, sin, None if documents is None else documents.positions)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.o_proj(attention(q, k, v).flatten(2))
+        mixed = attention(q, k, v) if documents is None else document_attention(q, k, v, documents)
+        return self.o_proj(mixed.flatten(2))

@@ -10,6 +10,7 @@ from megagap.config import Model
 from megagap.model.attention import Attention, KeyValueCache
 from megagap.model.rotary import rotary_tables
 from megagap.ops import add_rms_norm, rms_norm, swiglu
+from megagap.ops.documents import Documents
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter
@@ -67,8 +68,15 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model, tensor_parallel)
         self.mlp = FeedForward(f"{name}.mlp", model, tensor_parallel)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, cache, documents)
         normalised, x = self.post_attention_layernorm.after_adding(mixed, x)
         return x + self.mlp(normalised)
 
@@ -101,11 +109,23 @@ class LlamaStage(nn.Module):
             )
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, length: int, caches: list[KeyValueCache] | None = None) -> Tensor:
+    def use_rope_theta(self, theta: float) -> None:
+        """Compute with this base of the rotary wavelengths from now on."""
+        if theta != self.model.rope_theta:
+            self.model, self._tables = self.model.model_copy(update={"rope_theta": theta}), None
+
+    def forward(
+        self,
+        x: Tensor,
+        length: int,
+        caches: list[KeyValueCache] | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """``length``: tokens of a whole sequence, which under sequence parallelism x does not show.
 
         ``caches``, one a layer, are for generation by a single process: they hold the tokens before x, which
-        ``length`` counts too, and take those of x; the output is the last token's only, [b, 1, h].
+        ``length`` counts too, and take those of x; the output is the last token's only, [b, 1, h]. With ``documents``,
+        whose sequences are packed from them, attention stays within them and positions count from their starts.
         """
         cos, sin = self.rotary_tables(length)
         if caches:
@@ -113,7 +133,7 @@ class LlamaStage(nn.Module):
         if self.is_first:
             x = self.embed_tokens(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[i] if caches else None)
+            x = layer(x, cos, sin, caches[i] if caches else None, documents)
         if caches:
             x = x[:, -1:]
         return self.norm(x) if self.is_last else x

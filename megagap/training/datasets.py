@@ -2,37 +2,50 @@
 
 import logging
 
-from megagap.config import Settings
+from megagap.config import Settings, spans
 from megagap.config import Source as SourceSettings
-from megagap.data.loader import Source, TrainingData, ValidationData, open_validation
+from megagap.data.plan import unnormalised_weights
+from megagap.data.samples import Phase, TrainingData
+from megagap.data.sources import Source
+from megagap.data.validation import ValidationData, open_validation
 
 log = logging.getLogger(__name__)
 
 
 def training_data(settings: Settings) -> TrainingData:
     """Raises :class:`DataError` if a file is missing, damaged or too small."""
+    train, batch = settings.train, settings.train.global_batch_size
+    phases = [
+        Phase(span.name, span.steps * batch, span.sequence_length, tuple(_sources(span.sources)))
+        for span in spans(settings.data, train, settings.model.rope_theta)
+    ]
+    for phase in phases:
+        if complaint := unnormalised_weights(phase):
+            log.warning("%s", complaint)
     return TrainingData(
-        _sources(settings.data.sources),
-        settings.train.sequence_length,
-        settings.train.seed,
+        phases,
+        train.seed,
         settings.data.split,
         settings.model.vocab_size,
         skipped_ranges(settings),
+        planned=train.steps * batch if settings.data.order == "megatron" else None,
     )
 
 
 def validation_data(settings: Settings) -> ValidationData:
     """Fixed held-out windows; none where the recipe evaluates never."""
-    if not settings.train.evaluate_every:
-        if settings.data.validation:
+    train, data = settings.train, settings.data
+    if not train.evaluate_every:
+        if data.validation:
             log.warning("data.validation is given, but train.evaluate_every = 0: it is never evaluated")
-        return ValidationData([], settings.train.evaluate_samples)
+        return ValidationData([], train.sequence_length, train.evaluate_samples)
+    sources = {source.name: source for span in spans(data, train, settings.model.rope_theta) for source in span.sources}
     return open_validation(
-        _sources(settings.data.sources),
-        _sources(settings.data.validation),
-        settings.train.sequence_length,
-        settings.train.evaluate_samples,
-        settings.data.split,
+        _sources(list(sources.values())),
+        _sources(data.validation),
+        train.sequence_length,
+        train.evaluate_samples,
+        data.split,
         settings.model.vocab_size,
     )
 

@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from megagap.data.loader import ValidationData
+from megagap.data.validation import ValidationData
+from megagap.ops.documents import Documents
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute, plan
 from megagap.parallel.schedule import forward_only
-from megagap.training.step import StageOnBatch, TrainState, border, count_targets
+from megagap.training.step import StageOnBatch, TrainState, border, count_targets, targets_of
 
 
 @torch.no_grad()
@@ -30,13 +31,18 @@ def _source_loss(state: TrainState, data: ValidationData, name: str) -> float:
     tokens = torch.zeros(count, length + 1, dtype=torch.int64)
     if count:
         tokens = torch.from_numpy(data.batch(name, first, count))
+    positions = torch.from_numpy(data.positions(name, first, count)) if state.settings.data.document_mask else None
     missing = (0, 0, 0, microbatches * micro - count)
     inputs, targets = (
         F.pad(part, missing, value=filler).view(microbatches, micro, length).to(mesh.device)
-        for part, filler in ((tokens[:, :-1], 0), (tokens[:, 1:], IGNORED_TARGET))
+        for part, filler in ((tokens[:, :-1], 0), (targets_of(tokens, positions), IGNORED_TARGET))
     )
+    documents = None
+    if positions is not None:
+        padded = F.pad(positions[:, :-1], missing).view(microbatches, micro, length)
+        documents = [Documents.of(part).to(mesh.device) for part in padded]
     scale = 1 / count_targets(targets, mesh)
     program = plan(forward_only, mesh, microbatches)
-    work = StageOnBatch(state.stage, inputs, targets, scale)
+    work = StageOnBatch(state.stage, inputs, targets, scale, documents)
     execute(program, [work], border(state.stage, inputs), mesh)
     return float(all_reduce(work.own_loss(), mesh.world))

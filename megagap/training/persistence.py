@@ -7,9 +7,11 @@ from typing import Any
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
 from megagap.checkpoint.state import Progress, RunState, read_model, read_run
-from megagap.config import Model, Settings
+from megagap.config import Data, Model, Settings, Span, Train, spans
+from megagap.data.identity import differences
+from megagap.data.samples import TrainingData
 from megagap.data.skipping import SampleNumbers
-from megagap.errors import CheckpointError, ConfigError
+from megagap.errors import CheckpointError, ConfigError, DataError
 from megagap.model.shapes import is_norm_gain
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
@@ -20,15 +22,15 @@ from megagap.training.step import TrainState
 # Settings that say which model is trained on which samples: they may not change when a run goes on.
 _FIXED: dict[str, tuple[str, ...] | None] = {
     "model": None,  # every one but those in _FREE
-    "data": ("split", "order", "sources"),
-    "train": ("seed", "global_batch_size", "sequence_length", "precision"),
+    "data": ("split", "order"),
+    "train": ("seed", "global_batch_size", "precision"),
 }
 _FREE = {"preset", "initializer_range", "path"}
 
 log = logging.getLogger(__name__)
 
 
-def save(state: TrainState, run: RunDirectory) -> None:
+def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates, and drop the oldest."""
     settings = state.settings
     folder = run.checkpoints / f"step_{state.step:08}"
@@ -40,7 +42,8 @@ def save(state: TrainState, run: RunDirectory) -> None:
         last_sample=last_sample(settings, state.consumed_samples),
     )
     slices = state.optimizer.slices(owned_only=True)
-    saved = progress.model_dump() | settings.model_dump(mode="json")
+    saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
+    saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
     if run.is_writer:
         prune(run.checkpoints, settings.checkpoint.keep)
@@ -48,10 +51,11 @@ def save(state: TrainState, run: RunDirectory) -> None:
     log.info("checkpoint %s", folder)
 
 
-def resume(state: TrainState, run: RunDirectory) -> None:
+def resume(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     """Load what the settings ask for, in whatever layout it was written; nothing for a fresh run.
 
-    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data.
+    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
+    :class:`DataError` if a data set is not what it was.
     """
     # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
     communicator = DistributedCommunicator(state.mesh)
@@ -66,17 +70,18 @@ def resume(state: TrainState, run: RunDirectory) -> None:
     if own is not None:
         if wanted != "latest":
             log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
-        go_on(state, run, own)
+        go_on(state, run, data, own)
     elif wanted not in ("", "latest"):
         folder = resolve_checkpoint(Path(wanted))
-        go_on(state, run, folder) if mode == "continue" else take_weights(state, run, folder)
+        go_on(state, run, data, folder) if mode == "continue" else take_weights(state, run, folder)
 
 
-def go_on(state: TrainState, run: RunDirectory, folder: Path) -> None:
+def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
     """Take everything: the run goes on from the folder's step."""
     index = Index.read(folder)
     saved = read_run(folder, index)
     refuse_changes(saved, state.settings, folder)
+    refuse_rebuilt_data(saved, data, folder)
     load_slices(folder, index, state.optimizer.slices(owned_only=False))
     state.optimizer.updates = saved.updates
     state.optimizer.gather_parameters()
@@ -109,7 +114,12 @@ def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
 
 def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
     """Raises :class:`CheckpointError` listing every setting that says what is trained on what, and differs."""
-    differences = _differences(saved.model_dump(mode="json"), settings, _FIXED)
+    same_theta = saved.model.model_copy(update={"rope_theta": settings.model.rope_theta})  # phases tell
+    before = saved.model_copy(update={"model": same_theta}).model_dump(mode="json")
+    differences = _differences(before, settings, _FIXED) + _past_differences(saved, settings)
+    steps = saved.train.steps, settings.train.steps
+    if settings.data.order == "megatron" and steps[0] != steps[1]:
+        differences.append(f"  train.steps was {steps[0]}, is {steps[1]}: Megatron's order depends on it")
     last, now = saved.last_sample, last_sample(settings, saved.consumed_samples)
     if last != now:
         differences.append(
@@ -117,6 +127,64 @@ def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
             "only later numbers can be skipped"
         )
     _refuse(differences, folder, "another run", "restore these settings, or choose another run.dir")
+
+
+def _past_differences(saved: RunState, settings: Settings) -> list[str]:
+    """What differs between the phases up to the saved step; what lies ahead may change."""
+    then, now = (
+        _past(saved.data, saved.train, saved.model.rope_theta, saved.step),
+        _past(settings.data, settings.train, settings.model.rope_theta, saved.step),
+    )
+    if [phase["steps"] for phase in then] != [phase["steps"] for phase in now]:
+        borders = [", ".join(f"{phase['name']} {phase['steps']:,}" for phase in past) for past in (then, now)]
+        return [f"  data.phases: the steps made were {borders[0]}; are now {borders[1]}; only later phases can change"]
+    own = (
+        ("sequence_length", "train.sequence_length"),
+        ("rope_theta", "model.rope_theta"),
+        ("sources", "data.sources"),
+    )
+    return [
+        f"  {f'data.phases[{i}].{key}' if settings.data.phases else single} was {old[key]}, is {new[key]}"
+        for i, (old, new) in enumerate(zip(then, now, strict=True))
+        for key, single in own
+        if _essence(old[key]) != _essence(new[key])
+    ]
+
+
+def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[str, Any]]:
+    """The phases of the first ``step`` steps; neighbours that differ in their names only are one."""
+
+    def told(span: Span) -> dict[str, Any]:
+        own = {"sequence_length": span.sequence_length, "rope_theta": span.rope_theta}
+        return own | {"sources": [source.model_dump(mode="json") for source in span.sources]}
+
+    past: list[dict[str, Any]] = []
+    for span in spans(data, train, rope_theta):
+        steps = min(span.steps, step - span.first) if data.phases else step
+        if steps <= 0:
+            break
+        if past and _essence(told(span)) == {key: _essence(past[-1][key]) for key in told(span)}:
+            past[-1]["steps"] += steps
+        else:
+            past.append({"name": span.name, "steps": steps, **told(span)})
+    return past
+
+
+def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> None:
+    """Raises :class:`DataError` naming a source that is not what it was when the checkpoint was written."""
+    for name, now in data.identities().items():
+        before = saved.identities.get(name)
+        if before is None:
+            continue  # of a later phase, or not recorded
+        changes = [f"it had {len(before)} shards, has {len(now)}"] if len(before) != len(now) else []
+        for i, pair in enumerate(zip(before, now, strict=False)):
+            shard = f"shard {i}: " if len(now) > 1 else ""
+            changes += [shard + change for change in differences(*pair)]
+        if changes:
+            raise DataError(
+                f"source {name} was rebuilt since {folder} was written: {'; '.join(changes)}\n"
+                "  put the old one back, or start a new run: what was read of it cannot be told from what was not."
+            )
 
 
 def last_sample(settings: Settings, consumed: int) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megagap.config import Settings
+from megagap.config import Settings, span_of, spans, tokens_after
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
@@ -43,9 +43,8 @@ class Recorder:
             self.metrics = MetricsFile(run.metrics, step)
             if settings.run.tensorboard:
                 self.tensorboard = TensorBoard(run.path / "tensorboard", step)
-        train = settings.train
-        self.tokens = train.global_batch_size * train.sequence_length
-        self.flops = flops_per_token(settings.model, train.sequence_length).full * self.tokens / mesh.world.size
+        self.phases = spans(settings.data, settings.train, settings.model.rope_theta)
+        self.sources = list(dict.fromkeys(source.name for phase in self.phases for source in phase.sources))
         self.peak = peak_tflops(mesh.device)
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
         self.skipped_in_a_row = 0
@@ -58,17 +57,18 @@ class Recorder:
         end = time.perf_counter()
         seconds, self.last_end = end - self.last_end, end
         self.seconds = [*self.seconds[-49:], seconds]
-        tflops = self.flops / seconds / 1e12
-        train = self.settings.train
+        batch, length = self.settings.train.global_batch_size, span_of(self.phases, step).sequence_length
+        flops = flops_per_token(self.settings.model, length).full * batch * length / self.mesh.world.size
+        tflops = flops / seconds / 1e12
         self.pending = (
             result,
             {
                 "step": step,
-                "consumed_samples": step * train.global_batch_size,
-                "consumed_tokens": step * self.tokens,
+                "consumed_samples": step * batch,
+                "consumed_tokens": tokens_after(self.phases, batch, step),
                 "lr": result.lr,
                 "step_seconds": seconds,
-                "tokens_per_second": self.tokens / seconds,
+                "tokens_per_second": batch * length / seconds,
                 "tflops_per_device": tflops,
                 "mfu": None if self.peak is None else tflops / self.peak,
                 "memory_bytes": peak_memory_bytes(self.mesh.device),
@@ -94,8 +94,8 @@ class Recorder:
         loss, norm, accepted, *source_losses = torch.stack(numbers).tolist()
         # Not strict: a benchmark of a recipe that names no data has one nameless source.
         by_source = {
-            f"loss/{source.name}": value
-            for source, value in zip(self.settings.data.sources, source_losses, strict=False)
+            f"loss/{name}": value
+            for name, value in zip(self.sources, source_losses, strict=False)
             if math.isfinite(value)  # not where the batch had nothing of the source
         }
         record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}

@@ -1,14 +1,15 @@
 """One training step, from microbatches to updated parameters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megagap.config import Settings
+from megagap.config import Settings, Span, span_of, spans, tokens_after
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage
+from megagap.ops.documents import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.schedule import learning_rate
@@ -31,6 +32,15 @@ class TrainState:
     program: list[Action]
     step: int = 0
     """Updates made, skipped ones included."""
+    phases: list[Span] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.phases = spans(self.settings.data, self.settings.train, self.settings.model.rope_theta)
+
+    @property
+    def phase(self) -> Span:
+        """Of the last step made."""
+        return span_of(self.phases, self.step)
 
     @property
     def consumed_samples(self) -> int:
@@ -38,7 +48,7 @@ class TrainState:
 
     @property
     def consumed_tokens(self) -> int:
-        return self.consumed_samples * self.settings.train.sequence_length
+        return tokens_after(self.phases, self.settings.train.global_batch_size, self.step)
 
 
 @dataclass(frozen=True)
@@ -61,16 +71,24 @@ class StepResult:
 class StageOnBatch:
     """A stage with a batch in its hands, as the pipeline executor wants it: the scaled loss on the last stage."""
 
-    def __init__(self, stage: LlamaStage, inputs: Tensor, targets: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self,
+        stage: LlamaStage,
+        inputs: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        documents: list[Documents] | None = None,
+    ) -> None:
         """inputs, targets: [m, b, s]; scale: what a sum over tokens is multiplied with to be a share of the loss."""
         self.stage, self.inputs, self.targets, self.scale = stage, inputs, targets, scale
+        self.documents = documents
         self.queue = stage.queue
         self.sequence_losses = torch.zeros(inputs.shape[:2], device=inputs.device)
         """Sum over the tokens of each sequence [m, b], once computed on the last stage; elsewhere 0."""
 
     def compute(self, microbatch: int, activation: Tensor | None) -> Tensor:
         x = self.inputs[microbatch] if activation is None else activation
-        y = self.stage(x, self.inputs.shape[-1])
+        y = self.stage(x, self.inputs.shape[-1], documents=self.documents[microbatch] if self.documents else None)
         if not self.stage.is_last:
             return y
         loss, losses = self.stage.loss(y, self.targets[microbatch], self.scale)
@@ -89,10 +107,12 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     it at no cost.
     """
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
-    inputs, targets = batch.tokens[..., :-1], batch.tokens[..., 1:]
+    inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
     scale = 1 / count_targets(targets, mesh)
-    work = StageOnBatch(state.stage, inputs, targets, scale)
+    work = StageOnBatch(state.stage, inputs, targets, scale, batch.documents)
 
+    state.step += 1
+    state.stage.use_rope_theta(state.phase.rope_theta)
     optimizer.zero_gradients()
     optimizer.wait_for_parameters()
     execute(
@@ -107,7 +127,6 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
-    state.step += 1
     lr = learning_rate(optim, state.settings.train.steps, state.step)
     optimizer.step(lr, clip_divisor(norm, optim.clip_grad), accepted)
     return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, lr)
@@ -139,6 +158,12 @@ def build_program(settings: Settings, mesh: Mesh) -> list[Action]:
     train = settings.train
     microbatches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
     return plan(SCHEDULES[settings.parallel.schedule], mesh, microbatches)
+
+
+def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:
+    """What each input should predict [.., s], of tokens [.., s + 1] at these positions: no document's first token."""
+    targets = tokens[..., 1:]
+    return targets if positions is None else targets.masked_fill(positions[..., 1:] == 0, IGNORED_TARGET)
 
 
 def count_targets(targets: Tensor, mesh: Mesh) -> Tensor:

@@ -4,8 +4,10 @@ import logging
 
 import torch
 
-from megagap.config import Settings
+from megagap.config import Settings, span_of
 from megagap.data.loader import MicrobatchLoader
+from megagap.data.samples import TrainingData
+from megagap.data.validation import ValidationData
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.model.shapes import parameter_count
@@ -26,17 +28,21 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     data, held_out = training_data(settings), validation_data(settings)
-    loader = MicrobatchLoader(
-        data, settings.train.global_batch_size, settings.train.micro_batch_size, mesh.dp.rank, mesh.dp.size
-    )
     state = build_state(settings, mesh)
-    resume(state, run)
+    resume(state, run, data)
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
         run.status("finished")
         return
 
+    with make_loader(settings, mesh, data) as loader:
+        train_from(state, loader, held_out, run)
+
+
+def train_from(state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory) -> None:
+    """Make the steps that are left."""
+    settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
     describe(settings, mesh, state)
@@ -47,6 +53,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
 
     while state.step < steps and not stopping:
         batch = loader.step(state.consumed_samples).to(mesh.device)
+        tell_phase(state, run)
         result = train_step(state, batch, requests.poll)
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
@@ -62,7 +69,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving:
             with recorder.pause():
                 recorder.sync()
-                save(state, run)
+                save(state, run, loader.data)
                 run.status("running")
                 requests.saved()
 
@@ -75,6 +82,29 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     else:
         run.event("finish")
         run.status("finished")
+
+
+def make_loader(settings: Settings, mesh: Mesh, data: TrainingData) -> MicrobatchLoader:
+    """This data rank's part of the run's batches."""
+    train = settings.train
+    return MicrobatchLoader(
+        data,
+        train.global_batch_size,
+        train.micro_batch_size,
+        mesh.dp.rank,
+        mesh.dp.size,
+        workers=settings.data.workers,
+        end=train.steps * train.global_batch_size,
+        document_mask=settings.data.document_mask,
+    )
+
+
+def tell_phase(state: TrainState, run: RunDirectory) -> None:
+    """Leave word where the step to come is the first of a phase."""
+    phase = span_of(state.phases, state.step + 1)
+    if state.settings.data.phases and phase.first == state.step:
+        run.event("phase", phase=phase.name, first_step=phase.first + 1, sequence_length=phase.sequence_length)
+        log.info("phase %s: steps %d to %d", phase.name, phase.first + 1, phase.first + phase.steps)
 
 
 def build_state(settings: Settings, mesh: Mesh) -> TrainState:
@@ -96,6 +126,7 @@ def describe(settings: Settings, mesh: Mesh, state: TrainState) -> None:
     processes = "GPU" if mesh.device.type == "cuda" else "process" if mesh.world.size == 1 else "processes"
     axes = " · ".join(f"{axis} {mesh.axis(axis).size}" for axis in ("pp", "dp", "cp", "tp"))
     start = f"from step {state.step}" if state.step else "from scratch"
+    tokens = settings.train.global_batch_size * span_of(state.phases, state.step + 1).sequence_length
     log.info(
         "%s parameters on %s %s (%s), %s steps of %s tokens, %s",
         f"{parameter_count(settings.model):,}",
@@ -103,6 +134,6 @@ def describe(settings: Settings, mesh: Mesh, state: TrainState) -> None:
         processes,
         axes,
         f"{settings.train.steps:,}",
-        f"{settings.train.global_batch_size * settings.train.sequence_length:,}",
+        f"{tokens:,}",
         start,
     )

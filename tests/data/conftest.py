@@ -5,7 +5,7 @@ import json
 import random
 import textwrap
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data import topics
 
@@ -14,6 +14,8 @@ from sentencepiece import SentencePieceTrainer
 
 from megagap.data.bpe import train_tokenizer
 from megagap.data.indexed import IndexedDatasetWriter
+from megagap.data.sources import Source
+from tests.data.few import WriteTokens, numbered
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -36,8 +38,6 @@ bon sens est la chose du monde la mieux partagée ; car chacun pense en être si
 plus difficiles à contenter en toute autre chose n'ont point coutume d'en désirer plus qu'ils en ont. Ainsi, l'œuvre
 naïve d'un garçon à Noël, où qu'elle mène, coûte 1 234,50 €.
 """
-
-WriteTokens = Callable[[str, Sequence[Sequence[int]]], str]
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +105,16 @@ def write_tokens(tmp_path: Path) -> WriteTokens:
         return prefix
 
     return write
+
+
+@pytest.fixture
+def sources(write_tokens: WriteTokens) -> list[Source]:
+    """Three sources, the second of two shards; every token of theirs is different."""
+    return [
+        Source("en", (write_tokens("en", numbered(20)),), 0.5),
+        Source("fr", (write_tokens("fr0", numbered(9, 5, 1000)), write_tokens("fr1", numbered(8, 5, 1045))), 0.3),
+        Source("code", (write_tokens("code", numbered(6, 11, 2000)),), 0.2),
+    ]
 
 
 @pytest.fixture(scope="session")

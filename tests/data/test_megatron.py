@@ -1,90 +1,172 @@
-"""Megatron's own class reads our files and we read its; where it is not installed, a naive reader stands in for it.
+"""Megatron's order against a naive program written from its description, and against megatron-core where it imports."""
 
-To try with it: ``pip install --no-deps --target DIR megatron-core`` and ``PYTHONPATH=DIR``.
-"""
-
-import struct
-from collections.abc import Sequence
-from itertools import pairwise
+import importlib
+import importlib.util
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from megagap.data.indexed import IndexedDataset
-from megagap.data.preprocess import preprocess
+from megagap.data.indexed import IndexedDatasetWriter
+from megagap.data.samples import Phase, TrainingData
+from megagap.data.sources import Source
+from megagap.errors import DataError
+from tests.data.naive_megatron import mixture_samples
 
-DTYPES = {4: "<i4", 8: "<u2"}
-
-
-def read_naively(prefix: Path) -> tuple[list[list[int]], list[int]]:
-    """The sequences and document indices, field by field, from the format's description."""
-    index, tokens = Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
-    assert index[:9] == b"MMIDIDX\x00\x00"
-    version, code, sequences, documents = struct.unpack("<QBQQ", index[9:34])
-    assert version == 1
-    values = struct.unpack(f"<{sequences}i{sequences}q{documents}q", index[34:])
-    lengths, pointers = values[:sequences], values[sequences : 2 * sequences]
-    dtype = np.dtype(DTYPES[code])
-    read = [
-        np.frombuffer(tokens[start : start + length * dtype.itemsize], dtype).tolist()
-        for length, start in zip(lengths, pointers, strict=True)
-    ]
-    return read, list(values[2 * sequences :])
-
-
-@pytest.fixture(params=["uint16", "int32"])
-def ours(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    corpus: Path,
-    tokenizer_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
-    """A pair that preprocessing wrote."""
-    from megagap.data import encoder
-    from megagap.data.preprocess import run
-
-    for module in (encoder, run):
-        monkeypatch.setattr(module, "best_dtype", lambda size: np.dtype(request.param).newbyteorder("<"))
-    preprocess([corpus], str(tmp_path / "ours"), str(tokenizer_folder), append_eod=True)
-    return tmp_path / "ours_text_document"
-
-
-def plain(sequences: Sequence[Any]) -> list[list[int]]:
-    return [sequence.tolist() for sequence in sequences]
-
-
-def test_a_naive_reader_reads_ours(ours: Path) -> None:
-    dataset = IndexedDataset(ours)
-    assert read_naively(ours) == (plain(dataset), dataset.document_indices.tolist())
-    assert len(dataset) == dataset.document_count == 200
+Written = tuple[list[Source], list[list[list[int]]]]
 
 
 @pytest.fixture
-def megatron() -> Any:
-    return pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+def write(tmp_path: Path) -> Callable[..., Written]:
+    """Sources of random documents, some empty, all tokens of a source different; and the same as lists."""
+
+    def write(weights: list[float], documents: int = 30, longest: int = 40) -> Written:
+        random = np.random.default_rng(len(weights) * 1000 + documents)
+        sources, contents = [], []
+        for i, weight in enumerate(weights):
+            prefix, token, content = str(tmp_path / f"s{i}"), 0, []
+            with IndexedDatasetWriter(prefix, "int32") as writer:
+                for length in random.integers(0, longest, documents + 3 * i):
+                    content.append(list(range(token, token + int(length))))
+                    token += int(length)
+                    writer.add_document(content[-1])
+            sources.append(Source(f"s{i}", (prefix,), weight))
+            contents.append(content)
+        return sources, contents
+
+    return write
 
 
-def test_megatron_reads_ours(ours: Path, megatron: Any) -> None:
-    theirs, dataset = megatron.IndexedDataset(str(ours)), IndexedDataset(ours)
-    assert plain([theirs[i] for i in range(len(theirs))]) == plain(dataset)
-    assert theirs.document_indices.tolist() == dataset.document_indices.tolist()
-    assert theirs.index.dtype == dataset.dtype
+def ours(sources: list[Source], samples: int, length: int, seed: int, split: str = "100,0,0") -> list[list[int]]:
+    phase = Phase("all", samples, length, tuple(sources))
+    return TrainingData([phase], seed, split, planned=samples).batch(0, samples).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_we_read_megatrons(tmp_path: Path, megatron: Any, dtype: str) -> None:
-    torch = pytest.importorskip("torch")
-    documents = [[[1, 2, 3], [4]], [[500]], [[60_000, 0]]]
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
-    for document in documents:
-        for sequence in document:
-            builder.add_item(torch.tensor(sequence))
-        builder.end_document()
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    dataset = IndexedDataset(tmp_path / "theirs")
-    assert dataset.dtype.name == dtype
-    assert [plain(dataset[s:e]) for s, e in pairwise(dataset.document_indices)] == documents
-    dataset.verify(65_000)
+TWELVE = [0.21, 0.17, 0.13, 0.11, 0.09, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [3, 1], TWELVE], ids=["1", "2", "2 ratios", "12"])
+@pytest.mark.parametrize("length", [1, 5, 16])
+@pytest.mark.parametrize(("seed", "split"), [(0, "100,0,0"), (1234, "90,5,5"), (7, "33,33,34")])
+def test_megatron_order_equals_the_naive_program(
+    write: Callable[..., Written], weights: list[float], length: int, seed: int, split: str
+) -> None:
+    """From a part of an epoch to several, the last of which is below and above 0.8 of its samples."""
+    sources, contents = write(weights)
+    share = float(split.split(",")[0]) / 100
+    parts = [content[: round(share * len(content))] for content in contents]
+    epoch = (sum(map(len, parts[0])) - 1) // length
+    for epochs in (0.3, 1, 1.5, 1.79, 1.85, 2, 3.2, 3.95):
+        samples = max(1, int(epochs * epoch / weights[0] * sum(weights)))
+        expected = mixture_samples(parts, weights, samples, length, seed)
+        assert ours(sources, samples, length, seed, split) == expected, epochs
+
+
+def test_every_count_of_samples_around_the_border_of_a_separate_last_epoch_is_right(
+    write: Callable[..., Written],
+) -> None:
+    sources, contents = write([1.0], documents=12, longest=20)
+    epoch = (sum(map(len, contents[0])) - 1) // 4
+    for samples in range(1, 3 * epoch + 3):
+        assert ours(sources, samples, 4, 3) == mixture_samples(contents, [1.0], samples, 4, 3), samples
+
+
+def test_shards_are_one_source(write: Callable[..., Written], tmp_path: Path) -> None:
+    (first, second), contents = write([1.0, 1.0])
+    joined = [[*contents[0], *contents[1]]]
+    both = Source("both", first.prefixes + second.prefixes)
+    assert ours([both], 200, 5, 1) == mixture_samples(joined, [1.0], 200, 5, 1)
+
+
+def test_samples_beyond_the_plan_are_refused(write: Callable[..., Written]) -> None:
+    sources, _ = write([0.7, 0.3])
+    data = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 5)], planned=20)
+    assert data.batch(0, 18).shape == (18, 6)
+    with pytest.raises(DataError, match="plans 20 samples, and number 20 is beyond"):
+        data.batch(17, 2)
+
+
+def test_provenance_names_the_documents(write: Callable[..., Written]) -> None:
+    sources, contents = write([0.7, 0.3])
+    data = TrainingData([Phase("all", 100, 5, tuple(sources))], 1, planned=100)
+    for n in range(100):
+        sample = data.sample(n)
+        documents = contents[data.names.index(sample.source)]
+        holders = [next(d for d, document in enumerate(documents) if t in document) for t in sample.tokens]
+        assert sample.documents == list(dict.fromkeys(holders))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], TWELVE], ids=["1", "2", "12"])
+@pytest.mark.parametrize(("seed", "length"), [(0, 5), (1234, 16)])
+@pytest.mark.filterwarnings("ignore")
+def test_megatron_order_equals_megatron_core(
+    write: Callable[..., Written],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    weights: list[float],
+    seed: int,
+    length: int,
+) -> None:
+    core = megatron_core()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    request.addfinalizer(torch.distributed.destroy_process_group)
+    sources, contents = write(weights)
+    epoch = (sum(map(len, contents[0])) - 1) // length
+    for epochs in (0.3, 1.5, 1.79, 1.85, 3.2):
+        samples = max(1, int(epochs * epoch / weights[0]))
+        theirs = core_samples(core, sources, weights, samples, length, seed, tmp_path / f"cache{epochs}")
+        assert ours(sources, samples, length, seed, "90,5,5") == theirs, epochs
+
+
+def megatron_core() -> types.SimpleNamespace:
+    """Its parts; the test is skipped where it is not installed (``pip install --no-deps megatron-core``)."""
+    if importlib.util.find_spec("megatron") is None:
+        pytest.skip("megatron-core is not installed")
+    names = ("blended_megatron_dataset_builder", "gpt_dataset", "indexed_dataset", "utils")
+    try:
+        parts = {name: importlib.import_module(f"megatron.core.datasets.{name}") for name in names}
+    except ImportError as error:
+        pytest.skip(f"megatron-core does not import here: {error}")
+    return types.SimpleNamespace(**parts)
+
+
+class _Tokenizer:
+    """As much of one as the data sets ask for."""
+
+    eod = pad = 10**6
+    vocab_size = 10**6 + 1
+    unique_identifiers: dict[str, Any] = {"class": "none"}  # noqa: RUF012
+
+
+def core_samples(
+    core: types.SimpleNamespace,
+    sources: list[Source],
+    weights: list[float],
+    samples: int,
+    length: int,
+    seed: int,
+    cache: Path,
+) -> list[list[int]]:
+    prefixes = [source.prefixes[0] for source in sources]
+    config = core.gpt_dataset.GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=length,
+        blend=(prefixes, None if len(prefixes) == 1 else weights),
+        split="90,5,5",
+        path_to_cache=str(cache),
+        tokenizer=_Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    built = core.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder(
+        core.gpt_dataset.GPTDataset, [samples, 0, 0], lambda: True, config
+    ).build()
+    rows = [built[0][i] for i in range(samples)]
+    return [[*row["tokens"].tolist(), int(row["labels"][-1])] for row in rows]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagap.data.order import permute, split_ranges, stable_key, window_count, window_of_sample
+from megagap.data.order import permute, split_ranges, stable_key, window_count
 from megagap.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -56,19 +56,6 @@ def test_stable_key_tells_neighbouring_parts_apart() -> None:
     assert (
         len({stable_key("a", 1), stable_key("a", "1"), stable_key("a1"), stable_key("a", 2), stable_key(1, "a")}) == 5
     )
-
-
-@given(st.integers(1, 60), st.integers(0, 3), st.integers(0, 100))
-def test_every_epoch_reads_every_window_once(windows: int, epoch: int, seed: int) -> None:
-    drawn = [window_of_sample(k, windows, seed, "fr") for k in range(epoch * windows, (epoch + 1) * windows)]
-    assert sorted(drawn) == list(range(windows))
-
-
-def test_order_depends_on_seed_source_and_epoch() -> None:
-    def order(seed: int, source: str, epoch: int) -> tuple[int, ...]:
-        return tuple(window_of_sample(epoch * 50 + k, 50, seed, source) for k in range(50))
-
-    assert len({order(1, "fr", 0), order(2, "fr", 0), order(1, "en", 0), order(1, "fr", 1)}) == 4
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])

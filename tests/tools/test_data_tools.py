@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megagap.data.loader import Source, TrainingData
+from megagap.data.samples import Phase, TrainingData
+from megagap.data.sources import Source
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -95,14 +96,11 @@ def test_step_json_is_what_training_reads(folder: Path) -> None:
     printed = succeed("inspect_data.py", folder / "recipe.toml", "--train.seed", 7, "--step", 4, "--json")
     assert len(printed.splitlines()) == 1
     samples = json.loads(printed)
-    data = TrainingData(
-        [
-            Source("fr", (str(folder / "fr_text_document"),), 2),
-            Source("english", (str(folder / "en_text_document"),), 1),
-        ],
-        16,
-        seed=7,
+    sources = (
+        Source("fr", (str(folder / "fr_text_document"),), 2),
+        Source("english", (str(folder / "en_text_document"),), 1),
     )
+    data = TrainingData([Phase("all", 0, 16, sources)], seed=7)
     assert [sample["sample"] for sample in samples] == [9, 10, 11]
     assert [sample["tokens"] for sample in samples] == data.batch(9, 3).tolist()
     for sample in samples:
@@ -117,6 +115,17 @@ def test_a_step_beyond_the_end_is_refused_naming_the_last(folder: Path) -> None:
     for step in (11, 10**12):
         done = run("inspect_data.py", folder / "recipe.toml", "--step", step, "--json")
         assert done.returncode == 2 and "the run's last step is 10" in done.stderr and not done.stdout
+
+
+def test_plan_json_is_one_line_and_the_picture_is_drawn(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--plan", "--json", "--output", tmp_path / "plan.png", "--train.steps", 7)
+    printed = succeed("inspect_data.py", folder / "recipe.toml", *arguments)
+    assert len(printed.splitlines()) == 1
+    (phase,) = json.loads(printed)["phases"]
+    assert phase["last_step"] == 7 and phase["tokens"] == 7 * 3 * 16
+    assert [source["source"] for source in phase["sources"]] == ["fr", "english"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    assert "english" in succeed("inspect_data.py", folder / "recipe.toml", "--plan")
 
 
 @pytest.mark.parametrize("entry", [-1, 99, 2**62])
@@ -152,7 +161,10 @@ def test_step_table_shows_text(folder: Path) -> None:
     [
         ("inspect_data.py", ["absent"], "data error: absent.idx does not exist"),
         ("inspect_data.py", ["absent.toml", "--step", "1"], "config error: cannot read the recipe"),
-        ("inspect_data.py", ["absent.toml"], "--step N"),
+        ("inspect_data.py", ["absent.toml"], "--step N or --plan"),
+        ("inspect_data.py", ["absent.toml", "--plan", "--step", "1"], "--step N or --plan"),
+        ("inspect_data.py", ["absent.toml", "--plan", "--output", "x.pdf"], "drawn as a .png"),
+        ("inspect_data.py", ["absent", "--plan"], "go with a RECIPE.toml"),
         ("inspect_data.py", ["absent", "--json"], "go with a RECIPE.toml"),
         (
             "preprocess_data.py",

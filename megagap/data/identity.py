@@ -1,0 +1,110 @@
+"""What tells a token file from another one built in its place, without reading it all."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from megagap.data.format import HEADER
+from megagap.errors import DataError
+
+SAMPLED_BLOCKS = 16
+BLOCK_BYTES = 4096
+
+Identity = dict[str, Any]
+"""``sequences``, ``documents``, ``tokens``, ``dtype`` and ``checksum``: xxh3_64 of the index's header and of blocks
+that are spread over both files. ``manifest``: the checksums of both files that the manifest beside them states."""
+
+_WORDS = {"checksum": "checksum of sampled blocks", "manifest": "checksums of the whole files"}
+
+
+def identify(prefix: str) -> Identity:
+    """Reads at most some 130 KB of a pair. Raises :class:`DataError` if it cannot be read."""
+    dataset = IndexedDataset(prefix)
+    digest = xxhash.xxh3_64()
+    try:
+        for path in (dataset.index_path, dataset.tokens_path):
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))
+                digest.update(file.read(HEADER.size))
+                for i in range(SAMPLED_BLOCKS):
+                    file.seek(max(size - BLOCK_BYTES, 0) * i // (SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(BLOCK_BYTES))
+    except OSError as error:
+        raise DataError(f"cannot read {prefix}: {error.strerror}") from None
+    return {
+        "sequences": len(dataset),
+        "documents": dataset.document_count,
+        "tokens": dataset.token_count,
+        "dtype": dataset.dtype.name,
+        "checksum": digest.hexdigest(),
+        "manifest": _stated_checksums(prefix),
+    }
+
+
+def _stated_checksums(prefix: str) -> list[str] | None:
+    """Of ``.bin`` and ``.idx``, as ``PREFIX.json`` states them; None if there is none that does."""
+    try:
+        with open(f"{prefix}.json", encoding="utf-8") as file:
+            files = json.load(file)["files"]
+        return [str(files[ending]["checksum"]) for ending in (".bin", ".idx")]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def differences(before: Identity, now: Identity) -> list[str]:
+    """What changed, in words. A manifest that was added or taken away changes nothing."""
+    return [
+        f"{_WORDS.get(key, key)} was {before.get(key)}, is {now[key]}"
+        for key in now
+        if before.get(key) != now[key] and not (key == "manifest" and None in (before.get(key), now[key]))
+    ]
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What the file system says of a file, and changes when it is written."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+class Watch:
+    """Knows whether a pair is still what it was when this was made."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self._stamps = self._look()
+        self.identity = identify(prefix)
+        if self._look() != self._stamps:
+            raise DataError(f"{prefix} is being written: wait until its preprocessing is done")
+
+    def require_unchanged(self, source: str) -> None:
+        """Two system calls. Raises :class:`DataError` naming the source and what changed."""
+        stamps = self._look()
+        if stamps == self._stamps:
+            return
+        changes = differences(self.identity, identify(self.prefix))
+        if changes or [s and s.size for s in stamps] != [s and s.size for s in self._stamps]:
+            raise DataError(
+                f"source {source} was rebuilt while the run reads it: {self.prefix}: {'; '.join(changes)}\n"
+                "  leave data sets alone while they are trained on. Put the old one back to go on from a checkpoint, "
+                "or start a new run."
+            )
+        self._stamps = stamps  # the same content: a touch, or a copy put in its place
+
+    def _look(self) -> list[_Stamp | None]:
+        stamps: list[_Stamp | None] = []
+        for ending in (".idx", ".bin"):
+            try:
+                found = os.stat(self.prefix + ending)
+            except OSError:
+                stamps.append(None)  # opening it says why
+            else:
+                stamps.append(_Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+        return stamps

@@ -1,0 +1,226 @@
+"""Sources: what stands in token files, as one row of tokens for each part of a split.
+
+Opening costs the same whatever the number of documents. What an index says of the documents is checked where they are
+read: the sequences that hold the tokens must follow each other without gaps, in the order of the index and within the
+part. So no token is given that is not where the index has it; ``tools/inspect_data.py PREFIX --verify`` checks all.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagap.data.identity import Identity, Watch
+from megagap.data.indexed import IndexedDataset
+from megagap.data.order import split_ranges, window_count
+from megagap.errors import DataError
+
+TRAINING, VALIDATION, WHOLE = 0, 1, None
+"""Which part of a source's split to read."""
+
+CHECKED_AT_OPENING = 1024
+"""Entries of an index that are looked at before anything is read of them: at its start, and around the part's ends."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of tokens; several prefixes are shards that are read one after the other."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a shard: its share of a part's tokens."""
+
+    dataset: IndexedDataset
+    watch: Watch
+    first_document: int
+    """Number within the source of the shard's document 0."""
+    low: int
+    high: int
+    """Its sequences are [low, high) of the shard."""
+    start: int
+    """Index of the stretch's first token in the shard."""
+    tokens: int
+
+
+class TokenSource:
+    """One part of a source's split as a row of :attr:`token_count` tokens, its documents end to end.
+
+    A document is a sequence of the token files. ``part`` is TRAINING, VALIDATION, or WHOLE for all documents whatever
+    the split. With ``vocab_size``, reading a token outside it raises :class:`DataError`, as damaged files do.
+    """
+
+    def __init__(self, source: Source, split: str, part: int | None, vocab_size: int | None = None) -> None:
+        self.source, self.split, self.part, self.vocab_size = source, split, part, vocab_size
+        self._watches = [Watch(prefix) for prefix in source.prefixes]
+        datasets = [IndexedDataset(prefix) for prefix in source.prefixes]
+        self._datasets = datasets
+        self.document_count = sum(map(len, datasets))
+        self.document_range = (
+            (0, self.document_count) if part is None else split_ranges(split, self.document_count)[part]
+        )
+        self._pieces = list(self._cut(datasets))
+        self._ends = list(accumulate(piece.tokens for piece in self._pieces))
+        self.token_count = self._ends[-1] if self._ends else 0
+
+    def _cut(self, datasets: Sequence[IndexedDataset]) -> Iterator[_Piece]:
+        start, stop = self.document_range
+        first = 0
+        for dataset, watch in zip(datasets, self._watches, strict=True):
+            if dataset.dtype.kind not in "iu":
+                raise DataError(f"{dataset.index_path} holds {dataset.dtype.name} values, which are no token ids")
+            low, high = (min(max(bound - first, 0), len(dataset)) for bound in (start, stop))
+            for begin in {0, max(low - 1, 0), max(high - 1, 0)}:
+                _require_row(dataset, begin, min(begin + CHECKED_AT_OPENING, len(dataset)))
+            begin, end = dataset.start_of(low), dataset.start_of(high)
+            if begin < end:
+                yield _Piece(dataset, watch, first, low, high, begin, end - begin)
+            first += len(dataset)
+
+    def require(self, sequence_length: int) -> None:
+        """Raises :class:`DataError` if there is not one sequence."""
+        if window_count(self.token_count, sequence_length):
+            return
+        part = "" if self.part is None else f" in its {('training', 'validation', 'test')[self.part]} part of split "
+        share = part and f'{part}"{self.split}"'
+        start, stop = self.document_range
+        raise DataError(
+            f"source {self.source.name} has {self.token_count:,} tokens in {stop - start:,} documents{share}; "
+            f"one sequence needs {sequence_length + 1:,}\n"
+            f"  add text to {self.source.prefixes[0]}, change data.split, or lower the sequence length."
+        )
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of the row, int64, a copy."""
+        parts = []
+        for piece, first, last in self._stretches(start, stop):
+            _sequences_of(piece, first, last)
+            parts.append(piece.dataset.tokens[first:last])
+        tokens = parts[0].astype(np.int64) if len(parts) == 1 else np.concatenate(parts).astype(np.int64)
+        if self.vocab_size is not None and (tokens.max() >= self.vocab_size or tokens.min() < 0):
+            self._report_foreign_token(start, stop)
+        return tokens
+
+    def documents(self, start: int, stop: int) -> list[int]:
+        """The source's documents with a token in [start, stop)."""
+        documents = []
+        for piece, first, last in self._stretches(start, stop):
+            sequence, ends = _sequences_of(piece, first, last)
+            lengths = np.diff(ends, prepend=first)
+            documents += [piece.first_document + sequence + int(i) for i in np.flatnonzero(lengths > 0)]
+        return documents
+
+    def positions(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The place of each token in its document, counted from the document's start or from ``start``: int64."""
+        found, at = [], 0
+        for piece, first, last in self._stretches(start, stop):
+            found.append(at + _sequences_of(piece, first, last)[1] - first)
+            at += last - first
+        ends = np.concatenate(found)
+        lengths = np.diff(ends, prepend=0)
+        return np.arange(stop - start) - np.repeat(ends - lengths, lengths)
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document of the part, int64; a pass over the index that checks it."""
+        for piece in self._pieces:
+            piece.dataset.require_contiguous()
+        parts = [piece.dataset.lengths[piece.low : piece.high].astype(np.int64) for piece in self._pieces]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def window_count(self, sequence_length: int) -> int:
+        """Whole windows of ``sequence_length + 1`` tokens, overlapping by one."""
+        return window_count(self.token_count, sequence_length)
+
+    def window(self, index: int, sequence_length: int) -> NDArray[np.int64]:
+        """The tokens of a window, int64 [sequence_length + 1]."""
+        return self.read(index * sequence_length, (index + 1) * sequence_length + 1)
+
+    def identities(self) -> list[Identity]:
+        """What tells each shard from a rebuilt one."""
+        return [watch.identity for watch in self._watches]
+
+    def require_unchanged(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Raises :class:`DataError` if a shard with a token in a span is no longer what was opened."""
+        touched = {id(piece.watch): piece.watch for span in spans for piece, _, _ in self._stretches(*span)}
+        for watch in touched.values():
+            watch.require_unchanged(self.source.name)
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[_Piece, int, int]]:
+        """Where the tokens [start, stop) of the row lie: shard and token indices [first, last) in it."""
+        assert 0 <= start < stop <= self.token_count, (start, stop, self.token_count)
+        i = bisect_right(self._ends, start)
+        while start < stop:
+            piece = self._pieces[i]
+            offset = start - (self._ends[i] - piece.tokens)
+            count = min(stop - start, piece.tokens - offset)
+            yield piece, piece.start + offset, piece.start + offset + count
+            start, i = start + count, i + 1
+
+    def _report_foreign_token(self, start: int, stop: int) -> None:
+        for piece, first, last in self._stretches(start, stop):
+            tokens = piece.dataset.tokens[first:last]
+            foreign = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
+            if foreign.size:
+                at = first + int(foreign[0])
+                document = piece.dataset.sequences_between(at, at + 1)[0]
+                raise DataError(
+                    f"token id {piece.dataset.tokens[at]} in source {self.source.name}, document "
+                    f"{piece.first_document + document}, position {at - piece.dataset.start_of(document)} is outside "
+                    f"the vocabulary of {self.vocab_size:,}\n"
+                    f"  {piece.dataset.tokens_path} was made with another tokenizer, or model.vocab_size is too small."
+                )
+
+
+def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np.int64]]:
+    """The first sequence with a token in [first, last) of the shard, and where it and those after it end, at most last.
+
+    Raises :class:`DataError` if the index does not have these tokens in a row.
+    """
+    dataset = piece.dataset
+    item = dataset.dtype.itemsize
+    # bisect rather than searchsorted, which would copy the whole unaligned array to align it.
+    sequence = bisect_right(dataset.pointers, first * item, piece.low, piece.high) - 1
+    count, most = 16, piece.high - sequence
+    while True:
+        stop = sequence + min(count, most)
+        begin = max(sequence, 0)
+        lengths = dataset.lengths[begin:stop].astype(np.int64)
+        ends = dataset.pointers[begin:stop] // item + lengths
+        if count >= most or (len(ends) and ends[-1] >= last):
+            break
+        count *= 4
+    beyond = np.flatnonzero(ends >= last)
+    starts = np.concatenate(([int(dataset.pointers[begin]) // item], ends[:-1]))
+    in_a_row = (dataset.pointers[begin:stop] == starts * item) & (lengths >= 0)
+    if sequence < piece.low or not beyond.size or starts[0] > first or not in_a_row[: beyond[0] + 1].all():
+        raise DataError(
+            f"{dataset.index_path}: the sequences around number {begin} do not hold tokens {first:,} to {last:,} in a "
+            "row\n  the index is damaged or not in file order. Check it with tools/inspect_data.py PREFIX --verify, "
+            "and preprocess the text again."
+        )
+    return sequence, np.minimum(ends[: beyond[0] + 1], last)
+
+
+def _require_row(dataset: IndexedDataset, low: int, high: int) -> None:
+    """Raises :class:`DataError` unless sequences [low, high) follow each other, the first of all from byte 0."""
+    if low >= high:
+        return
+    lengths, pointers = dataset.lengths[low:high].astype(np.int64), dataset.pointers[low:high]
+    begin = int(pointers[0]) if low else 0
+    ends = begin + np.cumsum(lengths) * dataset.dtype.itemsize
+    starts = np.concatenate(([begin], ends[:-1]))
+    wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
+    if wrong.size:
+        i = int(wrong[0])
+        raise DataError(
+            f"{dataset.index_path}: sequence {low + i} has length {lengths[i]} and starts at byte {pointers[i]:,}, but "
+            f"the one before ends at byte {starts[i]:,}\n"
+            "  the index is damaged or not in file order. Preprocess the text again."
+        )

@@ -1,0 +1,74 @@
+"""Data sets that are rebuilt: what tells them apart, and when it is seen."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megagap.data.identity import differences, identify
+from megagap.data.loader import MicrobatchLoader
+from megagap.data.sources import Source
+from megagap.errors import DataError
+from tests.data.few import WriteTokens, numbered, training
+
+
+def test_a_rebuilt_pair_differs_in_what_changed(write_tokens: WriteTokens) -> None:
+    prefix = write_tokens("x", numbered(9))
+    before = identify(prefix)
+    assert differences(before, identify(prefix)) == []
+    write_tokens("x", numbered(10))
+    told = differences(before, identify(prefix))
+    assert "documents was 9, is 10" in told and "tokens was 63, is 70" in told
+    write_tokens("x", numbered(9, first=1))
+    assert [text.partition(" was ")[0] for text in differences(before, identify(prefix))] == [
+        "checksum of sampled blocks"
+    ]
+
+
+def test_a_change_that_no_sampled_block_sees_is_seen_by_manifests(write_tokens: WriteTokens, tmp_path: Path) -> None:
+    prefix = write_tokens("x", numbered(60, 1000))
+    manifest = Path(f"{prefix}.json")
+
+    def state(checksum: str) -> None:
+        manifest.write_text(json.dumps({"files": {".bin": {"checksum": checksum}, ".idx": {"checksum": "b"}}}))
+
+    without = identify(prefix)
+    state("a")
+    with_one = identify(prefix)
+    assert differences(without, with_one) == differences(with_one, without) == []
+    state("c")
+    (told,) = differences(with_one, identify(prefix))
+    assert told.startswith("checksums of the whole files was ['a', 'b'], is ['c', 'b']")
+    manifest.write_text("[")
+    assert differences(with_one, identify(prefix)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_is_rebuilt_while_it_is_read_is_refused_naming_it(
+    write_tokens: WriteTokens, sources: list[Source], workers: int
+) -> None:
+    with MicrobatchLoader(training(sources, 1), 12, 3, workers=workers) as loader:
+        loader.step(0)
+        write_tokens("en", numbered(21))
+        with pytest.raises(DataError, match=r"source en was rebuilt while the run reads it: .*documents was 20, is 21"):
+            for step in range(1, 4):
+                loader.step(12 * step)
+
+
+def test_a_copy_of_the_same_content_is_no_other_data(sources: list[Source]) -> None:
+    loader = MicrobatchLoader(training(sources, 1), 12, 3)
+    loader.step(0)
+    (prefix,) = sources[0].prefixes
+    for ending in (".bin", ".idx"):
+        shutil.copy(prefix + ending, prefix + ".copy")
+        os.replace(prefix + ".copy", prefix + ending)
+    loader.step(12)
+
+
+def test_files_that_vanish_while_they_are_read_are_named(sources: list[Source]) -> None:
+    loader = MicrobatchLoader(training(sources, 1), 12, 3)
+    os.unlink(sources[0].prefixes[0] + ".bin")
+    with pytest.raises(DataError, match=r"en.bin does not exist"):
+        loader.step(0)

@@ -1,0 +1,24 @@
+"""Held-out samples."""
+
+from megagap.data.sources import Source
+from megagap.data.validation import open_validation
+from tests.data.few import S
+
+
+def test_validation_is_spread_evenly_over_the_held_out_documents(sources: list[Source]) -> None:
+    validation = open_validation(sources, [], S, samples=3, split="50,50,0")
+    assert list(validation.windows) == ["en", "fr", "code"]
+    # en: 10 documents of 7 tokens from 70 on, that is 17 windows.
+    assert validation.windows["en"].tolist() == [0, 5, 11]
+    assert validation.batch("en", 0, 3)[:, 0].tolist() == [70, 90, 114]
+    assert validation.batch("en", 3, 2).shape == (0, S + 1)
+
+
+def test_explicit_validation_uses_whole_files(sources: list[Source]) -> None:
+    validation = open_validation(sources[:1], sources[2:], S, samples=1000, split="50,50,0")
+    assert {name: len(windows) for name, windows in validation.windows.items()} == {"code": 16}
+    assert validation.batch("code", 0, 16)[:, 0].tolist() == list(range(2000, 2064, 4))
+
+
+def test_no_held_out_share_means_no_validation(sources: list[Source]) -> None:
+    assert open_validation(sources, [], S, samples=10).windows == {}

@@ -1,0 +1,158 @@
+"""Training in phases: lengths, wavelengths, counts of tokens, and going on in the middle of one and at its border."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from megagap.config import load_recipe
+from megagap.data.indexed import IndexedDatasetWriter
+from megagap.errors import CheckpointError, DataError
+from tests.recipes import VOCABULARY, write_recipe
+from tests.training_run import train_recipe
+
+FR, EN = {"path": "fr_text_document", "weight": 0.7}, {"path": "en_text_document", "weight": 0.3}
+STEP = 8 * 32
+"""Tokens of a step of the first phase."""
+PHASES = [
+    {"name": "short", "tokens": 4 * STEP - 5, "sources": [FR, EN]},
+    {"name": "long", "tokens": 3 * 2 * STEP, "sources": [EN], "sequence_length": 64, "rope_theta": 1e6},
+    {"name": "back", "tokens": 2 * STEP, "sources": [FR, EN]},
+]
+
+
+def recipe_in_phases(folder, phases=PHASES, **changes):
+    train = {"steps": 0, "evaluate_every": 3, "evaluate_samples": 4} | changes.pop("train", {})
+    optim = {"schedule": "constant"}  # whose rates do not depend on the length of the run
+    return write_recipe(folder, data={"sources": [], "phases": phases}, train=train, optim=optim, **changes)
+
+
+def numbers(metrics):
+    return [{key: m[key] for key in m if "seconds" not in key and "second" not in key
+             and key not in ("tflops_per_device", "mfu", "memory_bytes")} for m in metrics]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(workers, tmp_path_factory):
+    """A recipe in three phases, and its metrics without an interruption."""
+    folder = tmp_path_factory.mktemp("phases")
+    recipe = recipe_in_phases(folder, checkpoint={"every": 1})
+    return recipe, workers.run(1, train_recipe, recipe, [f"run.dir={folder / 'alone'}"])[0]
+
+
+def test_phases_count_their_own_tokens_and_end_at_whole_steps(whole):
+    recipe, metrics = whole
+    lengths = [32] * 4 + [64] * 3 + [32] * 2
+    assert [m["consumed_tokens"] for m in metrics] == [8 * sum(lengths[: i + 1]) for i in range(9)]
+    assert [m["consumed_samples"] for m in metrics] == [8 * (i + 1) for i in range(9)]
+    assert [sorted(key for key in m if key.startswith("loss/")) for m in metrics[3:5]] == [
+        ["loss/en", "loss/fr"],
+        ["loss/en"],
+    ]
+    events = [json.loads(line) for line in (recipe.parent / "alone/events.jsonl").read_text().splitlines()]
+    begun = [(e["phase"], e["first_step"], e["sequence_length"]) for e in events if e["event"] == "phase"]
+    assert begun == [("short", 1, 32), ("long", 5, 64), ("back", 8, 32)]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 7])
+def test_going_on_in_a_phase_and_at_its_border_is_bit_exact(whole, workers, tmp_path, stop):
+    recipe, expected = whole
+    folder = recipe.parent / f"alone/checkpoints/step_{stop:08}"
+    (metrics,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path}", f"checkpoint.load={folder}"])
+    assert numbers(metrics) == numbers(expected[stop:])
+
+
+def test_layouts_agree_over_phases(whole, workers, tmp_path):
+    recipe, expected = whole
+    metrics = workers.run(4, train_recipe, recipe, [f"run.dir={tmp_path}", "parallel.pp=2", "parallel.tp=2"])[0]
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
+
+
+def test_the_wavelengths_are_those_of_the_phase(whole, workers, tmp_path):
+    recipe, expected = whole
+    phases = [PHASES[0], PHASES[1] | {"rope_theta": 10.0}, PHASES[2]]
+    shutil.copytree(recipe.parent, tmp_path / "x", ignore=shutil.ignore_patterns("alone"))
+    (metrics,) = workers.run(1, train_recipe, recipe_in_phases(tmp_path / "x", phases), ["train.steps=5"])
+    assert [m["loss"] for m in metrics[:4]] == [m["loss"] for m in expected[:4]]
+    assert metrics[4]["loss"] != expected[4]["loss"]
+
+
+def start_from(whole, workers, tmp_path, step, phases):
+    """Go on from a step of the run under other phases."""
+    recipe, _ = whole
+    shutil.copytree(recipe.parent, tmp_path / "x", ignore=shutil.ignore_patterns("alone"))
+    folder = recipe.parent / f"alone/checkpoints/step_{step:08}"
+    changed = recipe_in_phases(tmp_path / "x", phases)
+    return workers.run(1, train_recipe, changed, [f"checkpoint.load={folder}"])[0]
+
+
+def test_later_phases_may_change_when_a_run_goes_on(whole, workers, tmp_path):
+    later = [PHASES[0], PHASES[1] | {"tokens": 2 * 2 * STEP}, PHASES[2] | {"sources": [FR], "sequence_length": 64}]
+    metrics = start_from(whole, workers, tmp_path, 5, later)
+    assert metrics[0]["loss"] == whole[1][5]["loss"] and metrics[1]["loss"] != whole[1][6]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("phases", "complaint"),
+    [
+        ([PHASES[0], PHASES[1] | {"sequence_length": 48}], "data.phases[1].sequence_length was 64, is 48"),
+        ([PHASES[0], PHASES[1] | {"rope_theta": 2e6}, PHASES[2]], "data.phases[1].rope_theta was 1000000.0, is"),
+        ([PHASES[0] | {"sources": [FR]}, *PHASES[1:]], "data.phases[0].sources was"),
+        ([PHASES[0] | {"tokens": STEP}, *PHASES[1:]], "short 4, long 3; are now short 1, long 3, back 2"),
+    ],
+)
+def test_what_was_trained_on_may_not_change(whole, workers, tmp_path, phases, complaint):
+    with pytest.raises(AssertionError) as error:
+        start_from(whole, workers, tmp_path, 7, phases)
+    assert CheckpointError.__name__ in str(error.value) and complaint in str(error.value)
+
+
+def test_a_single_phase_can_be_followed_by_others(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train={"steps": 4}, optim={"schedule": "constant"})
+    workers.run(1, train_recipe, recipe, [])
+    recipe = recipe_in_phases(tmp_path, train={"evaluate_every": 0})
+    (metrics,) = workers.run(1, train_recipe, recipe, [])
+    assert [m["step"] for m in metrics] == list(range(1, 10))
+
+
+def test_a_data_set_that_was_rebuilt_between_starts_is_refused_naming_it(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train={"steps": 2})
+    workers.run(1, train_recipe, recipe, [])
+    with IndexedDatasetWriter(str(tmp_path / "en_text_document"), np.dtype("uint16")) as writer:
+        for _ in range(100):
+            writer.add_document(np.arange(50) % VOCABULARY)
+    with pytest.raises(AssertionError) as error:
+        workers.run(1, train_recipe, recipe, ["train.steps=3"])
+    assert DataError.__name__ in str(error.value) and "source en was rebuilt since" in str(error.value)
+    assert "documents was 60, is 100" in str(error.value)
+
+
+def test_the_document_mask_trains_alike_in_every_layout(workers, tmp_path):
+    train = {"steps": 4, "evaluate_every": 2, "evaluate_samples": 3}
+    recipe = write_recipe(tmp_path, data={"document_mask": True}, train=train)
+    (expected,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])
+    metrics = workers.run(4, train_recipe, recipe, [f"run.dir={tmp_path / 'four'}", "parallel.tp=2"])[0]
+    for key in ("loss", "grad_norm"):
+        assert [m[key] for m in metrics] == pytest.approx([m[key] for m in expected], rel=1e-5)
+    assert metrics[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
+    (without,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'w'}", "data.document_mask=false"])
+    assert without[0]["loss"] != expected[0]["loss"]
+
+
+def test_megatron_order_trains_and_its_length_may_not_change(workers, tmp_path):
+    recipe = write_recipe(tmp_path, data={"order": "megatron"}, train={"steps": 3})
+    (metrics,) = workers.run(1, train_recipe, recipe, [])
+    assert len(metrics) == 3
+    with pytest.raises(AssertionError) as error:
+        workers.run(1, train_recipe, recipe, ["train.steps=4"])
+    assert "train.steps was 3, is 4: Megatron's order depends on it" in str(error.value)
+
+
+def test_a_resolved_recipe_in_phases_loads_to_the_same_settings(whole):
+    recipe, _ = whole
+    settings = load_recipe(recipe)
+    assert settings.train.steps == 9
+    assert [p.sequence_length for p in settings.data.phases] == [32, 64, 32]
+    again = load_recipe(recipe.parent / "alone/config.toml", [f"run.dir={settings.run.dir}"])
+    assert again == settings

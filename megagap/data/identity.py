@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from megagap.data.format import HEADER
+from megagap.data.indexed import IndexedDataset
 from megagap.errors import DataError
 
 SAMPLED_BLOCKS = 16

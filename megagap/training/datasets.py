@@ -4,21 +4,25 @@ import logging
 
 from megagap.config import Settings, spans
 from megagap.config import Source as SourceSettings
+from megagap.data.manifest import read_manifest
 from megagap.data.plan import unnormalised_weights
 from megagap.data.samples import Phase, TrainingData
 from megagap.data.sources import Source
+from megagap.data.tokenizer import load_tokenizer
 from megagap.data.validation import ValidationData, open_validation
 
 log = logging.getLogger(__name__)
 
 
 def training_data(settings: Settings) -> TrainingData:
-    """Raises :class:`DataError` if a file is missing, damaged or too small."""
+    """Raises :class:`DataError` if a file is missing, damaged or too small, or was made with another tokenizer."""
     train, batch = settings.train, settings.train.global_batch_size
     phases = [
         Phase(span.name, span.steps * batch, span.sequence_length, tuple(_sources(span.sources)))
         for span in spans(settings.data, train, settings.model.rope_theta)
     ]
+    sources = list({source.name: source for phase in phases for source in phase.sources}.values())
+    require_tokenizer(settings.data.tokenizer, sources)
     for phase in phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
@@ -30,6 +34,16 @@ def training_data(settings: Settings) -> TrainingData:
         skipped_ranges(settings),
         planned=train.steps * batch if settings.data.order == "megatron" else None,
     )
+
+
+def require_tokenizer(spec: str, sources: list[Source]) -> None:
+    """Raises :class:`DataError` if a source's manifest, where it has one, names another tokenizer than the recipe."""
+    prefixes = [prefix for source in sources for prefix in source.prefixes]
+    manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix))} if spec else {}
+    if manifests:
+        tokenizer = load_tokenizer(spec)
+        for prefix, manifest in manifests.items():
+            manifest.require_tokenizer(tokenizer, prefix)
 
 
 def validation_data(settings: Settings) -> ValidationData:

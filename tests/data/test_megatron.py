@@ -49,7 +49,7 @@ def ours(sources: list[Source], samples: int, length: int, seed: int, split: str
 TWELVE = [0.21, 0.17, 0.13, 0.11, 0.09, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [3, 1], TWELVE], ids=["1", "2", "2 ratios", "12"])
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [1, 3], TWELVE], ids=["1", "2", "2 ratios", "12"])
 @pytest.mark.parametrize("length", [1, 5, 16])
 @pytest.mark.parametrize(("seed", "split"), [(0, "100,0,0"), (1234, "90,5,5"), (7, "33,33,34")])
 def test_megatron_order_equals_the_naive_program(
@@ -100,7 +100,7 @@ def test_provenance_names_the_documents(write: Callable[..., Written]) -> None:
         assert sample.documents == list(dict.fromkeys(holders))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], TWELVE], ids=["1", "2", "12"])
+@pytest.mark.parametrize("weights", [[1.0], [0.3, 0.7], TWELVE], ids=["1", "2", "12"])
 @pytest.mark.parametrize(("seed", "length"), [(0, 5), (1234, 16)])
 @pytest.mark.filterwarnings("ignore")
 def test_megatron_order_equals_megatron_core(

@@ -72,6 +72,19 @@ def test_a_sequence_of_one_document_is_computed_as_without_a_mask(stage: LlamaSt
     torch.testing.assert_close(with_mask, losses(stage, tokens, None))
 
 
+def test_positions_count_from_the_start_of_each_document(stage: LlamaStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no loss shows: rotary attention depends on distances only."""
+    given = []
+
+    def rotary(q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(tables[2])
+        return q, k
+
+    monkeypatch.setattr("megagap.model.attention.rotary", rotary)
+    stage(torch.zeros(3, 16, dtype=torch.int64), 16, documents=Documents.of(positions(LENGTHS)))
+    assert len(given) == 2 and all(torch.equal(places, positions(LENGTHS)) for places in given)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_attention_within_documents_sees_no_other(heads: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,8 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
-from megagap.config import Settings, Source, spans
+from megagap.config import Settings, Source, sources_of, spans
 from megagap.data.loader import Batch
 from megagap.model.flops import flops_per_token
 from megagap.observe.run_directory import RunDirectory, environment
@@ -99,9 +100,8 @@ def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int) -> Report
     read the batch, update, record. Where the recipe's data files do not exist, tokens are random.
     """
     state = build_state(settings, mesh)
-    next_batch = batches(settings, mesh)
     seconds = []
-    with TemporaryDirectory(prefix="megagap_benchmark_") as folder:
+    with TemporaryDirectory(prefix="megagap_benchmark_") as folder, batches(settings, mesh) as next_batch:
         recorder = Recorder(settings, mesh, RunDirectory(Path(folder), is_writer=mesh.world.rank == 0), state.step)
         for step in tqdm(range(warmup + steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
             batch = next_batch(state.consumed_samples).to(mesh.device)
@@ -121,8 +121,7 @@ def sequence_length(settings: Settings) -> int:
 
 def sources(settings: Settings) -> list[Source]:
     """Of all phases."""
-    plan = spans(settings.data, settings.train, settings.model.rope_theta)
-    return list({source.name: source for phase in plan for source in phase.sources}.values())
+    return sources_of(spans(settings.data, settings.train, settings.model.rope_theta))
 
 
 def missing_data(settings: Settings) -> str | None:
@@ -132,12 +131,15 @@ def missing_data(settings: Settings) -> str | None:
     return missing[0] if missing else None if paths else "the recipe names none"
 
 
-def batches(settings: Settings, mesh: Mesh) -> Callable[[int], Batch]:
-    """From the number of a step's first sample to this rank's batch."""
+@contextmanager
+def batches(settings: Settings, mesh: Mesh) -> Iterator[Callable[[int], Batch]]:
+    """From the number of a step's first sample to this rank's batch; what reads ahead ends with the block."""
     if missing_data(settings) is None:
-        return make_loader(settings, mesh, training_data(settings)).step
-    batch = random_batch(settings, mesh)
-    return lambda first_sample: batch
+        with make_loader(settings, mesh, training_data(settings)) as loader:
+            yield loader.step
+    else:
+        batch = random_batch(settings, mesh)
+        yield lambda first_sample: batch
 
 
 def random_batch(settings: Settings, mesh: Mesh) -> Batch:

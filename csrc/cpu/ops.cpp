@@ -34,12 +34,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 16384;   // elements that are worth a thread of their own
-#ifndef MEGAGAP_STREAM
-#define MEGAGAP_STREAM (16 << 20)
-#endif
-constexpr int64_t kStreamedBytes = MEGAGAP_STREAM;  // of a result that is not expected to stay in the caches
-constexpr int64_t kRowBlocks = 64;  // sums over rows are made in at most this many parts, whatever the threads
+constexpr int64_t kGrain = 16384;             // elements that are worth a thread of their own
+constexpr int64_t kStreamedBytes = 16 << 20;  // of a result that is not expected to stay in the caches
+constexpr int64_t kRowBlocks = 64;            // sums over rows are made in at most this many parts, whatever the threads
 
 template <typename T>
 T* data(const Tensor& tensor) {

@@ -38,6 +38,11 @@ def phase_spans(
     return found
 
 
+def sources_of(plan: Sequence[Span]) -> list[Source]:
+    """Those of all phases, each once: a source of the same name is the same one."""
+    return list({source.name: source for span in plan for source in span.sources}.values())
+
+
 def span_of(plan: Sequence[Span], step: int) -> Span:
     """The phase of a step, from 1; beyond the end, the last one."""
     return next((span for span in plan if step <= span.first + span.steps), plan[-1])

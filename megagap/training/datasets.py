@@ -2,7 +2,7 @@
 
 import logging
 
-from megagap.config import Settings, spans
+from megagap.config import Settings, sources_of, spans
 from megagap.config import Source as SourceSettings
 from megagap.data.manifest import read_manifest
 from megagap.data.plan import unnormalised_weights
@@ -17,12 +17,11 @@ log = logging.getLogger(__name__)
 def training_data(settings: Settings) -> TrainingData:
     """Raises :class:`DataError` if a file is missing, damaged or too small, or was made with another tokenizer."""
     train, batch = settings.train, settings.train.global_batch_size
+    plan = spans(settings.data, train, settings.model.rope_theta)
+    require_tokenizer(settings.data.tokenizer, sources_of(plan))
     phases = [
-        Phase(span.name, span.steps * batch, span.sequence_length, tuple(_sources(span.sources)))
-        for span in spans(settings.data, train, settings.model.rope_theta)
+        Phase(span.name, span.steps * batch, span.sequence_length, tuple(_sources(span.sources))) for span in plan
     ]
-    sources = list({source.name: source for phase in phases for source in phase.sources}.values())
-    require_tokenizer(settings.data.tokenizer, sources)
     for phase in phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
@@ -36,9 +35,9 @@ def training_data(settings: Settings) -> TrainingData:
     )
 
 
-def require_tokenizer(spec: str, sources: list[Source]) -> None:
+def require_tokenizer(spec: str, sources: list[SourceSettings]) -> None:
     """Raises :class:`DataError` if a source's manifest, where it has one, names another tokenizer than the recipe."""
-    prefixes = [prefix for source in sources for prefix in source.prefixes]
+    prefixes = [prefix for source in sources for prefix in source.paths]
     manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix))} if spec else {}
     if manifests:
         tokenizer = load_tokenizer(spec)
@@ -53,9 +52,8 @@ def validation_data(settings: Settings) -> ValidationData:
         if data.validation:
             log.warning("data.validation is given, but train.evaluate_every = 0: it is never evaluated")
         return ValidationData([], train.sequence_length, train.evaluate_samples)
-    sources = {source.name: source for span in spans(data, train, settings.model.rope_theta) for source in span.sources}
     return open_validation(
-        _sources(list(sources.values())),
+        _sources(sources_of(spans(data, train, settings.model.rope_theta))),
         _sources(data.validation),
         train.sequence_length,
         train.evaluate_samples,

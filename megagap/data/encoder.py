@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from megagap.data.documents import Fault, documents_of, text_of
 from megagap.data.format import best_dtype
-from megagap.data.tokenizer import TextEncoder, load_tokenizer
-from megagap.data.tokenizer.fast import FastEncoder, FastSource
+from megagap.data.tokenizer import TextEncoder
 from megagap.data.units import Unit
 from megagap.errors import DataError
 
@@ -127,9 +126,3 @@ def pieces_of(text: str, size: int = PIECE) -> Iterator[str]:
         yield text[start : found.end()]
         start = found.end()
     yield text[start:]
-
-
-def make_encoder(tokenizer: str | FastSource, *settings: Any) -> Encoder:
-    """The encoder of a worker process; ``settings`` are its other attributes."""
-    loaded = FastEncoder(tokenizer) if isinstance(tokenizer, FastSource) else load_tokenizer(tokenizer)
-    return Encoder(loaded, *settings)

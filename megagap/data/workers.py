@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -20,20 +21,19 @@ UNDER_WAY = 3
 
 
 def map_in_order(
-    make: Callable[..., Callable[[Item], Result]],
-    arguments: tuple[Any, ...],
-    items: Iterable[Item],
-    workers: int,
-    threads: int = 1,
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, threads: int = 1
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Each item and ``function(item)``; each of ``workers`` processes has its own ``function = make(*arguments)``.
+    """Each item and ``function(item)``, which runs in ``workers`` processes.
 
-    ``threads`` is how many threads libraries in Rust may use in each of them.
+    ``threads`` is how many threads libraries in Rust may use in each of them. If it is one, ``function`` must work in a
+    forked process: it may have no threads, nor locks that threads of this process could hold.
     At most a few items a worker are under way, so memory does not grow with their number. Raises what a worker raised,
     and :class:`DataError` if one died.
     """
-    # Spawned rather than forked: a tokenizer's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (threads, make, arguments))
+    # Forked workers share what the function has loaded. A library's threads do not survive a fork, so with these
+    # workers are spawned, and so they are on macOS, whose own libraries may have some; the function is pickled then.
+    method = "fork" if threads == 1 and sys.platform == "linux" else "spawn"
+    pool = ProcessPoolExecutor(workers, get_context(method), _start, (threads, function))
     under_way: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -60,13 +60,13 @@ _function: Callable[[Any], Any]
 """In a worker process: set once by its initialiser, as ProcessPoolExecutor has no other place for it."""
 
 
-def _start(threads: int, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+def _start(threads: int, function: Callable[[Any], Any]) -> None:
     global _function
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in order
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _function = make(*arguments)
+    _function = function
 
 
 def _end_with_parent() -> None:

@@ -217,17 +217,9 @@ def sources() -> Iterator[bytes]:
 
 def write_hugging_face(path: Path) -> None:
     """Llama 3's rank file as Hugging Face has it, for those that read nothing else."""
-    from megagap.data.tokenizer import load_tokenizer
-    from megagap.data.tokenizer.fast import json_of_ranks
-    from megagap.data.tokenizer.tiktoken import SPECIAL_TOKENS
+    from megagap.data.tokenizer.tiktoken import to_hugging_face
 
-    tokenizer = load_tokenizer(rank_file())
-    vocabulary = tokenizer.vocabulary()
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": len(vocabulary) + i, "content": token, "special": True} | plain for i, token in enumerate(SPECIAL_TOKENS)
-    ]
-    path.write_text(json.dumps(json.loads(json_of_ranks(vocabulary)) | {"added_tokens": added}))
+    to_hugging_face(rank_file()).save(str(path))
 
 
 def install(folder: Path, package: str) -> Path:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megagap.data.preprocess import preprocess
-from megagap.data.tokenizer import fast as module
 from megagap.data.tokenizer import fingerprint, load_tokenizer
 from megagap.data.tokenizer.fast import FastEncoder, FastSource
+from megagap.data.tokenizer.tiktoken import json_of_ranks
 from megagap.errors import DataError
 
 pytest.importorskip("gigatoken")
@@ -40,7 +40,7 @@ def test_files_of_all_back_ends_for_one_vocabulary_are_the_same(
     tmp_path: Path, corpus: Path, rank_file: Path, workers: int
 ) -> None:
     """The rank file by tiktoken and gigatoken, and as a tokenizer.json by tokenizers and gigatoken."""
-    (tmp_path / "same.json").write_text(module.json_of_ranks(load_tokenizer(rank_file).vocabulary()))
+    (tmp_path / "same.json").write_text(json_of_ranks(load_tokenizer(rank_file).vocabulary()))
     written = []
     for i, (tokenizer, fast) in enumerate(
         [(rank_file, "off"), (rank_file, "on"), (tmp_path / "same.json", "off"), (tmp_path / "same.json", "on")]

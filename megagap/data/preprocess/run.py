@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megagap.data.documents import fault_in
-from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder, make_encoder
+from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
 from megagap.data.format import best_dtype
 from megagap.data.inputs import Input, lines_before
 from megagap.data.manifest import (
@@ -40,7 +40,6 @@ from megagap.data.preprocess.arrange import arrange, take_over
 from megagap.data.preprocess.fast import Fast, choose_encoder
 from megagap.data.preprocess.journal import Journal, PairState, State, check_inputs, inputs_entry, read_journal
 from megagap.data.tokenizer import Tokenizer
-from megagap.data.tokenizer.fast import FastEncoder
 from megagap.data.units import Unit, read_units
 from megagap.data.workers import map_in_order
 from megagap.errors import DataError
@@ -180,16 +179,14 @@ class Run:
             self.notes.append(note)
         bos = self._tokenizer.bos if arguments.prepend_bos else None
         eod = self._tokenizer.eod if arguments.append_eod else None
-        settings = (self._keys, bos, eod, arguments.min_tokens)
+        encoder = Encoder(tokenizer, self._keys, bos, eod, arguments.min_tokens)
         units = read_units(self._inputs, self._keys, tokenizer.splits_at_blanks, state.mark)
         results: Generator[tuple[Unit, EncodedUnit], None, None]
         if workers == 1:
-            encoder = Encoder(tokenizer, *settings)
             results = ((unit, encoder(unit)) for unit in units)
         else:
-            source = tokenizer.source if isinstance(tokenizer, FastEncoder) else tokenizer.spec
             threads = min(workers, THREADS) if tokenizer.uses_threads else 1
-            results = map_in_order(make_encoder, (source, *settings), units, -(-workers // threads), threads)
+            results = map_in_order(encoder, units, -(-workers // threads), threads)
         done = sum(file.share for file in self._inputs[: state.mark.input])
         total = sum(file.share for file in self._inputs)
         name = Path(self._prefixes[0]).name

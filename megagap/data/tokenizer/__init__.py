@@ -38,7 +38,7 @@ STARTS = {
 
 
 class TextEncoder(Protocol):
-    """Text to ids. No special tokens are added."""
+    """Text to ids. No special tokens are added. Pickled, it is what it was made from, and is made again."""
 
     @property
     def spec(self) -> str:

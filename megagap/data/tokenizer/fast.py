@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from megagap.data.tokenizer import Tokenizer, find_tokenizer
-from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS
 from megagap.errors import DataError
 
 
@@ -59,6 +57,9 @@ class FastEncoder:
             else:
                 self._backend = gigatoken.Tokenizer.from_json(source.data)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source,)
+
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         # One thread: workers are processes. Bytes spare it from looking into Python's strings.
         with _as_data_error("fails on this input; try --fast off"):
@@ -100,33 +101,13 @@ def _data_of(reference: Tokenizer) -> str | bytes:
     kind, file = find_tokenizer(reference.spec)
     if kind == "sentencepiece":
         return file.read_bytes()
-    return _without_limits(file) if kind == "hf" else json_of_ranks(reference.vocabulary())
+    if kind == "hf":
+        return _without_limits(file)
+    from megagap.data.tokenizer.tiktoken import json_of_ranks
+
+    return json_of_ranks(reference.vocabulary())
 
 
 def _without_limits(file: Path) -> str:
     """A ``tokenizer.json`` that neither cuts nor lengthens texts, as our reference reads it."""
     return json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"truncation": None, "padding": None})
-
-
-def json_of_ranks(vocabulary: dict[int, bytes]) -> str:
-    """A rank file with Llama 3's words as a ``tokenizer.json``, without special tokens.
-
-    A pair merges into a token in the order of ranks, as Hugging Face converts such files.
-    """
-    rank_of = {token: rank for rank, token in vocabulary.items()}
-    written = {token: token.decode("latin-1").translate(CHARACTER_OF) for token in rank_of}
-    merges: list[str] = []
-    for _, token in sorted(vocabulary.items()):
-        cuts = [i for i in range(1, len(token)) if token[:i] in rank_of and token[i:] in rank_of]
-        if len(cuts) > 1:
-            cuts.sort(key=lambda i, token=token: (rank_of[token[:i]], rank_of[token[i:]]))  # type: ignore[misc]
-        merges += [f"{written[token[:i]]} {written[token[i:]]}" for i in cuts]
-    words = {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False}
-    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    vocab = {written[token]: rank for token, rank in rank_of.items()}
-    model = {"type": "BPE", "ignore_merges": True, "byte_fallback": False, "vocab": vocab, "merges": merges}
-    unused: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": [words, as_bytes]}
-    tokenizer = unused | {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": as_bytes}
-    model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    return orjson.dumps(tokenizer | {"model": model | {"fuse_unk": False}}).decode()

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten
+from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten, load_tokenizer
 from megagap.data.tokenizer.words import BYTE_OF, LLAMA3_WORDS, QWEN2_WORDS
 from megagap.errors import DataError
 
@@ -56,6 +56,9 @@ class HuggingFaceTokenizer:
         named = _read_json(config) if config.exists() else {}
         self.bos = self._special(config, "bos_token", named, BEGIN_OF_TEXT)
         self.eod = self._special(config, "eos_token", named, END_OF_TEXT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_tokenizer, (self.spec,)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

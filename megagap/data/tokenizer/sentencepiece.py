@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
-from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten
+from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten, load_tokenizer
 from megagap.errors import DataError
 
 
@@ -33,6 +33,9 @@ class SentencePieceTokenizer:
         self.spec = spec
         self.bos = self._special(self._backend.bos_id(), BEGIN_OF_TEXT)
         self.eod = self._special(self._backend.eos_id(), END_OF_TEXT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_tokenizer, (self.spec,)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, out_type=int)

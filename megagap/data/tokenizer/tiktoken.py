@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from tiktoken import Encoding
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 
-from megagap.data.tokenizer.words import LLAMA3_WORDS
+from megagap.data.tokenizer import load_tokenizer
+from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS
 from megagap.errors import DataError
 
 NAMED_TOKENS = (
@@ -53,6 +55,9 @@ class TiktokenTokenizer:
         self.vocab_size = len(ranks) + len(special)
         self.bos: int | None = special["<|begin_of_text|>"]
         self.eod: int | None = special["<|end_of_text|>"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_tokenizer, (self.spec,)
 
     def encode(self, text: str) -> list[int]:
         return [i for piece in _without_long_blanks(text) for i in self._backend.encode_ordinary(piece)]
@@ -119,35 +124,36 @@ def to_hugging_face(file: Path) -> Tokenizer:
 
     Raises :class:`DataError` as :func:`read_ranks`.
     """
-    ranks = read_ranks(file)
-    letters = _letters_of_bytes()
-    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    # Any two tokens that together are a third may be merged into it; the lower its rank, the sooner.
-    merges = [
-        (text[token[:i]], text[token[i:]])
-        for token in sorted(ranks, key=ranks.__getitem__)
-        for i in sorted(range(1, len(token)), key=lambda i: (ranks.get(token[:i], -1), ranks.get(token[i:], -1)))
-        if token[:i] in ranks and token[i:] in ranks
-    ]
-    # ignore_merges: a word that is a token is that token, whether or not merges lead to it, as in tiktoken.
-    converted = Tokenizer(models.BPE({text[token]: rank for token, rank in ranks.items()}, merges, ignore_merges=True))
-    converted.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    converted.decoder = decoders.ByteLevel()
+    converted = Tokenizer.from_str(json_of_ranks({rank: token for token, rank in read_ranks(file).items()}))
     converted.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return converted
 
 
-def _letters_of_bytes() -> list[str]:
-    """The character that stands for each byte in byte-level tokenizers (GPT-2's): itself, or one from 256 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    stand_in = {byte: 256 + i for i, byte in enumerate(others)}
-    return [chr(stand_in.get(byte, byte)) for byte in range(256)]
+def json_of_ranks(vocabulary: dict[int, bytes]) -> str:
+    """A rank file with Llama 3's words as a ``tokenizer.json``, without special tokens.
+
+    Any two tokens that together are a third may be merged into it; the lower its rank, the sooner.
+    """
+    rank_of = {token.decode("latin-1").translate(CHARACTER_OF): rank for rank, token in sorted(vocabulary.items())}
+    merges: list[tuple[str, str]] = []
+    for token in rank_of:
+        pairs = [
+            (left, right)
+            for i in range(1, len(token))
+            if (left := token[:i]) in rank_of and (right := token[i:]) in rank_of
+        ]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (rank_of[pair[0]], rank_of[pair[1]]))
+        merges += pairs
+    words = {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    # ignore_merges: a word that is a token is that token, whether or not merges lead to it, as in tiktoken.
+    model = {"type": "BPE", "ignore_merges": True, "byte_fallback": False, "vocab": rank_of, "merges": merges}
+    unused: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [words, as_bytes]}
+    tokenizer = unused | {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": as_bytes}
+    model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    return orjson.dumps(tokenizer | {"model": model | {"fuse_unk": False}}).decode()
 
 
 def _without_long_blanks(text: str) -> Iterator[str]:

@@ -18,8 +18,9 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain, cycle, islice, zip_longest
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -244,11 +245,11 @@ def time_of(command: list[str], environment: dict[str, str]) -> float:
 
 
 def peak_memory(folder: Path, corpus: Path, size: int, cores: int, environment: dict[str, str]) -> int:
-    """The most that the processes of a run hold together, of the lines of ``corpus`` repeated up to ``size`` bytes."""
+    """The most that the processes of a run hold together; of ``corpus`` up to ``size`` bytes, never the same twice."""
     path = folder / "memory.jsonl"
-    with open(corpus, "rb") as lines, open(path, "wb") as file:
-        for block in cycle(iter(lambda: b"".join(islice(lines, 1000)) or lines.seek(0) or b"", None)):
-            file.write(block)
+    with open(path, "wb") as file:
+        for text in new_texts(corpus):
+            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
             if file.tell() >= size:
                 break
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--workers", str(cores)]
@@ -262,6 +263,14 @@ def peak_memory(folder: Path, corpus: Path, size: int, cores: int, environment: 
         raise SystemExit(f"{' '.join(command)} failed")
     path.unlink()
     return peak
+
+
+def new_texts(corpus: Path) -> Iterator[str]:
+    """The texts of ``corpus``, then again with each letter shifted, so that words are new to a tokenizer's cache."""
+    for shift in count():
+        shifted = str.maketrans(ascii_lowercase, ascii_lowercase[shift % 26 :] + ascii_lowercase[: shift % 26])
+        for text in texts_of(corpus):
+            yield text.translate(shifted)
 
 
 def children_of(pid: int) -> list[int]:

@@ -35,6 +35,25 @@ def test_llama_3_ids_are_those_of_the_reference(lines: list[str]) -> None:
     FastEncoder(FastSource.of(reference)).check(reference, [*lines, "a <|end_of_text|> written out"])
 
 
+def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(
+    rank_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megagap.data.tokenizer.fast.CACHE_BYTES", 1 << 24)
+    reference = load_tokenizer(rank_file)
+    fast = FastEncoder(FastSource.of(reference))
+    random = np.random.default_rng(0)
+    backends = {id(fast._backend): fast._backend}
+    for _ in range(60):
+        letters = random.integers(97, 123, 500_000, dtype=np.uint8)
+        letters[random.integers(0, len(letters), 70_000)] = ord(" ")
+        found, _ = fast.encode_flat([letters.tobytes().decode()])
+        if id(fast._backend) not in backends:
+            break
+    else:
+        pytest.fail("it never forgot")
+    assert np.array_equal(found, reference.encode_flat([letters.tobytes().decode()])[0])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_files_of_all_back_ends_for_one_vocabulary_are_the_same(
     tmp_path: Path, corpus: Path, rank_file: Path, workers: int

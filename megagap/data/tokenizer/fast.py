@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from megagap.data.tokenizer import Tokenizer, find_tokenizer
 from megagap.errors import DataError
 
+CACHE_BYTES = 1 << 27
+"""What the memory of words may grow to in each process before it is emptied; growing, it doubles."""
+
 
 @dataclass(frozen=True)
 class FastSource:
@@ -41,21 +44,11 @@ class FastEncoder:
     """
 
     def __init__(self, source: FastSource) -> None:
-        try:
-            import gigatoken
-        except ImportError as error:
-            raise DataError(
-                f"gigatoken cannot be imported ({error})\n  install it with pip install 'megagap[fast]'."
-            ) from None
         self.source = source
         self.spec, self.vocab_size = source.spec, source.vocab_size
         self.splits_at_blanks = source.splits_at_blanks
         self.uses_threads = False
-        with _as_data_error(f"cannot take {source.spec}"):
-            if isinstance(source.data, bytes):
-                self._backend = gigatoken.Tokenizer.from_sentencepiece(source.data)
-            else:
-                self._backend = gigatoken.Tokenizer.from_json(source.data)
+        self._load()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.source,)
@@ -65,7 +58,25 @@ class FastEncoder:
         with _as_data_error("fails on this input; try --fast off"):
             layout = self._backend.encode_batch([text.encode() for text in texts], parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
+        # Releases up to 0.10 remember every word that they meet, and text never runs out of new ones.
+        if _resident_bytes() > self._resident_bytes + CACHE_BYTES:
+            self._load()
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+    def _load(self) -> None:
+        """Anew, remembering nothing."""
+        try:
+            import psutil  # noqa: F401
+            from gigatoken import Tokenizer as Backend
+        except ImportError as error:
+            raise DataError(
+                f"gigatoken cannot be imported ({error})\n  install it with pip install 'megagap[fast]'."
+            ) from None
+        data = self.source.data
+        self._backend: Any = None  # frees what it holds before as much is needed again
+        with _as_data_error(f"cannot take {self.spec}"):
+            self._backend = Backend.from_sentencepiece(data) if isinstance(data, bytes) else Backend.from_json(data)
+        self._resident_bytes = _resident_bytes()
 
     def check(self, reference: Tokenizer, texts: Sequence[str]) -> None:
         """Compare with ``reference`` on ``texts``. Raises :class:`DataError` at the first difference."""
@@ -85,6 +96,14 @@ class FastEncoder:
                     f"{text[:40]!r}…"
                 )
         raise DataError(f"gigatoken {version('gigatoken')} gives other ids in a batch than for each text by itself")
+
+
+def _resident_bytes() -> int:
+    """Of this process, which may have been forked since."""
+    import psutil
+
+    resident: int = psutil.Process().memory_info().rss
+    return resident
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """OpenAI's tiktoken with Llama 3's words and special tokens."""
 
 import re
-from base64 import b64decode
+from binascii import a2b_base64
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -103,7 +103,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            ranks[b64decode(token, validate=True)] = int(rank)
+            ranks[a2b_base64(token, strict_mode=True)] = int(rank)
         except ValueError:
             shown = line[:60].decode("ascii", errors="replace")
             raise DataError(

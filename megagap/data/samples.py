@@ -17,7 +17,7 @@ from megagap.data.identity import Identity
 from megagap.data.megatron import MegatronOrder
 from megagap.data.shuffled import PhaseDraws, Place, ShuffledOrder
 from megagap.data.skipping import SampleNumbers
-from megagap.data.sources import TRAINING, Source, TokenSource
+from megagap.data.sources import TRAINING, Source, TokenSource, positions_in
 from megagap.errors import DataError
 
 
@@ -138,8 +138,9 @@ class TrainingData:
         a file that they come from was rebuilt since it was opened.
         """
         places = list(self._places(first, first + count))
-        tokens = np.stack([self._read(i, place) for _, i, place in places])
-        positions = np.stack([self._positions_in(i, place) for _, i, place in places]) if with_positions else None
+        samples = [self._read_documents(i, place) for _, i, place in places]
+        tokens = np.stack([sample for sample, _ in samples])
+        positions = positions_in([ends for _, ends in samples], tokens.shape[1]) if with_positions else None
         spans: dict[int, list[tuple[int, int]]] = {}
         for _, i, place in places:
             spans.setdefault(i, []).extend(place.stretches)
@@ -172,12 +173,16 @@ class TrainingData:
                 drawn[i] += 1
 
     def _read(self, source: int, place: Place) -> NDArray[np.int64]:
-        parts = [self.sources[source].read(*stretch) for stretch in place.stretches]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._read_documents(source, place)[0]
 
-    def _positions_in(self, source: int, place: Place) -> NDArray[np.int64]:
-        parts = [self.sources[source].positions(*stretch) for stretch in place.stretches]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _read_documents(self, source: int, place: Place) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A sample's tokens, and where its documents end; where stretches meet, one ends."""
+        parts = [self.sources[source].read_documents(*stretch) for stretch in place.stretches]
+        if len(parts) == 1:
+            return parts[0]
+        starts = accumulate((len(tokens) for tokens, _ in parts[:-1]), initial=0)
+        ends = [start + ends for start, (_, ends) in zip(starts, parts, strict=True)]
+        return np.concatenate([tokens for tokens, _ in parts]), np.concatenate(ends)
 
 
 def require_distinct_names(sources: Sequence[Source]) -> None:

@@ -99,14 +99,22 @@ class TokenSource:
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens [start, stop) of the row, int64, a copy."""
-        parts = []
+        return self.read_documents(start, stop)[0]
+
+    def read_documents(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens [start, stop), int64, a copy; and where each of their documents ends, counted from ``start``, int64.
+
+        The last one ends at ``stop``, whether or not it goes on.
+        """
+        parts, ends, at = [], [], 0
         for piece, first, last in self._stretches(start, stop):
-            _sequences_of(piece, first, last)
             parts.append(piece.dataset.tokens[first:last])
+            ends.append(at - first + _sequences_of(piece, first, last)[1])
+            at += last - first
         tokens = parts[0].astype(np.int64) if len(parts) == 1 else np.concatenate(parts).astype(np.int64)
         if self.vocab_size is not None and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             self._report_foreign_token(start, stop)
-        return tokens
+        return tokens, ends[0] if len(ends) == 1 else np.concatenate(ends)
 
     def documents(self, start: int, stop: int) -> list[int]:
         """The source's documents with a token in [start, stop)."""
@@ -116,16 +124,6 @@ class TokenSource:
             lengths = np.diff(ends, prepend=first)
             documents += [piece.first_document + sequence + int(i) for i in np.flatnonzero(lengths > 0)]
         return documents
-
-    def positions(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The place of each token in its document, counted from the document's start or from ``start``: int64."""
-        found, at = [], 0
-        for piece, first, last in self._stretches(start, stop):
-            found.append(at + _sequences_of(piece, first, last)[1] - first)
-            at += last - first
-        ends = np.concatenate(found)
-        lengths = np.diff(ends, prepend=0)
-        return np.arange(stop - start) - np.repeat(ends - lengths, lengths)
 
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens of each document of the part, int64; a pass over the index that checks it."""
@@ -176,6 +174,15 @@ class TokenSource:
                     f"the vocabulary of {self.vocab_size:,}\n"
                     f"  {piece.dataset.tokens_path} was made with another tokenizer, or model.vocab_size is too small."
                 )
+
+
+def positions_in(ends: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
+    """The place of each token in its document, int64 [n, length], of n samples whose documents end at ``ends``."""
+    if not ends:
+        return np.zeros((0, length), np.int64)
+    stops = np.concatenate([i * length + stops for i, stops in enumerate(ends)])
+    starts = np.concatenate(([0], stops[:-1]))
+    return (np.arange(len(ends) * length) - np.repeat(starts, stops - starts)).reshape(-1, length)
 
 
 def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np.int64]]:

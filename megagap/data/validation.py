@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from megagap.data.order import split_shares
 from megagap.data.samples import require_distinct_names
-from megagap.data.sources import VALIDATION, WHOLE, Source, TokenSource
+from megagap.data.sources import VALIDATION, WHOLE, Source, TokenSource, positions_in
 
 
 class ValidationData:
@@ -40,8 +40,8 @@ class ValidationData:
         """How far each of these tokens lies behind its document's start, or the window's: int64 [count, s + 1]."""
         source, length = self.sources[name], self.sequence_length
         starts = self.windows[name][first : first + count] * length
-        rows = [source.positions(int(start), int(start) + length + 1) for start in starts]
-        return np.stack(rows) if rows else np.zeros((0, length + 1), np.int64)
+        ends = [source.read_documents(int(start), int(start) + length + 1)[1] for start in starts]
+        return positions_in(ends, length + 1)
 
 
 def open_validation(

@@ -4,9 +4,9 @@
     python tests/benchmarks/preprocess.py --megabytes 10 --rounds 1 --skip datatrove,memory
 
 Text: what tools/gather_text.py gathers, and the Python sources of the installed packages, as JSON lines. Tokenizer:
-Llama 3's, from the package llama-models. Rivals are installed into a folder of their own. Contestants take turns; each
-runs in a process of its own, and the time is from its start to its end, with start-up, unless it is a bare tokenizer:
-for these, texts are in memory, and only the encoding counts. Start-up is what three documents take.
+Llama 3's, from the package llama-models. Contestants take turns; each runs in a process of its own, and the time is
+from its start to its end, with start-up, unless it is a bare tokenizer: for these, texts are in memory, and only the
+encoding counts. Start-up is what three documents take.
 """
 
 import argparse
@@ -159,8 +159,6 @@ def main() -> None:
         few.write_bytes(b"".join(islice(file, 3)))
     write_hugging_face(given.output / "tokenizer.json")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    if "datatrove" in names:
-        environment["PYTHONPATH"] += f":{install(given.output / 'rivals', 'datatrove==0.10.1')}"
     command = [sys.executable, __file__, "--output", str(given.output), "--megabytes", str(given.megabytes)]
     command += ["--cores", str(given.cores)]
     start_up = {
@@ -221,16 +219,6 @@ def write_hugging_face(path: Path) -> None:
     from megagap.data.tokenizer.tiktoken import to_hugging_face
 
     to_hugging_face(rank_file()).save(str(path))
-
-
-def install(folder: Path, package: str) -> Path:
-    if not folder.exists():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), package],
-            check=True,
-            stdout=sys.stderr,
-        )
-    return folder
 
 
 def time_of(command: list[str], environment: dict[str, str]) -> float:

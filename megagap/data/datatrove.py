@@ -12,8 +12,9 @@ Each task of an executor (local, Slurm, Ray) writes one pair, ``PREFIX-{rank}-of
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
 from megagap.data.encoder import EncodedTexts, Encoder
@@ -21,14 +22,14 @@ from megagap.data.format import best_dtype
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, tokenizer_record, versions
 from megagap.data.partial import (
     PartialPair,
-    cannot_write,
-    lock_pair,
+    Position,
+    making_pair,
     partial_path,
     publish_pair,
-    remove_partial,
     write_index,
+    writing_pair,
 )
-from megagap.data.tokenizer import load_tokenizer
+from megagap.data.tokenizer import Tokenizer, load_tokenizer
 from megagap.errors import DataError
 from megagap.files import write_text
 
@@ -72,53 +73,18 @@ class TokenFileWriter(PipelineStep):
         prefix = f"{self.output_prefix}-{rank:05}-of-{world_size:05}_text_document"
         dtype = best_dtype(tokenizer.vocab_size)
         counts: Counter[str] = Counter()
-        lock = lock_pair(prefix)
-        try:
-            remove_partial(prefix)
-            with PartialPair(prefix, dtype) as pair:
-                batch: list[Document] = []
-                characters = 0
-                for document in data:
-                    batch.append(document)
-                    characters += len(document.text)
-                    if characters >= BATCH_CHARACTERS:
+        with making_pair(prefix):
+            with writing_pair(prefix):
+                pair = PartialPair(prefix, dtype)
+            with pair:
+                for batch in _batches(data):
+                    with writing_pair(prefix):
                         self._write(pair, encoder, batch, counts)
-                        yield from batch
-                        batch, characters = [], 0
-                self._write(pair, encoder, batch, counts)
-                yield from batch
-                position = pair.sync()
-            files = write_index(prefix, dtype, position)
-            manifest = Manifest(
-                key="text",
-                dtype=dtype.name,
-                documents=position.documents,
-                tokens=position.tokens,
-                characters=counts["characters"],
-                left_out=LeftOut(
-                    empty=counts["empty"], short=counts["short"], duplicate=0, malformed={}, first_malformed=[]
-                ),
-                tokenizer=tokenizer_record(tokenizer),
-                arguments=Arguments(
-                    append_eod=self.append_eod,
-                    prepend_bos=self.prepend_bos,
-                    min_tokens=self.min_tokens,
-                    dedup=False,
-                    shuffle_documents=None,
-                    shard=f"{rank}/{world_size}",
-                    on_error="stop",
-                ),
-                inputs=[],
-                files={ending: FileRecord(**asdict(file)) for ending, file in files.items()},
-                versions=versions(),
-            )
-            write_text(partial_path(prefix, "manifest"), manifest.model_dump_json(indent=2) + "\n")
-            publish_pair(prefix)
-        except OSError as error:
-            raise cannot_write(prefix, error) from error
-        finally:
-            remove_partial(prefix)
-            lock.release()
+                    yield from batch
+                with writing_pair(prefix):
+                    position = pair.sync()
+            with writing_pair(prefix):
+                self._publish(prefix, tokenizer, dtype, position, counts, f"{rank}/{world_size}")
 
     def _write(self, pair: PartialPair, encoder: Encoder, batch: "list[Document]", counts: "Counter[str]") -> None:
         with self.track_time(unit="batch"):
@@ -127,3 +93,50 @@ class TokenFileWriter(PipelineStep):
         counts.update(characters=texts.characters, empty=texts.empty, short=texts.short)
         self.stat_update("tokens", value=len(texts.tokens))
         self.stat_update("documents", value=len(texts.lengths))
+
+    def _publish(
+        self,
+        prefix: str,
+        tokenizer: Tokenizer,
+        dtype: np.dtype[Any],
+        position: Position,
+        counts: "Counter[str]",
+        shard: str,
+    ) -> None:
+        files = write_index(prefix, dtype, position)
+        left_out = LeftOut(empty=counts["empty"], short=counts["short"], duplicate=0, malformed={}, first_malformed=[])
+        manifest = Manifest(
+            key="text",
+            dtype=dtype.name,
+            documents=position.documents,
+            tokens=position.tokens,
+            characters=counts["characters"],
+            left_out=left_out,
+            tokenizer=tokenizer_record(tokenizer),
+            arguments=Arguments(
+                append_eod=self.append_eod,
+                prepend_bos=self.prepend_bos,
+                min_tokens=self.min_tokens,
+                dedup=False,
+                shuffle_documents=None,
+                shard=shard,
+                on_error="stop",
+            ),
+            inputs=[],
+            files={ending: FileRecord(**asdict(file)) for ending, file in files.items()},
+            versions=versions(),
+        )
+        write_text(partial_path(prefix, "manifest"), manifest.model_dump_json(indent=2) + "\n")
+        publish_pair(prefix)
+
+
+def _batches(documents: "DocumentsPipeline") -> "Iterator[list[Document]]":
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch

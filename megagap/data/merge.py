@@ -1,5 +1,6 @@
 """Several token files laid end to end into one, in constant memory: what preprocessing all their inputs would give."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,12 +13,11 @@ from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
 from megagap.data.partial import (
     PartialPair,
-    cannot_write,
-    lock_pair,
+    making_pair,
     partial_path,
     publish_pair,
-    remove_partial,
     write_index,
+    writing_pair,
 )
 from megagap.data.preprocess.arrange import arrange, take_over
 from megagap.errors import DataError
@@ -33,7 +33,7 @@ def merge_datasets(
     have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests say, of
     different tokenizers, with and without special ids around documents, or not all shards of a whole in their order.
     """
-    if output_prefix in inputs:
+    if os.path.realpath(output_prefix) in map(os.path.realpath, inputs):
         raise DataError(f"{output_prefix} cannot be merged into itself: choose another --output-prefix")
     datasets = [IndexedDataset(prefix) for prefix in inputs]
     manifests = [read_manifest(prefix) for prefix in inputs]
@@ -45,9 +45,7 @@ def merge_datasets(
     many = next((d.prefix for d in datasets if len(d) != d.document_count), None)
     if arranged and many:
         raise DataError(f"{many} has documents of several sequences, which can be neither shuffled nor compared")
-    lock = lock_pair(output_prefix)
-    try:
-        remove_partial(output_prefix)
+    with making_pair(output_prefix), writing_pair(output_prefix):
         with closing(PartialPair(output_prefix, datasets[0].dtype)) as pair:
             for dataset in datasets:
                 dataset.require_contiguous()
@@ -62,11 +60,6 @@ def merge_datasets(
             merged = _merged([manifest for _, manifest in known], records, shuffle_documents, dedup, duplicates)
             write_text(partial_path(output_prefix, "manifest"), merged.model_dump_json(indent=2) + "\n")
         publish_pair(output_prefix)
-    except OSError as error:
-        raise cannot_write(output_prefix, error) from error
-    finally:
-        remove_partial(output_prefix)
-        lock.release()
     return IndexedDataset(output_prefix)
 
 

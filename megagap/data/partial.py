@@ -7,7 +7,7 @@ writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -46,6 +46,30 @@ def cannot_write(prefix: str, error: OSError) -> DataError:
 def partial_path(prefix: str, part: str) -> Path:
     """Matches neither ``*.bin`` nor ``*.idx`` nor ``*.json``."""
     return Path(f"{prefix}.partial.{part}")
+
+
+@contextmanager
+def making_pair(prefix: str) -> Iterator[None]:
+    """For a block that makes a pair in one go: it has the lock, and what it leaves unfinished is removed.
+
+    Raises :class:`DataError` if another one has the lock.
+    """
+    lock = lock_pair(prefix)
+    try:
+        remove_partial(prefix)
+        yield
+    finally:
+        remove_partial(prefix)
+        lock.release()
+
+
+@contextmanager
+def writing_pair(prefix: str) -> Iterator[None]:
+    """For a block that writes to a pair's files. Raises :class:`DataError` where the system refuses that."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(prefix, error) from error
 
 
 def remove_partial(prefix: str) -> bool:

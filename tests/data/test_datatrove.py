@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("datatrove", reason="pip install megagap[curate]")
 
+from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 
@@ -36,3 +38,13 @@ def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
     manifest = read_manifest(tmp_path / "merged")
     assert manifest and manifest.documents == 200
     assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))
+
+
+def test_a_fault_of_the_pipeline_before_is_not_taken_for_one_of_writing(tmp_path: Path, tokenizer_folder: Path) -> None:
+    def unreadable() -> Iterator[Document]:
+        yield Document("some text", "0")
+        raise FileNotFoundError(2, "No such file or directory", "crawl/7.jsonl")
+
+    with pytest.raises(FileNotFoundError, match=r"crawl/7\.jsonl"):
+        list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(unreadable()))
+    assert not list(tmp_path.glob("web*"))

@@ -81,7 +81,7 @@ def test_pairs_of_other_tokenizers_or_types_are_refused(made: Write, tmp_path: P
     with pytest.raises(DataError, match=r"of type uint16, .*wide of type int32"):
         merge_datasets([one, str(tmp_path / "wide")], str(tmp_path / "merged"))
     with pytest.raises(DataError, match="into itself"):
-        merge_datasets([one], one)
+        merge_datasets([one], f"{tmp_path}/../{tmp_path.name}/{Path(one).name}")
 
 
 def test_documents_of_several_sequences_stay_whole(tmp_path: Path) -> None:

@@ -85,12 +85,14 @@ class _Pass:
         """The j-th sequence of what the readers left, put together in their order."""
         at, stop = j * self.length, (j + 1) * self.length
         reader = int(np.searchsorted(self._tail_ends, at, side="right"))
-        found = []
+        found: list[tuple[int, int]] = []
         while at < stop:
             end = int(self._tail_ends[reader])
             begin = int(self.high[reader]) - (end - at)
             count = min(stop, end) - at
-            if count:
+            if found and found[-1][1] == begin:  # the text goes on
+                found[-1] = (found[-1][0], begin + count)
+            elif count:
                 found.append((begin, begin + count))
             at, reader = at + count, reader + 1
         return [*found[:-1], (found[-1][0], found[-1][1] + 1)]

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from megagap.data.preprocess import preprocess
-from megagap.data.tokenizer import fingerprint, load_tokenizer
+from megagap.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megagap.data.tokenizer.fast import FastEncoder, FastSource
 from megagap.data.tokenizer.tiktoken import json_of_ranks
 from megagap.errors import DataError
@@ -32,7 +33,15 @@ def test_ids_are_those_of_the_reference(request: pytest.FixtureRequest, lines: l
 def test_llama_3_ids_are_those_of_the_reference(lines: list[str]) -> None:
     llama3 = pytest.importorskip("llama_models.llama3.tokenizer")
     reference = load_tokenizer(Path(llama3.__file__).with_name("tokenizer.model"))
-    FastEncoder(FastSource.of(reference)).check(reference, [*lines, "a <|end_of_text|> written out"])
+    FastEncoder(FastSource.of(reference)).check(reference, [*lines, "a <|end_of_text|> written out", *hard(reference)])
+
+
+def hard(tokenizer: Tokenizer) -> list[str]:
+    """Each token by itself, of which some are no result of merges; and words that can be merged in many ways."""
+    tokens = [token.decode(errors="replace") for token in tokenizer.vocabulary().values()]
+    draw = random.Random(0)
+    letters = ("a", "ab", "=-", "*/", " \t", "\n ", "ha", "àé", "的一", "ing", "()", "คก", "0o")
+    return tokens + ["".join(draw.choices(draw.choice(letters), k=draw.randint(2, 40))) for _ in range(20_000)]
 
 
 def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(

@@ -162,6 +162,20 @@ def test_a_source_goes_on_where_it_stopped_when_a_phase_is_longer(sources: list[
     assert data.epochs(12) == [0] and data.epochs(23) == [0] and data.epochs(24) == [1]
 
 
+def test_documents_of_a_sample_put_together_from_several_places_end_where_these_do(sources: list[Source]) -> None:
+    """Each token is the one after the token before, unless another document or place begins with it."""
+    en = sources[0]  # documents of 7 tokens, counting up from 0
+    data = TrainingData([Phase("short", 12, 4, (en,)), Phase("long", 12, 8, (en,))], seed=1)
+    tokens, _, positions = data.read(12, 11, with_positions=True)
+    assert positions is not None
+    together = 0
+    for row, places in zip(tokens, positions.tolist(), strict=True):
+        begins = [i == 0 or token % 7 == 0 or token != row[i - 1] + 1 for i, token in enumerate(row)]
+        together += sum(row[1:] != row[:-1] + 1)
+        assert places == [i - max(j for j in range(i + 1) if begins[j]) for i in range(9)]
+    assert together >= 1, "no such sample"
+
+
 def test_changing_later_phases_changes_nothing_before(sources: list[Source]) -> None:
     en, fr, code = sources
     first = Phase("first", 24, 4, (en, fr))

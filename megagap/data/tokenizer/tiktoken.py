@@ -143,6 +143,7 @@ def json_of_ranks(vocabulary: dict[int, bytes]) -> str:
             if (left := token[:i]) in rank_of and (right := token[i:]) in rank_of
         ]
         if len(pairs) > 1:
+            # As Hugging Face's own converter has them; with Llama 3's vocabulary their order was never seen to matter.
             pairs.sort(key=lambda pair: (rank_of[pair[0]], rank_of[pair[1]]))
         merges += pairs
     words = {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False}

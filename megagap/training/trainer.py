@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from megagap.config import Settings, span_of
+from megagap.config import Settings, span_of, tokens_after
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
@@ -126,9 +126,9 @@ def describe(settings: Settings, mesh: Mesh, state: TrainState) -> None:
     processes = "GPU" if mesh.device.type == "cuda" else "process" if mesh.world.size == 1 else "processes"
     axes = " · ".join(f"{axis} {mesh.axis(axis).size}" for axis in ("pp", "dp", "cp", "tp"))
     start = f"from step {state.step}" if state.step else "from scratch"
-    tokens = settings.train.global_batch_size * span_of(state.phases, state.step + 1).sequence_length
+    tokens = tokens_after(state.phases, settings.train.global_batch_size, settings.train.steps)
     log.info(
-        "%s parameters on %s %s (%s), %s steps of %s tokens, %s",
+        "%s parameters on %s %s (%s), %s steps on %s tokens, %s",
         f"{parameter_count(settings.model):,}",
         mesh.world.size,
         processes,

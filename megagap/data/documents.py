@@ -86,6 +86,8 @@ def _parse(line: bytes) -> Any:
         raise BadDocument("invalid UTF-8", f"not valid UTF-8, so not valid JSON: {error}") from None
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadDocument("invalid JSON", f"not valid JSON at character {error.pos + 1}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise BadDocument("invalid JSON", f"not valid JSON: {error}") from None
 

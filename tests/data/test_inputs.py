@@ -71,7 +71,7 @@ def test_kinds_are_told_by_content_and_plain_texts_by_name_too(tmp_path: Path) -
         ("a.gz", b"\x1f\x8b\x08\x00garbage", "cannot be read beyond line 0"),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet cannot be read beyond row 0"),
         ("a.txt", b"fine\nand \xff not", r"a.txt, line 2: not valid UTF-8"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": "half', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "half', "a.jsonl, line 2: not valid JSON at character 10: Unter"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}', "a.jsonl, line 2: not valid UTF-8"),
     ],
 )

@@ -183,6 +183,17 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
     assert summary.skipped == 1 and summary.pairs[0].documents == 200
 
 
+def test_an_interrupted_run_says_that_it_can_go_on(
+    tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
+    for count, said in ((0, []), (5, ["What was done is kept: the same command with --resume goes on."])):
+        monkeypatch.setattr(run, "read_units", lambda *given, n=count: interrupted_after(n, *given))
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(inputs, str(tmp_path / "out"), str(tokenizer_folder))
+        assert caplog.messages == said
+
+
 def test_a_full_disk_names_its_cause_and_resuming_goes_on(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """A run: from inputs to published pairs, or on from where another run was killed."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -44,6 +45,10 @@ from megagap.data.units import Unit, read_units
 from megagap.data.workers import map_in_order
 from megagap.errors import DataError
 from megagap.files import write_text
+
+log = logging.getLogger(__name__)
+
+KEPT = "What was done is kept: the same command with --resume goes on."
 
 JOURNAL_SECONDS = 10.0
 """Between two entries of the journal: what a kill may cost."""
@@ -102,7 +107,9 @@ class Run:
             if isinstance(error, OSError):
                 error = cannot_write(self._prefixes[0], error)
             if isinstance(error, DataError) and can_go_on:
-                error = DataError(f"{error.args[0]}\n  What was done is kept: the same command with --resume goes on.")
+                error = DataError(f"{error.args[0]}\n  {KEPT}")
+            elif can_go_on:
+                log.warning(KEPT)
             raise error from None
         finally:
             if journal is not None:

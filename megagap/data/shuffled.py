@@ -135,6 +135,9 @@ class SourceOrder:
 
     def set_length(self, k: int, length: int) -> None:
         """From sample k on, not below that of the call before, samples have ``length`` tokens."""
+        if self._starts and self._starts[-1] == k:  # of the length before nothing is read: it leaves no trace
+            self._starts.pop()
+            self._legs.pop()
         if not self._legs:
             self._add(0, _Leg(self.name, self.seed, self.tokens, length, 0, None))
             return

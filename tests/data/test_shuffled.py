@@ -71,6 +71,13 @@ def test_what_was_read_does_not_depend_on_the_phases_to_come() -> None:
     holds()
 
 
+def test_a_phase_that_reads_nothing_of_a_source_leaves_no_trace() -> None:
+    """Of 15 inputs, 3 are left to read, which are less than a sequence of 4, but not of 1."""
+    with_pause, without = order_of(16, [(3, 4), (4, 0), (1, 0)]), order_of(16, [(3, 4), (1, 0)])
+    assert all(with_pause.place(k) == without.place(k) for k in range(40))
+    assert with_pause.place(6).epoch == 0 and with_pause.place(7).epoch == 1
+
+
 def test_a_phase_of_the_same_length_goes_on_in_the_same_order() -> None:
     whole, parted = order_of(1000, [(8, 0)]), order_of(1000, [(8, 37), (8, 20), (8, 0)])
     assert all(whole.place(k) == parted.place(k) for k in range(400))

@@ -133,6 +133,8 @@ class SourceOrder:
 
     def set_length(self, k: int, length: int) -> None:
         """From sample k on, not below that of the call before, samples have ``length`` tokens."""
+        if self._starts and self._starts[-1] == k:  # nothing was drawn: what is left may fill sequences after all
+            del self._starts[-1], self._legs[-1]
         if not self._legs:
             self._add(0, _Leg(self.name, self.seed, self.tokens, length, 0, None))
             return

@@ -71,6 +71,13 @@ def test_what_was_read_does_not_depend_on_the_phases_to_come() -> None:
     holds()
 
 
+def test_a_phase_that_draws_nothing_of_a_source_leaves_its_order_alone() -> None:
+    """Even where what is left of the epoch would not fill one sequence of that phase."""
+    without, through = order_of(13, [(3, 3), (1, 0)]), order_of(13, [(3, 3), (8, 0), (1, 0)])
+    assert all(without.place(k) == through.place(k) for k in range(20))
+    assert [through.place(k).epoch for k in range(2, 7)] == [0, 0, 0, 0, 1]
+
+
 def test_a_phase_of_the_same_length_goes_on_in_the_same_order() -> None:
     whole, parted = order_of(1000, [(8, 0)]), order_of(1000, [(8, 37), (8, 20), (8, 0)])
     assert all(whole.place(k) == parted.place(k) for k in range(400))

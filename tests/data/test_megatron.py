@@ -82,6 +82,16 @@ def test_shards_are_one_source(write: Callable[..., Written], tmp_path: Path) ->
     assert ours([both], 200, 5, 1) == mixture_samples(joined, [1.0], 200, 5, 1)
 
 
+def test_a_shard_of_empty_documents_counts_as_in_one_file(tmp_path: Path) -> None:
+    contents: list[list[list[int]]] = [[[1, 2, 3], [4, 5]], [[], [], []], [[6, 7, 8, 9]]]
+    for i, documents in enumerate(contents):
+        with IndexedDatasetWriter(str(tmp_path / str(i)), "int32") as writer:
+            for document in documents:
+                writer.add_document(document)
+    both = Source("x", tuple(str(tmp_path / str(i)) for i in range(3)))
+    assert ours([both], 9, 2, 1) == mixture_samples([sum(contents, [])], [1.0], 9, 2, 1)
+
+
 def test_samples_beyond_the_plan_are_refused(write: Callable[..., Written]) -> None:
     sources, _ = write([0.7, 0.3])
     data = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 5)], planned=20)

@@ -178,10 +178,11 @@ def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[s
 
 def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> None:
     """Raises :class:`DataError` naming a source that is not what it was when the checkpoint was written."""
+    drawn = dict(zip(data.names, data.drawn(saved.consumed_samples), strict=True))
     for name, now in data.identities().items():
         before = saved.identities.get(name)
-        if before is None:
-            continue  # of a later phase, or not recorded
+        if before is None or not drawn[name]:
+            continue  # not recorded, or nothing was read of it yet
         changes = [f"it had {len(before)} shards, has {len(now)}"] if len(before) != len(now) else []
         for i, pair in enumerate(zip(before, now, strict=False)):
             shard = f"shard {i}: " if len(now) > 1 else ""

@@ -94,7 +94,8 @@ class TrainingData:
         if planned is not None:
             (phase,) = phases
             weights = [source.weight for source in phase.sources]
-            self.order = MegatronOrder(self.sources, weights, planned, phase.sequence_length, seed)
+            drawn = self.numbers.number(planned - 1) + 1
+            self.order = MegatronOrder(self.sources, weights, planned, phase.sequence_length, seed, drawn)
         else:
             draws = [
                 PhaseDraws(

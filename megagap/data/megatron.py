@@ -76,25 +76,43 @@ class DocumentShuffle:
 
 
 class MegatronOrder:
-    """A run of ``planned`` samples; of one source alone, or of a mixture."""
+    """A run of ``planned`` samples; of one source alone, or of a mixture.
+
+    Of ``drawn`` samples, where the run leaves some out: what lies beyond the plan comes from what it builds too much.
+    Raises :class:`DataError` if that does not suffice.
+    """
 
     def __init__(
-        self, sources: Sequence[TokenSource], weights: Sequence[float], planned: int, sequence_length: int, seed: int
+        self,
+        sources: Sequence[TokenSource],
+        weights: Sequence[float],
+        planned: int,
+        sequence_length: int,
+        seed: int,
+        drawn: int = 0,
     ) -> None:
         shares = np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))
         wanted = [ceil(planned * share) for share in shares] if len(sources) > 1 else [planned]
         built = [ceil(count * (1 + SURPLUS)) for count in wanted] if len(sources) > 1 else wanted
-        self.planned = sum(wanted)
-        self._choice = blend(shares.tolist(), self.planned) if len(sources) > 1 else np.zeros(planned, np.int16)
+        self.shuffles = [
+            DocumentShuffle(source.document_lengths(), count, sequence_length, seed)
+            for source, count in zip(sources, built, strict=True)
+        ]
+        # One more than all hold tells that it does not suffice.
+        self.planned = max(sum(wanted), min(drawn, sum(map(len, self.shuffles)) + 1))
+        self._choice = blend(shares.tolist(), self.planned) if len(sources) > 1 else np.zeros(self.planned, np.int16)
         counts = [np.zeros(len(sources), np.int64)]
         for start in range(0, self.planned, COUNTED_EVERY):
             here = np.bincount(self._choice[start : start + COUNTED_EVERY], minlength=len(sources))
             counts.append(counts[-1] + here)
         self._counts = counts
-        self.shuffles = [
-            DocumentShuffle(source.document_lengths(), count, sequence_length, seed)
-            for source, count in zip(sources, built, strict=True)
-        ]
+        for source, count, shuffle in zip(sources, self.drawn(drawn), self.shuffles, strict=True):
+            if count > len(shuffle):
+                raise DataError(
+                    f"train.skip_samples: without what is left out, the run needs at least {count:,} samples of "
+                    f"source {source.source.name}, and Megatron's order for train.steps holds {len(shuffle):,}\n"
+                    "  leave out fewer."
+                )
         self._sources = sources
 
     def sources(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -102,7 +120,7 @@ class MegatronOrder:
         if stop > self.planned:
             raise DataError(
                 f'data.order = "megatron" plans {self.planned:,} samples, and number {stop - 1:,} is beyond them\n'
-                "  skipped samples are part of the plan: leave out fewer, or stop earlier."
+                "  it holds train.steps × train.global_batch_size, and what train.skip_samples leaves out."
             )
         return self._choice[start:stop].astype(np.int64)
 

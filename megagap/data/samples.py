@@ -94,7 +94,8 @@ class TrainingData:
         if planned is not None:
             (phase,) = phases
             weights = [source.weight for source in phase.sources]
-            self.order = MegatronOrder(self.sources, weights, planned, phase.sequence_length, seed)
+            drawn = self.numbers.number(planned - 1) + 1
+            self.order = MegatronOrder(self.sources, weights, planned, phase.sequence_length, seed, drawn)
         else:
             draws = [
                 PhaseDraws(
@@ -138,14 +139,14 @@ class TrainingData:
         a file that they come from was rebuilt since it was opened.
         """
         places = list(self._places(first, first + count))
-        samples = [self._read_documents(i, place) for _, i, place in places]
-        tokens = np.stack([sample for sample, _ in samples])
-        positions = positions_in([ends for _, ends in samples], tokens.shape[1]) if with_positions else None
         spans: dict[int, list[tuple[int, int]]] = {}
         for _, i, place in places:
             spans.setdefault(i, []).extend(place.stretches)
-        for i, stretches in spans.items():
-            self.sources[i].require_unchanged(stretches)
+        self._require_unchanged(spans)  # a file that was cut short would end the process where it is read
+        samples = [self._read_documents(i, place) for _, i, place in places]
+        self._require_unchanged(spans)
+        tokens = np.stack([sample for sample, _ in samples])
+        positions = positions_in([ends for _, ends in samples], tokens.shape[1]) if with_positions else None
         return tokens, np.array([i for _, i, _ in places], np.int64), positions
 
     def source_indices(self, first: int, count: int) -> NDArray[np.int64]:
@@ -171,6 +172,10 @@ class TrainingData:
             for number, i in enumerate(self.order.sources(start, stop).tolist(), start):
                 yield number, i, self.order.place(i, drawn[i])
                 drawn[i] += 1
+
+    def _require_unchanged(self, spans: dict[int, list[tuple[int, int]]]) -> None:
+        for i, stretches in spans.items():
+            self.sources[i].require_unchanged(stretches)
 
     def _read(self, source: int, place: Place) -> NDArray[np.int64]:
         return self._read_documents(source, place)[0]

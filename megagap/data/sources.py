@@ -80,7 +80,7 @@ class TokenSource:
             for begin in {0, max(low - 1, 0), max(high - 1, 0)}:
                 _require_row(dataset, begin, min(begin + CHECKED_AT_OPENING, len(dataset)))
             begin, end = dataset.start_of(low), dataset.start_of(high)
-            if begin < end:
+            if low < high:
                 yield _Piece(dataset, watch, first, low, high, begin, end - begin)
             first += len(dataset)
 
@@ -158,7 +158,8 @@ class TokenSource:
             piece = self._pieces[i]
             offset = start - (self._ends[i] - piece.tokens)
             count = min(stop - start, piece.tokens - offset)
-            yield piece, piece.start + offset, piece.start + offset + count
+            if count:
+                yield piece, piece.start + offset, piece.start + offset + count
             start, i = start + count, i + 1
 
     def _report_foreign_token(self, start: int, stop: int) -> None:

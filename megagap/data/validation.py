@@ -28,12 +28,18 @@ class ValidationData:
             self.windows[name] = np.arange(count) * total // count
 
     def batch(self, name: str, first: int, count: int) -> NDArray[np.int64]:
-        """Tokens of the source's windows ``first … first + count - 1`` of the list, int64 [count, s + 1]."""
+        """Tokens of the source's windows ``first … first + count - 1`` of the list, int64 [count, s + 1].
+
+        Raises :class:`DataError` if a file that they come from was rebuilt since it was opened.
+        """
         source, length = self.sources[name], self.sequence_length
         windows = self.windows[name][first : first + count]
+        spans = [(window * length, (window + 1) * length + 1) for window in windows.tolist()]
+        source.require_unchanged(spans)
         batch = np.empty((len(windows), length + 1), np.int64)
         for row, window in zip(batch, windows, strict=True):
             row[:] = source.window(int(window), length)
+        source.require_unchanged(spans)
         return batch
 
     def positions(self, name: str, first: int, count: int) -> NDArray[np.int64]:

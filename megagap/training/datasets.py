@@ -2,7 +2,7 @@
 
 import logging
 
-from megagap.config import Settings, sources_of, spans
+from megagap.config import Settings, Train, sources_of, spans
 from megagap.config import Source as SourceSettings
 from megagap.data.manifest import read_manifest
 from megagap.data.plan import unnormalised_weights
@@ -30,7 +30,7 @@ def training_data(settings: Settings) -> TrainingData:
         train.seed,
         settings.data.split,
         settings.model.vocab_size,
-        skipped_ranges(settings),
+        skipped_ranges(train),
         planned=train.steps * batch if settings.data.order == "megatron" else None,
     )
 
@@ -62,9 +62,9 @@ def validation_data(settings: Settings) -> ValidationData:
     )
 
 
-def skipped_ranges(settings: Settings) -> list[tuple[int, int]]:
+def skipped_ranges(train: Train) -> list[tuple[int, int]]:
     """``train.skip_samples`` as half-open ranges of global sample numbers."""
-    return [(int(start), int(stop)) for start, _, stop in (r.partition(":") for r in settings.train.skip_samples)]
+    return [(int(start), int(stop)) for start, _, stop in (r.partition(":") for r in train.skip_samples)]
 
 
 def _sources(sources: list[SourceSettings]) -> list[Source]:

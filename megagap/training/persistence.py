@@ -120,10 +120,10 @@ def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
     steps = saved.train.steps, settings.train.steps
     if settings.data.order == "megatron" and steps[0] != steps[1]:
         differences.append(f"  train.steps was {steps[0]}, is {steps[1]}: Megatron's order depends on it")
-    last, now = saved.last_sample, last_sample(settings, saved.consumed_samples)
-    if last != now:
+    then, now = (_skipped(train, saved.last_sample) for train in (saved.train, settings.train))
+    if then != now:
         differences.append(
-            f"  train.skip_samples: the last sample was number {last}, would have been {now}; "
+            f"  train.skip_samples: up to {saved.last_sample} it left out {then or 'none'}, now {now or 'none'}; "
             "only later numbers can be skipped"
         )
     _refuse(differences, folder, "another run", "restore these settings, or choose another run.dir")
@@ -151,6 +151,12 @@ def _past_differences(saved: RunState, settings: Settings) -> list[str]:
     ]
 
 
+def _skipped(train: Train, last: int | None) -> list[tuple[int, int]]:
+    """The ranges of numbers up to sample ``last`` that are left out."""
+    ranges = SampleNumbers(skipped_ranges(train)).skipped
+    return [(start, min(stop, last + 1)) for start, stop in ranges if start <= last] if last is not None else []
+
+
 def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[str, Any]]:
     """The phases of the first ``step`` steps; neighbours that differ in their names only are one."""
 
@@ -172,10 +178,11 @@ def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[s
 
 def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> None:
     """Raises :class:`DataError` naming a source that is not what it was when the checkpoint was written."""
+    drawn = dict(zip(data.names, data.drawn(saved.consumed_samples), strict=True))
     for name, now in data.identities().items():
         before = saved.identities.get(name)
-        if before is None:
-            continue  # of a later phase, or not recorded
+        if before is None or not drawn[name]:
+            continue  # not recorded, or nothing was read of it yet
         changes = [f"it had {len(before)} shards, has {len(now)}"] if len(before) != len(now) else []
         for i, pair in enumerate(zip(before, now, strict=False)):
             shard = f"shard {i}: " if len(now) > 1 else ""
@@ -189,7 +196,7 @@ def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> No
 
 def last_sample(settings: Settings, consumed: int) -> int | None:
     """The global number of the last of ``consumed`` samples; None before the first."""
-    return SampleNumbers(skipped_ranges(settings)).number(consumed - 1) if consumed else None
+    return SampleNumbers(skipped_ranges(settings.train)).number(consumed - 1) if consumed else None
 
 
 def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:

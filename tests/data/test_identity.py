@@ -57,6 +57,16 @@ def test_a_source_that_is_rebuilt_while_it_is_read_is_refused_naming_it(
                 loader.step(12 * step)
 
 
+def test_files_that_are_cut_short_in_place_are_refused_before_they_are_read(sources: list[Source]) -> None:
+    """Reading beyond the end of a mapped file would end the process without a word."""
+    loader = MicrobatchLoader(training(sources, 1), 12, 3)
+    loader.step(0)
+    for ending in (".bin", ".idx"):
+        os.truncate(sources[0].prefixes[0] + ending, 0)
+    with pytest.raises(DataError, match=r"en.idx is 0 bytes"):
+        loader.step(12)
+
+
 def test_a_copy_of_the_same_content_is_no_other_data(sources: list[Source]) -> None:
     loader = MicrobatchLoader(training(sources, 1), 12, 3)
     loader.step(0)

@@ -82,12 +82,39 @@ def test_shards_are_one_source(write: Callable[..., Written], tmp_path: Path) ->
     assert ours([both], 200, 5, 1) == mixture_samples(joined, [1.0], 200, 5, 1)
 
 
+def test_a_shard_of_empty_documents_counts_as_in_one_file(tmp_path: Path) -> None:
+    contents: list[list[list[int]]] = [[[1, 2, 3], [4, 5]], [[], [], []], [[6, 7, 8, 9]]]
+    for i, documents in enumerate(contents):
+        with IndexedDatasetWriter(str(tmp_path / str(i)), "int32") as writer:
+            for document in documents:
+                writer.add_document(document)
+    both = Source("x", tuple(str(tmp_path / str(i)) for i in range(3)))
+    assert ours([both], 9, 2, 1) == mixture_samples([sum(contents, [])], [1.0], 9, 2, 1)
+
+
 def test_samples_beyond_the_plan_are_refused(write: Callable[..., Written]) -> None:
     sources, _ = write([0.7, 0.3])
-    data = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 5)], planned=20)
-    assert data.batch(0, 18).shape == (18, 6)
+    data = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, planned=20)
+    assert data.batch(0, 20).shape == (20, 6)
     with pytest.raises(DataError, match="plans 20 samples, and number 20 is beyond"):
-        data.batch(17, 2)
+        data.batch(19, 2)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3]])
+def test_a_run_that_leaves_samples_out_makes_all_its_steps(write: Callable[..., Written], weights: list[float]) -> None:
+    sources, _ = write(weights)
+    skipping = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 5), (20, 21)], planned=20)
+    whole = ours(sources, 20, 5, 1)
+    tokens = skipping.batch(0, 20).tolist()
+    assert tokens[:18] == whole[:3] + whole[5:] and all(extra not in whole for extra in tokens[18:])
+
+
+def test_more_left_out_than_megatrons_order_holds_is_refused_at_once(write: Callable[..., Written]) -> None:
+    sources, contents = write([1.0])
+    held = (sum(map(len, contents[0])) - 1) // 5
+    TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 3 + held - 20)], planned=20)
+    with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* holds {held}"):
+        TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 10**15)], planned=20)
 
 
 def test_provenance_names_the_documents(write: Callable[..., Written]) -> None:

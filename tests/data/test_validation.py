@@ -1,8 +1,11 @@
 """Held-out samples."""
 
+import pytest
+
 from megagap.data.sources import Source
 from megagap.data.validation import open_validation
-from tests.data.few import S
+from megagap.errors import DataError
+from tests.data.few import S, WriteTokens, numbered
 
 
 def test_validation_is_spread_evenly_over_the_held_out_documents(sources: list[Source]) -> None:
@@ -18,6 +21,15 @@ def test_explicit_validation_uses_whole_files(sources: list[Source]) -> None:
     validation = open_validation(sources[:1], sources[2:], S, samples=1000, split="50,50,0")
     assert {name: len(windows) for name, windows in validation.windows.items()} == {"code": 16}
     assert validation.batch("code", 0, 16)[:, 0].tolist() == list(range(2000, 2064, 4))
+
+
+def test_a_validation_set_that_is_rebuilt_during_the_run_is_refused(
+    sources: list[Source], write_tokens: WriteTokens
+) -> None:
+    validation = open_validation([], sources[2:], S, samples=3)
+    write_tokens("code", numbered(5, 11, 2000))
+    with pytest.raises(DataError, match="source code was rebuilt while the run reads it"):
+        validation.batch("code", 0, 3)
 
 
 def test_no_held_out_share_means_no_validation(sources: list[Source]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from megagap.config import load_recipe
 from megagap.data.indexed import IndexedDatasetWriter
 from megagap.errors import CheckpointError, DataError
-from tests.recipes import VOCABULARY, write_recipe
+from tests.recipes import VOCABULARY, write_recipe, write_tokens
 from tests.training_run import train_recipe
 
 FR, EN = {"path": "fr_text_document", "weight": 0.7}, {"path": "en_text_document", "weight": 0.3}
@@ -126,6 +126,18 @@ def test_a_data_set_that_was_rebuilt_between_starts_is_refused_naming_it(workers
         workers.run(1, train_recipe, recipe, ["train.steps=3"])
     assert DataError.__name__ in str(error.value) and "source en was rebuilt since" in str(error.value)
     assert "documents was 60, is 100" in str(error.value)
+
+
+def test_a_data_set_of_which_nothing_was_read_yet_may_be_rebuilt(workers, tmp_path):
+    recipe = recipe_in_phases(tmp_path, [PHASES[0] | {"sources": [FR]}, PHASES[1]])
+    workers.run(1, train_recipe, recipe, ["train.steps=3"])
+    write_tokens(tmp_path / "en_text_document", 5)
+    (metrics,) = workers.run(1, train_recipe, recipe, ["train.steps=5"])
+    assert len(metrics) == 5
+    write_tokens(tmp_path / "en_text_document", 6)
+    with pytest.raises(AssertionError) as error:
+        workers.run(1, train_recipe, recipe, [])
+    assert "source en was rebuilt since" in str(error.value)
 
 
 def test_the_document_mask_trains_alike_in_every_layout(workers, tmp_path):

@@ -112,6 +112,9 @@ class PartialPair:
                 raise DataError(f"{file.name} holds less than was written to it: it cannot be continued")
             file.truncate(size)
             file.seek(size)
+        lengths = sum(int(np.frombuffer(b, "<i4").sum(dtype=np.int64)) for b in blocks_of(self._paths["lengths"]))
+        if lengths != position.tokens - position.open:
+            raise DataError(f"{self._files['lengths'].name} does not hold what was written to it: it was damaged")
         for block in blocks_of(self._paths["tokens"]):
             self._hash.update(block)
         if self._hash.hexdigest() != position.checksum:

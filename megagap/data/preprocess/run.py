@@ -160,6 +160,8 @@ class Run:
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         if not state.is_read:
             self._read(state, journal, fast, workers, show_progress)
+        elif not state.is_complete:
+            self._check(state)
         if not state.is_complete:
             self._arrange(state, journal)
             for i, prefix in enumerate(self._prefixes):
@@ -170,6 +172,14 @@ class Run:
             journal.record(state)
         for prefix in reversed(self._prefixes):  # the first, which has the journal, last
             publish_pair(prefix)
+
+    def _check(self, state: State) -> None:
+        """Refuse partial files that were damaged since all was read."""
+        for i, prefix in enumerate(self._prefixes):
+            if i in state.arranged:
+                take_over(prefix)
+            position, _ = state.arranged.get(i, (state.pairs[i].position, 0))
+            PartialPair(prefix, self._dtype, position).close()
 
     def _read(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         """Read all inputs and write their tokens."""

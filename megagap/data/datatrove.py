@@ -21,12 +21,12 @@ from megagap.data.format import best_dtype
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, tokenizer_record, versions
 from megagap.data.partial import (
     PartialPair,
-    cannot_write,
     lock_pair,
     partial_path,
     publish_pair,
     remove_partial,
     write_index,
+    writing_pair,
 )
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import DataError
@@ -74,8 +74,10 @@ class TokenFileWriter(PipelineStep):
         counts: Counter[str] = Counter()
         lock = lock_pair(prefix)
         try:
-            remove_partial(prefix)
-            with PartialPair(prefix, dtype) as pair:
+            with writing_pair(prefix):
+                remove_partial(prefix)
+                pair = PartialPair(prefix, dtype)
+            with pair:
                 batch: list[Document] = []
                 characters = 0
                 for document in data:
@@ -87,8 +89,9 @@ class TokenFileWriter(PipelineStep):
                         batch, characters = [], 0
                 self._write(pair, encoder, batch, counts)
                 yield from batch
-                position = pair.sync()
-            files = write_index(prefix, dtype, position)
+                with writing_pair(prefix):
+                    position = pair.sync()
+                    files = write_index(prefix, dtype, position)
             manifest = Manifest(
                 key="text",
                 dtype=dtype.name,
@@ -112,16 +115,15 @@ class TokenFileWriter(PipelineStep):
                 files={ending: FileRecord(**asdict(file)) for ending, file in files.items()},
                 versions=versions(),
             )
-            write_text(partial_path(prefix, "manifest"), manifest.model_dump_json(indent=2) + "\n")
-            publish_pair(prefix)
-        except OSError as error:
-            raise cannot_write(prefix, error) from error
+            with writing_pair(prefix):
+                write_text(partial_path(prefix, "manifest"), manifest.model_dump_json(indent=2) + "\n")
+                publish_pair(prefix)
         finally:
             remove_partial(prefix)
             lock.release()
 
     def _write(self, pair: PartialPair, encoder: Encoder, batch: "list[Document]", counts: "Counter[str]") -> None:
-        with self.track_time(unit="batch"):
+        with self.track_time(unit="batch"), writing_pair(pair.prefix):
             texts: EncodedTexts = encoder.encode_documents([document.text for document in batch])
             pair.add_documents(texts.tokens, texts.lengths)
         counts.update(characters=texts.characters, empty=texts.empty, short=texts.short)

@@ -7,7 +7,7 @@ writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -41,6 +41,15 @@ def lock_pair(prefix: str) -> Lock:
 
 def cannot_write(prefix: str, error: OSError) -> DataError:
     return DataError(f"cannot write {prefix}.bin and .idx: {error.strerror}")
+
+
+@contextmanager
+def writing_pair(prefix: str) -> Iterator[None]:
+    """For a block that writes the pair. Raises :class:`DataError` for what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(prefix, error) from error
 
 
 def partial_path(prefix: str, part: str) -> Path:

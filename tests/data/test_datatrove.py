@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("datatrove", reason="pip install megagap[curate]")
 
+from datatrove.data import Document, DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 
@@ -36,3 +37,15 @@ def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
     manifest = read_manifest(tmp_path / "merged")
     assert manifest and manifest.documents == 200
     assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))
+
+
+def test_what_an_earlier_stage_cannot_read_is_not_taken_for_a_fault_of_ours(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    def documents() -> DocumentsPipeline:
+        yield Document("some text", "0")
+        raise FileNotFoundError(2, "No such file or directory", "crawl/3.jsonl")
+
+    with pytest.raises(FileNotFoundError, match=r"crawl/3\.jsonl"):
+        list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(documents()))
+    assert not list(tmp_path.glob("web*"))

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakSet
 
 from megagap.errors import DataError
 
@@ -79,6 +80,8 @@ class LockedError(Exception):
 class Lock:
     """An advisory lock on a file that names its holder, held until :meth:`release` or the end of the process.
 
+    Processes that are forked from it do not hold it: they may outlive it for a while.
+
     Raises :class:`LockedError` at once if it is held, and OSError if the file cannot be written. Where the file system
     cannot lock, as some on clusters, it warns and goes on.
     """
@@ -111,9 +114,25 @@ class Lock:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         self._file = file
+        _held.add(self)
 
     def release(self) -> None:
         """Remove the file and let others have the lock."""
         if not self._file.closed:
             Path(self._path).unlink(missing_ok=True)
             self._file.close()
+
+    def let_go(self) -> None:
+        """In a forked process: leave it to the parent."""
+        self._file.close()
+
+
+_held: "WeakSet[Lock]" = WeakSet()
+
+
+def _let_go_of_all() -> None:
+    for lock in _held:
+        lock.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ ZSTANDARD_WINDOW = 1 << 31
 BUFFER = 1 << 18
 LOOKED_AT = 1 << 16
 """Bytes at the start of a file by which its kind is told."""
+
+STARTS_AN_OBJECT = re.compile(rb'\{\s*"')
 
 READING_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 """What reading :class:`Content` raises where a file is cut short or damaged."""
@@ -246,7 +249,9 @@ def _kind_of(path: str, start: bytes, any_text: bool) -> Kind:
     if not name.endswith(".txt"):
         is_json = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")
         return "text" if any_text and not is_json else "lines"
-    line = start.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")[0]
+    line, end, _ = start.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")
+    if not end and len(start) >= LOOKED_AT:  # a long line, of which we see the beginning
+        return "lines" if STARTS_AN_OBJECT.match(line) else "text"
     try:
         return "lines" if isinstance(json.loads(line), dict) else "text"
     except (ValueError, RecursionError):
@@ -311,19 +316,26 @@ class _ZstandardFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        # Filled, though frames be short, for a file's kind is told by what the first call gives.
+        target, filled = memoryview(buffer), 0
+        while filled < len(target) and (self._content or self._decompress()):
+            count = min(len(target) - filled, len(self._content))
+            target[filled : filled + count] = self._content[:count]
+            self._content = self._content[count:]
+            filled += count
+        return filled
+
+    def _decompress(self) -> bool:
+        """Whether there is more content."""
         while not self._content:
             if not (compressed := self._frame.unused_data or self._file.read(ZSTANDARD_INPUT)):
                 if not self._frame.eof:
                     raise EOFError
-                return 0
+                return False
             if self._frame.eof:
                 self._frame = self._new_frame()
             self._content = memoryview(self._frame.decompress(compressed))
-        target = memoryview(buffer)
-        count = min(len(target), len(self._content))
-        target[:count] = self._content[:count]
-        self._content = self._content[count:]
-        return count
+        return True
 
     @staticmethod
     def _new_frame() -> "zstandard.ZstdDecompressionObj":

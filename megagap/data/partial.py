@@ -43,6 +43,15 @@ def cannot_write(prefix: str, error: OSError) -> DataError:
     return DataError(f"cannot write {prefix}.bin and .idx: {error.strerror}")
 
 
+@contextmanager
+def writing_pair(prefix: str) -> Iterator[None]:
+    """For a block that writes the pair. Raises :class:`DataError` for what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(prefix, error) from error
+
+
 def partial_path(prefix: str, part: str) -> Path:
     """Matches neither ``*.bin`` nor ``*.idx`` nor ``*.json``."""
     return Path(f"{prefix}.partial.{part}")
@@ -136,6 +145,9 @@ class PartialPair:
                 raise DataError(f"{file.name} holds less than was written to it: it cannot be continued")
             file.truncate(size)
             file.seek(size)
+        lengths = sum(int(np.frombuffer(b, "<i4").sum(dtype=np.int64)) for b in blocks_of(self._paths["lengths"]))
+        if lengths != position.tokens - position.open:
+            raise DataError(f"{self._files['lengths'].name} does not hold what was written to it: it was damaged")
         for block in blocks_of(self._paths["tokens"]):
             self._hash.update(block)
         if self._hash.hexdigest() != position.checksum:

@@ -244,11 +244,25 @@ def _batches(table: "ParquetFile", columns: Sequence[str], skipped: int) -> Iter
         if first + count <= skipped:
             first += count
             continue
-        for rows in table.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=list(columns)):
+        for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=list(columns)):
+            rows = _compact(batch)
             over = min(max(skipped - first, 0), rows.num_rows)
             if over < rows.num_rows:
                 yield _Batch(first + over, rows.slice(over))
             first += rows.num_rows
+
+
+def _compact(rows: Any) -> Any:
+    """``rows`` with texts of their own: of dictionaries and views, each slice would carry along the whole."""
+    import pyarrow
+
+    plain = {"string_view": pyarrow.large_string(), "binary_view": pyarrow.large_binary()}
+    for i, column in enumerate(rows.columns):
+        if pyarrow.types.is_dictionary(column.type):
+            rows = rows.set_column(i, rows.schema.names[i], column.dictionary_decode())
+        elif str(column.type) in plain:
+            rows = rows.set_column(i, rows.schema.names[i], column.cast(plain[str(column.type)]))
+    return rows
 
 
 def _slices(rows: Any, unit_bytes: int) -> Iterator[Any]:

@@ -3,13 +3,18 @@
 import os
 import signal
 import sys
-import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context, parent_process
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar, cast
 
 from megagap.errors import DataError
 
@@ -32,23 +37,55 @@ def map_in_order(
     """
     # Forked workers share what the function has loaded. A library's threads do not survive a fork, so with these
     # workers are spawned, and so they are on macOS, whose own libraries may have some; the function is pickled then.
-    method = "fork" if threads == 1 and sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(workers, get_context(method), _start, (threads, function))
+    can_fork = threads == 1 and sys.platform == "linux"
+    context: ForkContext | SpawnContext = get_context("fork") if can_fork else get_context("spawn")
+    processes: list[BaseProcess] = []
+    idle: SimpleQueue[Connection] = SimpleQueue()
+
+    def call(item: Item) -> Result:
+        # Each worker has a pipe of its own: of one that they share, a worker that dies while it sends blocks the rest.
+        connection = idle.get()
+        try:
+            connection.send(item)
+            error, result = connection.recv()
+        except (EOFError, OSError):
+            raise DataError(
+                "a worker process died (out of memory, or killed?)\n"
+                "  try again with fewer --workers, or with --workers 1 to see its fault."
+            ) from None
+        finally:
+            idle.put(connection)
+        if error is not None:
+            raise error
+        return cast(Result, result)
+
+    pool: ThreadPoolExecutor | None = None
     under_way: deque[tuple[Item, Future[Result]]] = deque()
     try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=_work, args=(theirs, threads, function), daemon=True))
+            try:
+                processes[-1].start()
+            except OSError as error:
+                processes.pop()
+                raise DataError(f"cannot start a worker process: {error.strerror}\n  use fewer --workers.") from None
+            theirs.close()  # the worker alone has it, so that its death is the end of what we read
+            idle.put(ours)
+        pool = ThreadPoolExecutor(workers)  # only now: threads do not survive a fork
         for item in items:
-            under_way.append((item, pool.submit(_call, item)))
+            under_way.append((item, pool.submit(call, item)))
             if len(under_way) == workers * UNDER_WAY:
                 yield _first_of(under_way)
         while under_way:
             yield _first_of(under_way)
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died (out of memory, or killed?)\n"
-            "  try again with fewer --workers, or with --workers 1 to see its fault."
-        ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
 
 
 def _first_of(under_way: "deque[tuple[Item, Future[Result]]]") -> tuple[Item, Result]:
@@ -56,17 +93,21 @@ def _first_of(under_way: "deque[tuple[Item, Future[Result]]]") -> tuple[Item, Re
     return item, future.result()
 
 
-_function: Callable[[Any], Any]
-"""In a worker process: set once by its initialiser, as ProcessPoolExecutor has no other place for it."""
-
-
-def _start(threads: int, function: Callable[[Any], Any]) -> None:
-    global _function
+def _work(connection: Connection, threads: int, function: Callable[[Any], Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in order
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _function = function
+    Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            item = connection.recv()
+            answer: tuple[Exception | None, Any]
+            try:
+                answer = None, function(item)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = error, None
+            connection.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -74,7 +115,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _call(item: Any) -> Any:
-    return _function(item)

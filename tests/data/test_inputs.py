@@ -6,17 +6,19 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagap.data.documents import Fault, documents_of
-from megagap.data.inputs import Input, find_inputs, shard
-from megagap.data.preprocess import preprocess
+from megagap.data.inputs import Input, find_inputs, lines_before, shard
+from megagap.data.preprocess import preprocess, run
 from megagap.data.units import read_units
 from megagap.errors import DataError
 
@@ -135,6 +137,44 @@ def test_shards_one_after_the_other_are_exactly_the_whole(
     inputs = find_inputs([folder])
     parts = [shard(inputs, i, count) for i in range(count)]
     assert [text for part in parts for text in texts_in(part, 7)] == [text for texts in files for text in texts]
+
+
+def test_json_lines_are_told_from_text_though_the_first_be_long_or_its_frames_short(tmp_path: Path) -> None:
+    long = "word " * 100_000
+    write_lines(tmp_path / "1.txt", [long, "two"])
+    lines = json.dumps({"text": "three"}).encode() + b"\n"
+    frames = [zstandard.compress(lines[i : i + 4]) for i in range(0, len(lines), 4)]
+    (tmp_path / "2.txt.zst").write_bytes(b"".join(frames))
+    assert texts_in(find_inputs([tmp_path])) == [long, "two", "three"]
+    (tmp_path / "3.txt").write_text("{" + long)
+    assert texts_in(find_inputs([tmp_path / "3.txt"])) == ["{" + long]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "binary_view"])
+def test_units_of_parquet_texts_that_share_buffers_hold_their_own_alone(tmp_path: Path, kind: str) -> None:
+    texts = [f"{i} " * 500 for i in range(1000)]
+    column = pa.array(texts)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    inputs = find_inputs([tmp_path])
+    assert texts_in(inputs, 100_000) == texts
+    assert sum(len(unit.data) for unit in read_units(inputs, ["text"], True, unit_bytes=100_000)) < 3_000_000
+
+
+def test_skipping_in_a_shard_counts_the_lines_before_for_reported_faults_only(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{\n" * 1000)
+    counted = []
+    monkeypatch.setattr(run, "lines_before", lambda file: (counted.append(file), lines_before(file))[1])
+    monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=100))
+    summary = preprocess(
+        [tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), part=(1, 2), on_error="skip"
+    )
+    assert summary.skipped == 1000 and "line 101: not valid JSON" in summary.first_skipped[0]
+    assert len(counted) <= 5
 
 
 def test_faults_in_a_shard_name_the_line_of_the_file(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from megagap.data.inputs import find_inputs
+from megagap.data.partial import lock_pair
 from megagap.data.preprocess import preprocess, run
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
@@ -146,6 +147,46 @@ def test_damaged_partial_files_are_refused(interrupted: dict[str, Any], tmp_path
     path.write_bytes(b"xx" + path.read_bytes()[2:])
     with pytest.raises(DataError, match="does not hold what was written to it"):
         preprocess(**interrupted)
+
+
+@pytest.mark.parametrize("part", ["tokens", "lengths"])
+@pytest.mark.parametrize("dedup", [False, True])
+def test_files_damaged_after_all_was_read_are_refused(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, part: str, dedup: bool
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = dict(inputs=[corpus], tokenizer=str(tokenizer_folder), dedup=dedup)
+    arguments["output_prefix"] = str(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "arrange" if dedup else "write_index", interrupt)
+        preprocess(**arguments)
+    path = tmp_path / f"out_text_document.partial.{part}"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(DataError, match=rf"partial\.{part} does not hold what was written to it"):
+        preprocess(**arguments, resume=True)
+
+
+def test_the_lock_goes_with_its_process_though_forked_ones_live_on(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, time
+from megagap.data.partial import lock_pair
+lock = lock_pair(sys.argv[1])
+if not (child := os.fork()):
+    time.sleep(600)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.Popen([sys.executable, "-c", program, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    child = int(killed.stdout.readline())
+    try:
+        assert killed.wait() == -signal.SIGKILL
+        lock_pair(str(tmp_path / "out")).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        killed.stdout.close()
 
 
 def test_starting_again_without_resume_removes_what_was_left(interrupted: dict[str, Any], tmp_path: Path) -> None:

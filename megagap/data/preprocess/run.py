@@ -167,6 +167,8 @@ class Run:
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         if not state.is_read:
             self._read(state, journal, fast, workers, show_progress)
+        elif not state.is_complete:
+            self._check(state)
         if not state.is_complete:
             self._arrange(state, journal)
             for i, prefix in enumerate(self._prefixes):
@@ -177,6 +179,14 @@ class Run:
             journal.record(state)
         for prefix in reversed(self._prefixes):  # the first, which has the journal, last
             publish_pair(prefix)
+
+    def _check(self, state: State) -> None:
+        """Refuse partial files that were damaged since all was read."""
+        for i, prefix in enumerate(self._prefixes):
+            if i in state.arranged:
+                take_over(prefix)
+            position, _ = state.arranged.get(i, (state.pairs[i].position, 0))
+            PartialPair(prefix, self._dtype, position).close()
 
     def _read(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         """Read all inputs and write their tokens."""
@@ -228,12 +238,14 @@ class Run:
         if unit.kind == "text" and len(writers) > 1:
             raise DataError(f"{unit.path} is a plain text, which has one text: give one of --json-keys")
         if result.faults:
-            before = lines_before(self._inputs[unit.input])
-            errors = [fault_in(unit, fault, before) for fault in result.faults]
-            if self._arguments.on_error == "stop" or is_piece:
-                raise errors[0]
+            faults = result.faults[: REPORTED - len(state.first_skipped)]
+            stops = self._arguments.on_error == "stop" or is_piece
+            if faults or stops:  # only then, as it reads all of the file that is before
+                before = lines_before(self._inputs[unit.input])
+            if stops:
+                raise fault_in(unit, result.faults[0], before)
             state.reasons = dict(Counter(state.reasons) + result.reasons)
-            state.first_skipped += [error.args[0] for error in errors[: REPORTED - len(state.first_skipped)]]
+            state.first_skipped += [fault_in(unit, fault, before).args[0] for fault in faults]
         for writer, texts in zip(writers, result.texts, strict=False):
             writer.add(unit, texts)
         state.mark = unit.next

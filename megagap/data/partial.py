@@ -43,15 +43,6 @@ def cannot_write(prefix: str, error: OSError) -> DataError:
     return DataError(f"cannot write {prefix}.bin and .idx: {error.strerror}")
 
 
-@contextmanager
-def writing_pair(prefix: str) -> Iterator[None]:
-    """For a block that writes the pair. Raises :class:`DataError` for what the system refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(prefix, error) from error
-
-
 def partial_path(prefix: str, part: str) -> Path:
     """Matches neither ``*.bin`` nor ``*.idx`` nor ``*.json``."""
     return Path(f"{prefix}.partial.{part}")

@@ -63,6 +63,12 @@ def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(
     assert np.array_equal(found, reference.encode_flat([letters.tobytes().decode()])[0])
 
 
+def test_very_long_blanks_are_cut_as_the_reference_has_to(rank_file: Path) -> None:
+    reference = load_tokenizer(rank_file)
+    blanks = " " * 400_002, "\n" * 250_000 + " " * 250_001
+    FastEncoder(FastSource.of(reference)).check(reference, ["a", *(f"a{blank}b" for blank in blanks), "", "b"])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_files_of_all_back_ends_for_one_vocabulary_are_the_same(
     tmp_path: Path, corpus: Path, rank_file: Path, workers: int

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagap.data.tokenizer import Tokenizer, find_tokenizer
+from megagap.data.tokenizer.words import LONGEST_BLANK, without_long_blanks
 from megagap.errors import DataError
 
 CACHE_BYTES = 1 << 27
@@ -30,10 +31,14 @@ class FastSource:
     spec: str
     vocab_size: int
     splits_at_blanks: bool
+    cuts_long_blanks: bool
+    """Whether the tokenizer itself cuts these (:func:`without_long_blanks`), as tiktoken's has to."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self:
-        return cls(_data_of(tokenizer), tokenizer.spec, tokenizer.vocab_size, tokenizer.splits_at_blanks)
+        kind, file = find_tokenizer(tokenizer.spec)
+        data, cuts = _data_of(tokenizer, kind, file), kind == "tiktoken"
+        return cls(data, tokenizer.spec, tokenizer.vocab_size, tokenizer.splits_at_blanks, cuts)
 
 
 class FastEncoder:
@@ -54,6 +59,13 @@ class FastEncoder:
         return type(self), (self.source,)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        if not self.source.cuts_long_blanks or all(len(text) <= LONGEST_BLANK for text in texts):
+            return self._encode(texts)
+        pieces = [list(without_long_blanks(text)) for text in texts]
+        ids, lengths = self._encode([piece for parts in pieces for piece in parts])
+        return ids, np.add.reduceat(lengths, np.cumsum([0, *map(len, pieces[:-1])]))
+
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         # One thread: workers are processes. Bytes spare it from looking into Python's strings.
         with _as_data_error("fails on this input; try --fast off"):
             layout = self._backend.encode_batch([text.encode() for text in texts], parallel=False).layout
@@ -116,8 +128,7 @@ def _as_data_error(what: str) -> Iterator[None]:
         raise DataError(f"gigatoken {version('gigatoken')} {what}: {error}") from None
 
 
-def _data_of(reference: Tokenizer) -> str | bytes:
-    kind, file = find_tokenizer(reference.spec)
+def _data_of(reference: Tokenizer, kind: str, file: Path) -> str | bytes:
     if kind == "sentencepiece":
         return file.read_bytes()
     if kind == "hf":

@@ -1,8 +1,7 @@
 """OpenAI's tiktoken with Llama 3's words and special tokens."""
 
-import re
 from binascii import a2b_base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from tiktoken import Encoding
 from tokenizers import AddedToken, Tokenizer
 
 from megagap.data.tokenizer import load_tokenizer
-from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS
+from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS, without_long_blanks
 from megagap.errors import DataError
 
 NAMED_TOKENS = (
@@ -34,9 +33,6 @@ NAMED_TOKENS = (
 )
 SPECIAL_TOKENS = (*NAMED_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(2, 256 + 2 - len(NAMED_TOKENS))))
 """Llama 3's 256 special tokens, whose ids follow the ranks (Llama 3.1's names; 3.0 had some of them reserved)."""
-
-LONGEST_BLANK = 400_000
-"""Characters; the library's regular expressions overflow their stack somewhere above."""
 
 
 class TiktokenTokenizer:
@@ -60,7 +56,7 @@ class TiktokenTokenizer:
         return load_tokenizer, (self.spec,)
 
     def encode(self, text: str) -> list[int]:
-        return [i for piece in _without_long_blanks(text) for i in self._backend.encode_ordinary(piece)]
+        return [i for piece in without_long_blanks(text) for i in self._backend.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -68,7 +64,7 @@ class TiktokenTokenizer:
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         # Without specials allowed or refused, this is encode_ordinary, less the making of a list.
         encode = partial(self._backend.encode_to_numpy, allowed_special=set(), disallowed_special=())
-        arrays = [[encode(piece) for piece in _without_long_blanks(text)] for text in texts]
+        arrays = [[encode(piece) for piece in without_long_blanks(text)] for text in texts]
         lengths = np.fromiter((sum(map(len, pieces)) for pieces in arrays), np.int64, len(arrays))
         return np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(arrays)]), lengths
 
@@ -155,14 +151,3 @@ def json_of_ranks(vocabulary: dict[int, bytes]) -> str:
     tokenizer = unused | {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": as_bytes}
     model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     return orjson.dumps(tokenizer | {"model": model | {"fuse_unk": False}}).decode()
-
-
-def _without_long_blanks(text: str) -> Iterator[str]:
-    """``text`` in pieces with at most ``LONGEST_BLANK`` white space in a row: nearly always in one piece."""
-    start = 0
-    if len(text) > LONGEST_BLANK:
-        for blank in re.finditer(r"\s+", text):
-            for cut in range(blank.start() + LONGEST_BLANK, blank.end(), LONGEST_BLANK):
-                yield text[start:cut]
-                start = cut
-    yield text[start:]

@@ -1,5 +1,8 @@
 """How texts are cut into words, and how byte-level tokens are written."""
 
+import re
+from collections.abc import Iterator
+
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -14,3 +17,17 @@ CHARACTER_OF = {byte: chr(byte) for byte in VISIBLE} | {
 }
 """How byte-level tokens are written (GPT-2): visible bytes as themselves, the others as characters from 256 on."""
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
+
+LONGEST_BLANK = 400_000
+"""Characters; tiktoken's regular expressions overflow their stack somewhere above."""
+
+
+def without_long_blanks(text: str) -> Iterator[str]:
+    """``text`` in pieces with at most ``LONGEST_BLANK`` white space in a row: nearly always in one piece."""
+    start = 0
+    if len(text) > LONGEST_BLANK:
+        for blank in re.finditer(r"\s+", text):
+            for cut in range(blank.start() + LONGEST_BLANK, blank.end(), LONGEST_BLANK):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]

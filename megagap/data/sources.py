@@ -6,6 +6,7 @@ part. So no token is given that is not where the index has it; ``tools/inspect_d
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -59,6 +60,9 @@ class TokenSource:
 
     def __init__(self, source: Source, split: str, part: int | None, vocab_size: int | None = None) -> None:
         self.source, self.split, self.part, self.vocab_size = source, split, part, vocab_size
+        prefix, count = Counter(source.prefixes).most_common(1)[0]
+        if count > 1:
+            raise DataError(f"source {source.name} has {prefix} {count} times: an epoch would read it as often")
         self._watches = [Watch(prefix) for prefix in source.prefixes]
         datasets = [IndexedDataset(prefix) for prefix in source.prefixes]
         self._datasets = datasets

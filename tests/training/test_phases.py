@@ -144,10 +144,12 @@ def test_the_document_mask_trains_alike_in_every_layout(workers, tmp_path):
     train = {"steps": 4, "evaluate_every": 2, "evaluate_samples": 3}
     recipe = write_recipe(tmp_path, data={"document_mask": True}, train=train)
     (expected,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])
-    metrics = workers.run(4, train_recipe, recipe, [f"run.dir={tmp_path / 'four'}", "parallel.tp=2"])[0]
-    for key in ("loss", "grad_norm"):
-        assert [m[key] for m in metrics] == pytest.approx([m[key] for m in expected], rel=1e-5)
-    assert metrics[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
+    for split in ("tp", "pp"):
+        layout = [f"run.dir={tmp_path / split}", f"parallel.{split}=2"]
+        metrics = workers.run(4, train_recipe, recipe, layout)[0]
+        for key in ("loss", "grad_norm"):
+            assert [m[key] for m in metrics] == pytest.approx([m[key] for m in expected], rel=1e-5)
+        assert metrics[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
     (without,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'w'}", "data.document_mask=false"])
     assert without[0]["loss"] != expected[0]["loss"]
 

@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from megagap.config import load_recipe
 from megagap.data.indexed import IndexedDatasetWriter
 from megagap.errors import CheckpointError, DataError
+from megagap.training.datasets import validation_data
 from tests.recipes import VOCABULARY, write_recipe, write_tokens
 from tests.training_run import train_recipe
 
@@ -152,6 +155,22 @@ def test_the_document_mask_trains_alike_in_every_layout(workers, tmp_path):
         assert metrics[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
     (without,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'w'}", "data.document_mask=false"])
     assert without[0]["loss"] != expected[0]["loss"]
+
+
+def test_evaluation_with_a_document_mask_is_that_of_each_document_by_itself(workers, tmp_path):
+    train = {"steps": 2, "evaluate_every": 2, "evaluate_samples": 3}
+    recipe = write_recipe(tmp_path, data={"document_mask": True}, train=train)
+    (metrics,) = workers.run(1, train_recipe, recipe, [])
+    model, held_out = load_model(tmp_path / "run"), validation_data(load_recipe(recipe))
+    losses = []
+    for tokens, positions in zip(held_out.batch("fr", 0, 3), held_out.positions("fr", 0, 3), strict=True):
+        for document in np.split(tokens, np.flatnonzero(positions[1:] == 0) + 1):
+            if len(document) > 1:
+                row = torch.from_numpy(document)
+                with torch.no_grad():
+                    losses += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none").tolist()
+    assert len(losses) < 3 * 32
+    assert metrics[-1]["validation_loss/fr"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_megatron_order_trains_and_its_length_may_not_change(workers, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,28 @@ def test_more_left_out_than_megatrons_order_holds_is_refused_at_once(write: Call
     TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 3 + held - 20)], planned=20)
     with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* holds {held}"):
         TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 10**15)], planned=20)
+
+
+def test_positions_count_from_the_start_of_each_document(write: Callable[..., Written]) -> None:
+    sources, (documents,) = write([1.0])
+    owner = {token: d for d, document in enumerate(documents) for token in document}
+    data = TrainingData([Phase("all", 100, 16, tuple(sources))], 1, planned=100)
+    tokens, _, positions = data.read(0, 100, with_positions=True)
+    assert positions is not None and positions.shape == tokens.shape
+    for row, places in zip(tokens.tolist(), positions.tolist(), strict=True):
+        expected = [0]
+        for before, token in pairwise(row):
+            goes_on = token == before + 1 and owner[token] == owner[before]
+            expected.append(expected[-1] + 1 if goes_on else 0)
+        assert places == expected
+
+
+def test_counts_of_sources_at_any_sample(write: Callable[..., Written], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megagap.data.megatron.COUNTED_EVERY", 8)
+    sources, _ = write([0.7, 0.3])
+    data = TrainingData([Phase("all", 100, 5, tuple(sources))], 1, planned=100)
+    drawn = data.source_indices(0, 100).tolist()
+    assert [data.drawn(n) for n in range(101)] == [[drawn[:n].count(0), drawn[:n].count(1)] for n in range(101)]
 
 
 def test_provenance_names_the_documents(write: Callable[..., Written]) -> None:

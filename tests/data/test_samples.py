@@ -1,12 +1,14 @@
 """Training samples: what is read when, over mixtures, epochs and phases."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megagap.data.indexed import IndexedDatasetWriter
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import Phase, TrainingData
 from megagap.data.sources import Source
@@ -57,6 +59,15 @@ def test_order_depends_on_the_seed(sources: list[Source]) -> None:
     assert training(sources, 1).batch(0, 50).tolist() != training(sources, 2).batch(0, 50).tolist()
 
 
+def test_mixture_depends_on_the_seed(sources: list[Source]) -> None:
+    assert training(sources, 1).source_indices(0, 50).tolist() != training(sources, 2).source_indices(0, 50).tolist()
+
+
+def test_sources_of_one_size_have_orders_of_their_own(write_tokens: WriteTokens) -> None:
+    shards = (write_tokens("x", numbered(20)),)
+    assert (training([Source("a", shards)], 1).batch(0, 30) != training([Source("b", shards)], 1).batch(0, 30)).any()
+
+
 def test_order_does_not_depend_on_where_files_lie(write_tokens: WriteTokens) -> None:
     orders = [training([Source("x", (write_tokens(path, numbered(9)),))], 1).batch(0, 30) for path in ("a", "b")]
     assert (orders[0] == orders[1]).all()
@@ -76,6 +87,14 @@ def test_token_outside_the_vocabulary_names_source_document_and_position(write_t
     data = training([Source("fr", shards)], seed=0, vocab_size=500)
     with pytest.raises(DataError, match="token id 777 in source fr, document 3, position 2 is outside"):
         data.batch(0, 3)
+
+
+def test_a_negative_token_is_outside_the_vocabulary(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "a", "int32") as writer:
+        writer.add_document([1, 2, 3, -4, 5])
+    data = training([Source("fr", (str(tmp_path / "a"),))], seed=0, vocab_size=500)
+    with pytest.raises(DataError, match="token id -4 in source fr, document 0, position 3 is outside"):
+        data.batch(0, 1)
 
 
 def test_two_sources_of_one_name_are_refused(sources: list[Source]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megagap.checkpoint import load_model
 from megagap.config import load_recipe
 from megagap.data.indexed import IndexedDatasetWriter
 from megagap.errors import CheckpointError, DataError
@@ -49,6 +50,8 @@ def test_phases_count_their_own_tokens_and_end_at_whole_steps(whole):
     lengths = [32] * 4 + [64] * 3 + [32] * 2
     assert [m["consumed_tokens"] for m in metrics] == [8 * sum(lengths[: i + 1]) for i in range(9)]
     assert [m["consumed_samples"] for m in metrics] == [8 * (i + 1) for i in range(9)]
+    timed = [m["tokens_per_second"] * m["step_seconds"] for m in metrics]
+    assert timed == pytest.approx([8 * length for length in lengths])
     assert [sorted(key for key in m if key.startswith("loss/")) for m in metrics[3:5]] == [
         ["loss/en", "loss/fr"],
         ["loss/en"],
@@ -79,6 +82,12 @@ def test_the_wavelengths_are_those_of_the_phase(whole, workers, tmp_path):
     (metrics,) = workers.run(1, train_recipe, recipe_in_phases(tmp_path / "x", phases), ["train.steps=5"])
     assert [m["loss"] for m in metrics[:4]] == [m["loss"] for m in expected[:4]]
     assert metrics[4]["loss"] != expected[4]["loss"]
+
+
+def test_a_checkpoint_names_the_wavelengths_that_it_was_trained_with_last(whole):
+    folder = whole[0].parent / "alone/checkpoints"
+    thetas = [load_model(folder / f"step_{step:08}").settings.rope_theta for step in (4, 5, 7, 8)]
+    assert thetas == [1e4, 1e6, 1e6, 1e4]
 
 
 def start_from(whole, workers, tmp_path, step, phases):
@@ -129,6 +138,13 @@ def test_a_data_set_that_was_rebuilt_between_starts_is_refused_naming_it(workers
         workers.run(1, train_recipe, recipe, ["train.steps=3"])
     assert DataError.__name__ in str(error.value) and "source en was rebuilt since" in str(error.value)
     assert "documents was 60, is 100" in str(error.value)
+
+
+def test_a_source_of_more_shards_than_it_had_is_refused(workers, tmp_path):
+    workers.run(1, train_recipe, write_recipe(tmp_path, train={"steps": 2}), [])
+    more = EN | {"path": ["en_text_document", "fr_text_document"]}
+    with pytest.raises(AssertionError, match=r"source en was rebuilt since .*: it had 1 shards, has 2"):
+        workers.run(1, train_recipe, write_recipe(tmp_path, data={"sources": [FR, more]}), [])
 
 
 def test_a_data_set_of_which_nothing_was_read_yet_may_be_rebuilt(workers, tmp_path):

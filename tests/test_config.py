@@ -69,6 +69,11 @@ def test_an_unknown_setting_names_the_nearest_real_one(recipe, given, nearest):
     ("changes", "setting", "hint"),
     [
         ({"data__sources": [{"path": "a"}, {"pth": "x"}]}, "data.sources[1].pth", "did you mean data.sources[1].path?"),
+        (
+            {"data__phases": [{"name": "x", "tokens": 1, "sources": [{"path": "a", "weigth": 2.0}]}]},
+            "data.phases[0].sources[0].weigth",
+            "did you mean data.phases[0].sources[0].weight?",
+        ),
         ({"data__validation": [{"path": "a", "q": 1}]}, "data.validation[0].q", "possible: path, weight, name"),
         ({"model__rope_scaling": {"factr": 2.0}}, "model.rope_scaling.factr", "did you mean model.rope_scaling.factor"),
     ],

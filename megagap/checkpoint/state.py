@@ -59,6 +59,8 @@ class RunState(ModelState, Progress):
 
     @model_validator(mode="after")
     def _counts_steps(self) -> Self:
+        for fault in check_rules({"train.skip_samples": self.train.skip_samples}, None):
+            raise ValueError(f"{fault.setting} = {fault.value} {fault.message}")
         samples = self.step * self.train.global_batch_size
         if self.consumed_samples != samples:
             raise ValueError(f"consumed_samples = {self.consumed_samples}, but {self.step} steps are {samples}")

@@ -38,11 +38,13 @@ def from_pydantic(name: str, detail: Any) -> Fault:
 
 
 def _unknown_in_table(setting: str, place: str, value: Any) -> Fault:
-    """An unknown key of a table within a setting, such as ``data.sources[0].pth``."""
+    """An unknown key of a table within a setting, such as ``data.phases[0].sources[1].pth``."""
     section, _, field = setting.partition(".")
-    table = _table_in(SECTIONS[section].model_fields[field].annotation)
-    known = list(table.model_fields) if table else []
     parent, _, key = place.rpartition(".")
+    table = _table_in(SECTIONS[section].model_fields[field].annotation)
+    for inner in re.findall(r"\.(\w+)", parent):
+        table = _table_in(table.model_fields[inner].annotation) if table else None
+    known = list(table.model_fields) if table else []
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {setting}{parent}.{nearest[0]}?" if nearest else f"possible: {', '.join(known)}"
     return Fault(setting + place, value, f"unknown; {hint}")

@@ -89,6 +89,7 @@ def test_progress_that_is_no_count_is_refused_naming_folder_and_field(tmp_path: 
         ("train.seed", -1, "state.train.seed: "),
         ("train.global_batch_size", ..., "state.train.global_batch_size: "),
         ("train.skip_samples", ["x"], "state.train.skip_samples.0: "),
+        ("train.skip_samples", ["5:3"], "train.skip_samples = 5:3 is empty"),
     ],
     ids=lambda value: "missing" if value is ... else None,
 )

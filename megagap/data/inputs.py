@@ -35,6 +35,8 @@ READ_BY_ENDING = tuple(ending + more for ending in ENDINGS for more in ("", *COM
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTANDARD_SKIPPED = tuple(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))
+"""What a frame without content starts with; pzstd writes one before each other."""
 PARQUET_MAGIC = b"PAR1"
 UNREAD_MAGIC = {
     b"BZh": "bzip2",
@@ -290,9 +292,14 @@ class _Summing(io.RawIOBase):
 def _decompressed(path: str, file: "io.BufferedReader[_Summing]") -> io.RawIOBase | None:
     """What a compressed file holds; None for one that is not compressed."""
     start = file.peek(8)
+    if len(start) < 4 and path.endswith((*COMPRESSED_ENDINGS, ".parquet")):
+        raise DataError(
+            f"{path} has only {len(start)} bytes, too few for what its name says\n"
+            "  the file is cut short (disk full? copy interrupted?). Copy or make it again."
+        )
     if start.startswith(GZIP_MAGIC):
         return cast(io.RawIOBase, gzip.GzipFile(fileobj=file))  # a BufferedIOBase, which serves as well
-    if start.startswith(ZSTANDARD_MAGIC):
+    if start.startswith((ZSTANDARD_MAGIC, *ZSTANDARD_SKIPPED)):
         return _ZstandardFile(file)
     for magic, name in UNREAD_MAGIC.items():
         if start.startswith(magic):

@@ -71,6 +71,8 @@ def test_kinds_are_told_by_content_and_plain_texts_by_name_too(tmp_path: Path) -
         ("a.zip", b"PK\x03\x04", "is compressed with zip"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "is in UTF-16; only UTF-8 is read"),
         ("a.gz", b"\x1f\x8b\x08\x00garbage", "cannot be read beyond line 0"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz has only 0 bytes"),
+        ("a.parquet", b"PAR", "a.parquet has only 3 bytes"),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet cannot be read beyond row 0"),
         ("a.txt", b"fine\nand \xff not", r"a.txt, line 2: not valid UTF-8"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "half', "a.jsonl, line 2: not valid JSON at character 10: Unter"),

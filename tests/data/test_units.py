@@ -121,6 +121,13 @@ def test_a_file_made_with_the_longest_window_is_read(tmp_path: Path, text: bytes
     assert b"".join(unit.data for unit in units_of(tmp_path / "long")) == text
 
 
+def test_frames_without_content_are_passed_over(tmp_path: Path, text: bytes) -> None:
+    """pzstd begins with one."""
+    frame = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    (tmp_path / "frames").write_bytes(frame + zstandard.compress(text) + frame)
+    assert b"".join(unit.data for unit in units_of(tmp_path / "frames")) == text
+
+
 def test_empty_files_hold_no_lines(tmp_path: Path) -> None:
     for name, content in (("plain", b""), ("gzip", gzip.compress(b"")), ("zstandard", zstandard.compress(b""))):
         (tmp_path / name).write_bytes(content)

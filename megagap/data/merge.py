@@ -89,8 +89,11 @@ def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
 
 
 def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
-    """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice."""
-    expected, count = 0, 0
+    """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice.
+
+    Each goes on with the same key, where the one before stopped in a file, or with another file.
+    """
+    expected, count, key, seam = 0, 0, "", 0
     for prefix, manifest in manifests:
         found = manifest.arguments.shard
         index, of = map(int, found.split("/")) if found else (0, 1)
@@ -99,7 +102,14 @@ def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
             raise DataError(
                 f"{prefix} is shard {index}/{of}, where {wanted} should be\n  give all shards in their order."
             )
-        expected, count = (index + 1) % of, of
+        inputs = manifest.inputs
+        if index and (manifest.key != key or (inputs and inputs[0].start != seam)):
+            raise DataError(
+                f"{prefix} is shard {index}/{of} of another whole than the one before\n  give all shards of one whole."
+            )
+        expected, count, key = (index + 1) % of, of, manifest.key
+        if inputs or not index:
+            seam = (inputs[-1].stop or 0) if inputs else 0
     if expected:
         raise DataError(f"shard {expected}/{count} is missing\n  give all shards in their order.")
 

@@ -70,6 +70,21 @@ def test_shards_that_are_missing_or_out_of_order_are_refused(made: Write, tmp_pa
     assert not list(tmp_path.glob("merged*"))
 
 
+@pytest.mark.parametrize(("key", "count"), [("text", 1), ("id", 2)])
+def test_shards_of_two_wholes_are_refused(
+    made: Write, tmp_path: Path, corpora: list[Path], tokenizer_folder: Path, key: str, count: int
+) -> None:
+    """Other inputs, cut elsewhere, and another key."""
+    for path in corpora:
+        path.write_text(path.read_text().replace('{"text": ', '{"id": "some words here", "text": '))
+    first = made("first", part=(0, 2))
+    other = preprocess(
+        corpora[:count], str(tmp_path / "other"), str(tokenizer_folder), [key], True, 1, "skip", part=(1, 2)
+    )
+    with pytest.raises(DataError, match="is shard 1/2 of another whole"):
+        merge_datasets([first, other.pairs[0].prefix], str(tmp_path / "merged"))
+
+
 def test_pairs_of_other_tokenizers_or_types_are_refused(made: Write, tmp_path: Path, bpe_of_lines: Path) -> None:
     one = made("one")
     with pytest.raises(DataError, match="tokenizer fingerprint"):

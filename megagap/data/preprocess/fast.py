@@ -15,6 +15,15 @@ from megagap.errors import DataError
 Fast = Literal["auto", "on", "off"]
 """Use gigatoken if it can be and its ids are the same, insist on it, or not."""
 
+RARE = (
+    "e\u0301",
+    "\u1100\u1161\u11a8",
+    "\u0bc6\u0bbe",
+    "\x85 \u00a0\u2003\u3000",
+    "\ufb01 \uff11 \u200d \ufeff",
+    "<s> </s>",
+)
+"""Compared whatever the input is, as samples may miss it: what normalisation changes, and what may be special."""
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 17
 """Of each sample; together they take less than a second."""
@@ -34,7 +43,8 @@ def choose_encoder(
         texts = [text for unit in _samples(inputs, keys) for text in _texts(unit, keys)]
         if inputs and not texts:
             raise DataError("there is no sample of the input to compare gigatoken on")
-        encoder.check(reference, texts)
+        special = [reference.decode([i]) for i in (reference.bos, reference.eod) if i is not None]
+        encoder.check(reference, [*texts, *RARE, *special])
     except DataError as error:
         if fast == "on":
             raise DataError(f"--fast on cannot be: {error.args[0]}") from None
@@ -43,7 +53,7 @@ def choose_encoder(
 
 
 def _samples(inputs: Sequence[Input], keys: Sequence[str]) -> Iterator[Unit]:
-    """Units from all over the inputs: from the start of files, and where there are few, from within."""
+    """Units from all over the inputs: from the start of files, and from within long JSON lines if files are few."""
     files = [file for file in inputs if file.size]
     files = [files[len(files) * i // SAMPLES] for i in range(SAMPLES)] if len(files) > SAMPLES else files
     places = SAMPLES // max(len(files), 1)
@@ -52,7 +62,8 @@ def _samples(inputs: Sequence[Input], keys: Sequence[str]) -> Iterator[Unit]:
         if places > 1 and file.share > SAMPLES * SAMPLE_BYTES and is_plain_lines(file.path):
             parts = [replace(file, start=file.start + file.share * i // places) for i in range(places)]
         for part in parts:
-            yield from islice(read_units([part], keys, splits_texts=True, unit_bytes=SAMPLE_BYTES), 1)
+            units = read_units([part], keys, splits_texts=True, unit_bytes=SAMPLE_BYTES)
+            yield from islice(units, max(places // len(parts), 1))
 
 
 def _texts(unit: Unit, keys: Sequence[str]) -> Iterator[str]:

@@ -103,7 +103,7 @@ class FastEncoder:
                 common = min(len(ours), len(theirs))
                 at = int(np.append(np.flatnonzero(ours[:common] != theirs[:common]), common)[0])
                 raise DataError(
-                    f"gigatoken {version('gigatoken')} gives other ids than {self.spec} on a sample of this input: "
+                    f"gigatoken {version('gigatoken')} gives other ids than {self.spec}: "
                     f"{theirs[at : at + 5].tolist()} instead of {ours[at : at + 5].tolist()} at token {at:,} of "
                     f"{text[:40]!r}…"
                 )

@@ -5,7 +5,8 @@ Faults of ours raise anything else and keep their traceback.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -55,6 +56,25 @@ class DivergedError(MegagapError):
     """Training produced losses or gradients that are not finite for too long."""
 
     kind = "training diverged"
+
+
+@contextmanager
+def library_errors(what: str, kind: type[MegagapError] = DataError) -> Iterator[None]:
+    """For a call into a library on something that a user gave: whatever it raises becomes ``kind``, ``what: reason``.
+
+    The one place where the exceptions of tokenizers, safetensors, pyarrow, zstandard and others become ours. Keep the
+    block to that call: in our own code an exception is a bug and must stay one. Panics of libraries in Rust
+    (``pyo3_runtime.PanicException``) are no ``Exception``, and are caught too.
+    """
+    try:
+        yield
+    except (MegagapError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from None
+    except BaseException as error:
+        reason = str(error).strip() or type(error).__name__
+        raise kind(f"{what}: {reason}") from None
 
 
 def run_tool(main: Callable[[], None]) -> None:

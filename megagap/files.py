@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakSet
 
-from megagap.errors import DataError
+from megagap.errors import DataError, library_errors
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,32 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_by_library(path: str | Path) -> Iterator[Path]:
+    """For a library that writes a file by name: yields another name, whose file then replaces ``path`` in one step.
+
+    The file gets the mode that the umask gives, whatever the library chose (some write through files that only their
+    owner may read). Raises :class:`DataError` naming ``path`` for all that the block raises: the library call only.
+    """
+    partial = partial_name(path)
+    try:
+        with library_errors(f"cannot write {path}"):
+            yield partial
+            os.chmod(partial, 0o666 & ~_umask())
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def make_folder(folder: str | Path) -> None:

@@ -1,11 +1,13 @@
 """Files appear under their name when whole, and what the system refuses is said in one message."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from megagap.errors import DataError
-from megagap.files import make_folder, write_bytes, write_text, writing
+from megagap.files import make_folder, write_bytes, write_text, writing, written_by_library
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):
@@ -27,3 +29,26 @@ def test_the_folder_of_a_file_is_made_or_named(tmp_path: Path) -> None:
     for make in (make_folder, lambda folder: writing(folder / "b").__enter__()):
         with pytest.raises(DataError, match=f"cannot make the folder {tmp_path}/x/y/a"):
             make(tmp_path / "x" / "y" / "a")
+
+
+def test_a_file_written_by_a_library_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with written_by_library(tmp_path / "a") as partial:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device")])
+def test_a_library_that_cannot_write_leaves_what_was_there_and_names_the_file(tmp_path, error):
+    write_text(tmp_path / "a", "old")
+    with (
+        pytest.raises(DataError, match=rf"cannot write {tmp_path}/a: No space left"),
+        written_by_library(tmp_path / "a") as partial,
+    ):
+        partial.write_text("half")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from megagap.config import Settings, Source, sources_of, spans
 from megagap.data.loader import Batch
 from megagap.model.flops import flops_per_token
+from megagap.observe.profile import Profile, profile_steps
 from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.precision import COMPUTE_DTYPES
@@ -38,6 +39,8 @@ class Report:
     measured_peak: float
     """TFLOP/s of a large matrix product in the dtype of the run, on one device while all others do the same."""
     memory_bytes: int
+    profile: Profile | None = None
+    """Of a few steps after the timed ones; on a GPU only, and if it was asked for."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,6 +68,7 @@ class Report:
             "hardware": environment(self.mesh),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "recipe": self.settings.model_dump(mode="json"),
+            "profile": None if self.profile is None else self.profile.as_dict(),
         }
 
     def table(self) -> Table:
@@ -95,23 +99,31 @@ class Report:
         return table
 
 
-def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int) -> Report:
+def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int, profiled_steps: int = 0) -> Report:
     """Run ``warmup`` and then ``steps`` timed steps in the recipe's layout, with all that the trainer does at a step:
-    read the batch, update, record. Where the recipe's data files do not exist, tokens are random.
+    read the batch, update, record. Where the recipe's data files do not exist, tokens are random. On a GPU,
+    ``profiled_steps`` more are made under torch's profiler.
     """
     state = build_state(settings, mesh)
     seconds = []
     with TemporaryDirectory(prefix="megagap_benchmark_") as folder, batches(settings, mesh) as next_batch:
         recorder = Recorder(settings, mesh, RunDirectory(Path(folder), is_writer=mesh.world.rank == 0), state.step)
-        for step in tqdm(range(warmup + steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
+
+        def step() -> float:
             batch = next_batch(state.consumed_samples).to(mesh.device)
             result = train_step(state, batch, lambda: (False, False))
             # On a GPU this waits for the step before only, as in training; the sum over steps is right all the same.
-            elapsed = recorder.step_done(state.step, result)
-            if step >= warmup:
+            return recorder.step_done(state.step, result)
+
+        for number in tqdm(range(warmup + steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
+            elapsed = step()
+            if number >= warmup:
                 seconds.append(elapsed)
+        memory = peak_memory_bytes(mesh.device)
+        profiled = mesh.device.type == "cuda" and profiled_steps > 0
+        profile = profile_steps(step, profiled_steps) if profiled else None
         recorder.close()
-    return Report(settings, mesh, seconds, measure_peak(settings, mesh), peak_memory_bytes(mesh.device))
+    return Report(settings, mesh, seconds, measure_peak(settings, mesh), memory, profile)
 
 
 def sequence_length(settings: Settings) -> int:

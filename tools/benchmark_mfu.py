@@ -38,10 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("recipe", type=Path, help="TOML recipe; further --section.key value override it")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (3)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (10)")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="profile N more steps, on a GPU (0)")
     parser.add_argument("--output", type=Path, help="folder for benchmark.json")
     options, rest = parser.parse_known_args(arguments)
-    if options.warmup < 0 or options.steps < 1:
-        parser.error("--warmup must be at least 0, --steps at least 1")
+    if options.warmup < 0 or options.steps < 1 or options.profile < 0:
+        parser.error("--warmup and --profile must be at least 0, --steps at least 1")
 
     process = launch.Process.from_environment()
     with launch.orderly_exit(process):
@@ -49,9 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
         if options.output and process.rank == 0:
             make_folder(options.output)  # before the time is spent
         mesh = make_mesh(settings, process, launch.start(process))
-        report = benchmark(settings, mesh, options.warmup, options.steps)
+        report = benchmark(settings, mesh, options.warmup, options.steps, options.profile)
+        if options.profile and report.profile is None:
+            print("note: --profile lists the kernels of a GPU; there is none here", file=sys.stderr)
         if process.rank == 0:
             Console().print(report.table())
+            if report.profile is not None:
+                Console().print(report.profile.table())
             if options.output:
                 file = options.output / "benchmark.json"
                 with writing(file):

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from megagap.config import Settings, span_of, spans, tokens_after
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
@@ -90,12 +88,12 @@ class Recorder:
             return
         result, rest = self.pending
         self.pending = None
-        numbers = [result.loss, result.grad_norm, result.accepted.float(), *result.source_losses]
-        loss, norm, accepted, *source_losses = torch.stack(numbers).tolist()
+        numbers = result.host.read()
+        (loss,), (norm,), (accepted,) = numbers["loss"], numbers["grad_norm"], numbers["accepted"]
         # Not strict: a benchmark of a recipe that names no data has one nameless source.
         by_source = {
             f"loss/{name}": value
-            for name, value in zip(self.sources, source_losses, strict=False)
+            for name, value in zip(self.sources, numbers["source_losses"], strict=False)
             if math.isfinite(value)  # not where the batch had nothing of the source
         }
         record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}
@@ -127,7 +125,7 @@ class Recorder:
     def pause(self) -> Iterator[None]:
         """Time inside the block belongs to no step."""
         if self.pending is not None:
-            self.pending[0].loss.item()  # the device must be done with the step before the clock stops
+            self.pending[0].host.wait()  # the device must be done with the step before the clock stops
         start = time.perf_counter()
         yield
         self.last_end += time.perf_counter() - start

@@ -51,6 +51,37 @@ class TrainState:
         return tokens_after(self.phases, self.settings.train.global_batch_size, self.step)
 
 
+class HostCopy:
+    """Small tensors on their way to the host, each read as a list of floats.
+
+    On a GPU they are copied to pinned memory on the stream that computes them, behind an event: reading waits for that
+    event only, not for what is queued later.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self._sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        numbers = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
+        self._event: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = numbers
+
+    def wait(self) -> None:
+        """Until the device is done with what was queued before the copy."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def read(self) -> dict[str, list[float]]:
+        """The numbers by name."""
+        self.wait()
+        parts = self._host.split(list(self._sizes.values()))
+        return {name: part.tolist() for name, part in zip(self._sizes, parts, strict=True)}
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Device tensors, the same on every rank: nobody has waited for the host yet."""
@@ -66,6 +97,12 @@ class StepResult:
     requests: Tensor
     """How many ranks made each request."""
     lr: float
+    host: HostCopy = field(init=False)
+    """All of these numbers, on their way to the host from the moment they are queued."""
+
+    def __post_init__(self) -> None:
+        numbers = {"loss": self.loss, "grad_norm": self.grad_norm, "accepted": self.accepted}
+        object.__setattr__(self, "host", HostCopy(**numbers, source_losses=self.source_losses, requests=self.requests))
 
 
 class StageOnBatch:

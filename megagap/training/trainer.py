@@ -59,7 +59,7 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
         known = result if mesh.device.type == "cpu" else previous
-        stopping, saving = (bool(asked) for asked in known.requests) if known is not None else (False, False)
+        stopping, saving = map(bool, known.host.read()["requests"]) if known is not None else (False, False)
         previous = result
 
         last = state.step == steps
@@ -72,6 +72,9 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
                 save(state, run, loader.data)
                 run.status("running")
                 requests.saved()
+            previous = (
+                None  # this step's requests were made before the checkpoint, which answers them; a stop is repeated
+            )
 
     recorder.close()
     if state.step < steps:

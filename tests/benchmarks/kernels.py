@@ -5,9 +5,12 @@
     python tests/benchmarks/kernels.py --device cuda --output runs/kernels
 
 Rivals: plain torch (eager), transformers' own operations, torch.compile of the plain form, and Liger-Kernel and apex
-where they are installed. All arms run in one process in turn, so that they share its noise; medians count. Speed is
-given in the bytes that the operation must move at least (each input read once, each output written once, forward and
-backward; a tensor that both need is read twice), and as a share of the speed of copying as many bytes.
+and quack where they are installed. All arms run in one process in turn, so that they share its noise; medians count.
+Speed is given in the bytes that the operation must move at least (each input read once, each output written once,
+forward and backward; a tensor that both need is read twice), and as a share of the speed of copying as many bytes.
+
+On a GPU each arm is recorded as a CUDA graph and its replays are timed by events, so that launching costs nothing, and
+the forward pass is timed by itself, too. Choose --rows so that tensors are several times as large as the L2 cache.
 """
 
 import argparse
@@ -45,6 +48,8 @@ class Case:
     """Each does a forward and a backward pass; the first is ours."""
     bytes: int
     """The least that must be moved."""
+    forward_bytes: int = 0
+    """Of these, by the forward pass."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,9 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
             torch.manual_seed(0)
             case = CASES[name](options.rows, options.size, DTYPES[dtype], device)
             arms = {arm: run for arm, run in case.arms.items() if arm not in options.without}
+            forwards = {arm: run.forward for arm, run in arms.items() if isinstance(run, ForwardAndBackward)}
             seconds = alternate(arms, device, options.rounds)
             copying = copy_bandwidth(case.bytes, device, options.rounds)
             results.append(summary(name, dtype, case, seconds, copying))
+            if device.type == "cuda" and forwards and case.forward_bytes:
+                part = alternate(forwards, device, options.rounds)
+                add_parts(results[-1], case, {arm: statistics.median(found) for arm, found in part.items()})
             Console().print(table(results[-1]))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def alternate(arms: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm, one run of each in turn; the first two rounds, which compile and warm up, do not count."""
+    """Seconds of each arm, one run of each in turn; the first two rounds, which compile and warm up, do not count.
+
+    On a GPU a run is some replays of its graph; an arm that cannot be recorded is left out, with a note.
+    """
+    if device.type == "cuda":
+        return _alternate_graphs(arms, rounds)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 2):
         for name, run in arms.items():
@@ -94,6 +108,45 @@ def alternate(arms: dict[str, Callable[[], object]], device: torch.device, round
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+REPLAYS = 10
+
+
+def _alternate_graphs(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    graphs = {}
+    for name, run in arms.items():
+        try:
+            graphs[name] = _recorded(run)
+        except Exception as error:  # a rival's fault must not hide the others' times
+            print(f"note: {name} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(rounds + 1):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            if turn:
+                seconds[name].append(start.elapsed_time(end) / 1e3 / REPLAYS)
+    return seconds
+
+
+def _recorded(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``run`` as a graph; before, it runs where it may compile and allocate."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 def copy_bandwidth(size: int, device: torch.device, rounds: int) -> float:
@@ -124,15 +177,29 @@ def summary(op: str, dtype: str, case: Case, seconds: dict[str, list[float]], co
     }
 
 
+def add_parts(result: dict[str, Any], case: Case, forward: dict[str, float]) -> None:
+    """GB/s of the forward pass, and of the backward pass, whose time is what remains of both."""
+    both = {arm: ms / 1e3 for arm, ms in result["milliseconds"].items()}
+    backward_bytes = case.bytes - case.forward_bytes
+    result["forward_gb_per_second"] = {arm: case.forward_bytes / time / 1e9 for arm, time in forward.items()}
+    result["backward_gb_per_second"] = {
+        arm: backward_bytes / (both[arm] - time) / 1e9
+        for arm, time in forward.items()
+        if arm in both and both[arm] > time
+    }
+
+
 def table(result: dict[str, Any]) -> Table:
     title = (
         f"{result['op']} {result['dtype']}, {result['megabytes']:.0f} MB (copy {result['copy_gb_per_second']:.1f} GB/s)"
     )
-    drawn = Table("arm", "ms", "GB/s", "of copy", "time : megagap", title=title)
+    parts = [result.get(f"{part}_gb_per_second", {}) for part in ("forward", "backward")]
+    drawn = Table("arm", "ms", "GB/s", "of copy", "time : megagap", "forward GB/s", "backward GB/s", title=title)
     for arm, ms in result["milliseconds"].items():
         speed = result["gb_per_second"][arm]
         share = f"{speed / result['copy_gb_per_second']:.0%}"
-        drawn.add_row(arm, f"{ms:.2f}", f"{speed:.1f}", share, f"{result['times_megagap'][arm]:.2f}")
+        by_part = [f"{part[arm]:.0f}" if arm in part else "" for part in parts]
+        drawn.add_row(arm, f"{ms:.3f}", f"{speed:.1f}", share, f"{result['times_megagap'][arm]:.2f}", *by_part)
     return drawn
 
 
@@ -162,18 +229,21 @@ def _synchronise(device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------------------ the cases
 
 
-def forward_and_backward(
-    function: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor]
-) -> Callable[[], object]:
+@dataclass
+class ForwardAndBackward:
     """A run of ``function(*inputs)`` and the gradients by those inputs that want one."""
-    wanted = [x for x in inputs if x.requires_grad]
 
-    def run() -> object:
-        outputs = function(*inputs)
+    function: Callable[..., Any]
+    inputs: list[Tensor]
+    grads: list[Tensor]
+
+    def __call__(self) -> object:
+        outputs = self.function(*self.inputs)
         outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
-        return torch.autograd.grad(outputs, wanted, grads)
+        return torch.autograd.grad(outputs, [x for x in self.inputs if x.requires_grad], self.grads)
 
-    return run
+    def forward(self) -> object:
+        return self.function(*self.inputs)
 
 
 def plain(module: str) -> Any:
@@ -202,7 +272,7 @@ def arms_of(
         "torch.compile": torch.compile(reference, dynamic=False),
         **others,
     }
-    return {arm: forward_and_backward(f, inputs, grads) for arm, f in functions.items() if f is not None}
+    return {arm: ForwardAndBackward(f, inputs, grads) for arm, f in functions.items() if f is not None}
 
 
 def rms_norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -217,14 +287,16 @@ def rms_norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.device
 
     liger = installed("liger_kernel.ops.rms_norm") if device.type == "cuda" else None
     apex = installed("apex.normalization.fused_layer_norm") if device.type == "cuda" else None
+    quack = installed("quack.rmsnorm") if device.type == "cuda" else None
     others = {
+        "quack": quack and (lambda x, w: quack.rmsnorm(x, w, eps=EPS)),
         "transformers": transformers,
         "torch F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
         "liger": liger and (lambda x, w: liger.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)),
         "apex": apex and (lambda x, w: apex.fused_rms_norm_affine(x, w, w.shape, EPS)),
     }
     arms = arms_of(ops.rms_norm, plain("rms_norm").reference, others, [x, weight], [grad])
-    return Case(arms, 5 * rows * size * dtype.itemsize)  # x, y; grad, x, grad_x
+    return Case(arms, 5 * rows * size * dtype.itemsize, 2 * rows * size * dtype.itemsize)  # x, y; grad, x, grad_x
 
 
 @dataclass
@@ -246,7 +318,8 @@ def add_rms_norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.de
         return plain("rms_norm").reference(total, weight), total
 
     arms = arms_of(ops.add_rms_norm, reference, {}, [x, residual, weight], [grad, grad_total])
-    return Case(arms, 8 * rows * size * dtype.itemsize)  # x, residual, y, total; grad, grad_total, total, grad_x
+    # x, residual, y, total; grad, grad_total, total, grad_x
+    return Case(arms, 8 * rows * size * dtype.itemsize, 4 * rows * size * dtype.itemsize)
 
 
 def rotary_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -271,7 +344,7 @@ def rotary_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) 
     arms = arms_of(
         ops.rotary, plain("rotary").reference, {"transformers": transformers}, [q, k, cos, sin], [grad_q, grad_k]
     )
-    return Case(arms, 4 * rows * size * dtype.itemsize)
+    return Case(arms, 4 * rows * size * dtype.itemsize, 2 * rows * size * dtype.itemsize)
 
 
 def swiglu_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -281,7 +354,8 @@ def swiglu_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) 
     liger = installed("liger_kernel.ops.swiglu") if device.type == "cuda" else None
     others = {"liger": liger and (lambda gate, up: liger.LigerSiLUMulFunction.apply(gate, up))}
     arms = arms_of(ops.swiglu, plain("swiglu").reference, others, [gate, up], [grad])
-    return Case(arms, 8 * rows * size * dtype.itemsize)  # gate, up, y; grad, gate, up, and both gradients
+    # gate, up, y; grad, gate, up, and both gradients
+    return Case(arms, 8 * rows * size * dtype.itemsize, 3 * rows * size * dtype.itemsize)
 
 
 def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -301,8 +375,20 @@ def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.d
     def reference(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets)
 
+    liger = installed("liger_kernel.ops.cross_entropy") if device.type == "cuda" else None
+    quack = installed("quack.cross_entropy") if device.type == "cuda" else None
+
+    def liger_loss(logits: Tensor) -> Tensor:
+        loss: Tensor = liger.LigerCrossEntropyFunction.apply(logits, targets, None, -100, 0.0, 0.0, "mean", None)[0]
+        return loss
+
+    others = {
+        # In place, as ours: of a copy, whose time it counts.
+        "liger": liger and liger_loss,
+        "quack": quack and (lambda logits: quack.cross_entropy(logits, targets).mean()),
+    }
     one = [torch.ones((), device=device)]
-    arms = arms_of(reference, reference, {}, [logits], one)
+    arms = arms_of(reference, reference, others, [logits], one)
     return Case(arms | {"megagap": ours}, 3 * rows * size * dtype.itemsize)  # read, read again, written
 
 
@@ -333,6 +419,7 @@ def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -
     arms: dict[str, Callable[[], object]] = {"megagap": ours}
     if dtype == torch.float32:
         for name, form in (("torch fused", dict(fused=True)), ("torch foreach", dict(foreach=True))):
+            form["capturable"] = device.type == "cuda"
             own = torch.nn.Parameter(parameter.clone())
             own.grad = grad.clone()
             arms[name] = torch.optim.AdamW([own], **numbers, **form).step  # type: ignore[arg-type]
@@ -349,8 +436,8 @@ def attention_case(rows: int, size: int, dtype: torch.dtype, device: torch.devic
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
     grad = torch.randn(shapes[0], device=device).to(dtype)
     functions = {"megagap": ops.attention, "torch SDPA": plain("attention").reference}
-    arms = {arm: forward_and_backward(f, [q, k, v], [grad]) for arm, f in functions.items()}
-    return Case(arms, (4 * q.numel() + 2 * 2 * k.numel() * 2) * dtype.itemsize)
+    arms = {arm: ForwardAndBackward(f, [q, k, v], [grad]) for arm, f in functions.items()}
+    return Case(dict(arms), (4 * q.numel() + 2 * 2 * k.numel() * 2) * dtype.itemsize)
 
 
 CASES: dict[str, Callable[[int, int, torch.dtype, torch.device], Case]] = {

@@ -1,0 +1,114 @@
+"""Times the training step of a recipe's model as other code makes it, on one GPU, in tokens per second.
+
+    python tests/benchmarks/peers.py examples/recipes/gaperon-1b-one-gpu.toml
+    python tests/benchmarks/peers.py recipe.toml --arms transformers liger --output runs/peers
+
+Arms: ``transformers`` (SDPA attention), ``liger`` (the same with Liger-Kernel's operations, where it is installed) and
+``compiled`` (transformers under torch.compile). All train in pure bf16 with torch's fused AdamW, clipping by the global
+norm: less memory traffic than our fp32 masters. Compare with tools/benchmark_mfu.py, run beside it.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megagap.config import Settings, load_recipe
+from megagap.model.flops import flops_per_token
+from megagap.observe.utilisation import peak_tflops
+from tests.benchmarks.kernels import hardware, installed
+from tests.huggingface import reference_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--arms", nargs="+", default=["transformers", "liger"], choices=list(ARMS))
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="folder for peers.json")
+    options = parser.parse_args()
+    settings = load_recipe(options.recipe, [], 1, needs_data=False)
+    device = torch.device("cuda")
+    flops = flops_per_token(settings.model, settings.train.sequence_length)
+    peak = peak_tflops(device)
+    table = Table("arm", "tokens per second", "MFU (full)", "MFU (causal)", "peak GB")
+    report = {}
+    for arm in options.arms:
+        try:
+            seconds = time_steps(arm, settings, device, options.warmup, options.steps)
+        except Exception as error:  # one peer's fault must not hide the others' times
+            print(f"note: {arm} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        tokens = settings.train.micro_batch_size * settings.train.sequence_length / statistics.median(seconds)
+        shares = [None if peak is None else count * tokens / peak / 1e12 for count in (flops.full, flops.causal)]
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        shown = ["" if share is None else f"{share:.1%}" for share in shares]
+        table.add_row(arm, f"{tokens:,.0f}", *shown, f"{memory:.1f}")
+        report[arm] = {"tokens_per_second": tokens, "step_seconds": seconds, "mfu": shares, "memory_gb": memory}
+    Console().print(table)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "peers.json").write_text(json.dumps({"arms": report, "hardware": hardware(device)}, indent=2))
+
+
+def transformers_model(settings: Settings, device: torch.device) -> torch.nn.Module:
+    from transformers import LlamaForCausalLM
+
+    config = reference_config(settings.model)
+    config._attn_implementation = "sdpa"
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).train()
+
+
+def liger_model(settings: Settings, device: torch.device) -> torch.nn.Module:
+    liger = installed("liger_kernel.transformers")
+    if liger is None:
+        raise ImportError("liger-kernel is not installed")
+    model = transformers_model(settings, device)
+    liger.apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=True)
+    return model
+
+
+def compiled_model(settings: Settings, device: torch.device) -> torch.nn.Module:
+    return torch.compile(transformers_model(settings, device), dynamic=False)  # type: ignore[return-value]
+
+
+ARMS = {"transformers": transformers_model, "liger": liger_model, "compiled": compiled_model}
+
+
+def time_steps(arm: str, settings: Settings, device: torch.device, warmup: int, steps: int) -> list[float]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = ARMS[arm](settings, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    shape = (settings.train.micro_batch_size, settings.train.sequence_length)
+    tokens = torch.randint(settings.model.vocab_size, shape, device=device)
+    seconds = []
+    for step in range(warmup + steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        if step >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("there is no GPU here")
+    main()

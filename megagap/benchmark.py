@@ -160,7 +160,7 @@ def random_batch(settings: Settings, mesh: Mesh) -> Batch:
     shape = (train.global_batch_size // (train.micro_batch_size * mesh.dp.size), train.micro_batch_size)
     generator = torch.Generator().manual_seed(train.seed + mesh.dp.rank)
     tokens = torch.randint(settings.model.vocab_size, (*shape, sequence_length(settings) + 1), generator=generator)
-    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(sources(settings)))).to(mesh.device)
+    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(sources(settings))))
 
 
 def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 8) -> float:

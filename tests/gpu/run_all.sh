@@ -9,7 +9,8 @@
 #   training    the step, the loop, resuming and saving against the CPU
 #   mfu         Gaperon 1B's training step, with its kernels by kind
 #   kernels     bandwidth of each kernel, forward and backward, beside eager, torch.compile, Liger and quack
-#   attention   every back end that torch has, whole sequences and packed documents
+#   attention   every back end that torch has, on whole sequences
+#   documents   the same on sequences packed from documents
 #   loss        the output projection and its loss, by the size of its parts
 #   peers       the same training step by transformers, and with Liger-Kernel
 #   tests       each kernel against float64
@@ -81,6 +82,7 @@ if [[ $device == cuda ]]; then
     stage kernels 120 "$PYTHON" tests/benchmarks/kernels.py --device cuda --dtypes bfloat16 --rows 32768 --rounds 5 \
         --ops rms_norm add_rms_norm rotary swiglu adamw --output "$reports"
     stage attention 60 "$PYTHON" tests/benchmarks/attention.py --output "$reports"
+    stage documents 40 "$PYTHON" tests/benchmarks/attention.py --documents 16 --output "$reports"
     stage loss 60 "$PYTHON" tests/benchmarks/loss.py --output "$reports"
     stage peers 90 "$PYTHON" tests/benchmarks/peers.py $recipe --output "$reports"
     stage tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py

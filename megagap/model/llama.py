@@ -107,6 +107,7 @@ class LlamaStage(nn.Module):
                 if tied
                 else tensor_parallel.parameter(vocab_shard("lm_head.weight", *vocabulary))
             )
+            self.output.uses = 2 if tied and self.is_first else 1
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def use_rope_theta(self, theta: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {

@@ -72,15 +72,8 @@ def explain(name: str, example: Example) -> tuple[str, str]:
     tensors = [x for x in example.inputs if x.is_floating_point()][:2]
     device = tensors[0].device.type
     if name == "attention":
-        if gpu_library("flash_attn", *tensors):
-            return "flash-attn", "it is installed"
-        attention = import_module("megagap.ops.attention")
-        if attention._blocks_pay(*example.inputs):
-            return (
-                "blocks of queries",
-                f"trained on CPU, up to {attention.BLOCKED_UP_TO[tensors[0].dtype]} tokens",
-            )
-        return "torch SDPA", "no flash-attn for these tensors"
+        choice: tuple[str, str] = import_module("megagap.ops.attention").choose(*example.inputs)
+        return choice
     if compiled.fits(*tensors):
         return "megagap kernel", f"compiled for {device}"
     if example.library and gpu_library(example.library, *tensors):

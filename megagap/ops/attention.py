@@ -1,14 +1,19 @@
-"""Scaled dot-product attention with grouped keys and values: flash-attn on GPUs that have it, else torch's own.
+"""Scaled dot-product attention with grouped keys and values: one explicit choice of kernel per device, dtype and size.
 
-On CPU, torch's is slow in the backward pass; for sequences that are not long, a few matrix products over blocks of
-queries are faster there. They keep the probabilities, whose memory grows with the square of the sequence.
+On a GPU the choice follows measurement (docs/performance.md): on Hopper cuDNN is 1.5 times as fast as flash-attn 2, and
+only flash-attn 3 is beside it. On CPU, torch's is slow in the backward pass; for sequences that are not long, a few
+matrix products over blocks of queries are faster there. They keep the probabilities, whose memory grows with the square
+of the sequence. ``python -m megagap.ops`` prints what is chosen.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library
@@ -20,6 +25,8 @@ BLOCKED_UP_TO = {torch.bfloat16: 1024, torch.float32: 512}
 BLOCK = 128
 """Queries in a block: what lies above the diagonal is computed within blocks only."""
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v, causal; q: [b, s, h, d], k, v: [b, t, hk, d] with hk dividing h. Result as q.
@@ -27,13 +34,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s is t, a whole sequence, or 1, its last token, which sees all others.
     """
     assert q.shape[1] in (1, k.shape[1]), (q.shape, k.shape)
-    causal = q.shape[1] == k.shape[1]
-    if (flash := gpu_library("flash_attn", q, k, v)) is not None:
-        mixed: Tensor = flash.flash_attn_func(q, k, v, causal=causal)
-        return mixed
-    if causal and _blocks_pay(q, k, v):
-        return in_blocks(q, k, v)
-    return reference(q, k, v)
+    return KERNELS[choose(q, k, v)[0]](q, k, v)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
+    """The kernel for these tensors, a key of :data:`KERNELS`, and why."""
+    if q.is_cuda:
+        # Library kernels want heads of a multiple of 8, up to 256.
+        takes_heads = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        if is_hopper(q.device) and takes_heads and gpu_library("flash_attn_interface", q, k, v):
+            return "flash-attn 3", "it is installed, and fastest on Hopper"
+        if q.dtype in HALF_PRECISION and is_hopper(q.device):
+            return "torch, cuDNN first", "faster than flash-attn 2 on Hopper"
+        if takes_heads and gpu_library("flash_attn", q, k, v):
+            return "flash-attn 2", "it is installed"
+        if q.dtype not in HALF_PRECISION and q.shape[2] != k.shape[2]:
+            return "torch, keys repeated", f"no kernel takes {q.dtype} and grouped keys without the square of scores"
+        return "torch", "no library for these tensors"
+    if _use_blocked(q, k, v):
+        return "blocks of queries", f"trained on CPU, up to {BLOCKED_UP_TO[q.dtype]} tokens"
+    return "torch", "forward alone, or a length at which it is as fast"
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU of compute capability 9."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,9 +67,15 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        is_causal=q.shape[1] == k.shape[1],
+        is_causal=_is_causal(q, k),
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
+
+
+def repeat_keys(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with as many heads as q."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    return k, v
 
 
 def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,11 +84,52 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed
 
 
-def _blocks_pay(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _is_causal(q: Tensor, k: Tensor) -> bool:
+    """A whole sequence; a single last token sees all."""
+    return q.shape[1] == k.shape[1]
+
+
+def _cudnn_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Releases of torch differ in their own order; where cuDNN does not take the tensors the next one is used."""
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True):
+        return reference(q, k, v)
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return reference(q, *repeat_keys(q, k, v))
+
+
+def _flash_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    flash = gpu_library("flash_attn", q, k, v)
+    assert flash is not None
+    mixed: Tensor = flash.flash_attn_func(q, k, v, causal=_is_causal(q, k))
+    return mixed
+
+
+def _flash_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    flash = gpu_library("flash_attn_interface", q, k, v)
+    assert flash is not None
+    mixed = flash.flash_attn_func(q, k, v, causal=_is_causal(q, k))
+    return mixed[0] if isinstance(mixed, tuple) else mixed  # early releases return the normaliser, too
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "flash-attn 3": _flash_3,
+    "flash-attn 2": _flash_2,
+    "torch, cuDNN first": _cudnn_first,
+    "torch, keys repeated": _repeated,
+    "torch": reference,
+    "blocks of queries": in_blocks,
+}
+
+
+def _use_blocked(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Only where there is a backward pass: forward alone, torch's is as fast and keeps nothing."""
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     on_cpu = compiled.AVAILABLE and q.device.type == "cpu"
-    return on_cpu and trained and BLOCKED_FROM <= q.shape[1] <= BLOCKED_UP_TO.get(q.dtype, 0)
+    whole = _is_causal(q, k) and BLOCKED_FROM <= q.shape[1] <= BLOCKED_UP_TO.get(q.dtype, 0)
+    return on_cpu and trained and whole
 
 
 class _Blocked(torch.autograd.Function):

@@ -1,14 +1,17 @@
 """Attention within the documents that a sequence is packed from."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagap.ops.attention import attention
+from megagap.ops.attention import HALF_PRECISION, attention, is_hopper, repeat_keys
 from megagap.ops.optional import gpu_library
 
 
@@ -38,28 +41,71 @@ class Documents:
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v, causal and within documents; q: [b, s, h, d], k, v: [b, s, hk, d]. Result as q."""
-    if (flash := gpu_library("flash_attn", q, k, v)) is not None:
-        borders, longest = documents.borders, documents.longest
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        mixed: Tensor = flash.flash_attn_varlen_func(*flat, borders, borders, longest, longest, causal=True)
-        return mixed.view_as(q)
     if q.device.type == "cpu":
         return torch.cat(list(_one_by_one(q, k, v, documents)), 1).view_as(q)
+    if (kernel := _various_lengths(q, k, v)) is not None:
+        return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents).view_as(q)
     return masked_attention(q, k, v, documents.positions)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """The same from the positions alone: for GPUs without flash-attn, where the host should not wait for borders.
-
-    Its mask grows with the square of the sequence.
+    """The same from the positions alone: for GPUs and dtypes without a kernel for sequences of various lengths, as the
+    host should not wait for borders. Its mask grows with the square of the sequence.
     """
     number = (positions == 0).cumsum(1)
     length = q.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
     mask = (number[:, None, :, None] == number[:, None, None, :]) & earlier
-    grouped = q.shape[2] != k.shape[2]
+    k, v = repeat_keys(q, k, v)  # with grouped keys and a mask, torch keeps all scores
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+VariousLengths = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+"""q [tokens, h, d], k, v [tokens, hk, d] of documents laid end to end -> as q."""
+
+
+def _various_lengths(q: Tensor, k: Tensor, v: Tensor) -> VariousLengths | None:
+    """A kernel for sequences of various lengths on this GPU: flash-attn 3, flash-attn 2, or torch's own."""
+    if q.dtype not in HALF_PRECISION or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return None
+    for name in ("flash_attn_interface", "flash_attn"):
+        if name == "flash_attn_interface" and not is_hopper(q.device):
+            continue
+        if (library := gpu_library(name, q, k, v)) is not None:
+            return partial(_library_varlen, library.flash_attn_varlen_func)
+    return _torch_varlen()
+
+
+def _library_varlen(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    borders, longest = documents.borders, documents.longest
+    mixed = function(q, k, v, borders, borders, longest, longest, causal=True)
+    return mixed[0] if isinstance(mixed, tuple) else mixed
+
+
+@cache
+def _torch_varlen() -> VariousLengths | None:
+    """``torch.nn.attention.varlen``, whose arguments differ between the releases that have it (from 2.10)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        grouped: dict[str, Any] = {}
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in takes:
+                grouped = {"enable_gqa": True}
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        borders, longest = documents.borders, documents.longest
+        mixed = varlen_attn(q, k, v, borders, borders, longest, longest, **causal, **grouped)
+        assert isinstance(mixed, Tensor)
+        return mixed
+
+    return kernel
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megagap.config import Optim
 from megagap.ops import adamw_
+from megagap.ops.products import add_product
 from megagap.optim.adamw import Moments
 from megagap.parallel.collectives import all_gather_flat_async, all_reduce, reduce_scatter_flat_async
 from megagap.parallel.mesh import Axis, Mesh
@@ -68,7 +69,8 @@ class Bucket:
         self.gradients = torch.zeros(length, dtype=torch.float32, device=mesh.device)
         self.moments = Moments.zeros_like(self.master)
         self.own_gradient = self.gradients if self.data.size == 1 else torch.zeros_like(self.master)
-        self.unready = set(range(len(parameters)))
+        self.missing: list[int] = []
+        """Of each parameter, how many of its uses have yet to report in the last backward."""
         self.reduction: dist.Work | None = None
         self.gathering: dist.Work | None = None
 
@@ -77,12 +79,10 @@ class Bucket:
         """Whether this rank, among the ranks with the same parameters, counts and saves them."""
         return self.replicas is None or self.replicas.rank == 0
 
-    def accumulate(self, index: int) -> None:
-        """Move a parameter's new gradient into the buffer."""
+    def gradient(self, index: int) -> Tensor:
+        """Where a parameter's gradient is summed: fp32, shaped like it."""
         parameter, start = self.parameters[index], self.starts[index]
-        assert parameter.grad is not None
-        self.gradients[start : start + parameter.numel()].view_as(parameter).add_(parameter.grad)
-        parameter.grad = None
+        return self.gradients[start : start + parameter.numel()].view_as(parameter)
 
     def start_reduction(self) -> None:
         if self.data.size > 1:
@@ -119,6 +119,27 @@ class Bucket:
                 yield Slice(kind, parameter.shard, begin - start, end - start, part)
 
 
+class _Sink:
+    """A parameter's part of its bucket, as operations and autograd add to it."""
+
+    def __init__(self, bucket: Bucket, index: int, report: Callable[[Bucket, int], None]) -> None:
+        self.bucket, self.index, self.report = bucket, index, report
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        add_product(self.bucket.gradient(self.index)[: left.shape[1]], left, right)
+
+    def finished(self) -> None:
+        self.report(self.bucket, self.index)
+
+    def collect(self, parameter: Tensor) -> None:
+        """The hook of autograd: move what it has found into the bucket."""
+        if parameter.grad is None:  # an operation added it by itself, or will: some releases of torch run the hook too
+            return
+        self.bucket.gradient(self.index).add_(parameter.grad)
+        parameter.grad = None
+        self.finished()
+
+
 class DistributedOptimizer:
     """AdamW over this rank's slices. Parameters become views of flat buckets: build it before anything reads them."""
 
@@ -137,7 +158,9 @@ class DistributedOptimizer:
         self._last_backward = False
         for bucket in self.buckets:
             for index, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(self._collector(bucket, index))
+                sink = _Sink(bucket, index, self._reported)
+                parameter.sink = sink
+                parameter.register_post_accumulate_grad_hook(sink.collect)
 
     # -- gradients
 
@@ -145,7 +168,7 @@ class DistributedOptimizer:
         """Before the first backward of a step."""
         for bucket in self.buckets:
             bucket.gradients.zero_()
-            bucket.unready = set(range(len(bucket.parameters)))
+            bucket.missing = [parameter.uses for parameter in bucket.parameters]
         self._next_reduction = 0
         self._last_backward = False
 
@@ -161,25 +184,20 @@ class DistributedOptimizer:
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared global gradient norm, fp32 scalar: summed over the world it is whole."""
-        squares = [bucket.own_gradient.square().sum() for bucket in self.buckets if bucket.is_owned]
+        squares = [torch.linalg.vector_norm(bucket.own_gradient).square() for bucket in self.buckets if bucket.is_owned]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.mesh.device)
 
-    def _collector(self, bucket: Bucket, index: int) -> Callable[[Tensor], None]:
-        def collect(parameter: Tensor) -> None:
-            if parameter.grad is None:  # the weight gradient waits in a queue: the hook runs again when it is there
-                return
-            bucket.accumulate(index)
-            if self._last_backward:
-                bucket.unready.discard(index)
-                self._start_ready_reductions()
-
-        return collect
+    def _reported(self, bucket: Bucket, index: int) -> None:
+        if self._last_backward:
+            bucket.missing[index] -= 1
+            assert bucket.missing[index] >= 0, f"{bucket.parameters[index].shard.name} is used more often than it says"
+            self._start_ready_reductions()
 
     def _start_ready_reductions(self, all_buckets: bool = False) -> None:
         # In bucket order, the same on all data ranks: collectives must not overtake each other.
         while self._next_reduction < len(self.buckets):
             bucket = self.buckets[self._next_reduction]
-            if bucket.unready and not all_buckets:
+            if any(bucket.missing) and not all_buckets:
                 return
             bucket.start_reduction()
             self._next_reduction += 1

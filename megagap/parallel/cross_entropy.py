@@ -1,8 +1,14 @@
 """The output projection and its cross-entropy in one, over a vocabulary split by tp, in bounded memory.
 
-The logits of a few tokens at a time are computed, turned into their gradient in place and multiplied into the gradients
-by input and weight while they are there (as Liger-Kernel does; Hsu et al. 2024, section 3.2): all logits of a step
-never exist, and nothing is computed twice.
+For some tokens at a time (a chunk):
+
+1. logits of this rank's columns, ``x Wᵀ``;
+2. the softmax's statistics, combined over tp, and from them the loss;
+3. the logits' gradient in place of the logits;
+4. its products with W and x: the gradients by the input and by the weight.
+
+So all logits of a step never exist, and nothing is computed twice (as in Liger-Kernel; Hsu et al. 2024, section 3.2).
+The gradient by the weight is added up in fp32, in the weight's own sink where it has one, already in the forward pass.
 """
 
 from typing import Any
@@ -15,16 +21,19 @@ from megagap.ops import softmax_gradient_, softmax_statistics
 from megagap.ops.cross_entropy import ABSENT
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import Axis
-from megagap.parallel.shard import ShardedParameter
+from megagap.parallel.shard import GradientSink, Shard, ShardedParameter
 
 IGNORED_TARGET = -100
 """A target with this id counts neither in the loss nor in its gradient."""
 
-WORKSPACE_BYTES = 64 * 2**20
-"""About what the logits of the tokens at hand may take."""
+WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""About what a chunk's logits may take, by type of device."""
 
-FEWEST_TOKENS = 64
-"""At hand at once, however large the vocabulary: matrix products of fewer rows are slow."""
+MIN_CHUNK_TOKENS = {"cpu": 64, "cuda": 2048}
+"""However large the vocabulary: matrix products of fewer rows are slow (docs/performance.md)."""
+
+CHUNK_MULTIPLE = 256
+"""Larger chunks are a multiple of this many tokens, which suits the tiles of matrix products."""
 
 
 def linear_cross_entropy(
@@ -35,45 +44,60 @@ def linear_cross_entropy(
     x: [b, s, h] whole. weight: this rank's rows of W [vocab, h], padding after them. targets: [b, s] global ids, or
     ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returned are an fp32 scalar, and fp32 [b, s], the same on
     every tp rank. The gradient by x is this rank's share: it is summed where x entered the region.
+
+    Where the weight has a sink, its gradient is in there after the forward pass: the loss must then be the root of the
+    backward pass, with a gradient of 1.
     """
     need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss, losses = _LinearCrossEntropy.apply(x, weight, targets, scale, weight.shard, tp, need_gradients)
+    loss, losses = _LinearCrossEntropy.apply(x, weight, targets, scale, weight.shard, weight.sink, tp, need_gradients)
     return loss, losses
 
 
-def tokens_at_once(columns: int, itemsize: int) -> int:
-    """How many tokens' logits fit the workspace."""
-    return max(FEWEST_TOKENS, WORKSPACE_BYTES // max(1, columns * itemsize))
+def chunk_tokens(columns: int, itemsize: int, device: str) -> int:
+    """How many tokens' logits fit the workspace on this type of device."""
+    tokens = max(MIN_CHUNK_TOKENS[device], WORKSPACE_BYTES[device] // max(1, columns * itemsize))
+    return tokens - tokens % CHUNK_MULTIPLE if tokens > CHUNK_MULTIPLE else tokens
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, shard: Any, tp: Axis, need_gradients: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        shard: Shard,
+        sink: GradientSink | None,
+        tp: Axis,
+        need_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         first, columns = shard.offsets[0], shard.sizes[0]  # sizes: without padding
         rows, inputs, ids = weight[:columns], x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         losses = ids.new_empty(ids.shape, dtype=torch.float32)
         grad_x = torch.empty_like(inputs) if need_gradients else None
-        grad_weight: Tensor | None = None
-        # Of the rows with padding, which are as many on every tp rank: the parts are, too.
-        step = tokens_at_once(weight.shape[0], x.element_size())
+        own_sum = None if sink is not None or not need_gradients else _ProductSum(weight, columns)
+        products: GradientSink | _ProductSum | None = sink if own_sum is None else own_sum
+        # Of the rows with padding, which are as many on every tp rank: the chunks are, too.
+        step = chunk_tokens(weight.shape[0], x.element_size(), x.device.type)
         for start in range(0, len(ids), step):
-            part = slice(start, start + step)
-            logits = inputs[part] @ rows.T
-            counted = ids[part] != IGNORED_TARGET
-            own = counted & (ids[part] >= first) & (ids[part] < first + columns)
-            target = (ids[part] - first).where(own, ABSENT)
+            chunk = slice(start, start + step)
+            logits = inputs[chunk] @ rows.T
+            counted = ids[chunk] != IGNORED_TARGET
+            own = counted & (ids[chunk] >= first) & (ids[chunk] < first + columns)
+            target = (ids[chunk] - first).where(own, ABSENT)
             log_sum_exp, at_target = _over_vocabulary(*softmax_statistics(logits, target), tp)
-            losses[part] = (log_sum_exp - at_target).where(counted, 0)
+            losses[chunk] = (log_sum_exp - at_target).where(counted, 0)
             if grad_x is None:
                 continue
+            assert products is not None
             softmax_gradient_(logits, target, log_sum_exp, counted * scale.float())
-            torch.mm(logits, rows, out=grad_x[part])
-            grad_weight = _accumulated(grad_weight, logits, inputs[part], whole=len(ids) <= step)
-        if grad_weight is not None and columns < weight.shape[0]:
-            grad_weight = torch.nn.functional.pad(grad_weight, (0, 0, 0, weight.shape[0] - columns))
-        ctx.save_for_backward(grad_x.view_as(x) if grad_x is not None else None, grad_weight)
+            torch.mm(logits, rows, out=grad_x[chunk])
+            products.add_product(logits, inputs[chunk])
+        ctx.save_for_backward(
+            grad_x.view_as(x) if grad_x is not None else None, own_sum.gradient() if own_sum is not None else None
+        )
+        ctx.sink = sink
         losses = losses.view(targets.shape)
         ctx.mark_non_differentiable(losses)
         return losses.sum() * scale, losses
@@ -81,10 +105,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        # A loss is usually the root, with a gradient of 1. A GPU is not asked, which would make the host wait for it.
-        if grad.is_cuda or grad.item() != 1:
+        if ctx.sink is not None:
+            _require_one(grad)
+            ctx.sink.finished()
+        # A loss is usually the root, with a gradient of 1. Not asked on a GPU: ``item()`` would wait for it.
+        elif grad.is_cuda or grad.item() != 1:
             gradients = [None if part is None else part * grad.to(part.dtype) for part in gradients]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
+
+
+class _ProductSum:
+    """The gradient by a weight that has no sink: one product, or a sum of several in fp32."""
+
+    def __init__(self, weight: Tensor, columns: int) -> None:
+        self._weight, self._columns = weight, columns
+        self._sum: Tensor | None = None
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        product = left.T @ right
+        self._sum = product if self._sum is None else self._sum.float().add_(product)
+
+    def gradient(self) -> Tensor | None:
+        """With rows of zeros for padding."""
+        padding = self._weight.shape[0] - self._columns
+        return None if self._sum is None else torch.nn.functional.pad(self._sum, (0, 0, 0, padding))
+
+
+def _require_one(grad: Tensor) -> None:
+    """The weight's gradient was added before this factor was known. On a GPU the check is made on the device."""
+    if grad.is_cuda:
+        torch._assert_async(grad == 1)
+    else:
+        assert grad.item() == 1, "the loss must be the root of the backward pass"
 
 
 def _over_vocabulary(maximum: Tensor, total: Tensor, at_target: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
@@ -95,11 +147,3 @@ def _over_vocabulary(maximum: Tensor, total: Tensor, at_target: Tensor, tp: Axis
     total = total * (maximum - peak).exp()
     total, at_target = all_reduce(torch.stack([total, at_target]), tp)
     return peak + total.log(), at_target
-
-
-def _accumulated(before: Tensor | None, grad_logits: Tensor, x: Tensor, *, whole: bool) -> Tensor:
-    """The gradient by the weight: in one product, in fp32 where it is a sum of several."""
-    product = grad_logits.T @ x
-    if whole:
-        return product
-    return product.float() if before is None else before.add_(product)

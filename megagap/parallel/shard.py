@@ -5,6 +5,7 @@ Initialisation, clipping, decay groups, checkpoints, Hugging Face conversion and
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -89,12 +90,29 @@ def split(name: str, shape: tuple[int, ...], dim: int, rank: int, size: int, **r
     )
 
 
+class GradientSink(Protocol):
+    """Where a parameter's gradient of a step is summed, in fp32."""
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add leftᵀ right, for left [n, rows] and right [n, columns], to the parameter's first rows."""
+
+    def finished(self) -> None:
+        """A backward pass has added all that it adds by :meth:`add_product` in one place that uses the parameter."""
+
+
 class ShardedParameter(nn.Parameter):
-    """A parameter with its :class:`Shard`. Values are unspecified until ``model.init`` or a checkpoint fills them."""
+    """A parameter with its :class:`Shard`. Values are unspecified until ``model.init`` or a checkpoint fills them.
+
+    ``sink``: where operations add its gradient without autograd, if an optimizer has set one; what autograd finds
+    arrives in the same place by a hook. ``uses``: in how many places of the stage it is used, each of which reports
+    once per backward pass.
+    """
 
     shard: Shard
+    sink: GradientSink | None
+    uses: int
 
     def __new__(cls, shard: Shard, device: torch.device, dtype: torch.dtype) -> "ShardedParameter":
         self = super().__new__(cls, torch.zeros(shard.local_shape, device=device, dtype=dtype), requires_grad=True)
-        self.shard = shard
+        self.shard, self.sink, self.uses = shard, None, 1
         return self

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megagap.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megagap.parallel.mesh import Axis, Mesh
-from megagap.parallel.shard import Shard, ShardedParameter, split, whole
+from megagap.parallel.shard import GradientSink, Shard, ShardedParameter, split, whole
 
 SEQUENCE = 1
 """The sequence dimension of activations [b, s, h]."""
@@ -191,25 +191,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradient
 
 
 class _Linear(torch.autograd.Function):
+    """The weight gradient goes into the weight's sink where it has one, else to autograd."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, queue: WeightGradientQueue) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.queue = queue
+        ctx.sink = getattr(weight, "sink", None)
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        sink: GradientSink | None = ctx.sink
 
         def weight_gradient() -> Tensor:
             return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
         def accumulate() -> None:
-            torch.autograd.backward(weight, weight_gradient())
+            if sink is None:
+                torch.autograd.backward(weight, weight_gradient())
+            else:
+                sink.add_product(grad.flatten(0, -2), x.flatten(0, -2))
+                sink.finished()
 
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        waits = weight.is_leaf and ctx.needs_input_grad[1] and ctx.queue.add(accumulate)
-        return grad_x, (weight_gradient() if ctx.needs_input_grad[1] and not waits else None), None
+        if not ctx.needs_input_grad[1] or (weight.is_leaf and ctx.queue.add(accumulate)):
+            return grad_x, None, None
+        if sink is None:
+            return grad_x, weight_gradient(), None
+        accumulate()
+        return grad_x, None, None
 
 
 class _Replicate(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from megagap.ops import attention, compiled
 
 _file = importlib.import_module("megagap.ops.attention")
-reference, in_blocks, blocks_pay = _file.reference, _file.in_blocks, _file._blocks_pay
+reference, in_blocks, use_blocked = _file.reference, _file.in_blocks, _file._use_blocked
 BLOCK, BLOCKED_FROM, BLOCKED_UP_TO = _file.BLOCK, _file.BLOCKED_FROM, _file.BLOCKED_UP_TO
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="what comes with the compiled kernels")
 
@@ -71,16 +71,16 @@ def test_blocks_are_used_with_a_backward_pass_in_a_range_of_lengths_only(dtype):
         return [torch.randn(1, length, 1, 2).to(dtype).requires_grad_() for _ in range(3)]
 
     longest = BLOCKED_UP_TO[dtype]
-    assert blocks_pay(*inputs(BLOCKED_FROM)) and blocks_pay(*inputs(longest))
+    assert use_blocked(*inputs(BLOCKED_FROM)) and use_blocked(*inputs(longest))
     for length in (BLOCKED_FROM - 1, longest + 1):
-        assert not blocks_pay(*inputs(length))
-    assert not blocks_pay(*(part.detach() for part in inputs(BLOCKED_FROM)))
+        assert not use_blocked(*inputs(length))
+    assert not use_blocked(*(part.detach() for part in inputs(BLOCKED_FROM)))
     with torch.no_grad():
-        assert not blocks_pay(*inputs(BLOCKED_FROM))
+        assert not use_blocked(*inputs(BLOCKED_FROM))
     assert torch.equal(attention(*(x := inputs(BLOCKED_FROM))), in_blocks(*x))
 
 
 def test_without_compiled_kernels_or_with_plain_operations_torchs_attention_is_used(monkeypatch):
     monkeypatch.setattr(compiled, "AVAILABLE", False)
     q, k, v = (torch.randn(1, BLOCKED_FROM, 2, 8).bfloat16().requires_grad_() for _ in range(3))
-    assert not blocks_pay(q, k, v)
+    assert not use_blocked(q, k, v)

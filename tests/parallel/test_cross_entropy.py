@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagap.parallel import cross_entropy
-from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy, tokens_at_once
+from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy, chunk_tokens
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter, whole
 
@@ -43,8 +43,8 @@ def exact(x, weight, targets, scale=0.25):
 @pytest.fixture
 def few_tokens(monkeypatch):
     """Several parts, of which the last is smaller."""
-    monkeypatch.setattr(cross_entropy, "WORKSPACE_BYTES", 0)
-    assert tokens_at_once(VOCABULARY, 4) == 64
+    monkeypatch.setitem(cross_entropy.WORKSPACE_BYTES, "cpu", 0)
+    assert chunk_tokens(VOCABULARY, 4, "cpu") == 64
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 1024.0])
@@ -58,7 +58,7 @@ def test_in_bf16_the_parts_lose_no_more_than_the_whole(few_tokens, monkeypatch):
     inputs = case(torch.bfloat16)
     wanted = exact(*inputs)
     in_parts = run(*inputs)
-    monkeypatch.setattr(cross_entropy, "WORKSPACE_BYTES", 2**30)
+    monkeypatch.setitem(cross_entropy.WORKSPACE_BYTES, "cpu", 2**30)
     at_once = run(*inputs)
     for part, together, true in zip(in_parts, at_once, wanted, strict=True):
         errors = [float((got.double() - true).square().sum()) for got in (part, together)]
@@ -97,11 +97,11 @@ def test_without_gradients_none_are_computed(few_tokens):
 
 @pytest.mark.parametrize(("vocabulary", "length"), [(500, 150), (4000, 150), (500, 1200), (4000, 1200)])
 def test_no_temporary_grows_with_tokens_times_vocabulary(monkeypatch, vocabulary, length):
-    monkeypatch.setattr(cross_entropy, "WORKSPACE_BYTES", 64 * 1024)
+    monkeypatch.setitem(cross_entropy.WORKSPACE_BYTES, "cpu", 64 * 1024)
     x, weight, targets = case(torch.float32, vocabulary, length)
     with _Largest() as seen:
         run(x, weight, targets)
-    at_hand = tokens_at_once(vocabulary, 4) * vocabulary
+    at_hand = chunk_tokens(vocabulary, 4, "cpu") * vocabulary
     assert at_hand * 4 <= max(64 * 1024, 64 * vocabulary * 4)
     assert seen.largest <= max(at_hand, x.numel(), weight.numel())
 

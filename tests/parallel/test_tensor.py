@@ -103,7 +103,10 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
 
     x = embedding(tokens)
     # Several parts, as many on every rank, although the last ones hold fewer or no real columns.
-    with patch.multiple(cross_entropy, FEWEST_TOKENS=1, WORKSPACE_BYTES=5 * 8 * head.shape[0]):
+    with (
+        patch.dict(cross_entropy.MIN_CHUNK_TOKENS, cpu=1),
+        patch.dict(cross_entropy.WORKSPACE_BYTES, cpu=5 * 8 * head.shape[0]),
+    ):
         loss, losses = linear_cross_entropy(tp.enter(x), head, targets, torch.tensor(0.5), tp.mesh.tp)
     loss.backward()
 

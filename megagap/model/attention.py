@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megagap.config import Model
 from megagap.ops import attention, rotary
 from megagap.ops.documents import Documents, document_attention
-from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         """
         x = self.tensor_parallel.enter(x)
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotary(q, k, cos, sin, None if documents is None else documents.positions)
         if cache is not None:

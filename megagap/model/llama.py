@@ -19,6 +19,7 @@ from megagap.parallel.tensor import (
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
+    column_parallel,
     vocab_logits,
     vocab_shard,
 )
@@ -36,8 +37,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.gain_scale)
 
-    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
+    def after_adding(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum. Without an x, of the residual."""
+        if x is None:
+            return self(residual), residual
         return add_rms_norm(x, residual, self.weight, self.eps, self.gain_scale)
 
 
@@ -54,11 +57,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tensor_parallel.enter(x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*column_parallel(x, self.gate_proj, self.up_proj)))
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    Its last addition is left to the norm that follows, which reads the sum anyway.
+    """
 
     def __init__(self, index: int, model: Model, tensor_parallel: TensorParallel) -> None:
         super().__init__()
@@ -71,14 +77,17 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        update: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
         documents: Documents | None = None,
-    ) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, cache, documents)
+    ) -> tuple[Tensor, Tensor]:
+        """x: residual stream [b, s or s / tp, h]; update: what the layer before adds to it. Returns both anew."""
+        normalised, x = self.input_layernorm.after_adding(update, x)
+        mixed = self.self_attn(normalised, cos, sin, cache, documents)
         normalised, x = self.post_attention_layernorm.after_adding(mixed, x)
-        return x + self.mlp(normalised)
+        return x, self.mlp(normalised)
 
 
 class LlamaStage(nn.Module):
@@ -133,11 +142,14 @@ class LlamaStage(nn.Module):
             cos, sin = cos[caches[0].length :], sin[caches[0].length :]
         if self.is_first:
             x = self.embed_tokens(x)
+        update = None
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[i] if caches else None, documents)
+            x, update = layer(x, update, cos, sin, caches[i] if caches else None, documents)
         if caches:
-            x = x[:, -1:]
-        return self.norm(x) if self.is_last else x
+            x, update = x[:, -1:], update if update is None else update[:, -1:]
+        if self.is_last:
+            return self.norm.after_adding(update, x)[0]
+        return x if update is None else x + update
 
     def loss(self, y: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``scale`` · the sum of the cross-entropies at the targets [b, s], and each of them: fp32 scalar and [b, s].

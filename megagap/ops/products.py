@@ -11,7 +11,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     that, it is rounded, written, and read again, at three times the memory traffic.
     """
     if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+        torch.addmm(total, left.T, right, out=total)
     elif left.is_cuda and _HAS_FP32_SUMS:
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:

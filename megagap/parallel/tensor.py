@@ -184,44 +184,68 @@ def vocab_logits(x: Tensor, weight: ShardedParameter) -> Tensor:
     return F.linear(x, weight[: weight.shard.sizes[0]])
 
 
+def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+    """What each of these layers makes of one input.
+
+    As if each were called by itself; the input's gradient is added up inside the matrix products.
+    """
+    products: tuple[Tensor, ...] = _Linears.apply(x, layers[0].queue, *(layer.weight for layer in layers))
+    return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradientQueue) -> Tensor:
     """x Wᵀ + b whose weight gradient may wait in ``queue``."""
-    y = _Linear.apply(x, weight, queue)
+    (y,) = _Linears.apply(x, queue, weight)
     return y if bias is None else y + bias
 
 
-class _Linear(torch.autograd.Function):
-    """The weight gradient goes into the weight's sink where it has one, else to autograd."""
+class _Linears(torch.autograd.Function):
+    """x [.., in] times each of some weights [out, in], transposed.
+
+    A weight's gradient goes into its sink where it has one, else to autograd.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, queue: WeightGradientQueue) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.queue = queue
-        ctx.sink = getattr(weight, "sink", None)
-        return F.linear(x, weight)
+    def forward(ctx: Any, x: Tensor, queue: WeightGradientQueue, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.queue, ctx.sinks = queue, [getattr(weight, "sink", None) for weight in weights]
+        return tuple(F.linear(x, weight) for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        sink: GradientSink | None = ctx.sink
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        inputs, outputs = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = outputs[0] @ weights[0]
+            for grad, weight in zip(outputs[1:], weights[1:], strict=True):
+                torch.addmm(grad_x, grad, weight, out=grad_x)
+            grad_x = grad_x.view_as(x)
+        found = [
+            _weight_gradient(weight, grad, inputs, sink, ctx.queue) if wanted else None
+            for weight, grad, sink, wanted in zip(weights, outputs, ctx.sinks, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return grad_x, None, *found
 
-        def weight_gradient() -> Tensor:
-            return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
-        def accumulate() -> None:
-            if sink is None:
-                torch.autograd.backward(weight, weight_gradient())
-            else:
-                sink.add_product(grad.flatten(0, -2), x.flatten(0, -2))
-                sink.finished()
+def _weight_gradient(
+    weight: Tensor, grad: Tensor, x: Tensor, sink: GradientSink | None, queue: WeightGradientQueue
+) -> Tensor | None:
+    """The gradient gradᵀ x for autograd; None where it goes into the sink, or waits in the queue."""
 
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1] or (weight.is_leaf and ctx.queue.add(accumulate)):
-            return grad_x, None, None
+    def accumulate() -> None:
         if sink is None:
-            return grad_x, weight_gradient(), None
-        accumulate()
-        return grad_x, None, None
+            torch.autograd.backward(weight, grad.T @ x)
+        else:
+            sink.add_product(grad, x)
+            sink.finished()
+
+    if weight.is_leaf and queue.add(accumulate):
+        return None
+    if sink is None:
+        return grad.T @ x
+    accumulate()
+    return None
 
 
 class _Replicate(torch.autograd.Function):

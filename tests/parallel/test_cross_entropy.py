@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagap.parallel import cross_entropy
-from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy, chunk_tokens
+from megagap.parallel.cross_entropy import IGNORED_TARGET, chunk_tokens, linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter, whole
 

@@ -19,6 +19,7 @@ from megagap.config import Optim
 from megagap.ops import adamw_
 from megagap.ops.products import add_product
 from megagap.optim.adamw import Moments
+from megagap.optim.clipping import squared_norm
 from megagap.parallel.collectives import all_gather_flat_async, all_reduce, reduce_scatter_flat_async
 from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.shard import ShardedParameter, Slice
@@ -184,7 +185,7 @@ class DistributedOptimizer:
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared global gradient norm, fp32 scalar: summed over the world it is whole."""
-        squares = [torch.linalg.vector_norm(bucket.own_gradient).square() for bucket in self.buckets if bucket.is_owned]
+        squares = [squared_norm(bucket.own_gradient) for bucket in self.buckets if bucket.is_owned]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.mesh.device)
 
     def _reported(self, bucket: Bucket, index: int) -> None:

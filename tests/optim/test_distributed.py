@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megagap.config import Optim
-from megagap.optim.clipping import clip_divisor
+from megagap.optim.clipping import clip_divisor, squared_norm
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import all_reduce
+from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter, whole
 
@@ -122,3 +124,36 @@ def test_slices_of_all_ranks_cover_every_element_once(workers):
     assert set(covered) == {(k, n) for k in ("weight", "exp_avg", "exp_avg_sq") for n in SHAPES}
     for (_, name), elements in covered.items():
         assert sorted(elements) == list(range(torch.Size(SHAPES[name]).numel()))
+
+
+def test_the_gradient_norm_of_millions_of_elements_is_exact_to_six_digits():
+    gradient = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    assert squared_norm(gradient).item() == pytest.approx(gradient.double().square().sum().item(), rel=1e-6)
+
+
+def test_products_go_to_the_sink_and_the_rest_by_autograd_once_each():
+    """A tied weight is used by the loss, which adds products itself, and by the embedding, which leaves it to autograd."""
+    weight = ShardedParameter(whole("model.embed_tokens.weight", (6, 4)), torch.device("cpu"), torch.float32)
+    weight.uses = 2
+    with torch.no_grad():
+        weight.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    plain = weight.detach().clone().requires_grad_()
+    optimizer = DistributedOptimizer([weight], OPTIM, Mesh.single())
+    tokens, targets = torch.tensor([[1, 5, 2]]), torch.tensor([[5, 2, 0]])
+    optimizer.zero_gradients()
+    optimizer.expect_last_backward()
+    loss, _ = linear_cross_entropy(F.embedding(tokens, weight), weight, targets, torch.ones(()), Mesh.single().tp)
+    loss.backward()
+    (bucket,) = optimizer.buckets
+    assert bucket.missing == [0]
+    F.cross_entropy((F.embedding(tokens, plain) @ plain.T)[0], targets[0], reduction="sum").backward()
+    torch.testing.assert_close(bucket.gradient(0), plain.grad)
+
+
+def test_a_loss_that_is_not_the_root_of_the_backward_pass_is_an_error():
+    weight = ShardedParameter(whole("lm_head.weight", (6, 4)), torch.device("cpu"), torch.float32)
+    DistributedOptimizer([weight], OPTIM, Mesh.single()).zero_gradients()
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    loss, _ = linear_cross_entropy(x, weight, torch.zeros(1, 3, dtype=torch.long), torch.ones(()), Mesh.single().tp)
+    with pytest.raises(AssertionError, match="root of the backward pass"):
+        (2 * loss).backward()

@@ -13,6 +13,7 @@ def edited(folder: Path, target: Path, name: str, change: dict[str, object]) -> 
     shutil.copytree(folder, target)
     values = json.loads((target / name).read_text()) | change
     (target / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    (target / "special_tokens_map.json").unlink()  # which transformers believes rather than the configuration
     return target
 
 

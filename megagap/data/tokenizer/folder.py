@@ -356,7 +356,7 @@ def _first_of(backend: Backend, usual: Sequence[str]) -> int | None:
 
 def _splits_special_tokens(settings: _Settings) -> bool:
     value = settings.values.get("split_special_tokens", False)
-    if not isinstance(value, bool | None):
+    if not isinstance(value, bool):
         path = settings.file.with_name(CONFIG)
         raise DataError(f"{path}: split_special_tokens is {value!r}; it should be true or false")
-    return bool(value)
+    return value

@@ -38,8 +38,7 @@ class Fault:
 
 def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Fault]:
     """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines hold none."""
-    records = _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
-    for number, read in records:
+    for number, read in _records(unit):
         try:
             yield _texts_of(read(), keys)
         except BadDocument as error:
@@ -48,6 +47,15 @@ def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | 
 
 Record = tuple[int, Callable[[], Any]]
 """The number of a line or row in its unit, from 0, and what gives its document or raises :class:`BadDocument`."""
+
+
+def record_numbers(unit: Unit) -> list[int]:
+    """The number of each document of :func:`documents_of` in its unit, from 0."""
+    return [number for number, _ in _records(unit)]
+
+
+def _records(unit: Unit) -> Iterator[Record]:
+    return _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
 
 
 def _lines(data: bytes) -> Iterator[Record]:

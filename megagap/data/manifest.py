@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from megagap.data.partial import checksum_of
-from megagap.data.tokenizer import Tokenizer, find_tokenizer, fingerprint
+from megagap.data.tokenizer import SpecialTokens, Tokenizer, find_tokenizer, fingerprint, usual_special_tokens
 from megagap.errors import DataError
 
 OnError = Literal["stop", "skip"]
@@ -55,6 +55,8 @@ class Arguments(_Strict):
     shuffle_documents: int | None
     shard: str | None
     on_error: OnError
+    special_tokens: SpecialTokens | None = None
+    """What those written out in a text became; null of manifests from before there was a choice."""
 
 
 class LeftOut(_Strict):
@@ -88,6 +90,8 @@ class Manifest(_Strict):
     tokens: NonNegativeInt
     characters: NonNegativeInt
     """Unicode code points of the texts that became tokens, duplicates that were left out later included."""
+    special_tokens_in_texts: NonNegativeInt | None = None
+    """Special tokens written out in the texts that became tokens; null where they were not counted."""
     left_out: LeftOut
     tokenizer: TokenizerRecord
     arguments: Arguments
@@ -95,6 +99,11 @@ class Manifest(_Strict):
     files: dict[str, FileRecord]
     """``.bin`` and ``.idx``."""
     versions: dict[str, str]
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """What special tokens written out in a text became."""
+        return self.arguments.special_tokens or usual_special_tokens(self.tokenizer.kind)
 
     def require_tokenizer(self, tokenizer: Tokenizer, prefix: str) -> None:
         """Raises :class:`DataError` if ids mean something else to ``tokenizer`` than to that of the pair ``prefix``."""

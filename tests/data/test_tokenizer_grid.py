@@ -1,4 +1,4 @@
-"""Ids and end-of-text ids are those of ``transformers``, for whatever a tokenizer's folder holds; else it is refused."""
+"""Ids and end-of-text ids are those of ``transformers``, whatever a tokenizer's folder holds; else it is refused."""
 
 import re
 from collections.abc import Iterator
@@ -52,8 +52,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Pair]]:
 
 def ids_of(tokenizer: Any, split: bool | None = None) -> list[list[int]]:
     given = {} if split is None else {"split_special_tokens": split}
-    with_limits: list[list[int]] = tokenizer(list(TEXTS), add_special_tokens=False, **given)["input_ids"]
-    return with_limits
+    ids: list[list[int]] = tokenizer(list(TEXTS), add_special_tokens=False, **given)["input_ids"]
+    return ids
 
 
 def flat(encoder: Any) -> list[list[int]]:
@@ -87,7 +87,8 @@ def test_ids_are_those_of_transformers(pairs: list[Pair]) -> None:
         assert not isinstance(pair.theirs, Exception), (pair.folder.name, pair.theirs)
         expected, found = ids_of(pair.theirs), pair.ours.encode_batch(TEXTS)
         if expected != found:
-            wrong.append((pair.folder.name, *next(x for x in zip(TEXTS, expected, found) if x[1] != x[2])))
+            texts = zip(TEXTS, expected, found, strict=True)
+            wrong.append((pair.folder.name, *next(text for text in texts if text[1] != text[2])))
     assert not wrong
 
 

@@ -1,7 +1,7 @@
 """A grid of tokenizer folders: every setting of ``tokenizer.json`` and of the files beside it that may change ids."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
@@ -158,7 +158,8 @@ def _of_bpe(bpe: dict[str, Any]) -> Iterator[Folder]:
     normalizers: list[dict[str, Any]] = [
         nfc, {"type": "NFD"}, {"type": "NFKC"}, {"type": "NFKD"}, {"type": "Lowercase"}, {"type": "StripAccents"},
         {"type": "Strip", "strip_left": True, "strip_right": True}, replace, {"type": "Prepend", "prepend": "x"},
-        {"type": "Nmt"}, {"type": "Sequence", "normalizers": [nfc]}, {"type": "Sequence", "normalizers": [nfc, replace]},
+        {"type": "Nmt"}, {"type": "Sequence", "normalizers": [nfc]},
+        {"type": "Sequence", "normalizers": [nfc, replace]},
         {"type": "Sequence", "normalizers": []}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
         {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
          "lowercase": True},
@@ -192,7 +193,9 @@ def _of_bpe(bpe: dict[str, Any]) -> Iterator[Folder]:
         yield Folder(f"model: {options}", with_model(bpe, **options), PLAIN)
     for dropout in (0.1, 1.0):
         yield Folder(f"model: dropout {dropout}", with_model(bpe, dropout=dropout), PLAIN, refused="model.dropout")
-    yield Folder("merges as texts", with_model(bpe, merges=[" ".join(merge) for merge in bpe["model"]["merges"]]), PLAIN)
+    yield Folder(
+        "merges as texts", with_model(bpe, merges=[" ".join(merge) for merge in bpe["model"]["merges"]]), PLAIN
+    )
     yield Folder("fewer merges", with_model(bpe, merges=bpe["model"]["merges"][:-9], ignore_merges=True), PLAIN)
     spread = {token: i + 7 * (i > 300) for token, i in bpe["model"]["vocab"].items()}
     yield Folder("ids with gaps", with_model(bpe, vocab=spread), PLAIN)
@@ -235,7 +238,7 @@ def _of_settings(bpe: dict[str, Any]) -> Iterator[Folder]:
     spare = token(SPARE, size, special=True)
     bare = {"tokenizer_class": "PreTrainedTokenizerFast"}
     with_spare = with_added(bpe, spare)
-    unset = {name: value for name, value in token(SPARE, special=True).items()}
+    unset = token(SPARE, special=True)
     yield Folder("map: end of text", with_spare, bare, {"eos_token": SPARE})
     yield Folder("map: end of text with flags", with_spare, bare, {"eos_token": token(SPARE, lstrip=True)})
     yield Folder("map against config", with_spare, PLAIN, {"eos_token": SPARE})
@@ -353,9 +356,9 @@ def _of_classes(bases: dict[str, dict[str, Any]]) -> Iterator[Folder]:
         yield Folder(f"class {i}: {name} {settings}", state, {"tokenizer_class": name} | settings)
     for name in ("T5Tokenizer", "CamembertTokenizer", "CodeLlamaTokenizer", "ByT5Tokenizer", "WhisperTokenizer"):
         yield Folder(f"class: {name}", bpe, {"tokenizer_class": name} | names, refused=f"use its {name}")
-    wrong: Callable[[str], str] = lambda kind: f"holds a {kind}, of which"
-    yield Folder("class: of a Unigram", unigrams, {"tokenizer_class": "GPT2Tokenizer"}, refused=wrong("Unigram"))
-    yield Folder("class: of a BPE", bpe, {"tokenizer_class": "BertTokenizer"}, refused=wrong("BPE"))
+    of_unigram, of_bpe = "holds a Unigram, of which", "holds a BPE, of which"
+    yield Folder("class: of a Unigram", unigrams, {"tokenizer_class": "GPT2Tokenizer"}, refused=of_unigram)
+    yield Folder("class: of a BPE", bpe, {"tokenizer_class": "BertTokenizer"}, refused=of_bpe)
     for model_type in ("gpt2", "qwen2", "mistral", "llama", "phi3", "phi", "olmo2", "gpt_neox"):
         yield Folder(f"model type {model_type}", bpe, PLAIN, model={"model_type": model_type})
         declared = {"tokenizer_class": "GPT2Tokenizer"} | names

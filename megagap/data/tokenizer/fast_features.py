@@ -13,21 +13,21 @@ from megagap.data.tokenizer.classes import byte_level, split_into_words
 from megagap.data.tokenizer.words import LLAMA3_WORDS, O200K_WORDS, QWEN2_WORDS, QWEN3_5_WORDS
 
 NFC = {"type": "NFC"}
-NFC_FORMS = (NFC, {"type": "Sequence", "normalizers": [NFC]})
-BYTE_LEVEL_WORDS = (
+NFC_FORMS: tuple[Any, ...] = (NFC, {"type": "Sequence", "normalizers": [NFC]})
+BYTE_LEVEL_WORDS: tuple[Any, ...] = (
     byte_level(add_prefix_space=False, use_regex=True),
     byte_level(add_prefix_space=True, use_regex=True),
     *map(split_into_words, (LLAMA3_WORDS, QWEN2_WORDS, QWEN3_5_WORDS, O200K_WORDS)),
 )
 
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-SPACE_NORMALIZERS = (
+SPACE_NORMALIZERS: tuple[Any, ...] = (
     None,
     _SPACES,
     {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _SPACES]},
 )
 """Of sentencepiece's models as ``transformers`` writes them (Llama 2, Gemma)."""
-METASPACES = tuple(
+METASPACES: tuple[Any, ...] = tuple(
     {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
     for scheme, split in product(("first", "always", "never"), (False, True))
 )
@@ -105,5 +105,3 @@ def _can_overlap(one: str, other: str) -> bool:
         return True
     shorter = min(len(one), len(other))
     return any(one[-n:] == other[:n] or other[-n:] == one[:n] for n in range(1, shorter))
-
-

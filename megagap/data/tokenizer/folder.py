@@ -196,9 +196,7 @@ def _backend(file: Path, state: Mapping[str, Any]) -> Backend:
     return backend
 
 
-def _settings(
-    file: Path, state: Mapping[str, Any], config: dict[str, Any], pipeline: Pipeline | None
-) -> _Settings:
+def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipeline: Pipeline | None) -> _Settings:
     """Merged as by ``PreTrainedTokenizerBase._from_pretrained`` of transformers 5."""
     path, special_path, added_path = (file.with_name(name) for name in (CONFIG, SPECIAL_MAP, ADDED))
     special_map = _optional(special_path)
@@ -286,7 +284,7 @@ def _token(path: Path, key: str, value: Any) -> Token:
     if isinstance(value, dict):
         return _added_token(path, key, {name: field for name, field in value.items() if name != "__type"})
     if not isinstance(value, str) or not value:
-        raise DataError(f"{path}: {key} is {value!r}; it should be a token, such as \"</s>\"")
+        raise DataError(f'{path}: {key} is {value!r}; it should be a token, such as "</s>"')
     _require_unicode(path, key, value)
     return value
 

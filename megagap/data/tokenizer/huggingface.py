@@ -103,7 +103,7 @@ class HuggingFaceTokenizer:
 
 
 def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
-    """A tokenizer to which ``special`` are no tokens, wherever they stand in a text; ``backend`` itself if it can be."""
+    """A tokenizer to which ``special`` are no tokens, written in a text: ``backend`` itself if it can be."""
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     in_model = {*special} & backend.get_vocab(with_added_tokens=False).keys()
     finds_by_merges = isinstance(backend.model, BPE) and not backend.model.ignore_merges

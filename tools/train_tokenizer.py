@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from megagap.data.bpe import train_tokenizer
-from megagap.errors import run_tool
+from megagap.errors import DataError, run_tool
 
 EXAMPLES = """
 examples:
@@ -21,8 +21,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.json into")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="key of the text (default: text)")
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a malformed document or one without the key: stop (default), or skip it and report",
+    )
     given = parser.parse_args(argv)
-    size = train_tokenizer(given.input, given.output, given.vocab_size, given.json_keys, sys.stderr.isatty())
+    skipped: list[DataError] = []
+    skip = skipped.append if given.on_error == "skip" else None
+    show_progress = sys.stderr.isatty()
+    size = train_tokenizer(given.input, given.output, given.vocab_size, given.json_keys, show_progress, skip)
+    if skipped:
+        print(f"warning: {len(skipped):,} documents were skipped, the first: {skipped[0].args[0]}", file=sys.stderr)
     if size < given.vocab_size:
         print(
             f"warning: the text has only enough pairs for {size:,} of {given.vocab_size:,} ids; "

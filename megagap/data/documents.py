@@ -122,25 +122,26 @@ def _text_of(document: dict[str, Any], key: str) -> str:
     return text
 
 
-def read_texts(paths: Sequence[str | Path], key: str) -> Iterator[str]:
+def read_texts(
+    paths: Sequence[str | Path], key: str, skip: Callable[[DataError], object] | None = None
+) -> Iterator[str]:
     """The documents of JSON-lines files, and plain texts in pieces, cut anywhere between words.
 
-    Raises :class:`DataError` for a file that cannot be read, a document that is malformed or lacks its text, and plain
-    text that is not UTF-8.
+    Raises :class:`DataError` for a file that cannot be read. So it does for a document that is malformed or lacks its
+    text, and plain text that is not UTF-8, unless there is ``skip``, which is then called with the error.
     """
     # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
     inputs = [replace(file, any_text=True) for file in find_inputs(paths)]
     for unit in read_units(inputs, [key], splits_texts=True):
-        if unit.kind == "text":
-            text = text_of(unit)
+        found = [text_of(unit)] if unit.kind == "text" else documents_of(unit, [key])
+        for text in found:
             if isinstance(text, Fault):
-                raise fault_in(unit, text)
-            yield text
-            continue
-        for document in documents_of(unit, [key]):
-            if isinstance(document, Fault):
-                raise fault_in(unit, document)
-            yield document[0]
+                error = fault_in(unit, text)
+                if skip is None:
+                    raise error
+                skip(error)
+            else:
+                yield text if isinstance(text, str) else text[0]
 
 
 def fault_in(unit: Unit, fault: Fault, lines_before: int = 0) -> DataError:

@@ -21,6 +21,8 @@ from megagap.errors import DataError, library_errors
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """In the order in which they are added where the ``tokenizer.json`` lacks them."""
+LISTS = ("additional_special_tokens", "extra_special_tokens")
+"""Of further special tokens. Transformers 5 reads the first as the second, which may also be an object."""
 AS_IT_IS = f'set tokenizer_class to "{PLAIN}" in {CONFIG} for the ids that the tokenizer.json gives by itself.'
 
 Token = str | AddedToken
@@ -102,7 +104,8 @@ def _refuse_other_code(path: Path, config: Mapping[str, Any]) -> None:
     """What makes ``transformers`` run code or read files that are not read here."""
     auto_map = config.get("auto_map")
     code = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    others = [name for name in config.get("fast_tokenizer_files") or () if name != "tokenizer.json"]
+    versions = config.get("fast_tokenizer_files")
+    others = [name for name in versions if name != "tokenizer.json"] if isinstance(versions, list) else versions
     for key, value, what in (
         ("auto_map", code, "the tokenizer is a program of its own, which is not run here"),
         ("fast_tokenizer_files", others, "transformers reads another file than tokenizer.json"),
@@ -181,12 +184,11 @@ def _backend(file: Path, state: Mapping[str, Any]) -> Backend:
     # A file may ask for either, which would cut or lengthen documents.
     backend.no_truncation()
     backend.no_padding()
-    ids = [*backend.get_vocab(with_added_tokens=True).values()]
-    if not ids:
-        raise DataError(f"{file} holds a tokenizer without any vocabulary")
-    if max(ids) >= 2**31 - 1:
-        raise DataError(f"{file} has a token of id {max(ids):,}: ids above 2,147,483,646 cannot be written")
     vocabulary = backend.get_vocab(with_added_tokens=False)
+    if not vocabulary:
+        raise DataError(f"{file} holds a tokenizer without any vocabulary")
+    if (highest := max(vocabulary.values())) >= 2**31 - 1:
+        raise DataError(f"{file} has a token of id {highest:,}: ids above 2,147,483,646 cannot be written")
     if len({*vocabulary.values()}) < len(vocabulary):
         first: dict[int, str] = {}
         token, other = next(
@@ -201,6 +203,9 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     path, special_path, added_path = (file.with_name(name) for name in (CONFIG, SPECIAL_MAP, ADDED))
     special_map = _optional(special_path)
     values = dict(config)
+    for key in LISTS:
+        if not isinstance(config.get(key), dict):
+            _list_of(path, key, config.get(key))
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
     added: dict[int, AddedToken] = {}
@@ -209,9 +214,11 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     else:
         values |= _special_map(special_path, special_map, values)
         added = _added_tokens_json(added_path, values)
-        for token in state.get("added_tokens") or ():
+        for i, token in enumerate(_list_of(file, "added_tokens", state.get("added_tokens"))):
+            if not isinstance(token, dict) or not isinstance(token.get("id"), int):
+                raise DataError(f"{file}: added_tokens.{i} is {token!r}; it should be a token with an id")
             fields = {key: value for key, value in token.items() if key != "id"}
-            added[int(token["id"])] = _added_token(file, "added_tokens", fields)
+            added[token["id"]] = _added_token(file, f"added_tokens.{i}", fields)
     for key, value in (pipeline.special if pipeline else {}).items():
         values.setdefault(key, value)
     padding = state.get("padding")
@@ -229,10 +236,8 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     if isinstance(extra, dict):
         others |= extra
         extra = None
-    if not isinstance(extra, list | None):
-        raise DataError(f"{path}: extra_special_tokens should be a list of tokens, not {extra!r}")
     named |= {key: _token(path, key, value) for key, value in others.items()}
-    tokens = [_token(path, "extra_special_tokens", value) for value in extra or ()]
+    tokens = [_token(path, "extra_special_tokens", value) for value in _list_of(path, "extra_special_tokens", extra)]
     exist = path.is_file() or special_path.is_file()
     return _Settings(file, values, named, tokens, added, exist)
 
@@ -251,10 +256,13 @@ def _special_map(path: Path, special_map: Mapping[str, Any], values: Mapping[str
     """What it adds to the settings. Its tokens are all special."""
     found: dict[str, Any] = {}
     for key, value in special_map.items():
-        if key in ("extra_special_tokens", "additional_special_tokens") and isinstance(value, list):
+        if key in LISTS and not isinstance(value, dict):
+            _list_of(path, key, value)
+        if key in LISTS and isinstance(value, list):
             tokens = [_token(path, key, token) for token in value]
-            known = [*(values.get("extra_special_tokens") or ())] if key == "extra_special_tokens" else []
-            if key == "additional_special_tokens" and values.get("extra_special_tokens"):
+            configured = values.get("extra_special_tokens")
+            known = configured if key == "extra_special_tokens" and isinstance(configured, list) else []
+            if key == "additional_special_tokens" and configured:
                 continue
             found["extra_special_tokens"] = known + [token for token in tokens if token not in known]
         elif isinstance(value, dict) and key != "extra_special_tokens":
@@ -266,7 +274,8 @@ def _special_map(path: Path, special_map: Mapping[str, Any], values: Mapping[str
 
 def _added_tokens_json(path: Path, values: Mapping[str, Any]) -> dict[int, AddedToken]:
     special = {str(values[key]) for key in NAMED if values.get(key)}
-    special |= {str(token) for token in values.get("extra_special_tokens") or ()}
+    extra = values.get("extra_special_tokens")
+    special |= {*map(str, extra)} if isinstance(extra, list) else set()
     added = {}
     for content, i in _optional(path).items():
         if not isinstance(i, int):
@@ -275,6 +284,12 @@ def _added_tokens_json(path: Path, values: Mapping[str, Any]) -> dict[int, Added
         fields = {"content": content, "normalized": not is_special, "special": is_special}
         added[i] = _added_token(path, content, fields)
     return added
+
+
+def _list_of(path: Path, key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise DataError(f"{path}: {key} should be a list of tokens, not {value!r}")
+    return value or []
 
 
 def _token(path: Path, key: str, value: Any) -> Token:

@@ -34,6 +34,8 @@ class SentencePieceTokenizer:
         with library_errors(f"{file} is no sentencepiece model"):
             self._backend = SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = self._backend.vocab_size()
+            for i in range(self.vocab_size):
+                self._backend.id_to_piece(i)  # fails if it is not UTF-8
         if not self.vocab_size:
             raise DataError(f"{file} is no sentencepiece model: it has no pieces")
         self.spec = spec

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
 
 from megagap.data.bpe import train_tokenizer
 from megagap.errors import DataError, run_tool
@@ -11,6 +12,18 @@ examples:
   python tools/train_tokenizer.py --input runs/data/*.jsonl --output runs/data/tokenizer --vocab-size 8192
   python tools/train_tokenizer.py --input book.txt --output tokenizer --vocab-size 4096
 """
+
+
+@dataclass
+class Faults:
+    """Documents that were skipped."""
+
+    count: int = 0
+    first: DataError | None = None
+
+    def add(self, error: DataError) -> None:
+        self.count += 1
+        self.first = self.first or error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,12 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         help="at a malformed document or one without the key: stop (default), or skip it and report",
     )
     given = parser.parse_args(argv)
-    skipped: list[DataError] = []
-    skip = skipped.append if given.on_error == "skip" else None
+    faults = Faults()
+    skip = faults.add if given.on_error == "skip" else None
     show_progress = sys.stderr.isatty()
     size = train_tokenizer(given.input, given.output, given.vocab_size, given.json_keys, show_progress, skip)
-    if skipped:
-        print(f"warning: {len(skipped):,} documents were skipped, the first: {skipped[0].args[0]}", file=sys.stderr)
+    if faults.first:
+        print(f"warning: {faults.count:,} documents were skipped, the first: {faults.first.args[0]}", file=sys.stderr)
     if size < given.vocab_size:
         print(
             f"warning: the text has only enough pairs for {size:,} of {given.vocab_size:,} ids; "

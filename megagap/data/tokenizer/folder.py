@@ -53,13 +53,14 @@ class _Settings:
     extra: list[Token]
     added: dict[int, AddedToken]
     """By the ids that they should have."""
+    from_map: frozenset[str]
+    """The keys that ``special_tokens_map.json`` gave."""
     exist: bool
     """Whether there are any such files."""
 
-    def source_of(self, key: str) -> Path:
+    def place_of(self, key: str) -> Path:
         """The file to name in an error."""
-        special_map = self.file.with_name(SPECIAL_MAP)
-        return special_map if key in _optional(special_map) else self.file.with_name(CONFIG)
+        return self.file.with_name(SPECIAL_MAP if key in self.from_map else CONFIG)
 
 
 def load_folder(file: Path) -> FolderTokenizer:
@@ -209,10 +210,12 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
     added: dict[int, AddedToken] = {}
+    from_map: dict[str, Any] = {}
     if "added_tokens_decoder" in config:
         added = _added_tokens_decoder(path, config["added_tokens_decoder"])
     else:
-        values |= _special_map(special_path, special_map, values)
+        from_map = _special_map(special_path, special_map, values)
+        values |= from_map
         added = _added_tokens_json(added_path, values)
         for i, token in enumerate(_list_of(file, "added_tokens", state.get("added_tokens"))):
             if not isinstance(token, dict) or not isinstance(token.get("id"), int):
@@ -222,10 +225,11 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     for key, value in (pipeline.special if pipeline else {}).items():
         values.setdefault(key, value)
     padding = state.get("padding")
-    if isinstance(padding, dict):
-        values.setdefault("pad_token", padding.get("pad_token"))
+    if isinstance(padding, dict) and values.get("pad_token") is None:
+        values["pad_token"] = _token(file, "padding.pad_token", padding.get("pad_token"))
     by_content = {token.content: token for token in added.values()}
-    named = {key: _token(path, key, values[key]) for key in NAMED if values.get(key) is not None}
+    place = {key: special_path if key in from_map else path for key in values}
+    named = {key: _token(place[key], key, values[key]) for key in NAMED if values.get(key) is not None}
     named = {key: by_content.get(str(token), token) for key, token in named.items()}
     others = {
         key: value
@@ -236,10 +240,10 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     if isinstance(extra, dict):
         others |= extra
         extra = None
-    named |= {key: _token(path, key, value) for key, value in others.items()}
+    named |= {key: _token(place.get(key, path), key, value) for key, value in others.items()}
     tokens = [_token(path, "extra_special_tokens", value) for value in _list_of(path, "extra_special_tokens", extra)]
     exist = path.is_file() or special_path.is_file()
-    return _Settings(file, values, named, tokens, added, exist)
+    return _Settings(file, values, named, tokens, added, frozenset(from_map), exist)
 
 
 def _added_tokens_decoder(path: Path, value: Any) -> dict[int, AddedToken]:
@@ -326,7 +330,7 @@ def _require_named(settings: _Settings, backend: Backend, pipeline: Pipeline | N
         if token is None or given_by_class or token in defined or backend.token_to_id(token) is not None:
             continue
         raise DataError(
-            f"{settings.source_of(key)} names {key} = {token!r}, which the tokenizer.json beside it does not have\n"
+            f"{settings.place_of(key)} names {key} = {token!r}, which the tokenizer.json beside it does not have\n"
             "  name a token of its, or add this one to added_tokens of the tokenizer.json."
         )
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,23 @@ def test_a_finished_run_of_the_other_choice_is_not_taken_for_this_one(
     assert manifest_of(str(tmp_path / "out_text_document")).arguments.special_tokens == "text"
 
 
+def test_a_finished_run_with_other_settings_beside_the_tokenizer_is_not_taken_for_this_one(
+    tmp_path: Path, spelled: Path, tokenizer_folder: Path
+) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    arguments: tuple[Any, ...] = ([spelled], str(tmp_path / "out"), str(folder))
+    first = manifest_of(preprocess(*arguments).pairs[0].prefix)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    summary = preprocess(*arguments, resume=True)
+    assert not any("finished already" in note for note in summary.notes)
+    assert manifest_of(summary.pairs[0].prefix).tokenizer.effective != first.tokenizer.effective
+
+
 def older(prefix: str) -> None:
     """As manifests were before there was a choice."""
     manifest = json.loads(Path(f"{prefix}.json").read_text())
-    del manifest["arguments"]["special_tokens"], manifest["special_tokens_in_texts"]
+    del manifest["arguments"]["special_tokens"], manifest["special_tokens_in_texts"], manifest["tokenizer"]["effective"]
     Path(f"{prefix}.json").write_text(json.dumps(manifest))
 
 

@@ -151,11 +151,14 @@ class Run:
                 return None
             if manifest is None or not all(Path(prefix + ending).exists() for ending in manifest.files):
                 return None
+            # Manifests from before these were noted are believed.
+            effective = manifest.tokenizer.effective or self._record.effective
             same = {"on_error": self._arguments.on_error, "special_tokens": manifest.special_tokens}
             if (
                 manifest.key != key
                 or manifest.arguments.model_copy(update=same) != self._arguments
-                or manifest.tokenizer.model_copy(update={"spec": self._record.spec}) != self._record
+                or manifest.tokenizer.model_copy(update={"spec": self._record.spec, "effective": effective})
+                != self._record
                 or [(i.path, i.size, i.start, i.stop) for i in manifest.inputs]
                 != [(i.path, i.size, i.start, i.stop) for i in self._inputs]
             ):

@@ -225,7 +225,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     for key, value in (pipeline.special if pipeline else {}).items():
         values.setdefault(key, value)
     padding = state.get("padding")
-    if isinstance(padding, dict) and values.get("pad_token") is None:
+    if isinstance(padding, dict) and "pad_token" not in values:
         values["pad_token"] = _token(file, "padding.pad_token", padding.get("pad_token"))
     by_content = {token.content: token for token in added.values()}
     place = {key: special_path if key in from_map else path for key in values}

@@ -14,7 +14,7 @@ from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
 from megagap.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from megagap.errors import CheckpointError, DataError
+from megagap.errors import CheckpointError, DataError, library_errors
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,10 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
         return [] if tokenizer.bos is None else [tokenizer.bos]
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(file))
-    backend.no_padding()  # else its filling would pass for the template's
-    encoding = backend.encode("a")
+    with library_errors(f"{file} cannot encode a text"):
+        backend = Backend.from_file(str(file))
+        backend.no_padding()  # else its filling would pass for the template's
+        encoding = backend.encode("a")
     return [
         token
         for token, _ in takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))

@@ -47,6 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin-of-text id")
     parser.add_argument(
+        "--special-tokens",
+        choices=["text", "parse"],
+        default="text",
+        help="what a special token written out in a text becomes: ordinary text (default), or that token (parse)",
+    )
+    parser.add_argument(
         "--min-tokens", type=not_negative, default=0, metavar="N", help="leave out documents of fewer tokens"
     )
     parser.add_argument(
@@ -96,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         part=given.shard,
         fast=given.fast,
         resume=given.resume,
+        special_tokens=given.special_tokens,
     )
     print(summary)
     for note in summary.notes:

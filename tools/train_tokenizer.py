@@ -2,15 +2,28 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
 
 from megagap.data.bpe import train_tokenizer
-from megagap.errors import run_tool
+from megagap.errors import DataError, run_tool
 
 EXAMPLES = """
 examples:
   python tools/train_tokenizer.py --input runs/data/*.jsonl --output runs/data/tokenizer --vocab-size 8192
   python tools/train_tokenizer.py --input book.txt --output tokenizer --vocab-size 4096
 """
+
+
+@dataclass
+class Faults:
+    """Documents that were skipped."""
+
+    count: int = 0
+    first: DataError | None = None
+
+    def add(self, error: DataError) -> None:
+        self.count += 1
+        self.first = self.first or error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,8 +34,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.json into")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="key of the text (default: text)")
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a malformed document or one without the key: stop (default), or skip it and report",
+    )
     given = parser.parse_args(argv)
-    size = train_tokenizer(given.input, given.output, given.vocab_size, given.json_keys, sys.stderr.isatty())
+    faults = Faults()
+    skip = faults.add if given.on_error == "skip" else None
+    show_progress = sys.stderr.isatty()
+    size = train_tokenizer(given.input, given.output, given.vocab_size, given.json_keys, show_progress, skip)
+    if faults.first:
+        print(f"warning: {faults.count:,} documents were skipped, the first: {faults.first.args[0]}", file=sys.stderr)
     if size < given.vocab_size:
         print(
             f"warning: the text has only enough pairs for {size:,} of {given.vocab_size:,} ids; "

@@ -1,14 +1,15 @@
 """Training a tokenizer: byte-level byte-pair encoding with Llama 3's pre-tokenisation."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megagap.data.documents import read_texts
 from megagap.data.tokenizer.words import LLAMA3_WORDS
-from megagap.errors import DataError
+from megagap.errors import DataError, library_errors
 from megagap.files import write_text, writing
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
@@ -19,11 +20,18 @@ LARGEST = 2**24
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
-    """Train on ``texts``. The result has ``vocab_size`` ids if the texts have that many pairs to merge, else fewer."""
+    """Train on ``texts``. The result has ``vocab_size`` ids if the texts have that many pairs to merge, else fewer.
+
+    Raises :class:`DataError` if there is no text at all.
+    """
     if vocab_size < SMALLEST:
         raise DataError(f"a vocabulary of {vocab_size} is too small: 256 bytes and 2 special tokens need {SMALLEST}")
     if vocab_size > LARGEST:
         raise DataError(f"a vocabulary of {vocab_size} is too large: at most {LARGEST} ids can be trained")
+    texts = iter(texts)
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise DataError("there is no text to train a tokenizer on: no documents, or only empty ones")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -38,18 +46,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with library_errors("the tokenizer cannot be trained"):
+        tokenizer.train_from_iterator(chain([first], texts), trainer)
     return tokenizer
 
 
 def train_tokenizer(
-    inputs: Sequence[str | Path], output: str | Path, vocab_size: int, key: str = "text", show_progress: bool = False
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    key: str = "text",
+    show_progress: bool = False,
+    skip: Callable[[DataError], object] | None = None,
 ) -> int:
     """Train on files (JSON lines or plain text) and write a folder that ``transformers.AutoTokenizer`` loads.
 
-    Returns the number of ids, which is less than ``vocab_size`` if the text was too short.
+    Returns the number of ids, which is less than ``vocab_size`` if the text was too short. Documents that cannot be
+    used are left out if there is ``skip``, which is called with what is wrong; else they raise :class:`DataError`.
     """
-    tokenizer = train_bpe(read_texts(inputs, key), vocab_size, show_progress)
+    tokenizer = train_bpe(read_texts(inputs, key, skip), vocab_size, show_progress)
     special = {"bos_token": BEGIN, "eos_token": END}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
     folder = Path(output)

@@ -29,7 +29,7 @@ from megagap.data.partial import (
     write_index,
     writing_pair,
 )
-from megagap.data.tokenizer import Tokenizer, load_tokenizer
+from megagap.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from megagap.errors import DataError
 from megagap.files import write_text
 
@@ -42,7 +42,8 @@ BATCH_CHARACTERS = 1 << 20
 class TokenFileWriter(PipelineStep):
     """Writes the texts of documents, and passes the documents on.
 
-    ``tokenizer`` is a specification for :func:`load_tokenizer`. A task that fails leaves no file; datatrove runs it
+    ``tokenizer`` is a specification for :func:`load_tokenizer`, to which ``special_tokens`` written out in a text are
+    text or tokens. A task that fails leaves no file; datatrove runs it
     again. Raises :class:`DataError` as preprocessing does.
     """
 
@@ -56,6 +57,7 @@ class TokenFileWriter(PipelineStep):
         append_eod: bool = True,
         prepend_bos: bool = False,
         min_tokens: int = 0,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
         super().__init__()
         self.output_prefix = output_prefix
@@ -63,9 +65,12 @@ class TokenFileWriter(PipelineStep):
         self.append_eod = append_eod
         self.prepend_bos = prepend_bos
         self.min_tokens = min_tokens
+        self.special_tokens = special_tokens
 
     def run(self, data: "DocumentsPipeline", rank: int = 0, world_size: int = 1) -> "Iterator[Document]":
-        tokenizer = load_tokenizer(self.tokenizer)  # here, as an executor sends this object to its tasks
+        tokenizer = load_tokenizer(
+            self.tokenizer, self.special_tokens
+        )  # here, as an executor sends this object to its tasks
         if (self.append_eod and tokenizer.eod is None) or (self.prepend_bos and tokenizer.bos is None):
             raise DataError(f"the tokenizer {self.tokenizer} lacks the special token to put around documents")
         bos, eod = (tokenizer.bos if self.prepend_bos else None), (tokenizer.eod if self.append_eod else None)
@@ -88,9 +93,10 @@ class TokenFileWriter(PipelineStep):
 
     def _write(self, pair: PartialPair, encoder: Encoder, batch: "list[Document]", counts: "Counter[str]") -> None:
         with self.track_time(unit="batch"):
-            texts: EncodedTexts = encoder.encode_documents([document.text for document in batch])
+            names = [str(document.id) for document in batch]
+            texts: EncodedTexts = encoder.encode_documents([document.text for document in batch], names)
             pair.add_documents(texts.tokens, texts.lengths)
-        counts.update(characters=texts.characters, empty=texts.empty, short=texts.short)
+        counts.update(characters=texts.characters, empty=texts.empty, short=texts.short, special=texts.special)
         self.stat_update("tokens", value=len(texts.tokens))
         self.stat_update("documents", value=len(texts.lengths))
 
@@ -111,6 +117,7 @@ class TokenFileWriter(PipelineStep):
             documents=position.documents,
             tokens=position.tokens,
             characters=counts["characters"],
+            special_tokens_in_texts=counts["special"],
             left_out=left_out,
             tokenizer=tokenizer_record(tokenizer),
             arguments=Arguments(
@@ -121,6 +128,7 @@ class TokenFileWriter(PipelineStep):
                 shuffle_documents=None,
                 shard=shard,
                 on_error="stop",
+                special_tokens=self.special_tokens,
             ),
             inputs=[],
             files={ending: FileRecord(**asdict(file)) for ending, file in files.items()},

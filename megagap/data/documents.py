@@ -38,8 +38,7 @@ class Fault:
 
 def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Fault]:
     """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines hold none."""
-    records = _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
-    for number, read in records:
+    for number, read in _records(unit):
         try:
             yield _texts_of(read(), keys)
         except BadDocument as error:
@@ -48,6 +47,15 @@ def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | 
 
 Record = tuple[int, Callable[[], Any]]
 """The number of a line or row in its unit, from 0, and what gives its document or raises :class:`BadDocument`."""
+
+
+def record_numbers(unit: Unit) -> list[int]:
+    """The number of each document of :func:`documents_of` in its unit, from 0."""
+    return [number for number, _ in _records(unit)]
+
+
+def _records(unit: Unit) -> Iterator[Record]:
+    return _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
 
 
 def _lines(data: bytes) -> Iterator[Record]:
@@ -114,25 +122,26 @@ def _text_of(document: dict[str, Any], key: str) -> str:
     return text
 
 
-def read_texts(paths: Sequence[str | Path], key: str) -> Iterator[str]:
+def read_texts(
+    paths: Sequence[str | Path], key: str, skip: Callable[[DataError], object] | None = None
+) -> Iterator[str]:
     """The documents of JSON-lines files, and plain texts in pieces, cut anywhere between words.
 
-    Raises :class:`DataError` for a file that cannot be read, a document that is malformed or lacks its text, and plain
-    text that is not UTF-8.
+    Raises :class:`DataError` for a file that cannot be read. So it does for a document that is malformed or lacks its
+    text, and plain text that is not UTF-8, unless there is ``skip``, which is then called with the error.
     """
     # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
     inputs = [replace(file, any_text=True) for file in find_inputs(paths)]
     for unit in read_units(inputs, [key], splits_texts=True):
-        if unit.kind == "text":
-            text = text_of(unit)
+        found = [text_of(unit)] if unit.kind == "text" else documents_of(unit, [key])
+        for text in found:
             if isinstance(text, Fault):
-                raise fault_in(unit, text)
-            yield text
-            continue
-        for document in documents_of(unit, [key]):
-            if isinstance(document, Fault):
-                raise fault_in(unit, document)
-            yield document[0]
+                error = fault_in(unit, text)
+                if skip is None:
+                    raise error
+                skip(error)
+            else:
+                yield text if isinstance(text, str) else text[0]
 
 
 def fault_in(unit: Unit, fault: Fault, lines_before: int = 0) -> DataError:

@@ -1,15 +1,20 @@
 """``PREFIX.json`` beside a ``.bin``/``.idx`` pair: what it was made of and with, so that it can be accounted for."""
 
+import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from megagap.data.partial import checksum_of
-from megagap.data.tokenizer import Tokenizer, find_tokenizer, fingerprint
+from megagap.data.tokenizer import SpecialTokens, Tokenizer, find_tokenizer, fingerprint, usual_special_tokens
 from megagap.errors import DataError
+
+if TYPE_CHECKING:
+    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
 OnError = Literal["stop", "skip"]
 """What to do about a document that is malformed or lacks a text: end with its error, or leave it out."""
@@ -40,6 +45,8 @@ class TokenizerRecord(_Strict):
     """Of what its ids mean (:func:`megagap.data.tokenizer.fingerprint`)."""
     checksum: str
     """xxh3_64 of its file."""
+    effective: str | None = None
+    """xxh3_64 of the ``tokenizer.json`` that gives the same ids without files beside it; null of other kinds."""
     vocab_size: NonNegativeInt
     bos: int | None
     eod: int | None
@@ -55,6 +62,8 @@ class Arguments(_Strict):
     shuffle_documents: int | None
     shard: str | None
     on_error: OnError
+    special_tokens: SpecialTokens | None = None
+    """What those written out in a text became; null of manifests from before there was a choice."""
 
 
 class LeftOut(_Strict):
@@ -88,6 +97,8 @@ class Manifest(_Strict):
     tokens: NonNegativeInt
     characters: NonNegativeInt
     """Unicode code points of the texts that became tokens, duplicates that were left out later included."""
+    special_tokens_in_texts: NonNegativeInt | None = None
+    """Special tokens written out in the texts that became tokens; null where they were not counted."""
     left_out: LeftOut
     tokenizer: TokenizerRecord
     arguments: Arguments
@@ -95,6 +106,11 @@ class Manifest(_Strict):
     files: dict[str, FileRecord]
     """``.bin`` and ``.idx``."""
     versions: dict[str, str]
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """What special tokens written out in a text became."""
+        return self.arguments.special_tokens or usual_special_tokens(self.tokenizer.kind)
 
     def require_tokenizer(self, tokenizer: Tokenizer, prefix: str) -> None:
         """Raises :class:`DataError` if ids mean something else to ``tokenizer`` than to that of the pair ``prefix``."""
@@ -150,11 +166,16 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
     kind, file = find_tokenizer(tokenizer.spec)
+    effective = None
+    if kind == "hf":
+        state = cast("HuggingFaceTokenizer", tokenizer).state()
+        effective = xxhash.xxh3_64_hexdigest(json.dumps(state, sort_keys=True).encode())
     return TokenizerRecord(
         spec=str(tokenizer.spec),
         kind=kind,
         fingerprint=fingerprint(tokenizer),
         checksum=checksum_of(file),
+        effective=effective,
         vocab_size=tokenizer.vocab_size,
         bos=tokenizer.bos,
         eod=tokenizer.eod,

@@ -80,6 +80,7 @@ def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
             ("end-of-text id", one.tokenizer.eod, other.tokenizer.eod),
             ("append_eod", one.arguments.append_eod, other.arguments.append_eod),
             ("prepend_bos", one.arguments.prepend_bos, other.arguments.prepend_bos),
+            ("special_tokens", one.special_tokens, other.special_tokens),
         ):
             if ours != theirs:
                 raise DataError(
@@ -119,6 +120,7 @@ def _merged(
 ) -> Manifest:
     left_out = [manifest.left_out for manifest in manifests]
     given = [manifest.arguments for manifest in manifests]
+    special = [manifest.special_tokens_in_texts for manifest in manifests]
     malformed: Counter[str] = Counter()
     for one in left_out:
         malformed.update(one.malformed)
@@ -127,6 +129,7 @@ def _merged(
             documents=sum(manifest.documents for manifest in manifests) - duplicates,
             tokens=files[".bin"].size // np.dtype(manifests[0].dtype).itemsize,
             characters=sum(manifest.characters for manifest in manifests),
+            special_tokens_in_texts=None if None in special else sum(filter(None, special)),
             left_out=LeftOut(
                 empty=sum(one.empty for one in left_out),
                 short=sum(one.short for one in left_out),
@@ -142,6 +145,7 @@ def _merged(
                 shuffle_documents=seed,
                 shard=None,
                 on_error="skip" if any(one.on_error == "skip" for one in given) else "stop",
+                special_tokens=manifests[0].special_tokens,
             ),
             inputs=[record for manifest in manifests for record in manifest.inputs],
             files=files,

@@ -14,9 +14,12 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 
 from megagap.data.datatrove import TokenFileWriter
+from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import read_manifest
 from megagap.data.merge import merge_datasets
 from megagap.data.preprocess import preprocess
+from megagap.data.tokenizer import SpecialTokens, load_tokenizer
+from megagap.errors import DataError
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -48,3 +51,22 @@ def test_a_fault_of_the_pipeline_before_is_not_taken_for_one_of_writing(tmp_path
     with pytest.raises(FileNotFoundError, match=r"crawl/7\.jsonl"):
         list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(unreadable()))
     assert not list(tmp_path.glob("web*"))
+
+
+def test_a_document_that_cannot_be_encoded_is_named_by_its_id(tmp_path: Path, tokenizer_folder: Path) -> None:
+    documents = (Document("some text", "first"), Document("half a \ud800", "second"))
+    with pytest.raises(DataError, match=r"document second: the tokenizer .* cannot encode a text"):
+        list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(iter(documents)))
+    assert not list(tmp_path.glob("web*"))
+
+
+@pytest.mark.parametrize("choice", ["text", "parse"])
+def test_special_tokens_in_texts_are_what_was_asked_for_and_counted(
+    tmp_path: Path, tokenizer_folder: Path, choice: SpecialTokens
+) -> None:
+    writer = TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder), special_tokens=choice, append_eod=False)
+    list(writer.run(iter((Document("a <|end_of_text|>", "0"),))))
+    prefix = tmp_path / "web-00000-of-00001_text_document"
+    manifest = read_manifest(prefix)
+    assert manifest and (manifest.special_tokens, manifest.special_tokens_in_texts) == (choice, 1)
+    assert IndexedDataset(prefix)[0].tolist() == load_tokenizer(tokenizer_folder, choice).encode("a <|end_of_text|>")

@@ -20,7 +20,7 @@ from megagap.errors import DataError
 pytest.importorskip("gigatoken")
 
 
-@pytest.mark.parametrize("kind", ["bpe_of_lines", "rank_file", "sentencepiece_model"])
+@pytest.mark.parametrize("kind", ["bpe_of_lines", "rank_file"])
 def test_ids_are_those_of_the_reference(request: pytest.FixtureRequest, lines: list[str], kind: str) -> None:
     reference = load_tokenizer(request.getfixturevalue(kind))
     fast = FastEncoder(FastSource.of(reference))

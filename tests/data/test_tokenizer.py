@@ -13,6 +13,7 @@ def edited(folder: Path, target: Path, name: str, change: dict[str, object]) -> 
     shutil.copytree(folder, target)
     values = json.loads((target / name).read_text()) | change
     (target / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    (target / "special_tokens_map.json").unlink()  # which transformers believes rather than the configuration
     return target
 
 
@@ -111,3 +112,20 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     for spec, message in faults:
         with pytest.raises(DataError, match=message):
             load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": ""}\n'])
+def test_training_without_text_is_refused_and_writes_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300)
+    assert not (tmp_path / "t").exists()
+
+
+def test_training_can_leave_out_documents_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a text"}\n{"text": null}\n{"no": 1}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300)
+    skipped: list[DataError] = []
+    assert train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300, skip=skipped.append) > 258
+    assert [error.args[0].split(":")[0].split(", ")[1] for error in skipped] == ["line 2", "line 3"]

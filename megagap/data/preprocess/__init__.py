@@ -19,7 +19,7 @@ from megagap.data.manifest import Arguments, Manifest, OnError
 from megagap.data.partial import lock_pair
 from megagap.data.preprocess.fast import Fast
 from megagap.data.preprocess.run import Run
-from megagap.data.tokenizer import load_tokenizer
+from megagap.data.tokenizer import SpecialTokens, find_tokenizer, load_tokenizer
 from megagap.errors import DataError
 
 __all__ = ["Fast", "OnError", "Pair", "Summary", "preprocess"]
@@ -91,15 +91,16 @@ def preprocess(
     part: tuple[int, int] | None = None,
     fast: Fast = "off",
     resume: bool = False,
+    special_tokens: SpecialTokens = "text",
 ) -> Summary:
     """Write ``{output_prefix}_{key}_document.bin``, ``.idx`` and ``.json`` for each key, in input order.
 
     ``inputs`` are files, folders and patterns (:func:`find_inputs`); ``tokenizer`` is a specification for
-    :func:`load_tokenizer`. ``append_eod`` and ``prepend_bos`` put its special ids around each document. Documents of
-    fewer than ``min_tokens`` tokens are left out, with ``dedup`` those whose tokens were there before; the rest is
-    shuffled by the seed ``shuffle_documents``. ``part`` (i, n) makes part i of n, from 0, whose name is
-    ``{output_prefix}-{i}-of-{n}``, with five digits. ``resume`` goes on where a killed run of the same arguments
-    stopped, and does nothing if that had finished.
+    :func:`load_tokenizer`, to which ``special_tokens`` written out in a text are text or tokens. ``append_eod`` and
+    ``prepend_bos`` put its special ids around each document. Documents of fewer than ``min_tokens`` tokens are left
+    out, with ``dedup`` those whose tokens were there before; the rest is shuffled by the seed ``shuffle_documents``.
+    ``part`` (i, n) makes part i of n, from 0, whose name is ``{output_prefix}-{i}-of-{n}``, with five digits.
+    ``resume`` goes on where a killed run of the same arguments stopped, and does nothing if that had finished.
 
     Raises :class:`DataError` naming file and line of a document that is malformed or lacks a key, unless ``on_error``
     is ``skip`` and others are fine, and of an input file that is cut short or damaged, in any case. What an error
@@ -118,11 +119,13 @@ def preprocess(
             )
         files = shard(files, *part)
         output_prefix = f"{output_prefix}-{part[0]:05}-of-{part[1]:05}"
-    reference = load_tokenizer(tokenizer)
+    reference = load_tokenizer(tokenizer, special_tokens)
     if append_eod and reference.eod is None:
-        raise DataError(f"the tokenizer {tokenizer} has no end-of-text token to append")
+        raise DataError(f"the tokenizer {tokenizer} has no end-of-text token to append{_how_to_name(tokenizer, 'eos')}")
     if prepend_bos and reference.bos is None:
-        raise DataError(f"the tokenizer {tokenizer} has no begin-of-text token to prepend")
+        raise DataError(
+            f"the tokenizer {tokenizer} has no begin-of-text token to prepend{_how_to_name(tokenizer, 'bos')}"
+        )
     arguments = Arguments(
         append_eod=append_eod,
         prepend_bos=prepend_bos,
@@ -131,6 +134,7 @@ def preprocess(
         shuffle_documents=shuffle_documents,
         shard=f"{part[0]}/{part[1]}" if part else None,
         on_error=on_error,
+        special_tokens=special_tokens,
     )
     prefixes = [f"{output_prefix}_{key}_document" for key in keys]
     with ExitStack() as stack:
@@ -139,11 +143,25 @@ def preprocess(
         run = Run(files, prefixes, list(keys), reference, arguments)
         manifests = run(fast, workers, resume, show_progress)
     left_out = manifests[0].left_out
+    notes = [*run.notes, *filter(None, map(_special_note, manifests))]
     return Summary(
         tuple(Pair.of(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True)),
         sum(left_out.malformed.values()),
         tuple(left_out.first_malformed),
         sum(file.share for file in files),
         time.monotonic() - started,
-        tuple(run.notes),
+        tuple(notes),
     )
+
+
+def _how_to_name(tokenizer: str, which: str) -> str:
+    kind, file = find_tokenizer(tokenizer)
+    return f"\n  name it as {which}_token in {file.with_name('tokenizer_config.json')}." if kind == "hf" else ""
+
+
+def _special_note(manifest: Manifest) -> str | None:
+    count = manifest.special_tokens_in_texts
+    if not count:
+        return None
+    became = "these tokens" if manifest.special_tokens == "parse" else "ordinary text"
+    return f"special tokens are written out in the texts of {manifest.key!r} {count:,} times; they became {became}"

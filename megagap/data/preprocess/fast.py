@@ -1,4 +1,7 @@
-"""Whether gigatoken may stand in for a tokenizer's own library: only if its ids are the same on this very input."""
+"""Whether gigatoken may stand in for a tokenizer's own library.
+
+Only for a tokenizer all of whose features it is known to honour, and if its ids are the same on this very input.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -43,8 +46,7 @@ def choose_encoder(
         texts = [text for unit in _samples(inputs, keys) for text in _texts(unit, keys)]
         if inputs and not texts:
             raise DataError("there is no sample of the input to compare gigatoken on")
-        special = [reference.decode([i]) for i in (reference.bos, reference.eod) if i is not None]
-        encoder.check(reference, [*texts, *RARE, *special])
+        encoder.check(reference, [*texts, *RARE, *reference.special])
     except DataError as error:
         if fast == "on":
             raise DataError(f"--fast on cannot be: {error.args[0]}") from None

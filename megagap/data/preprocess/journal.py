@@ -26,6 +26,8 @@ class PairState:
     characters: int = 0
     empty: int = 0
     short: int = 0
+    special: int = 0
+    """Special tokens written out in the texts."""
 
 
 @dataclass

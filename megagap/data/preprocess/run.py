@@ -151,11 +151,14 @@ class Run:
                 return None
             if manifest is None or not all(Path(prefix + ending).exists() for ending in manifest.files):
                 return None
-            same = {"on_error": self._arguments.on_error}
+            # Manifests from before these were noted are believed.
+            effective = manifest.tokenizer.effective or self._record.effective
+            same = {"on_error": self._arguments.on_error, "special_tokens": manifest.special_tokens}
             if (
                 manifest.key != key
                 or manifest.arguments.model_copy(update=same) != self._arguments
-                or manifest.tokenizer.model_copy(update={"spec": self._record.spec}) != self._record
+                or manifest.tokenizer.model_copy(update={"spec": self._record.spec, "effective": effective})
+                != self._record
                 or [(i.path, i.size, i.start, i.stop) for i in manifest.inputs]
                 != [(i.path, i.size, i.start, i.stop) for i in self._inputs]
             ):
@@ -287,6 +290,7 @@ class Run:
             documents=position.documents,
             tokens=position.tokens,
             characters=pair.characters,
+            special_tokens_in_texts=pair.special,
             left_out=LeftOut(
                 empty=pair.empty,
                 short=pair.short,
@@ -313,6 +317,7 @@ class TextWriter:
         self._held: list[NDArray[Any]] = []
         """Pieces of a plain text that is too short so far."""
         self._held_characters = 0
+        self._held_special = 0
 
     @property
     def can_stop(self) -> bool:
@@ -330,11 +335,13 @@ class TextWriter:
         self._state.characters += texts.characters
         self._state.empty += texts.empty
         self._state.short += texts.short
+        self._state.special += texts.special
 
     def _add_piece(self, unit: Unit, piece: EncodedTexts) -> None:
         begin, end = self._around
         self._held.append(piece.tokens)
         self._held_characters += piece.characters
+        self._held_special += piece.special
         held = sum(map(len, self._held))
         if self._pair.open_tokens or held >= self._min_tokens:
             if not self._pair.open_tokens:
@@ -342,7 +349,8 @@ class TextWriter:
             for tokens in self._held:
                 self._pair.add_tokens(tokens)
             self._state.characters += self._held_characters
-            self._held, self._held_characters = [], 0
+            self._state.special += self._held_special
+            self._let_go()
         if not unit.ends:
             return
         if self._pair.open_tokens:
@@ -353,7 +361,10 @@ class TextWriter:
             self._state.short += 1
         else:
             self._state.empty += 1
-        self._held, self._held_characters = [], 0
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._held, self._held_characters, self._held_special = [], 0, 0
 
 
 def _has_checksum(file: Input, checksum: str) -> bool:

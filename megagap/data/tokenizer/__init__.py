@@ -1,24 +1,28 @@
 """Tokenizers of three kinds, told apart by what their files hold.
 
 ``hf``: Hugging Face's ``tokenizer.json``. ``sentencepiece``: a ``.model``. ``tiktoken``: a rank file, such as the
-``tokenizer.model`` of Llama 3. Ids are those of each library. No kind adds special tokens, but where one is written out
-in a text, ``hf`` takes it for that token, and the other two take it for plain text.
+``tokenizer.model`` of Llama 3. Ids are those of each library; of a ``tokenizer.json`` with files beside it, those of
+``transformers``. No kind adds special tokens. Those that are written out in a text are text or tokens
+(:data:`SpecialTokens`).
 """
 
 import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megagap.errors import DataError
+from megagap.errors import DataError, library_errors
 
 END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
+
+SpecialTokens = Literal["text", "parse"]
+"""What a special token that is written out in a text is: ordinary text, or that token."""
 
 KINDS = {
     "hf": "Hugging Face tokenizer.json",
@@ -38,7 +42,10 @@ STARTS = {
 
 
 class TextEncoder(Protocol):
-    """Text to ids. No special tokens are added. Pickled, it is what it was made from, and is made again."""
+    """Text to ids. No special tokens are added. Pickled, it is what it was made from, and is made again.
+
+    To encode raises :class:`DataError` for what is no text, or makes its library fail.
+    """
 
     @property
     def spec(self) -> str:
@@ -50,6 +57,10 @@ class TextEncoder(Protocol):
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The ids of all texts laid end to end, integers of some kind, and the number of ids of each text."""
+
+    @property
+    def special(self) -> Sequence[str]:
+        """The special tokens, as they are written."""
 
     @property
     def uses_threads(self) -> bool:
@@ -66,6 +77,9 @@ class TextEncoder(Protocol):
 
 class Tokenizer(TextEncoder, Protocol):
     """Text to ids and back."""
+
+    @property
+    def special_tokens(self) -> SpecialTokens: ...
 
     @property
     def bos(self) -> int | None:
@@ -101,8 +115,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return xxhash.xxh3_64_hexdigest(b"".join(b"%d %d %b" % (i, len(token), token) for i, token in tokens))
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
+def load_tokenizer(spec: str | Path, special_tokens: SpecialTokens | None = None) -> Tokenizer:
     """Load the tokenizer that ``spec`` names: a folder or a file, with a prefix such as ``hf:`` to force its kind.
+
+    ``special_tokens``: None is what each kind's own library does (:func:`usual_special_tokens`).
 
     Raises :class:`DataError` if there is none, or none that can be read.
     """
@@ -111,14 +127,19 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if kind == "hf":
         from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(file, str(spec))
+        return HuggingFaceTokenizer(file, str(spec), special_tokens)
     if kind == "sentencepiece":
         from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(file, str(spec))
+        return SentencePieceTokenizer(file, str(spec), special_tokens)
     from megagap.data.tokenizer.tiktoken import TiktokenTokenizer
 
-    return TiktokenTokenizer(file, str(spec))
+    return TiktokenTokenizer(file, str(spec), special_tokens)
+
+
+def usual_special_tokens(kind: str) -> SpecialTokens:
+    """What a library of this kind makes of special tokens in a text, unless told otherwise."""
+    return "parse" if kind == "hf" else "text"
 
 
 def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
@@ -129,7 +150,9 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
     """
     prefix, colon, rest = str(spec).partition(":")
     forced, path = (prefix, Path(rest)) if colon and prefix in KINDS else (None, Path(spec))
-    if not path.exists():
+    with library_errors(f"cannot read the tokenizer {path}"):
+        exists = path.exists()
+    if not exists:
         raise DataError(f"the tokenizer {path} does not exist\n  give the file of a tokenizer, or its folder.")
     if path.is_dir():
         return _find_in_folder(path, forced)
@@ -143,7 +166,9 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
 
 def _find_in_folder(folder: Path, forced: str | None) -> tuple[str, Path]:
     usual = [file for name in ("tokenizer.json", "tokenizer.model") if (file := folder / name).is_file()]
-    found = [*usual, *sorted({*folder.glob("*.model"), *folder.glob("*.tiktoken")} - {*usual})]
+    with library_errors(f"cannot read {folder}"):
+        others = sorted({*folder.glob("*.model"), *folder.glob("*.tiktoken")} - {*usual})
+    found = [*usual, *others]
     if forced:
         found = [file for file in found if _kind_of(file) == forced][:1]
     elif usual:

@@ -1,22 +1,25 @@
 """gigatoken in place of a tokenizer's own library, where its ids are the same (optional extra ``megagap[fast]``).
 
-It keeps the ids of words that it has seen, and finds words without regular expressions.
+It keeps the ids of words that it has seen, and finds words without regular expressions. It is used for the features
+that it is known to honour (:mod:`megagap.data.tokenizer.fast_features`), and nothing else.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megagap.data.tokenizer import Tokenizer, find_tokenizer
+from megagap.data.tokenizer.fast_features import unknown_feature
 from megagap.data.tokenizer.words import LONGEST_BLANK, without_long_blanks
-from megagap.errors import DataError
+from megagap.errors import DataError, library_errors
+
+if TYPE_CHECKING:
+    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
 CACHE_BYTES = 1 << 27
 """What the memory of words may grow to in each process before it is emptied; growing, it doubles."""
@@ -26,19 +29,33 @@ CACHE_BYTES = 1 << 27
 class FastSource:
     """What a :class:`FastEncoder` is made of, in a form that other processes can be sent."""
 
-    data: str | bytes
-    """A ``tokenizer.json``, or a sentencepiece model."""
+    data: str
+    """A ``tokenizer.json``."""
     spec: str
     vocab_size: int
+    special: tuple[str, ...]
     splits_at_blanks: bool
     cuts_long_blanks: bool
     """Whether the tokenizer itself cuts these (:func:`without_long_blanks`), as tiktoken's has to."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self:
-        kind, file = find_tokenizer(tokenizer.spec)
-        data, cuts = _data_of(tokenizer, kind, file), kind == "tiktoken"
-        return cls(data, tokenizer.spec, tokenizer.vocab_size, tokenizer.splits_at_blanks, cuts)
+        """Raises :class:`DataError` naming a feature of ``tokenizer`` that gigatoken is not known to honour."""
+        kind, _ = find_tokenizer(tokenizer.spec)
+        if kind == "sentencepiece":
+            raise DataError(
+                f"gigatoken gives other ids than sentencepiece ({tokenizer.spec}) to control tokens written out in a "
+                "text, to user-defined symbols and to what is normalised"
+            )
+        if kind == "hf":
+            state = cast("HuggingFaceTokenizer", tokenizer).state()
+            if feature := unknown_feature(state):
+                raise DataError(f"gigatoken is not known to honour what {tokenizer.spec} asks for: {feature}")
+            data = json.dumps(state)
+        else:
+            data = _json_of_rank_file(tokenizer)
+        special, splits = tuple(tokenizer.special), tokenizer.splits_at_blanks
+        return cls(data, tokenizer.spec, tokenizer.vocab_size, special, splits, kind == "tiktoken")
 
 
 class FastEncoder:
@@ -50,7 +67,7 @@ class FastEncoder:
 
     def __init__(self, source: FastSource) -> None:
         self.source = source
-        self.spec, self.vocab_size = source.spec, source.vocab_size
+        self.spec, self.vocab_size, self.special = source.spec, source.vocab_size, source.special
         self.splits_at_blanks = source.splits_at_blanks
         self.uses_threads = False
         self._load()
@@ -67,7 +84,7 @@ class FastEncoder:
 
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         # One thread: workers are processes. Bytes spare it from looking into Python's strings.
-        with _as_data_error("fails on this input; try --fast off"):
+        with library_errors(f"gigatoken {version('gigatoken')} fails; try --fast off"):
             layout = self._backend.encode_batch([text.encode() for text in texts], parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         # Releases up to 0.10 remember every word that they meet, and text never runs out of new ones.
@@ -86,8 +103,8 @@ class FastEncoder:
             ) from None
         data = self.source.data
         self._backend: Any = None  # frees what it holds before as much is needed again
-        with _as_data_error(f"cannot take {self.spec}"):
-            self._backend = Backend.from_sentencepiece(data) if isinstance(data, bytes) else Backend.from_json(data)
+        with library_errors(f"gigatoken {version('gigatoken')} cannot take {self.spec}"):
+            self._backend = Backend.from_json(data)
         self._resident_bytes = _resident_bytes()
 
     def check(self, reference: Tokenizer, texts: Sequence[str]) -> None:
@@ -118,26 +135,7 @@ def _resident_bytes() -> int:
     return resident
 
 
-@contextmanager
-def _as_data_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic in its Rust code is no Exception
-        raise DataError(f"gigatoken {version('gigatoken')} {what}: {error}") from None
-
-
-def _data_of(reference: Tokenizer, kind: str, file: Path) -> str | bytes:
-    if kind == "sentencepiece":
-        return file.read_bytes()
-    if kind == "hf":
-        return _without_limits(file)
+def _json_of_rank_file(tokenizer: Tokenizer) -> str:
     from megagap.data.tokenizer.tiktoken import json_of_ranks
 
-    return json_of_ranks(reference.vocabulary())
-
-
-def _without_limits(file: Path) -> str:
-    """A ``tokenizer.json`` that neither cuts nor lengthens texts, as our reference reads it."""
-    return json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"truncation": None, "padding": None})
+    return json_of_ranks(tokenizer.vocabulary(), tokenizer.special if tokenizer.special_tokens == "parse" else ())

@@ -12,21 +12,17 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten, load_tokenizer
+from megagap.data.tokenizer import SpecialTokens, flatten, load_tokenizer
+from megagap.data.tokenizer.classes import byte_level, split_into_words
+from megagap.data.tokenizer.folder import load_folder
 from megagap.data.tokenizer.words import BYTE_OF, LLAMA3_WORDS, QWEN2_WORDS
-from megagap.errors import DataError
+from megagap.errors import library_errors
 
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _words(pattern: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
-
-
-WORDS_THAT_END_BEFORE_BLANKS = (_words(LLAMA3_WORDS), _words(QWEN2_WORDS), _byte_level(use_regex=True))
+WORDS_THAT_END_BEFORE_BLANKS = (
+    split_into_words(LLAMA3_WORDS),
+    split_into_words(QWEN2_WORDS),
+    byte_level(add_prefix_space=False, use_regex=True),
+)
 """Pre-tokenisers (of Llama 3, Qwen 2, GPT-2) known to cut between a visible character and a blank, whatever surrounds.
 
 In each of their regular expressions a blank stands only at the start of an alternative, or among white space alone, and
@@ -35,38 +31,38 @@ the only look-around, ``(?!\\S)``, looks from the end of white space at what fol
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``, run by the ``tokenizers`` library; ``tokenizer_config.json`` beside it is heeded.
+    """A ``tokenizer.json`` with the files beside it (:mod:`megagap.data.tokenizer.folder`).
 
-    Special tokens written out in a text become these tokens, as everywhere in Hugging Face's libraries.
+    Ids are those of ``transformers``. Special tokens written out in a text become these tokens (``parse``) or are
+    ordinary text (``text``); added tokens that are not special are found in either case.
     """
 
-    def __init__(self, file: Path, spec: str) -> None:
-        try:
-            self._backend = Backend.from_str(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from None
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{file} is no Hugging Face tokenizer.json: {error}") from None
-        # A file may ask for either, which would cut or lengthen documents.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+    def __init__(self, file: Path, spec: str, special_tokens: SpecialTokens | None) -> None:
+        folder = load_folder(file)
         self.spec = spec
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        config = file.with_name("tokenizer_config.json")
-        named = _read_json(config) if config.exists() else {}
-        self.bos = self._special(config, "bos_token", named, BEGIN_OF_TEXT)
-        self.eod = self._special(config, "eos_token", named, END_OF_TEXT)
+        self.special = folder.special
+        self.bos, self.eod = folder.bos, folder.eod
+        self._given = special_tokens
+        self._backend = folder.backend
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.special_tokens: SpecialTokens = special_tokens or "parse"
+        if folder.splits_special_tokens:
+            self.special_tokens = "text"
+        self._encoder = self._backend
+        if self.special_tokens == "text":
+            self._encoder = _without_special(self._backend, folder.special)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return load_tokenizer, (self.spec,)
+        return load_tokenizer, (self.spec, self._given)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # "fast" leaves out the character offsets of the tokens.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with library_errors(f"the tokenizer {self.spec} cannot encode a text"):
+            encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return flatten(self.encode_batch(texts))
@@ -80,9 +76,9 @@ class HuggingFaceTokenizer:
         model = self._backend.model
         return (
             self._backend.normalizer is None
-            and _state_of(self._backend.pre_tokenizer) in WORDS_THAT_END_BEFORE_BLANKS
+            and state_of(self._backend.pre_tokenizer) in WORDS_THAT_END_BEFORE_BLANKS
             and isinstance(model, BPE)
-            and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+            and not (model.continuing_subword_prefix or model.end_of_word_suffix)
             and all(_is_plain(token) for token in self._backend.get_added_tokens_decoder().values())
         )
 
@@ -90,39 +86,74 @@ class HuggingFaceTokenizer:
         added = self._backend.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
         ordinary = {i: t for t, i in self._backend.get_vocab(with_added_tokens=True).items() if i not in special}
-        if (_state_of(self._backend.decoder) or {}).get("type") != "ByteLevel":
+        if (state_of(self._backend.decoder) or {}).get("type") != "ByteLevel":
             return {i: token.encode() for i, token in ordinary.items()}
-        return {i: t.encode() if i in added else bytes(map(BYTE_OF.__getitem__, t)) for i, t in ordinary.items()}
+        return {i: t.encode() if i in added else _bytes_of(t) for i, t in ordinary.items()}
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
-    def _special(self, config: Path, key: str, named: dict[str, Any], usual: Sequence[str]) -> int | None:
-        token = named.get(key)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if token is None:
-            return next((i for i in map(self._backend.token_to_id, usual) if i is not None), None)
-        identifier: int | None = self._backend.token_to_id(token) if isinstance(token, str) else None
-        if identifier is None:
-            raise DataError(f"{config} names {key} = {token!r}, which the tokenizer.json beside it does not have")
-        return identifier
+    def state(self) -> dict[str, Any]:
+        """A ``tokenizer.json`` that gives these ids by itself, whatever files stand beside it."""
+        state: dict[str, Any] = json.loads(self._encoder.to_str())
+        if self.special_tokens == "text":
+            state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
+    """A tokenizer to which ``special`` are no tokens, written in a text: ``backend`` itself if it can be."""
+    flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    in_model = {*special} & backend.get_vocab(with_added_tokens=False).keys()
+    finds_by_merges = isinstance(backend.model, BPE) and not backend.model.ignore_merges
+    if flagged >= {*special} and (finds_by_merges or not in_model):
+        backend.encode_special_tokens = True
+        return backend
+    state = json.loads(backend.to_str())
+    hidden = _hide(state["model"], special)
+    state["added_tokens"] = [
+        {**token, "special": token["special"] or token["content"] in special}
+        for token in state["added_tokens"]
+        if token["content"] not in hidden
+    ]
+    copy = Backend.from_str(json.dumps(state))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _hide(model: dict[str, Any], special: Sequence[str]) -> set[str]:
+    """Rename, in the vocabulary of a model, special tokens that it could find in a text by itself; returns them.
+
+    A word that is in the vocabulary is that token to all models but BPE, whose tokens come from merges, unless
+    ``ignore_merges``. The unknown token may stay: it is what unknown text becomes anyway.
+    """
+    vocabulary = model["vocab"]
+    if model["type"] == "BPE":
+        merged = {"".join(merge) for merge in model["merges"]} if model["ignore_merges"] else vocabulary
+        hidden = {token for token in special if token in vocabulary and token not in merged and len(token) > 1}
+    elif model["type"] == "Unigram":
+        unknown = model["unk_id"]
+        hidden = {token for i, (token, _) in enumerate(vocabulary) if token in special and i != unknown}
+    else:
+        hidden = {token for token in special if token in vocabulary and token != model["unk_token"]}
+    names = {token: f"\uffff{token}\uffff" for token in hidden}  # noncharacters, which no text holds
+    if model["type"] == "Unigram":
+        model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
+    elif hidden:
+        model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
+    return hidden
+
+
+def _bytes_of(token: str) -> bytes:
+    """What a byte-level token stands for; a token that is not written as bytes stands for itself."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} should hold a JSON object")
-    return value
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
-def _state_of(component: Any) -> dict[str, Any] | None:
+def state_of(component: Any) -> dict[str, Any] | None:
     """A part of a tokenizer as it stands in ``tokenizer.json``; offsets, which we do not use, as by default."""
     if component is None:
         return None

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
-from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, flatten, load_tokenizer
-from megagap.errors import DataError
+from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, SpecialTokens, flatten, load_tokenizer
+from megagap.errors import DataError, library_errors
 
 
 class SentencePieceTokenizer:
@@ -20,17 +20,27 @@ class SentencePieceTokenizer:
     does not come back on decoding.
     """
 
-    def __init__(self, file: Path, spec: str) -> None:
-        try:
-            self._backend = SentencePieceProcessor(model_proto=file.read_bytes())
+    special_tokens: SpecialTokens = "text"
+
+    def __init__(self, file: Path, spec: str, special_tokens: SpecialTokens | None) -> None:
+        if special_tokens == "parse":
+            raise DataError(
+                f"{file} is a sentencepiece model, to which control tokens in a text are always text: "
+                "--special-tokens parse cannot be had\n"
+                "  give --special-tokens text, or a tokenizer.json made of it, such as transformers saves."
+            )
+        with library_errors(f"cannot read {file}"):
+            content = file.read_bytes()
+        with library_errors(f"{file} is no sentencepiece model"):
+            self._backend = SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = self._backend.vocab_size()
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from None
-        except Exception as error:  # RuntimeError today; which one the library does not say
-            raise DataError(f"{file} is no sentencepiece model: {error}") from None
+            for i in range(self.vocab_size):
+                self._backend.id_to_piece(i)  # fails if it is not UTF-8
         if not self.vocab_size:
             raise DataError(f"{file} is no sentencepiece model: it has no pieces")
         self.spec = spec
+        model = self._backend
+        self.special = tuple(model.id_to_piece(i) for i in range(self.vocab_size) if model.is_control(i))
         self.bos = self._special(self._backend.bos_id(), BEGIN_OF_TEXT)
         self.eod = self._special(self._backend.eos_id(), END_OF_TEXT)
 
@@ -38,12 +48,12 @@ class SentencePieceTokenizer:
         return load_tokenizer, (self.spec,)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, out_type=int)
-        return ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # One thread: workers are processes.
-        ids: list[list[int]] = self._backend.encode(list(texts), out_type=int, num_threads=1)
+        with library_errors(f"the tokenizer {self.spec} cannot encode a text"):
+            ids: list[list[int]] = self._backend.encode(list(texts), out_type=int, num_threads=1)
         return ids
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -2,7 +2,6 @@
 
 from binascii import a2b_base64
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 from tiktoken import Encoding
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
-from megagap.data.tokenizer import load_tokenizer
+from megagap.data.tokenizer import SpecialTokens, load_tokenizer
 from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS, without_long_blanks
-from megagap.errors import DataError
+from megagap.errors import DataError, library_errors
 
 NAMED_TOKENS = (
     "<|begin_of_text|>",
@@ -39,34 +38,47 @@ class TiktokenTokenizer:
     """A rank file, run by the ``tiktoken`` library.
 
     Such a file holds nothing but tokens: how text is cut into words and which special tokens there are is taken from
-    Llama 3. Ids are those of ``Encoding.encode_ordinary``: special tokens written out in a text are plain text.
+    Llama 3. Special tokens written out in a text are plain text, as to ``Encoding.encode_ordinary``, or these tokens.
     """
 
-    def __init__(self, file: Path, spec: str) -> None:
+    special = SPECIAL_TOKENS
+
+    def __init__(self, file: Path, spec: str, special_tokens: SpecialTokens | None) -> None:
         ranks = read_ranks(file)
         special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self._ranks = ranks
-        self._backend = Encoding(file.name, pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+        self._given = special_tokens
+        self.special_tokens: SpecialTokens = special_tokens or "text"
+        with library_errors(f"{file} cannot be used by tiktoken"):
+            self._backend = Encoding(file.name, pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
         self.spec = spec
         self.vocab_size = len(ranks) + len(special)
         self.bos: int | None = special["<|begin_of_text|>"]
         self.eod: int | None = special["<|end_of_text|>"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return load_tokenizer, (self.spec,)
+        return load_tokenizer, (self.spec, self._given)
 
     def encode(self, text: str) -> list[int]:
-        return [i for piece in without_long_blanks(text) for i in self._backend.encode_ordinary(piece)]
+        return [int(i) for piece in self._pieces(text) for i in piece]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        # Without specials allowed or refused, this is encode_ordinary, less the making of a list.
-        encode = partial(self._backend.encode_to_numpy, allowed_special=set(), disallowed_special=())
-        arrays = [[encode(piece) for piece in without_long_blanks(text)] for text in texts]
+        arrays = [self._pieces(text) for text in texts]
         lengths = np.fromiter((sum(map(len, pieces)) for pieces in arrays), np.int64, len(arrays))
         return np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(arrays)]), lengths
+
+    def _pieces(self, text: str) -> list[NDArray[np.uint32]]:
+        # Without specials allowed or refused, this is encode_ordinary, less the making of a list.
+        allowed = {*self.special} if self.special_tokens == "parse" else set()
+        with library_errors(f"the tokenizer {self.spec} cannot encode a text"):
+            text.encode()  # half of a surrogate pair, which the library would replace
+            return [
+                self._backend.encode_to_numpy(piece, allowed_special=allowed, disallowed_special=())
+                for piece in without_long_blanks(text)
+            ]
 
     @property
     def uses_threads(self) -> bool:
@@ -89,10 +101,8 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     Raises :class:`DataError` for a line that is no such thing, or if ranks or single bytes are missing.
     """
     # The library's own reader says nothing of lines, and caches files by their paths.
-    try:
+    with library_errors(f"cannot read {file}"):
         lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -120,13 +130,12 @@ def to_hugging_face(file: Path) -> Tokenizer:
 
     Raises :class:`DataError` as :func:`read_ranks`.
     """
-    converted = Tokenizer.from_str(json_of_ranks({rank: token for token, rank in read_ranks(file).items()}))
-    converted.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    return converted
+    ranks = read_ranks(file)
+    return Tokenizer.from_str(json_of_ranks({rank: token for token, rank in ranks.items()}, SPECIAL_TOKENS))
 
 
-def json_of_ranks(vocabulary: dict[int, bytes]) -> str:
-    """A rank file with Llama 3's words as a ``tokenizer.json``, without special tokens.
+def json_of_ranks(vocabulary: dict[int, bytes], special: Sequence[str] = ()) -> str:
+    """A rank file with Llama 3's words as a ``tokenizer.json``; the ids of ``special`` follow the ranks.
 
     Any two tokens that together are a third may be merged into it; the lower its rank, the sooner.
     """
@@ -148,6 +157,8 @@ def json_of_ranks(vocabulary: dict[int, bytes]) -> str:
     model = {"type": "BPE", "ignore_merges": True, "byte_fallback": False, "vocab": rank_of, "merges": merges}
     unused: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
     pre_tokenizer = {"type": "Sequence", "pretokenizers": [words, as_bytes]}
-    tokenizer = unused | {"version": "1.0", "added_tokens": [], "pre_tokenizer": pre_tokenizer, "decoder": as_bytes}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": len(vocabulary) + i, "content": token} | flags for i, token in enumerate(special)]
+    tokenizer = unused | {"version": "1.0", "added_tokens": added, "pre_tokenizer": pre_tokenizer, "decoder": as_bytes}
     model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     return orjson.dumps(tokenizer | {"model": model | {"fuse_unk": False}}).decode()

@@ -3,13 +3,28 @@
 Faults of ours raise anything else and keep their traceback.
 """
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+def printable(text: str) -> str:
+    r"""``text`` with the bytes of file names that are not valid UTF-8, which Python holds as surrogates, as ``\xe9``.
+
+    Such a text can be printed, and stored in UTF-8.
+    """
+    return re.sub("[\ud800-\udfff]", lambda found: _escaped(ord(found[0])), text)
+
+
+def _escaped(surrogate: int) -> str:
+    is_byte = 0xDC80 <= surrogate <= 0xDCFF
+    return f"\\x{surrogate - 0xDC00:02x}" if is_byte else f"\\u{surrogate:04x}"
 
 
 class MegagapError(Exception):
@@ -19,7 +34,7 @@ class MegagapError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return f"{self.kind}: {super().__str__()}"
+        return printable(f"{self.kind}: {super().__str__()}")
 
 
 class ConfigError(MegagapError):
@@ -82,8 +97,11 @@ def run_tool(main: Callable[[], None]) -> None:
 
     Anything but a :class:`MegagapError` is a fault of ours: Python prints its traceback and exits with 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid UTF-8
     try:
         main()
+        _flush_output()
     except MegagapError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -93,3 +111,14 @@ def run_tool(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough (… | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _flush_output() -> None:
+    """Here, as at exit Python would only complain: exit 0, and what was printed is lost."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise MegagapError(f"cannot write to standard output: {error.strerror}") from None

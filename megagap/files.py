@@ -4,13 +4,14 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakSet
 
-from megagap.errors import DataError, library_errors
+from megagap.errors import DataError, MegagapError, library_errors
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,44 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
+    """For a block that opens or reads a file that a user named, as bytes or as UTF-8.
+
+    Raises ``kind`` naming the file where the system refuses that, it is not valid UTF-8, or no file can have such a
+    name (one with a NUL). Who has an answer to a missing file catches FileNotFoundError within the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot read {path}: {explain(error)}") from None
+    except UnicodeDecodeError as error:
+        raise kind(f"cannot read {path}: it is not valid UTF-8 ({error.reason} at byte {error.start:,})") from None
+    except ValueError as error:
+        raise kind(f"cannot read {str(path)!r}: {error}") from None
+
+
+def explain(error: OSError) -> str:
+    """What the system says, and what to do about it where that is not plain."""
+    said = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{said}\n  this process may open {limit:,}; allow more with ulimit -n."
+    return said
+
+
+def allow_more_open_files() -> bool:
+    """Raise this process's limit of open files as far as the system lets it; whether that changed anything."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # macOS allows fewer than its limit says
+        return False
+    return True
 
 
 def make_folder(folder: str | Path) -> None:

@@ -1,20 +1,21 @@
 """What units hold: the texts of documents, and what is wrong with documents that have none."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
-from megagap.data.inputs import find_inputs
+from megagap.data import parquet
+from megagap.data.listing import list_inputs
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
-if TYPE_CHECKING:
-    import pyarrow
+log = logging.getLogger(__name__)
 
 
 class BadDocument(ValueError):
@@ -59,19 +60,18 @@ def _lines(data: bytes) -> Iterator[Record]:
 def _rows(data: bytes) -> Iterator[Record]:
     if not data:
         return
-    import pyarrow
-
-    for batch in pyarrow.ipc.open_stream(data):
+    for batch in parquet.batches_in(data):
         for number in range(batch.num_rows):
             yield number, partial(_row, batch, number)
 
 
-def _row(batch: "pyarrow.RecordBatch", number: int) -> dict[str, Any]:
+def _row(batch: Any, number: int) -> dict[str, Any]:
     try:
-        values = {name: batch.column(name)[number].as_py() for name in batch.schema.names}
-        return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+        return parquet.row_of(batch, number)
     except UnicodeDecodeError as error:
         raise BadDocument("invalid UTF-8", f"not valid UTF-8: {error}") from None
+    except DataError as error:
+        raise BadDocument("unreadable value", error.args[0]) from None
 
 
 def _parse(line: bytes) -> Any:
@@ -121,8 +121,10 @@ def read_texts(paths: Sequence[str | Path], key: str) -> Iterator[str]:
     text that is not UTF-8.
     """
     # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
-    inputs = [replace(file, any_text=True) for file in find_inputs(paths)]
-    for unit in read_units(inputs, [key], splits_texts=True):
+    listing = list_inputs(paths, [key], any_text=True)
+    for note in listing.notes:
+        log.warning("%s", note)
+    for unit in read_units(listing.inputs, [key], splits_texts=True):
         if unit.kind == "text":
             text = text_of(unit)
             if isinstance(text, Fault):

@@ -17,12 +17,14 @@ from megagap.data.documents import fault_in
 from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
 from megagap.data.format import best_dtype
 from megagap.data.inputs import Input, lines_before
+from megagap.data.listing import Unread
 from megagap.data.manifest import (
     Arguments,
     FileRecord,
     InputRecord,
     LeftOut,
     Manifest,
+    UnreadRecord,
     read_manifest,
     tokenizer_record,
     versions,
@@ -43,8 +45,8 @@ from megagap.data.preprocess.journal import Journal, PairState, State, check_inp
 from megagap.data.tokenizer import Tokenizer
 from megagap.data.units import Unit, read_units
 from megagap.data.workers import map_in_order
-from megagap.errors import DataError
-from megagap.files import write_text
+from megagap.errors import DataError, printable
+from megagap.files import reading, write_text
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +60,22 @@ THREADS = 4
 
 
 class Run:
-    """Makes the pairs ``prefixes``, whose locks the caller holds, one for each of ``keys``."""
+    """Makes the pairs ``prefixes``, whose locks the caller holds, one for each of ``keys``.
+
+    ``unread`` are files beside ``inputs`` that are not read, for the manifests.
+    """
 
     def __init__(
-        self, inputs: list[Input], prefixes: list[str], keys: list[str], tokenizer: Tokenizer, arguments: Arguments
+        self,
+        inputs: list[Input],
+        unread: list[Unread],
+        prefixes: list[str],
+        keys: list[str],
+        tokenizer: Tokenizer,
+        arguments: Arguments,
     ) -> None:
         self._inputs = inputs
+        self._unread = unread
         self._prefixes = prefixes
         self._keys = keys
         self._tokenizer = tokenizer
@@ -84,10 +96,9 @@ class Run:
         state = None
         if resume:
             state = self._interrupted()
-            if state is None and (manifests := self._finished()):
+            if state is None and (manifests := self.finished()):
                 for prefix in self._prefixes:
                     remove_partial(prefix)
-                self.notes.append("all was finished already, from the same inputs")
                 return manifests
         if state is None:
             removed = [prefix for prefix in self._prefixes if remove_partial(prefix)]
@@ -141,8 +152,11 @@ class Run:
         check_inputs(before["inputs"], self._inputs, state)
         return state
 
-    def _finished(self) -> list[Manifest] | None:
-        """The manifests of the pairs, if these are all there and made from the same inputs in the same way."""
+    def finished(self) -> list[Manifest] | None:
+        """The manifests of the pairs, if these are all there and made from the same inputs in the same way.
+
+        Needs no lock, and writes nothing. Raises :class:`DataError` for an input that cannot be read.
+        """
         manifests = []
         for prefix, key in zip(self._prefixes, self._keys, strict=True):
             try:
@@ -157,12 +171,15 @@ class Run:
                 or manifest.arguments.model_copy(update=same) != self._arguments
                 or manifest.tokenizer.model_copy(update={"spec": self._record.spec}) != self._record
                 or [(i.path, i.size, i.start, i.stop) for i in manifest.inputs]
-                != [(i.path, i.size, i.start, i.stop) for i in self._inputs]
+                != [(printable(i.path), i.size, i.start, i.stop) for i in self._inputs]
             ):
                 return None
             manifests.append(manifest)
         sums = [record.checksum for record in manifests[0].inputs]
-        return manifests if all(map(_has_checksum, self._inputs, sums)) else None
+        if not all(map(_has_checksum, self._inputs, sums)):
+            return None
+        self.notes.append("all was finished already, from the same inputs")
+        return manifests
 
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         if not state.is_read:
@@ -297,6 +314,7 @@ class Run:
             tokenizer=self._record,
             arguments=self._arguments,
             inputs=inputs,
+            unread=[UnreadRecord(path=file.path, reason=file.reason) for file in self._unread],
             files={ending: FileRecord(**asdict(file)) for ending, file in written.items()},
             versions=versions(),
         )
@@ -358,7 +376,8 @@ class TextWriter:
 
 def _has_checksum(file: Input, checksum: str) -> bool:
     if file.is_whole:
-        return checksum_of(file.path) == checksum
+        with reading(file.path):
+            return checksum_of(file.path) == checksum
     found = None
     for unit in read_units([file], [], splits_texts=False):
         found = unit.file_checksum

@@ -75,6 +75,16 @@ def _umask() -> int:
     return mask
 
 
+def pair_prefix(name: str | Path) -> str:
+    """The prefix of a ``.bin``/``.idx`` pair that was named by it, or by one of its files."""
+    prefix = str(name)
+    for ending in (".bin", ".idx", ".json"):
+        stem = prefix.removesuffix(ending)
+        if stem != prefix and not os.path.exists(f"{prefix}.idx"):
+            return stem
+    return prefix
+
+
 @contextmanager
 def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
     """For a block that opens or reads a file that a user named, as bytes or as UTF-8.

@@ -78,6 +78,7 @@ class TokenFileWriter(PipelineStep):
                 pair = PartialPair(prefix, dtype)
             with pair:
                 for batch in _batches(data):
+                    _require_texts(batch)
                     with writing_pair(prefix):
                         self._write(pair, encoder, batch, counts)
                     yield from batch
@@ -130,12 +131,21 @@ class TokenFileWriter(PipelineStep):
         publish_pair(prefix)
 
 
+def _require_texts(batch: "list[Document]") -> None:
+    """Raises :class:`DataError` naming the first document whose text is none."""
+    for document in batch:
+        try:
+            document.text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise DataError(f"the document {document.id!r} has no text that can be encoded: {error}") from None
+
+
 def _batches(documents: "DocumentsPipeline") -> "Iterator[list[Document]]":
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += len(document.text or "")
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

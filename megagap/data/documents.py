@@ -39,7 +39,7 @@ class Fault:
 
 def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Fault]:
     """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines hold none."""
-    records = _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
+    records = _lines(unit.data, keys) if unit.kind == "lines" else _rows(unit.data)
     for number, read in records:
         try:
             yield _texts_of(read(), keys)
@@ -51,10 +51,34 @@ Record = tuple[int, Callable[[], Any]]
 """The number of a line or row in its unit, from 0, and what gives its document or raises :class:`BadDocument`."""
 
 
-def _lines(data: bytes) -> Iterator[Record]:
+def _lines(data: bytes, keys: Sequence[str]) -> Iterator[Record]:
+    quoted = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass") for key in keys]
     for number, line in enumerate(data.split(b"\n")):
         if line and not line.isspace():
-            yield number, partial(_parse, line)
+            # A key that comes twice is written twice; what else may be is told by a slower parser.
+            may_repeat = any(line.count(key) > 1 for key in quoted)
+            yield number, partial(_parse_strictly, line, keys) if may_repeat else partial(_parse, line)
+
+
+def _parse_strictly(line: bytes, keys: Sequence[str]) -> Any:
+    """As :func:`_parse`, but for a document that has one of ``keys`` more than once: parsers differ in what they take.
+
+    Raises :class:`BadDocument`.
+    """
+    document = _parse(line)
+    try:
+        pairs = json.loads(line, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError):
+        return document
+    names = [name for name, _ in pairs] if isinstance(pairs, _Pairs) else []
+    for key in keys:
+        if names.count(key) > 1:
+            raise BadDocument(f"key {key!r} more than once", f"the document has the key {key!r} more than once")
+    return document
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The entries of a JSON object."""
 
 
 def _rows(data: bytes) -> Iterator[Record]:

@@ -220,7 +220,7 @@ class Run:
             results = ((unit, encoder(unit)) for unit in units)
         else:
             threads = min(workers, THREADS) if tokenizer.uses_threads else 1
-            results = map_in_order(encoder, units, -(-workers // threads), threads)
+            results = map_in_order(encoder, units, -(-workers // threads), threads, _place_of)
         done = sum(file.share for file in self._inputs[: state.mark.input])
         total = sum(file.share for file in self._inputs)
         name = Path(self._prefixes[0]).name
@@ -318,6 +318,10 @@ class Run:
             files={ending: FileRecord(**asdict(file)) for ending, file in written.items()},
             versions=versions(),
         )
+
+
+def _place_of(unit: Unit) -> str:
+    return f"{unit.path}, from {'row' if unit.kind == 'rows' else 'line'} {unit.line:,} on"
 
 
 class TextWriter:

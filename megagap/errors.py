@@ -98,10 +98,10 @@ def run_tool(main: Callable[[], None]) -> None:
     Anything but a :class:`MegagapError` is a fault of ours: Python prints its traceback and exits with 1.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid UTF-8
+        sys.stdout = _StandardOutput(sys.stdout)
     try:
         main()
-        _flush_output()
+        sys.stdout.flush()  # at exit Python would only complain
     except MegagapError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -113,12 +113,31 @@ def run_tool(main: Callable[[], None]) -> None:
         sys.exit(0)
 
 
-def _flush_output() -> None:
-    """Here, as at exit Python would only complain: exit 0, and what was printed is lost."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise MegagapError(f"cannot write to standard output: {error.strerror}") from None
+class _StandardOutput(io.TextIOWrapper):
+    """Standard output to which names of files can be printed, valid UTF-8 or not.
+
+    Raises :class:`MegagapError` where it cannot be written, as to a file on a full disk.
+    """
+
+    def __init__(self, output: io.TextIOWrapper) -> None:
+        encoding, line_buffering, write_through = output.encoding, output.line_buffering, output.write_through
+        buffer = output.detach()
+        super().__init__(buffer, encoding, "backslashreplace", None, line_buffering, write_through)
+
+    def write(self, text: str, /) -> int:
+        with self._errors():
+            return super().write(printable(text))
+
+    def flush(self) -> None:
+        with self._errors():
+            super().flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what Python flushes at exit
+            raise MegagapError(f"cannot write to standard output: {error.strerror}") from None

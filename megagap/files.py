@@ -75,8 +75,15 @@ def _umask() -> int:
     return mask
 
 
+def require_name(name: str | Path, kind: type[MegagapError] = DataError) -> None:
+    """Raises ``kind`` for what no file can be called: where the system is not asked, it would be a ValueError."""
+    if "\0" in str(name):
+        raise kind(f"no file can be called {str(name)!r}: there is a NUL in it")
+
+
 def pair_prefix(name: str | Path) -> str:
     """The prefix of a ``.bin``/``.idx`` pair that was named by it, or by one of its files."""
+    require_name(name)
     prefix = str(name)
     for ending in (".bin", ".idx", ".json"):
         stem = prefix.removesuffix(ending)
@@ -129,6 +136,8 @@ def make_folder(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the folder {folder}: {error.strerror}") from None
+    except ValueError as error:  # a NUL
+        raise DataError(f"cannot make the folder {str(folder)!r}: {error}") from None
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class Watch:
         for ending in (".idx", ".bin"):
             try:
                 found = os.stat(self.prefix + ending)
-            except OSError:
+            except (OSError, ValueError):
                 stamps.append(None)  # opening it says why
             else:
                 stamps.append(_Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))

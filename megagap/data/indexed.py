@@ -195,9 +195,7 @@ def _size_of(path: str) -> int:
     prefix = path[: -len(".bin")]
     there = [ending for ending in (".bin", ".idx") if os.path.exists(prefix + ending)]
     if there:
-        hint = (
-            f"its {there[0]} is there: the pair is incomplete. Copy the other half too, or preprocess the text again."
-        )
+        hint = f"its {there[0]} is there: the pair is incomplete. Copy the other file too, or preprocess again."
     elif os.path.isdir(prefix):
         hint = f"{prefix} is a folder: give the prefix of a .bin/.idx pair in it."
     else:

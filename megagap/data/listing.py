@@ -17,11 +17,11 @@ from pathlib import Path
 from megagap.data import parquet
 from megagap.data.inputs import GLANCE, READING_ERRORS, Input, open_content
 from megagap.data.kinds import TEXT_ENDING, NotTextError, is_named_like_text, parse_line
-from megagap.errors import DataError
+from megagap.errors import DataError, printable
 from megagap.files import reading
 
 NAMED = 10
-"""Files that a note names; the manifest names all."""
+"""Files of a kind that a note names; the manifest names all."""
 LONGEST_LINE = 1 << 26
 """Bytes of a first line that are looked at to find its keys."""
 UNFINISHED = re.compile(r"\.partial(\.[a-z]|-\d+$)")
@@ -53,24 +53,27 @@ class Listing:
         """What the user should know."""
         notes = []
         if self.unread:
-            names = [f"{file.path} ({file.reason})" for file in self.unread]
-            notes.append(f"{_count(names)} not read: {_some(names)}")
+            reasons: dict[str, list[str]] = {}
+            for file in self.unread:
+                reasons.setdefault(file.reason, []).append(file.path)
+            lines = [f"\n  {_some(paths)}: {reason}" for reason, paths in reasons.items()]
+            notes.append(f"{_count(self.unread)} not read:{''.join(lines)}")
         if self.again:
             notes.append(f"{_count(self.again)} read once, though named more than once: {_some(self.again)}")
         if self.twice:
-            notes.append(f"{_count(self.twice)} read twice, as it was named so: {_some(self.twice)}")
+            notes.append(f"{_count(self.twice)} read again, since named more than once: {_some(self.twice)}")
         if empty := [file.path for file in self.inputs if file.size == 0]:
             notes.append(f"{_count(empty)} empty: {_some(empty)}")
         return notes
 
 
-def _count(names: Sequence[str]) -> str:
+def _count(names: Sequence[object]) -> str:
     return "1 file is" if len(names) == 1 else f"{len(names):,} files are"
 
 
 def _some(names: Sequence[str]) -> str:
     more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    return printable(", ".join(names[:NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def find_inputs(names: Sequence[str | Path], keys: Sequence[str] = ("text",)) -> list[Input]:

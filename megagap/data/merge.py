@@ -97,9 +97,7 @@ def _warn_of_repeated(inputs: Sequence[str], manifests: Sequence[tuple[str, Mani
                 shared.setdefault((first, prefix), []).append(record.path)
     for (first, prefix), paths in shared.items():
         if not same_pairs([prefix], [first]):
-            log.warning(
-                "%s and %s hold the same text: %s of each, such as %s", first, prefix, f"{len(paths):,}", paths[0]
-            )
+            log.warning("%s and %s hold the same text, of %d files: %s", first, prefix, len(paths), paths[0])
 
 
 def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:

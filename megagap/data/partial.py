@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION
 from megagap.errors import DataError
-from megagap.files import Lock, LockedError, explain, partial_name, publish
+from megagap.files import Lock, LockedError, explain, make_folder, partial_name, publish
 
 PARTS = ("tokens", "lengths", "documents")
 """What a pair is written to."""
@@ -38,8 +38,8 @@ def lock_pair(prefix: str) -> Lock:
     Raises :class:`DataError` naming the holder, and :class:`CannotWriteError` where the pair's files could not be
     written and given their names.
     """
+    make_folder(Path(prefix).parent)
     try:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(f"{prefix}.lock")
     except LockedError as error:
         raise DataError(

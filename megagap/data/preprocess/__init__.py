@@ -25,7 +25,8 @@ from megagap.data.partial import CannotWriteError, lock_pair
 from megagap.data.preprocess.fast import Fast
 from megagap.data.preprocess.run import Run
 from megagap.data.tokenizer import load_tokenizer
-from megagap.errors import DataError
+from megagap.errors import DataError, printable
+from megagap.files import require_name
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Pair:
         counts = ((self.empty, "empty"), (self.short, "too short"), (self.duplicate, "repeated"))
         left_out = ", ".join(f"{count:,} {name}" for count, name in counts if count)
         left_out = f" ({left_out} left out)" if left_out else ""
-        return f"{self.prefix}: {self.documents:,} documents{left_out}, {self.tokens:,} tokens"
+        return f"{printable(self.prefix)}: {self.documents:,} documents{left_out}, {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def preprocess(
     started = time.monotonic()
     if len({*keys}) < len(keys):
         raise DataError(f"the keys {', '.join(keys)} are not distinct: each is to be a file of its own")
+    require_name(output_prefix)
     listing = list_inputs(inputs, keys, partial(_is_output, output_prefix, keys))
     for note in listing.notes:
         log.warning("%s", note)

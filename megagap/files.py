@@ -7,7 +7,7 @@ import os
 import resource
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakSet
 
@@ -194,10 +194,16 @@ class Lock:
             if same:
                 break
             file.close()
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         self._file = file
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError:  # a full disk
+            Path(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                file.close()
+            raise
         _held.add(self)
 
     def release(self) -> None:

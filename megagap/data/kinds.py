@@ -151,6 +151,9 @@ def _refuse_other_texts(path: str, head: bytes) -> None:
         code = f"pandas.read_csv({path!r}{separator}).to_json({_stem(path) + '.jsonl'!r}, orient='records', lines=True)"
         raise NotTextError.of(path, "looks like CSV, not JSON lines", f"convert it: {code}")
     shown = line[:40].decode("utf-8", "backslashreplace")
+    if path.lower().endswith((".parquet", *COMPRESSED_ENDINGS)):
+        what = f"is not what its name says: it starts with {shown!r}"
+        raise NotTextError.of(path, what, "the file is damaged, or has another's name. Copy or make it again.")
     raise NotTextError.of(
         path,
         f"holds no JSON lines: it starts with {shown!r}",

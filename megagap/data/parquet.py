@@ -36,8 +36,9 @@ class Table:
         for group in range(self._file.num_row_groups):
             with _errors_in(self._path, first):
                 count = self._file.metadata.row_group(group).num_rows
-            if first + count <= skipped:
-                first += count
+            stop = first + count
+            if stop <= skipped:
+                first = stop
                 continue
             with _errors_in(self._path, first):
                 batches = self._file.iter_batches(rows_at_a_time, row_groups=[group], columns=self._columns)
@@ -46,6 +47,14 @@ class Table:
                 if over < rows.num_rows:
                     yield first + over, rows.slice(over)
                 first += rows.num_rows
+            self._require_all(group, first, stop)
+
+    def _require_all(self, group: int, found: int, expected: int) -> None:
+        if found != expected:
+            raise DataError(
+                f"{self._path} is damaged: row group {group} should end with row {expected:,} and ends with {found:,}\n"
+                "  copy or make it again."
+            )
 
     def _next(self, batches: Iterator[Any], first: int) -> Any:
         with _errors_in(self._path, first):
@@ -72,12 +81,18 @@ def open_table(path: str, columns: Sequence[str]) -> Iterator[Table]:
         source = pyarrow.OSFile(os.fsencode(path))
         file = parquet.ParquetFile(source)
         names = file.schema_arrow.names
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     with source, file:
         for column in columns:
             if column not in names:
                 raise DataError(f"{path} has no column {column!r}; it has {', '.join(map(repr, names))}")
             if names.count(column) > 1:
                 raise DataError(f"{path} has {names.count(column)} columns {column!r}: which of them is meant?")
+        if sum(rows) != file.metadata.num_rows:
+            raise DataError(
+                f"{path} is damaged: it should have {file.metadata.num_rows:,} rows, its row groups have {sum(rows):,}\n"
+                "  copy or make it again."
+            )
         yield Table(path, file, columns)
 
 

@@ -163,8 +163,20 @@ def preprocess(
         tuple(left_out.first_malformed),
         sum(file.share for file in files),
         time.monotonic() - started,
-        (*listing.notes, *run.notes),
+        (*listing.notes, *run.notes, *_copies(manifests[0])),
     )
+
+
+def _copies(manifest: Manifest) -> list[str]:
+    """A note on inputs of the same content under other names; those that are one file were told before."""
+    first: dict[tuple[object, ...], str] = {}
+    copies = []
+    for record in manifest.inputs:
+        path = first.setdefault((record.checksum, record.start, record.stop), record.path)
+        if path != record.path and record.size:
+            copies.append(f"{record.path} (as {path})")
+    shown = ", ".join(copies[:10]) + (" …" if copies[10:] else "")
+    return [f"the content of {len(copies):,} inputs is in another one too: {shown}"] if copies else []
 
 
 def _is_output(output_prefix: str, keys: Sequence[str], path: str) -> bool:

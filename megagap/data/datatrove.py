@@ -78,7 +78,6 @@ class TokenFileWriter(PipelineStep):
                 pair = PartialPair(prefix, dtype)
             with pair:
                 for batch in _batches(data):
-                    _require_texts(batch)
                     with writing_pair(prefix):
                         self._write(pair, encoder, batch, counts)
                     yield from batch
@@ -131,21 +130,21 @@ class TokenFileWriter(PipelineStep):
         publish_pair(prefix)
 
 
-def _require_texts(batch: "list[Document]") -> None:
-    """Raises :class:`DataError` naming the first document whose text is none."""
-    for document in batch:
-        try:
-            document.text.encode()
-        except (AttributeError, UnicodeEncodeError) as error:
-            raise DataError(f"the document {document.id!r} has no text that can be encoded: {error}") from None
+def _require_text(document: "Document") -> None:
+    """Raises :class:`DataError` naming a document whose text is none."""
+    try:
+        document.text.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise DataError(f"the document {document.id!r} has no text that can be encoded: {error}") from None
 
 
 def _batches(documents: "DocumentsPipeline") -> "Iterator[list[Document]]":
     batch: list[Document] = []
     characters = 0
     for document in documents:
+        _require_text(document)
         batch.append(document)
-        characters += len(document.text or "")
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

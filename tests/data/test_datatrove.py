@@ -17,6 +17,7 @@ from megagap.data.datatrove import TokenFileWriter
 from megagap.data.manifest import read_manifest
 from megagap.data.merge import merge_datasets
 from megagap.data.preprocess import preprocess
+from megagap.errors import DataError
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -47,4 +48,12 @@ def test_a_fault_of_the_pipeline_before_is_not_taken_for_one_of_writing(tmp_path
 
     with pytest.raises(FileNotFoundError, match=r"crawl/7\.jsonl"):
         list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(unreadable()))
+    assert not list(tmp_path.glob("web*"))
+
+
+@pytest.mark.parametrize("text", [None, 3, "half a pair \ud800"])
+def test_a_document_without_text_is_named_by_its_id(tmp_path: Path, tokenizer_folder: Path, text: str) -> None:
+    documents = [Document("some text", "crawl/0"), Document(text, "crawl/1")]
+    with pytest.raises(DataError, match="the document 'crawl/1' has no text that can be encoded"):
+        list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(iter(documents)))
     assert not list(tmp_path.glob("web*"))

@@ -99,7 +99,9 @@ def test_an_immutable_file_under_a_final_name_is_told_before_any_work(
     (tmp_path / "o.bin").write_bytes(b"")
     opened = os.open
     immutable = refused(errno.EPERM)  # as after chattr +i
-    monkeypatch.setattr(os, "open", lambda path, *given: (immutable if str(path)[-4:] == ".bin" else opened)(path, *given))
+    monkeypatch.setattr(
+        os, "open", lambda path, *given: (immutable if str(path)[-4:] == ".bin" else opened)(path, *given)
+    )
     with pytest.raises(CannotWriteError, match=r"cannot write .*o\.bin: Operation not permitted"):
         lock_pair(str(tmp_path / "o"))
 
@@ -143,9 +145,7 @@ def test_a_full_disk_at_any_stage_ends_in_a_message_and_leaves_no_final_name(
 
 @pytest.mark.parametrize("tool", ["preprocess_data.py", "inspect_data.py", "merge_datasets.py"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_standard_output_that_cannot_be_written_is_told(
-    finished: dict[str, Any], tmp_path: Path, tool: str
-) -> None:
+def test_a_standard_output_that_cannot_be_written_is_told(finished: dict[str, Any], tmp_path: Path, tool: str) -> None:
     pair = f"{finished['output_prefix']}_text_document"
     arguments = {
         "preprocess_data.py": ["--input", *finished["inputs"], "--output-prefix", tmp_path / "new/o"],

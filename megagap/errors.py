@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -103,7 +103,8 @@ def run_tool(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()  # at exit Python would only complain
     except MegagapError as error:
-        print(error, file=sys.stderr)
+        with suppress(OSError):  # as on a full disk, too
+            print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -27,6 +27,9 @@ def publish(partial: Path, path: str | Path) -> None:
     folder = os.open(Path(path).parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # as on some network file systems
+            raise
     finally:
         os.close(folder)
 
@@ -102,7 +105,7 @@ def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[
     try:
         yield
     except OSError as error:
-        raise kind(f"cannot read {path}: {explain(error)}") from None
+        raise kind(f"cannot read {str(path) or repr('')}: {explain(error)}") from None
     except UnicodeDecodeError as error:
         raise kind(f"cannot read {path}: it is not valid UTF-8 ({error.reason} at byte {error.start:,})") from None
     except ValueError as error:
@@ -209,7 +212,8 @@ class Lock:
     def release(self) -> None:
         """Remove the file and let others have the lock."""
         if not self._file.closed:
-            Path(self._path).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may have become read-only; without its holder, the file locks nothing
+                Path(self._path).unlink(missing_ok=True)
             self._file.close()
 
     def let_go(self) -> None:

@@ -5,6 +5,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -13,7 +14,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, VERSION, best_dtype
-from megagap.data.partial import PartialPair, cannot_write, lock_pair, publish_pair, remove_partial, write_index
+from megagap.data.partial import (
+    CannotWriteError,
+    PartialPair,
+    lock_pair,
+    publish_pair,
+    remove_partial,
+    write_index,
+    writing_pair,
+)
 from megagap.errors import DataError
 from megagap.files import allow_more_open_files, pair_prefix, reading
 
@@ -241,11 +250,12 @@ class IndexedDatasetWriter:
             raise DataError(f"tokens cannot be stored as {self.dtype}; possible: {known}")
         self._lock = lock_pair(self.prefix)
         try:
-            remove_partial(self.prefix)
-            self._pair = PartialPair(self.prefix, self.dtype)
-        except OSError as error:
+            with writing_pair(self.prefix):
+                remove_partial(self.prefix)
+                self._pair = PartialPair(self.prefix, self.dtype)
+        except BaseException:
             self._lock.release()
-            raise cannot_write(self.prefix, error) from error
+            raise
         self._ended = 0
         """Sequences whose document has ended."""
 
@@ -259,15 +269,15 @@ class IndexedDatasetWriter:
             if kind is None:
                 if self._ended != self._pair.sequences:
                     raise DataError(f"{self.prefix}: the last document was not ended (end_document)")
-                position = self._pair.sync()
-                self._pair.close()
-                write_index(self.prefix, self.dtype, position)
-                publish_pair(self.prefix)
-        except OSError as fault:
-            raise cannot_write(self.prefix, fault) from fault
+                with writing_pair(self.prefix):
+                    position = self._pair.sync()
+                    self._pair.close()
+                    write_index(self.prefix, self.dtype, position)
+                    publish_pair(self.prefix)
         finally:
             self._pair.close()
-            remove_partial(self.prefix)
+            with suppress(CannotWriteError):
+                remove_partial(self.prefix)
             self._lock.release()
 
     def add_document(self, tokens: ArrayLike) -> None:
@@ -278,18 +288,14 @@ class IndexedDatasetWriter:
     def add_sequence(self, tokens: ArrayLike) -> None:
         """Add a sequence to the document that :meth:`end_document` will end."""
         values = self._cast(np.asarray(tokens))
-        try:
+        with writing_pair(self.prefix):
             self._pair.add_tokens(values)
             self._pair.end_sequence()
-        except OSError as error:
-            raise cannot_write(self.prefix, error) from error
 
     def end_document(self) -> None:
         """End a document with the sequences added since the last one ended."""
-        try:
+        with writing_pair(self.prefix):
             self._pair.end_document()
-        except OSError as error:
-            raise cannot_write(self.prefix, error) from error
         self._ended = self._pair.sequences
 
     def _cast(self, given: NDArray[Any]) -> NDArray[Any]:

@@ -146,6 +146,8 @@ class _Lister:
                     f"{path} is the prefix of a token file, which holds no text\n"
                     "  train on it, or give the text that it was made of."
                 ) from None
+            if path == "-":
+                raise DataError("there is no file -\n  to read standard input, give /dev/stdin.") from None
             raise
         if self._is_output(path):
             return

@@ -90,7 +90,7 @@ def open_table(path: str, columns: Sequence[str]) -> Iterator[Table]:
                 raise DataError(f"{path} has {names.count(column)} columns {column!r}: which of them is meant?")
         if sum(rows) != file.metadata.num_rows:
             raise DataError(
-                f"{path} is damaged: it should have {file.metadata.num_rows:,} rows, its row groups have {sum(rows):,}\n"
+                f"{path} is damaged: it should have {file.metadata.num_rows:,} rows and has {sum(rows):,}\n"
                 "  copy or make it again."
             )
         yield Table(path, file, columns)

@@ -38,6 +38,8 @@ def lock_pair(prefix: str) -> Lock:
     Raises :class:`DataError` naming the holder, and :class:`CannotWriteError` where the pair's files could not be
     written and given their names.
     """
+    if not os.path.basename(prefix):
+        raise DataError(f"the prefix {prefix!r} lacks the name of a file")
     make_folder(Path(prefix).parent)
     try:
         lock = Lock(f"{prefix}.lock")
@@ -132,13 +134,14 @@ def making_pair(prefix: str) -> Iterator[None]:
         remove_partial(prefix)
         yield
     finally:
-        remove_partial(prefix)
+        with suppress(CannotWriteError):
+            remove_partial(prefix)
         lock.release()
 
 
 @contextmanager
 def writing_pair(prefix: str) -> Iterator[None]:
-    """For a block that writes to a pair's files. Raises :class:`DataError` where the system refuses that."""
+    """For a block that writes to a pair's files. Raises :class:`CannotWriteError` where the system refuses that."""
     try:
         yield
     except OSError as error:
@@ -146,11 +149,15 @@ def writing_pair(prefix: str) -> Iterator[None]:
 
 
 def remove_partial(prefix: str) -> bool:
-    """Remove what an earlier writer left unfinished; whether there was anything. The caller holds the lock."""
+    """Remove what an earlier writer left unfinished; whether there was anything. The caller holds the lock.
+
+    Raises :class:`CannotWriteError`.
+    """
     path = Path(partial_path(prefix, ""))
-    found = [entry for entry in path.parent.iterdir() if entry.name.startswith(path.name)]
-    for entry in found:
-        entry.unlink()
+    with writing_pair(prefix):
+        found = [entry for entry in path.parent.iterdir() if entry.name.startswith(path.name)]
+        for entry in found:
+            entry.unlink()
     return bool(found)
 
 

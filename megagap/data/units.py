@@ -85,13 +85,26 @@ def _read_input(
         units = _read_rows(file, at, columns, unit_bytes)
     else:
         units = _read_bytes(file, content, at, splits_texts, unit_bytes)
-    yield from units
-    if file.size is None:
-        return
+    checksum = None
+    for unit in units:
+        checksum = unit.file_checksum
+        yield unit
+    if file.size is not None:
+        _require_unchanged(file, checksum if content.kind != "rows" else None)
+
+
+def _require_unchanged(file: Input, checksum: str | None) -> None:
+    """Raises :class:`DataError` if a file changed since it was listed; ``checksum`` is of what was read, if known."""
     with reading(file.path):
-        size = os.stat(file.path).st_size
-    if size != file.size:
-        raise DataError(f"{file.path} had {file.size:,} bytes at the start and has {size:,} now: it changed meanwhile")
+        status = os.stat(file.path)
+        if status.st_size != file.size:
+            raise DataError(
+                f"{file.path} had {file.size:,} bytes at the start and has {status.st_size:,} now: it changed meanwhile"
+            )
+        if status.st_mtime_ns == file.modified:
+            return
+        if not checksum or not file.is_whole or checksum_of(file.path) != checksum:
+            raise DataError(f"{file.path} was written while it was read\n  start again when it is complete.")
 
 
 def _read_bytes(file: Input, content: Content, at: Mark, splits_texts: bool, unit_bytes: int) -> Iterator[Unit]:

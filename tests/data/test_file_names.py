@@ -56,6 +56,7 @@ def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[bytes
     return done
 
 
+@pytest.mark.parametrize("folder", [NAMES[0], NAMES[3]], indirect=True)
 def test_all_data_tools_take_them(folder: Path, tokenizer_folder: Path) -> None:
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     arguments = ["--input", folder, "--output-prefix", folder / "o", "--tokenizer", folder / "tokenizer"]

@@ -63,10 +63,6 @@ def test_resuming_what_is_finished_needs_no_writing(
             preprocess(**finished | {"append_eod": True}, resume=True)
 
 
-def make_folder(path: Path) -> None:
-    path.mkdir()
-
-
 @pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
 def test_a_final_name_that_cannot_be_given_is_told_before_any_work(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str
@@ -127,8 +123,10 @@ def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
 
 
-@pytest.mark.parametrize("bytes_allowed", [0, 300, 3000, 6000, 13_000])
-@pytest.mark.parametrize("second_pass", [(), ("--dedup", "exact", "--shuffle-documents", 1)])
+@pytest.mark.parametrize(
+    ("bytes_allowed", "second_pass"),
+    [(0, ()), (3000, ()), (13_000, ()), *((n, ("--dedup", "exact", "--shuffle-documents", 1)) for n in (300, 6000))],
+)
 def test_a_full_disk_at_any_stage_ends_in_a_message_and_leaves_no_final_name(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, bytes_allowed: int, second_pass: tuple[object, ...]
 ) -> None:
@@ -240,5 +238,97 @@ def test_a_source_cannot_have_a_shard_twice_under_two_names(shards: list[str], t
     for ending in (".bin", ".idx"):
         (tmp_path / f"link{ending}").symlink_to(shards[0] + ending)
     for other in (shards[0] + ".bin", str(tmp_path / "link"), f"{tmp_path}/./shard-000"):
-        with pytest.raises(DataError, match="source x has .* 2 times"):
+        with pytest.raises(DataError, match=r"source x has .* 2 times"):
             TokenSource(Source("x", (shards[0], other)), "100,0,0", 0)
+
+
+def test_leftovers_of_another_user_are_told_at_the_start(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "o_text_document.partial.tokens").write_bytes(b"x")
+    unlink = os.unlink
+
+    def refuse(path: Any, **named: Any) -> None:
+        (refused(errno.EPERM) if str(path).endswith("partial.tokens") else unlink)(path, **named)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    for use in (
+        lambda: preprocess([corpus], str(tmp_path / "o"), str(tokenizer_folder)),
+        lambda: IndexedDatasetWriter(tmp_path / "o_text_document", "uint16"),
+    ):
+        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n  choose another place"):
+            use()
+        assert not (tmp_path / "o_text_document.lock").exists()
+
+
+def test_a_folder_that_turns_read_only_at_the_end_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = lock_pair(str(tmp_path / "o"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused(errno.EROFS))
+        lock.release()
+    lock_pair(str(tmp_path / "o")).release()
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def sync_files_only(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    with IndexedDatasetWriter(tmp_path / "a", "uint16") as writer:
+        writer.add_document([1])
+    assert IndexedDataset(tmp_path / "a").token_count == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_input_that_is_written_while_it_is_read_is_refused_though_its_size_stays(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' * 1000)
+    choose = run_module.choose_encoder
+
+    def touch(*given: Any) -> Any:
+        os.utime(path, ns=(1, 1))
+        return choose(*given)
+
+    def write(*given: Any) -> Any:
+        monkeypatch.setattr(run_module, "read_units", written_between)
+        return choose(*given)
+
+    read_units = run_module.read_units
+
+    def written_between(*given: Any) -> Any:
+        units = read_units(*given, unit_bytes=1000)
+        yield next(units)
+        path.write_text('{"text": "two"}\n' * 1000)
+        os.utime(path, ns=(2, 2))
+        yield from units
+
+    arguments = ([path], str(tmp_path / "o"), str(tokenizer_folder))
+    monkeypatch.setattr(run_module, "choose_encoder", touch)
+    assert preprocess(*arguments).pairs[0].documents == 1000
+    monkeypatch.setattr(run_module, "choose_encoder", write)
+    with pytest.raises(DataError, match=r"a\.jsonl was written while it was read"):
+        preprocess(*arguments, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: preprocess(["-"], "o", "t"), "give /dev/stdin"),
+        (lambda: preprocess([""], "o", "t"), "cannot read '': No such file"),
+        (lambda: IndexedDatasetWriter("", "uint16"), "the prefix '' lacks the name of a file"),
+        (lambda: IndexedDatasetWriter("folder/", "uint16"), "the prefix 'folder/' lacks the name of a file"),
+    ],
+)
+def test_names_that_name_no_file_are_told(use: Callable[[], Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        use()

@@ -86,7 +86,7 @@ def test_a_token_file_as_an_input_is_told_from_text(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, ending: str
 ) -> None:
     prefix = preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder)).pairs[0].prefix
-    with pytest.raises(DataError, match="a token file, which holds no text\n.* give the text that it was made of"):
+    with pytest.raises(DataError, match=r"a token file, which holds no text\n.* give the text that it was made of"):
         preprocess([prefix + ending], str(tmp_path / "new"), str(tokenizer_folder))
 
 

@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(folder: Path) ->
     (folder / "secret").mkdir(mode=0)
     try:
         for given in (folder, f"{folder}/**/*.jsonl"):
-            with pytest.raises(DataError, match="cannot read the folder .*secret: Permission denied"):
+            with pytest.raises(DataError, match=r"cannot read the folder .*secret: Permission denied"):
                 find_inputs([given])
     finally:
         (folder / "secret").chmod(0o700)
@@ -287,7 +287,7 @@ def test_a_folder_that_the_system_refuses_to_list_is_refused_by_name(
     assert unread(list_inputs([folder]), folder) == {"lost+found/": "Permission denied"}
     (folder / "secret").mkdir()
     for given in (folder, f"{folder}/**/*.jsonl"):
-        with pytest.raises(DataError, match="cannot read the folder .*secret: Permission denied"):
+        with pytest.raises(DataError, match=r"cannot read the folder .*secret: Permission denied"):
             find_inputs([given])
 
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from megagap.data.manifest import (
     versions,
 )
 from megagap.data.partial import (
+    CannotWriteError,
     PartialPair,
     Position,
     cannot_write,
@@ -97,8 +98,7 @@ class Run:
         if resume:
             state = self._interrupted()
             if state is None and (manifests := self.finished()):
-                for prefix in self._prefixes:
-                    remove_partial(prefix)
+                self._remove_partial()
                 return manifests
         if state is None:
             removed = [prefix for prefix in self._prefixes if remove_partial(prefix)]
@@ -113,8 +113,7 @@ class Run:
         except BaseException as error:
             can_go_on = journal is not None and journal.has_progress and not pipe
             if not can_go_on:
-                for prefix in self._prefixes:
-                    remove_partial(prefix)
+                self._remove_partial()
             if isinstance(error, OSError):
                 error = cannot_write(self._prefixes[0], error)
             if isinstance(error, DataError) and can_go_on:
@@ -126,6 +125,12 @@ class Run:
             if journal is not None:
                 journal.close()
         return [manifest for prefix in self._prefixes if (manifest := read_manifest(prefix))]
+
+    def _remove_partial(self) -> None:
+        """As far as the system lets us: nothing depends on it."""
+        for prefix in self._prefixes:
+            with suppress(CannotWriteError):
+                remove_partial(prefix)
 
     def _plan(self) -> dict[str, Any]:
         arguments = self._arguments.model_dump(exclude={"on_error"})  # which may be changed to go on

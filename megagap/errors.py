@@ -3,13 +3,28 @@
 Faults of ours raise anything else and keep their traceback.
 """
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+def printable(text: str) -> str:
+    r"""``text`` with the bytes of file names that are not valid UTF-8, which Python holds as surrogates, as ``\xe9``.
+
+    Such a text can be printed, and stored in UTF-8.
+    """
+    return re.sub("[\ud800-\udfff]", lambda found: _escaped(ord(found[0])), text)
+
+
+def _escaped(surrogate: int) -> str:
+    is_byte = 0xDC80 <= surrogate <= 0xDCFF
+    return f"\\x{surrogate - 0xDC00:02x}" if is_byte else f"\\u{surrogate:04x}"
 
 
 class MegagapError(Exception):
@@ -19,7 +34,7 @@ class MegagapError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return f"{self.kind}: {super().__str__()}"
+        return printable(f"{self.kind}: {super().__str__()}")
 
 
 class ConfigError(MegagapError):
@@ -82,10 +97,14 @@ def run_tool(main: Callable[[], None]) -> None:
 
     Anything but a :class:`MegagapError` is a fault of ours: Python prints its traceback and exits with 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _StandardOutput(sys.stdout)
     try:
         main()
+        sys.stdout.flush()  # at exit Python would only complain
     except MegagapError as error:
-        print(error, file=sys.stderr)
+        with suppress(OSError):  # as on a full disk, too
+            print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -93,3 +112,33 @@ def run_tool(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough (… | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+class _StandardOutput(io.TextIOWrapper):
+    """Standard output to which names of files can be printed, valid UTF-8 or not.
+
+    Raises :class:`MegagapError` where it cannot be written, as to a file on a full disk.
+    """
+
+    def __init__(self, output: io.TextIOWrapper) -> None:
+        encoding, line_buffering, write_through = output.encoding, output.line_buffering, output.write_through
+        buffer = output.detach()
+        super().__init__(buffer, encoding, "backslashreplace", None, line_buffering, write_through)
+
+    def write(self, text: str, /) -> int:
+        with self._errors():
+            return super().write(printable(text))
+
+    def flush(self) -> None:
+        with self._errors():
+            super().flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what Python flushes at exit
+            raise MegagapError(f"cannot write to standard output: {error.strerror}") from None

@@ -4,13 +4,14 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakSet
 
-from megagap.errors import DataError, library_errors
+from megagap.errors import DataError, MegagapError, library_errors
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ def publish(partial: Path, path: str | Path) -> None:
     folder = os.open(Path(path).parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # as on some network file systems
+            raise
     finally:
         os.close(folder)
 
@@ -74,12 +78,69 @@ def _umask() -> int:
     return mask
 
 
+def require_name(name: str | Path, kind: type[MegagapError] = DataError) -> None:
+    """Raises ``kind`` for what no file can be called: where the system is not asked, it would be a ValueError."""
+    if "\0" in str(name):
+        raise kind(f"no file can be called {str(name)!r}: there is a NUL in it")
+
+
+def pair_prefix(name: str | Path) -> str:
+    """The prefix of a ``.bin``/``.idx`` pair that was named by it, or by one of its files."""
+    require_name(name)
+    prefix = str(name)
+    for ending in (".bin", ".idx", ".json"):
+        stem = prefix.removesuffix(ending)
+        if stem != prefix and not os.path.exists(f"{prefix}.idx"):
+            return stem
+    return prefix
+
+
+@contextmanager
+def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
+    """For a block that opens or reads a file that a user named, as bytes or as UTF-8.
+
+    Raises ``kind`` naming the file where the system refuses that, it is not valid UTF-8, or no file can have such a
+    name (one with a NUL). Who has an answer to a missing file catches FileNotFoundError within the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot read {str(path) or repr('')}: {explain(error)}") from None
+    except UnicodeDecodeError as error:
+        raise kind(f"cannot read {path}: it is not valid UTF-8 ({error.reason} at byte {error.start:,})") from None
+    except ValueError as error:
+        raise kind(f"cannot read {str(path)!r}: {error}") from None
+
+
+def explain(error: OSError) -> str:
+    """What the system says, and what to do about it where that is not plain."""
+    said = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{said}\n  this process may open {limit:,}; allow more with ulimit -n."
+    return said
+
+
+def allow_more_open_files() -> bool:
+    """Raise this process's limit of open files as far as the system lets it; whether that changed anything."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # macOS allows fewer than its limit says
+        return False
+    return True
+
+
 def make_folder(folder: str | Path) -> None:
     """Make a folder that a user named, and those above it. Raises :class:`DataError` if that cannot be done."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the folder {folder}: {error.strerror}") from None
+    except ValueError as error:  # a NUL
+        raise DataError(f"cannot make the folder {str(folder)!r}: {error}") from None
 
 
 @contextmanager
@@ -136,16 +197,23 @@ class Lock:
             if same:
                 break
             file.close()
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         self._file = file
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError:  # a full disk
+            Path(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                file.close()
+            raise
         _held.add(self)
 
     def release(self) -> None:
         """Remove the file and let others have the lock."""
         if not self._file.closed:
-            Path(self._path).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may have become read-only; without its holder, the file locks nothing
+                Path(self._path).unlink(missing_ok=True)
             self._file.close()
 
     def let_go(self) -> None:

@@ -194,6 +194,16 @@ def test_source_paths_are_relative_to_the_recipe_and_globs_expand(recipe, tmp_pa
     assert french.paths == [str(tmp_path / "x/fr_text_document")] and french.name == "français"
 
 
+@pytest.mark.parametrize("ending", ["", ".bin", ".idx"])
+def test_a_source_may_be_named_by_one_of_its_files(recipe, tmp_path, ending):
+    for shard in ("b", "a"):
+        (tmp_path / f"web_{shard}_text_document.idx").touch()
+    settings = load_recipe(recipe(data__sources=[{"path": f"web_*{ending}"}, {"path": f"fr_text_document{ending}"}]))
+    web, french = settings.data.sources
+    assert web.paths == [str(tmp_path / f"web_{shard}_text_document") for shard in "ab"]
+    assert french.paths == [str(tmp_path / "fr_text_document")] and french.name == "fr"
+
+
 def test_a_folder_with_brackets_in_its_name_is_no_pattern(recipe, tmp_path):
     for folder in ("e1", "e[1]"):
         (tmp_path / folder).mkdir()

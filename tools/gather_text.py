@@ -25,7 +25,7 @@ from pathlib import Path
 from text_from_markup import html_to_text, roff_to_text
 from tqdm import tqdm
 
-from megagap.errors import DataError, run_tool
+from megagap.errors import DataError, printable, run_tool
 from megagap.files import make_folder, partial_name, publish, writing
 
 EXAMPLES = """
@@ -276,7 +276,7 @@ def read_text(path: Path) -> str:
 
 def source_of(path: Path) -> str:
     """Where a document is from, without the folder that it was unpacked to."""
-    text = str(path)
+    text = printable(str(path))
     return text.partition("/downloads/")[2] or text
 
 

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bool) -> None:
-    dataset = IndexedDataset(prefix.removesuffix(".idx").removesuffix(".bin"))
+    dataset = IndexedDataset(prefix)
     manifest = read_manifest(dataset.prefix)
     tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
     if verify:  # first, for what is damaged cannot be shown

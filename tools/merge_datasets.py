@@ -21,13 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="pairs, with or without .idx")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="pairs, with or without an ending")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order")
     parser.add_argument("--dedup", choices=["exact"], help="leave out documents that were there before")
     given = parser.parse_args(argv)
-    prefixes = [name.removesuffix(".idx").removesuffix(".bin") for name in given.input]
-    merged = merge_datasets(prefixes, given.output_prefix, given.shuffle_documents, given.dedup is not None)
+    merged = merge_datasets(given.input, given.output_prefix, given.shuffle_documents, given.dedup is not None)
     print(f"{merged.prefix}: {merged.document_count:,} documents, {merged.token_count:,} tokens")
     if not manifest_path(merged.prefix).exists():
         print("note: not all inputs have a manifest, so the result has none", file=sys.stderr)

@@ -23,8 +23,9 @@ examples:
       writes web-00000-of-00064_text_document.bin and so on; tools/merge_datasets.py puts them together
 
 Inputs are JSON lines ({"text": "…"}), Parquet files with such columns, or plain texts (*.txt, one document a file);
-compression with gzip or Zstandard is recognised. Documents without text are left out and counted. --tokenizer is a
-file or a folder: a Hugging Face tokenizer.json, a sentencepiece model or a tiktoken rank file (Llama 3's
+compression with gzip or Zstandard is recognised. Content decides, not the name; what a folder or pattern holds besides
+text is not read, and named in a note and in the manifest. Documents without text are left out and counted. --tokenizer
+is a file or a folder: a Hugging Face tokenizer.json, a sentencepiece model or a tiktoken rank file (Llama 3's
 tokenizer.model), told apart by content; a prefix hf:, sentencepiece: or tiktoken: forces the kind. docs/data.md has
 the rest.
 """

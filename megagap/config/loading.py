@@ -16,6 +16,7 @@ from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
 from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
 from megagap.errors import ConfigError
+from megagap.files import pair_prefix
 
 _Section = TypeVar("_Section", bound=Section)
 
@@ -190,7 +191,8 @@ def _with(section: _Section, **changes: Any) -> _Section:
 def _resolve_source(source: Source, folder: Path) -> Source:
     paths = []
     for pattern in source.paths:
-        full = str(folder / pattern)
+        pattern = pair_prefix(pattern) if glob.has_magic(pattern) else pattern
+        full = pair_prefix(folder / pattern)
         matches: list[str] = []
         if glob.has_magic(pattern) and not Path(full + ".idx").exists():
             # A pattern names prefixes, the files carry an ending: match on the index files.

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megagap.files import pair_prefix
+
 Positive = Annotated[int, Field(ge=1, le=2**60)]
 Count = Annotated[int, Field(ge=0, le=2**60)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -82,7 +84,7 @@ class Parallel(Section):
 
 class Source(Section):
     path: str | list[str]
-    """Prefix of a .bin/.idx pair without the ending; a glob or a list stands for shards of one source."""
+    """Prefix of a .bin/.idx pair, or one of its files; a glob or a list stands for shards of one source."""
     weight: AboveZero = 1.0
     """Share of the samples, relative to the other sources."""
     name: str = ""
@@ -223,7 +225,8 @@ PLANNED: dict[str, dict[str, Any]] = {
 
 def source_name(source: Source) -> str:
     """The given name, or the file's name without folder and Megatron's ``_text_document``."""
-    return source.name or Path(source.paths[0]).name.removesuffix("_document").removesuffix("_text")
+    prefix = pair_prefix(Path(source.paths[0]).name)
+    return source.name or prefix.removesuffix("_document").removesuffix("_text")
 
 
 def describe_settings() -> str:

@@ -138,10 +138,19 @@ class TokenFileWriter(PipelineStep):
         publish_pair(prefix)
 
 
+def _require_text(document: "Document") -> None:
+    """Raises :class:`DataError` naming a document whose text is none."""
+    try:
+        document.text.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise DataError(f"the document {document.id!r} has no text that can be encoded: {error}") from None
+
+
 def _batches(documents: "DocumentsPipeline") -> "Iterator[list[Document]]":
     batch: list[Document] = []
     characters = 0
     for document in documents:
+        _require_text(document)
         batch.append(document)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:

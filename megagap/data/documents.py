@@ -1,20 +1,21 @@
 """What units hold: the texts of documents, and what is wrong with documents that have none."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
-from megagap.data.inputs import find_inputs
+from megagap.data import parquet
+from megagap.data.listing import list_inputs
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
-if TYPE_CHECKING:
-    import pyarrow
+log = logging.getLogger(__name__)
 
 
 class BadDocument(ValueError):
@@ -38,7 +39,7 @@ class Fault:
 
 def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Fault]:
     """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines hold none."""
-    for number, read in _records(unit):
+    for number, read in _records(unit, keys):
         try:
             yield _texts_of(read(), keys)
         except BadDocument as error:
@@ -51,35 +52,58 @@ Record = tuple[int, Callable[[], Any]]
 
 def record_numbers(unit: Unit) -> list[int]:
     """The number of each document of :func:`documents_of` in its unit, from 0."""
-    return [number for number, _ in _records(unit)]
+    return [number for number, _ in _records(unit, ())]
 
 
-def _records(unit: Unit) -> Iterator[Record]:
-    return _lines(unit.data) if unit.kind == "lines" else _rows(unit.data)
+def _records(unit: Unit, keys: Sequence[str]) -> Iterator[Record]:
+    return _lines(unit.data, keys) if unit.kind == "lines" else _rows(unit.data)
 
 
-def _lines(data: bytes) -> Iterator[Record]:
+def _lines(data: bytes, keys: Sequence[str]) -> Iterator[Record]:
+    quoted = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass") for key in keys]
     for number, line in enumerate(data.split(b"\n")):
         if line and not line.isspace():
-            yield number, partial(_parse, line)
+            # A key that comes twice is written twice; what else may be is told by a slower parser.
+            may_repeat = any(line.count(key) > 1 for key in quoted)
+            yield number, partial(_parse_strictly, line, keys) if may_repeat else partial(_parse, line)
+
+
+def _parse_strictly(line: bytes, keys: Sequence[str]) -> Any:
+    """As :func:`_parse`, but for a document that has one of ``keys`` more than once: parsers differ in what they take.
+
+    Raises :class:`BadDocument`.
+    """
+    document = _parse(line)
+    try:
+        pairs = json.loads(line, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError):
+        return document
+    names = [name for name, _ in pairs] if isinstance(pairs, _Pairs) else []
+    for key in keys:
+        if names.count(key) > 1:
+            raise BadDocument(f"key {key!r} more than once", f"the document has the key {key!r} more than once")
+    return document
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The entries of a JSON object."""
 
 
 def _rows(data: bytes) -> Iterator[Record]:
     if not data:
         return
-    import pyarrow
-
-    for batch in pyarrow.ipc.open_stream(data):
+    for batch in parquet.batches_in(data):
         for number in range(batch.num_rows):
             yield number, partial(_row, batch, number)
 
 
-def _row(batch: "pyarrow.RecordBatch", number: int) -> dict[str, Any]:
+def _row(batch: Any, number: int) -> dict[str, Any]:
     try:
-        values = {name: batch.column(name)[number].as_py() for name in batch.schema.names}
-        return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+        return parquet.row_of(batch, number)
     except UnicodeDecodeError as error:
         raise BadDocument("invalid UTF-8", f"not valid UTF-8: {error}") from None
+    except DataError as error:
+        raise BadDocument("unreadable value", error.args[0]) from None
 
 
 def _parse(line: bytes) -> Any:
@@ -131,8 +155,10 @@ def read_texts(
     text, and plain text that is not UTF-8, unless there is ``skip``, which is then called with the error.
     """
     # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
-    inputs = [replace(file, any_text=True) for file in find_inputs(paths)]
-    for unit in read_units(inputs, [key], splits_texts=True):
+    listing = list_inputs(paths, [key], any_text=True)
+    for note in listing.notes:
+        log.warning("%s", note)
+    for unit in read_units(listing.inputs, [key], splits_texts=True):
         found = [text_of(unit)] if unit.kind == "text" else documents_of(unit, [key])
         for text in found:
             if isinstance(text, Fault):

@@ -10,6 +10,7 @@ import xxhash
 from megagap.data.format import HEADER
 from megagap.data.indexed import IndexedDataset
 from megagap.errors import DataError
+from megagap.files import reading
 
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 4096
@@ -25,17 +26,14 @@ def identify(prefix: str) -> Identity:
     """Reads at most some 130 KB of a pair. Raises :class:`DataError` if it cannot be read."""
     dataset = IndexedDataset(prefix)
     digest = xxhash.xxh3_64()
-    try:
-        for path in (dataset.index_path, dataset.tokens_path):
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(size.to_bytes(8, "little"))
-                digest.update(file.read(HEADER.size))
-                for i in range(SAMPLED_BLOCKS):
-                    file.seek(max(size - BLOCK_BYTES, 0) * i // (SAMPLED_BLOCKS - 1))
-                    digest.update(file.read(BLOCK_BYTES))
-    except OSError as error:
-        raise DataError(f"cannot read {prefix}: {error.strerror}") from None
+    for path in (dataset.index_path, dataset.tokens_path):
+        with reading(path), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8, "little"))
+            digest.update(file.read(HEADER.size))
+            for i in range(SAMPLED_BLOCKS):
+                file.seek(max(size - BLOCK_BYTES, 0) * i // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
     return {
         "sequences": len(dataset),
         "documents": dataset.document_count,
@@ -104,7 +102,7 @@ class Watch:
         for ending in (".idx", ".bin"):
             try:
                 found = os.stat(self.prefix + ending)
-            except OSError:
+            except (OSError, ValueError):
                 stamps.append(None)  # opening it says why
             else:
                 stamps.append(_Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))

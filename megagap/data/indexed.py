@@ -1,9 +1,11 @@
 """Token files in Megatron's byte format (:mod:`megagap.data.format`), memory-mapped, and how to write them."""
 
+import errno
 import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -12,14 +14,25 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, VERSION, best_dtype
-from megagap.data.partial import PartialPair, cannot_write, lock_pair, publish_pair, remove_partial, write_index
+from megagap.data.partial import (
+    CannotWriteError,
+    PartialPair,
+    lock_pair,
+    publish_pair,
+    remove_partial,
+    write_index,
+    writing_pair,
+)
 from megagap.errors import DataError
+from megagap.files import allow_more_open_files, pair_prefix, reading
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 
 
 class IndexedDataset(Sequence[NDArray[Any]]):
     """The sequences of a ``.bin``/``.idx`` pair, memory-mapped: ``ds[i]`` is a read-only view of the file.
+
+    It is named by its prefix, or by one of its files. While it is open, each of both counts as an open file.
 
     Opening checks the header and the sizes of both files against each other, in constant time; :meth:`verify` looks
     at every entry. Raises :class:`DataError` for files that are missing, cut short, or of another format.
@@ -37,8 +50,8 @@ class IndexedDataset(Sequence[NDArray[Any]]):
     """[token_count] The whole ``.bin``."""
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
-        self.index_path, self.tokens_path = f"{prefix}.idx", f"{prefix}.bin"
+        self.prefix = pair_prefix(prefix)
+        self.index_path, self.tokens_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         index_size, tokens_size = _size_of(self.index_path), _size_of(self.tokens_path)
         if index_size < HEADER.size:
             raise DataError(
@@ -183,27 +196,36 @@ class IndexedDataset(Sequence[NDArray[Any]]):
 
 
 def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        prefix = path.removesuffix(".idx").removesuffix(".bin")
-        there = [ending for ending in (".bin", ".idx") if os.path.exists(prefix + ending)]
-        hint = (
-            f"its {there[0]} is there: the pair is incomplete. Copy the other half too, or preprocess the text again."
-            if there
-            else "give the prefix of a .bin/.idx pair, without the ending."
-        )
-        raise DataError(f"{path} does not exist\n  {hint}") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path):
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:
+            pass
+    prefix = path[: -len(".bin")]
+    there = [ending for ending in (".bin", ".idx") if os.path.exists(prefix + ending)]
+    if there:
+        hint = f"its {there[0]} is there: the pair is incomplete. Copy the other file too, or preprocess again."
+    elif os.path.isdir(prefix):
+        hint = f"{prefix} is a folder: give the prefix of a .bin/.idx pair in it."
+    else:
+        hint = "give the prefix of a .bin/.idx pair that tools/preprocess_data.py or Megatron wrote."
+    raise DataError(f"{path} does not exist\n  {hint}")
 
 
 def _map(path: str) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path):
+        try:
+            return _map_once(path)
+        except OSError as error:
+            # A memory map keeps its file open, so many shards are many open files.
+            if error.errno != errno.EMFILE or not allow_more_open_files():
+                raise
+            return _map_once(path)
+
+
+def _map_once(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _likely_cause(size: int, promised: int) -> str:
@@ -228,11 +250,12 @@ class IndexedDatasetWriter:
             raise DataError(f"tokens cannot be stored as {self.dtype}; possible: {known}")
         self._lock = lock_pair(self.prefix)
         try:
-            remove_partial(self.prefix)
-            self._pair = PartialPair(self.prefix, self.dtype)
-        except OSError as error:
+            with writing_pair(self.prefix):
+                remove_partial(self.prefix)
+                self._pair = PartialPair(self.prefix, self.dtype)
+        except BaseException:
             self._lock.release()
-            raise cannot_write(self.prefix, error) from error
+            raise
         self._ended = 0
         """Sequences whose document has ended."""
 
@@ -246,15 +269,15 @@ class IndexedDatasetWriter:
             if kind is None:
                 if self._ended != self._pair.sequences:
                     raise DataError(f"{self.prefix}: the last document was not ended (end_document)")
-                position = self._pair.sync()
-                self._pair.close()
-                write_index(self.prefix, self.dtype, position)
-                publish_pair(self.prefix)
-        except OSError as fault:
-            raise cannot_write(self.prefix, fault) from fault
+                with writing_pair(self.prefix):
+                    position = self._pair.sync()
+                    self._pair.close()
+                    write_index(self.prefix, self.dtype, position)
+                    publish_pair(self.prefix)
         finally:
             self._pair.close()
-            remove_partial(self.prefix)
+            with suppress(CannotWriteError):
+                remove_partial(self.prefix)
             self._lock.release()
 
     def add_document(self, tokens: ArrayLike) -> None:
@@ -265,15 +288,14 @@ class IndexedDatasetWriter:
     def add_sequence(self, tokens: ArrayLike) -> None:
         """Add a sequence to the document that :meth:`end_document` will end."""
         values = self._cast(np.asarray(tokens))
-        try:
+        with writing_pair(self.prefix):
             self._pair.add_tokens(values)
             self._pair.end_sequence()
-        except OSError as error:
-            raise cannot_write(self.prefix, error) from error
 
     def end_document(self) -> None:
         """End a document with the sequences added since the last one ended."""
-        self._pair.end_document()
+        with writing_pair(self.prefix):
+            self._pair.end_document()
         self._ended = self._pair.sequences
 
     def _cast(self, given: NDArray[Any]) -> NDArray[Any]:

@@ -1,62 +1,35 @@
-"""Which files are to be read, and what they hold: JSON lines, Parquet or plain text, plain or compressed.
+"""Files to be read, whole or in parts, and their content, decompressed. Which files: ``listing``."""
 
-What a file holds decides, not its name, but for one thing: a file is plain text only if it is called ``*.txt`` and does
-not start with a line that is a JSON object.
-"""
-
-import glob
 import gzip
 import io
-import json
 import os
-import re
 import stat
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 import xxhash
 import zstandard
 
+from megagap.data.kinds import COMPRESSED_ENDINGS, LOOKED_AT, NotTextError, kind_of
 from megagap.errors import DataError
+from megagap.files import explain
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
-
-Kind = Literal["lines", "text", "rows"]
-"""JSON lines, a plain text, the rows of a Parquet file."""
-
-ENDINGS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
-COMPRESSED_ENDINGS = (".gz", ".zst")
-READ_BY_ENDING = tuple(ending + more for ending in ENDINGS for more in ("", *COMPRESSED_ENDINGS))
-"""Of a folder, files with these endings are read."""
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTANDARD_SKIPPED = tuple(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))
 """What a frame without content starts with; pzstd writes one before each other."""
-PARQUET_MAGIC = b"PAR1"
-UNREAD_MAGIC = {
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"PK\x03\x04": "zip",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"7z\xbc\xaf": "7-Zip",
-}
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
 ZSTANDARD_INPUT = 1 << 14
 """Compressed bytes handed over at a time; what comes of them is held in memory."""
 ZSTANDARD_WINDOW = 1 << 31
 """Bytes that a file may ask to look back; the most that ``zstd --long=31`` writes."""
 BUFFER = 1 << 18
-LOOKED_AT = 1 << 16
-"""Bytes at the start of a file by which its kind is told."""
-
-STARTS_AN_OBJECT = re.compile(rb'\{\s*"')
+GLANCE = 1 << 14
+"""Bytes that are read of a file to see whether it can be read."""
 
 READING_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 """What reading :class:`Content` raises where a file is cut short or damaged."""
@@ -85,52 +58,6 @@ class Input:
     def share(self) -> int:
         """Bytes that are to be read of it."""
         return 0 if self.size is None else (self.size if self.stop is None else self.stop) - self.start
-
-
-def find_inputs(names: Sequence[str | Path]) -> list[Input]:
-    """The files that ``names`` mean: files, folders (all that they hold, by path) and glob patterns (sorted).
-
-    Raises :class:`DataError` for one that does not exist or cannot be read, and for a folder or pattern without files.
-    """
-    return [_input(path) for name in names for path in _expand(str(name))]
-
-
-def _expand(name: str) -> list[str]:
-    if os.path.isdir(name):
-        found = [
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(name)
-            if not any(map(_is_hidden, Path(os.path.relpath(folder, name)).parts))
-            for file in files
-            if file.endswith(READ_BY_ENDING) and not _is_hidden(file)
-        ]
-        if not found:
-            raise DataError(f"the folder {name} holds no file to read: none of {', '.join(ENDINGS)}, .gz, .zst")
-        return sorted(found)
-    if not os.path.exists(name) and glob.has_magic(name):
-        found = [path for path in sorted(glob.glob(name, recursive=True)) if not os.path.isdir(path)]
-        if not found:
-            raise DataError(f"no file matches {name}")
-        return found
-    return [name]
-
-
-def _is_hidden(name: str) -> bool:
-    # Spark and others leave _SUCCESS, _temporary and .crc files behind.
-    return name.startswith((".", "_"))
-
-
-def _input(path: str) -> Input:
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(0, "is a directory")
-            return Input(path, None)
-        with open(path, "rb"):
-            return Input(path, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def shard(inputs: Sequence[Input], index: int, count: int) -> list[Input]:
@@ -177,14 +104,19 @@ def lines_before(file: Input) -> int:
 class Content:
     """What a file holds, decompressed; a context manager. Reading raises :data:`READING_ERRORS`."""
 
-    def __init__(self, path: str, any_text: bool) -> None:
+    def __init__(self, path: str, any_text: bool, buffer: int) -> None:
         self._file = _Summing(path)
         try:
-            buffered = io.BufferedReader(self._file, BUFFER)
+            buffered = io.BufferedReader(self._file, buffer)
             decompressed = _decompressed(path, buffered)
             self.is_compressed = decompressed is not None
-            self._stream = buffered if decompressed is None else io.BufferedReader(decompressed, BUFFER)
-            self.kind = _kind_of(path, self._stream.peek(LOOKED_AT), any_text)
+            self._stream = buffered if decompressed is None else io.BufferedReader(decompressed, buffer)
+            # A pipe gives what has come so far, which tells less.
+            looked_at = min(buffer, LOOKED_AT) if self._file.is_regular else 0
+            self.kind = kind_of(path, self._stream.peek(LOOKED_AT), looked_at, any_text)
+            if self.kind == "rows" and (self.is_compressed or not self._file.is_regular):
+                what = "is a compressed Parquet file or comes from a pipe"
+                raise NotTextError.of(path, what, "decompress it, and give it as a file.")
         except BaseException:
             self._file.close()
             raise
@@ -193,8 +125,8 @@ class Content:
         """Fewer bytes only at the end."""
         return self._stream.read(count)
 
-    def readline(self) -> bytes:
-        return self._stream.readline()
+    def readline(self, limit: int = -1) -> bytes:
+        return self._stream.readline(limit)
 
     def skip_to(self, position: int) -> None:
         """Go on at a byte of a file that is not compressed."""
@@ -218,46 +150,27 @@ class Content:
         self._file.close()
 
 
-def open_content(path: str, any_text: bool = False) -> Content:
-    """Open a file; ``any_text`` as in :class:`Input`.
+def open_content(path: str, any_text: bool = False, buffer: int = BUFFER) -> Content:
+    """Open a file; ``any_text`` as in :class:`Input`. ``buffer`` bytes are read at a time.
 
-    Raises :class:`DataError` if it is compressed in a way that is not known, or damaged already.
+    Raises :class:`NotTextError` if it is something else than text for training, or compressed in a way that is not
+    known, and :class:`DataError` if it is damaged already.
     """
     try:
-        return Content(path, any_text)
+        return Content(path, any_text, buffer)
     except READING_ERRORS as error:
         raise cannot_read_on(path, 0, error) from None
 
 
 def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
-    if isinstance(error, EOFError):
-        fault = "its compressed data ends before their end marker"
-    else:
-        fault = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError) and error.errno:  # the system's, not that of a library
+        place = f" beyond line {line:,}" if line else ""
+        return DataError(f"cannot read {path}{place}: {explain(error)}")
+    fault = "its compressed data ends before their end marker" if isinstance(error, EOFError) else str(error)
     return DataError(
         f"{path} cannot be read beyond line {line:,}: {fault}\n"
         "  the file is cut short or damaged (disk full? copy interrupted?). Copy or make it again."
     )
-
-
-def _kind_of(path: str, start: bytes, any_text: bool) -> Kind:
-    if start.startswith(PARQUET_MAGIC):
-        return "rows"
-    if start.startswith(UTF16_MARKS):
-        raise DataError(f"{path} is in UTF-16; only UTF-8 is read: iconv -f UTF-16 -t UTF-8")
-    name = path
-    for ending in COMPRESSED_ENDINGS:
-        name = name.removesuffix(ending)
-    if not name.endswith(".txt"):
-        is_json = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")
-        return "text" if any_text and not is_json else "lines"
-    line, end, _ = start.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")
-    if not end and len(start) >= LOOKED_AT:  # a long line, of which we see the beginning
-        return "lines" if STARTS_AN_OBJECT.match(line) else "text"
-    try:
-        return "lines" if isinstance(json.loads(line), dict) else "text"
-    except (ValueError, RecursionError):
-        return "text"
 
 
 class _Summing(io.RawIOBase):
@@ -265,6 +178,7 @@ class _Summing(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
         self.hash = xxhash.xxh3_64()
         self.count = 0
 
@@ -292,7 +206,7 @@ class _Summing(io.RawIOBase):
 def _decompressed(path: str, file: "io.BufferedReader[_Summing]") -> io.RawIOBase | None:
     """What a compressed file holds; None for one that is not compressed."""
     start = file.peek(8)
-    if len(start) < 4 and path.endswith((*COMPRESSED_ENDINGS, ".parquet")):
+    if len(start) < 4 and path.lower().endswith((*COMPRESSED_ENDINGS, ".parquet")):
         raise DataError(
             f"{path} has only {len(start)} bytes, too few for what its name says\n"
             "  the file is cut short (disk full? copy interrupted?). Copy or make it again."
@@ -301,9 +215,6 @@ def _decompressed(path: str, file: "io.BufferedReader[_Summing]") -> io.RawIOBas
         return cast(io.RawIOBase, gzip.GzipFile(fileobj=file))  # a BufferedIOBase, which serves as well
     if start.startswith((ZSTANDARD_MAGIC, *ZSTANDARD_SKIPPED)):
         return _ZstandardFile(file)
-    for magic, name in UNREAD_MAGIC.items():
-        if start.startswith(magic):
-            raise DataError(f"{path} is compressed with {name}, which is not read; known are gzip and Zstandard")
     return None
 
 

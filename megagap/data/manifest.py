@@ -4,14 +4,15 @@ import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError
 
 from megagap.data.partial import checksum_of
 from megagap.data.tokenizer import SpecialTokens, Tokenizer, find_tokenizer, fingerprint, usual_special_tokens
-from megagap.errors import DataError
+from megagap.errors import DataError, printable
+from megagap.files import reading
 
 if TYPE_CHECKING:
     from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
@@ -22,6 +23,14 @@ OnError = Literal["stop", "skip"]
 PACKAGES = ("megagap", "numpy", "orjson", "tokenizers", "tiktoken", "sentencepiece", "pyarrow", "gigatoken")
 
 
+def _printable(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_printable)]
+"""Text in which names of files may occur (:func:`megagap.errors.printable`)."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -29,7 +38,7 @@ class _Strict(BaseModel):
 class InputRecord(_Strict):
     """A file that was read, or of JSON lines the lines that start at bytes ``[start, stop)``."""
 
-    path: str
+    path: Text
     size: NonNegativeInt | None
     """Bytes of the whole file; null of a pipe."""
     start: NonNegativeInt = 0
@@ -38,8 +47,15 @@ class InputRecord(_Strict):
     """xxh3_64 of the file, or of the lines that were read of it."""
 
 
+class UnreadRecord(_Strict):
+    """A file, or a folder with all that it holds, that was found among the inputs and was not read."""
+
+    path: Text
+    reason: Text
+
+
 class TokenizerRecord(_Strict):
-    spec: str
+    spec: Text
     kind: str
     fingerprint: str
     """Of what its ids mean (:func:`megagap.data.tokenizer.fingerprint`)."""
@@ -74,9 +90,9 @@ class LeftOut(_Strict):
     short: NonNegativeInt
     """Of fewer than ``min_tokens``."""
     duplicate: NonNegativeInt
-    malformed: dict[str, NonNegativeInt]
+    malformed: dict[Text, NonNegativeInt]
     """By reason."""
-    first_malformed: list[str]
+    first_malformed: list[Text]
     """File, line and fault of the first few."""
 
 
@@ -90,7 +106,7 @@ class Manifest(_Strict):
     """All there is to know of a pair."""
 
     manifest_version: Literal[1] = 1
-    key: str
+    key: Text
     """Of JSON or Parquet documents, the name of the text."""
     dtype: str
     documents: NonNegativeInt
@@ -103,6 +119,8 @@ class Manifest(_Strict):
     tokenizer: TokenizerRecord
     arguments: Arguments
     inputs: list[InputRecord]
+    unread: list[UnreadRecord] = []
+    """Files among the inputs that hold no text for training."""
     files: dict[str, FileRecord]
     """``.bin`` and ``.idx``."""
     versions: dict[str, str]
@@ -125,7 +143,9 @@ class Manifest(_Strict):
     def require_files(self, prefix: str) -> None:
         """Read both files of the pair. Raises :class:`DataError` if either is not what was written."""
         for ending, file in self.files.items():
-            if checksum_of(prefix + ending) != file.checksum:
+            with reading(prefix + ending):
+                checksum = checksum_of(prefix + ending)
+            if checksum != file.checksum:
                 raise DataError(f"{prefix}{ending} is damaged: it has another checksum than its manifest says")
 
 
@@ -139,12 +159,13 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     Raises :class:`DataError` if it cannot be read, is no manifest, or belongs to files of other sizes.
     """
     path = manifest_path(prefix)
+    with reading(path):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         named = ((".".join(map(str, fault["loc"])) or "all of it", fault["msg"]) for fault in error.errors())
         faults = "\n".join(f"  {place}: {message}" for place, message in named)

@@ -1,10 +1,12 @@
 """Several token files laid end to end into one, in constant memory: what preprocessing all their inputs would give."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +22,11 @@ from megagap.data.partial import (
     writing_pair,
 )
 from megagap.data.preprocess.arrange import arrange, take_over
+from megagap.data.sources import same_pairs
 from megagap.errors import DataError
-from megagap.files import write_text
+from megagap.files import pair_prefix, write_text
+
+log = logging.getLogger(__name__)
 
 
 def merge_datasets(
@@ -33,28 +38,26 @@ def merge_datasets(
     have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests say, of
     different tokenizers, with and without special ids around documents, or not all shards of a whole in their order.
     """
-    if os.path.realpath(output_prefix) in map(os.path.realpath, inputs):
+    inputs, output_prefix = [pair_prefix(name) for name in inputs], pair_prefix(output_prefix)
+    if os.path.realpath(output_prefix) in map(os.path.realpath, inputs) or same_pairs([output_prefix], inputs):
         raise DataError(f"{output_prefix} cannot be merged into itself: choose another --output-prefix")
-    datasets = [IndexedDataset(prefix) for prefix in inputs]
+    dtype = _common_type(inputs, shuffle_documents is not None or dedup)
     manifests = [read_manifest(prefix) for prefix in inputs]
     known = [(prefix, manifest) for prefix, manifest in zip(inputs, manifests, strict=True) if manifest]
-    _require_same_type(datasets)
     _require_same_making(known)
     _require_whole_shards(known)
-    arranged = shuffle_documents is not None or dedup
-    many = next((d.prefix for d in datasets if len(d) != d.document_count), None)
-    if arranged and many:
-        raise DataError(f"{many} has documents of several sequences, which can be neither shuffled nor compared")
+    _warn_of_repeated(inputs, known)
     with making_pair(output_prefix), writing_pair(output_prefix):
-        with closing(PartialPair(output_prefix, datasets[0].dtype)) as pair:
-            for dataset in datasets:
+        with closing(PartialPair(output_prefix, dtype)) as pair:
+            for prefix in inputs:
+                dataset = IndexedDataset(prefix)
                 dataset.require_contiguous()
                 pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])
             position, duplicates = pair.sync(), 0
-        if arranged:
-            position, duplicates = arrange(output_prefix, datasets[0].dtype, shuffle_documents, dedup)
+        if shuffle_documents is not None or dedup:
+            position, duplicates = arrange(output_prefix, dtype, shuffle_documents, dedup)
             take_over(output_prefix)
-        files = write_index(output_prefix, datasets[0].dtype, position)
+        files = write_index(output_prefix, dtype, position)
         if len(known) == len(inputs):
             records = {ending: FileRecord(**asdict(file)) for ending, file in files.items()}
             merged = _merged([manifest for _, manifest in known], records, shuffle_documents, dedup, duplicates)
@@ -63,13 +66,38 @@ def merge_datasets(
     return IndexedDataset(output_prefix)
 
 
-def _require_same_type(datasets: Sequence[IndexedDataset]) -> None:
-    for dataset in datasets:
-        if dataset.dtype != datasets[0].dtype:
+def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
+    """The type of all pairs' tokens. They are opened one after the other: each would keep two files open.
+
+    Raises :class:`DataError` if they are of different types, or cannot be arranged anew.
+    """
+    first = IndexedDataset(inputs[0])
+    for prefix in inputs:
+        dataset = IndexedDataset(prefix)
+        if dataset.dtype != first.dtype:
             raise DataError(
-                f"{datasets[0].prefix} holds tokens of type {datasets[0].dtype.name}, {dataset.prefix} "
-                f"of type {dataset.dtype.name}\n  they come from different tokenizers; preprocess one of them again."
+                f"{first.prefix} holds tokens of type {first.dtype.name}, {prefix} of type {dataset.dtype.name}\n"
+                "  they come from different tokenizers; preprocess one of them again."
             )
+        if arranged and len(dataset) != dataset.document_count:
+            raise DataError(f"{prefix} has documents of several sequences, which can be neither shuffled nor compared")
+    return first.dtype
+
+
+def _warn_of_repeated(inputs: Sequence[str], manifests: Sequence[tuple[str, Manifest]]) -> None:
+    """Say which pairs come twice, and which texts two different pairs were made of."""
+    if same := same_pairs(inputs, inputs):
+        log.warning("merged more than once, as it was named so: %s", ", ".join(dict.fromkeys(same)))
+    made_of: dict[tuple[object, ...], str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for prefix, manifest in manifests:
+        for record in manifest.inputs:
+            first = made_of.setdefault((manifest.key, record.checksum, record.start, record.stop), prefix)
+            if first != prefix and record.size:
+                shared.setdefault((first, prefix), []).append(record.path)
+    for (first, prefix), paths in shared.items():
+        if not same_pairs([prefix], [first]):
+            log.warning("%s and %s hold the same text, of %d files: %s", first, prefix, len(paths), paths[0])
 
 
 def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
@@ -148,6 +176,7 @@ def _merged(
                 special_tokens=manifests[0].special_tokens,
             ),
             inputs=[record for manifest in manifests for record in manifest.inputs],
+            unread=[*dict.fromkeys(record for manifest in manifests for record in manifest.unread)],
             files=files,
             versions=versions(),
         )

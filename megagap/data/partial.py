@@ -5,7 +5,9 @@
 writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION
 from megagap.errors import DataError
-from megagap.files import Lock, LockedError, publish
+from megagap.files import Lock, LockedError, explain, make_folder, partial_name, publish
 
 PARTS = ("tokens", "lengths", "documents")
 """What a pair is written to."""
@@ -26,21 +28,94 @@ COPIED_BYTES = 1 << 23
 """Read at a time when a whole file is passed over."""
 
 
+class CannotWriteError(DataError):
+    """The system refuses to write a pair."""
+
+
 def lock_pair(prefix: str) -> Lock:
-    """The right to write the pair, until it is released. Raises :class:`DataError` naming the holder."""
+    """The right to write the pair, until it is released.
+
+    Raises :class:`DataError` naming the holder, and :class:`CannotWriteError` where the pair's files could not be
+    written and given their names.
+    """
+    if not os.path.basename(prefix):
+        raise DataError(f"the prefix {prefix!r} lacks the name of a file")
+    make_folder(Path(prefix).parent)
     try:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        return Lock(f"{prefix}.lock")
+        lock = Lock(f"{prefix}.lock")
     except LockedError as error:
         raise DataError(
             f"{prefix} is being written by {error.holder}\n  wait for it to end, stop it, or choose another prefix."
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise cannot_write(prefix, error) from error
+    try:
+        _require_publishable(prefix)
+    except BaseException as error:
+        with suppress(OSError):
+            lock.release()
+        if isinstance(error, OSError):
+            raise cannot_write(prefix, error) from error
+        raise
+    return lock
 
 
-def cannot_write(prefix: str, error: OSError) -> DataError:
-    return DataError(f"cannot write {prefix}.bin and .idx: {error.strerror}")
+def _require_publishable(prefix: str) -> None:
+    """What would else fail when all is done fails now: writing and renaming, and replacing what has the final names.
+
+    Raises OSError.
+    """
+    probe, renamed = partial_name(partial_path(prefix, "manifest")), partial_path(prefix, "probe")
+    try:
+        probe.write_bytes(bytes(1 << 12))
+        os.replace(probe, renamed)
+    finally:
+        probe.unlink(missing_ok=True)
+        renamed.unlink(missing_ok=True)
+    folder = os.stat(renamed.parent)
+    for ending in (".bin", ".idx", ".json"):
+        path = f"{prefix}{ending}"
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a folder", path)
+        is_owner = os.geteuid() in (0, status.st_uid, folder.st_uid)
+        if folder.st_mode & stat.S_ISVTX and not is_owner:
+            raise PermissionError(errno.EPERM, "Belongs to another user, in a folder with the sticky bit", path)
+        if stat.S_ISREG(status.st_mode):
+            _require_mutable(path)
+
+
+def _require_mutable(path: str) -> None:
+    """Of a file without write permission the name can be given to another file; of an immutable one (chattr) not."""
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise
+
+
+def cannot_write(prefix: str, error: OSError | ValueError) -> CannotWriteError:
+    """What the system says, and what to do about it."""
+    if not isinstance(error, OSError):
+        return CannotWriteError(f"cannot write {prefix!r}: {error}")
+    what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else f"{prefix}.bin and .idx"
+    advice = _ADVICE.get(error.errno or 0, "")
+    return CannotWriteError(f"cannot write {what}: {explain(error)}" + (f"\n  {advice}" if advice else ""))
+
+
+_FULL = "free some space, or choose another place for the output."
+_REFUSED = "choose another place for the output, or have its owner change the permissions."
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _REFUSED,
+    errno.EPERM: _REFUSED,
+    errno.EROFS: "choose another place for the output.",
+    errno.ENAMETOOLONG: "choose a shorter name for the output.",
+}
 
 
 def partial_path(prefix: str, part: str) -> Path:
@@ -59,13 +134,14 @@ def making_pair(prefix: str) -> Iterator[None]:
         remove_partial(prefix)
         yield
     finally:
-        remove_partial(prefix)
+        with suppress(CannotWriteError):
+            remove_partial(prefix)
         lock.release()
 
 
 @contextmanager
 def writing_pair(prefix: str) -> Iterator[None]:
-    """For a block that writes to a pair's files. Raises :class:`DataError` where the system refuses that."""
+    """For a block that writes to a pair's files. Raises :class:`CannotWriteError` where the system refuses that."""
     try:
         yield
     except OSError as error:
@@ -73,11 +149,15 @@ def writing_pair(prefix: str) -> Iterator[None]:
 
 
 def remove_partial(prefix: str) -> bool:
-    """Remove what an earlier writer left unfinished; whether there was anything. The caller holds the lock."""
+    """Remove what an earlier writer left unfinished; whether there was anything. The caller holds the lock.
+
+    Raises :class:`CannotWriteError`.
+    """
     path = Path(partial_path(prefix, ""))
-    found = [entry for entry in path.parent.iterdir() if entry.name.startswith(path.name)]
-    for entry in found:
-        entry.unlink()
+    with writing_pair(prefix):
+        found = [entry for entry in path.parent.iterdir() if entry.name.startswith(path.name)]
+        for entry in found:
+            entry.unlink()
     return bool(found)
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from megagap.data.mixture import Mixture
 from megagap.data.samples import Phase, TrainingData
-from megagap.files import partial_name, publish, writing
+from megagap.files import make_folder, written_by_library
 
 TOLERANCE = 1e-3
 """How far weights that are shares may be from adding up to 1."""
@@ -160,13 +160,9 @@ def draw_plan(plan: dict[str, Any], output: str | Path) -> None:
     shares.set(ylabel="share of the phase", ylim=(0, 1), xlim=(0, start or 1))
     epochs.set(ylabel="epochs read", xlabel=f"tokens of the run{label}", ylim=(0, None))
     figure.legend(*epochs.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    with writing(output):
-        partial = partial_name(output)
-        try:
-            figure.savefig(partial, format="png", dpi=120)
-            publish(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
+    make_folder(Path(output).parent)
+    with written_by_library(output) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def _unit(tokens: int) -> tuple[float, str]:

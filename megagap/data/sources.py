@@ -5,8 +5,8 @@ read: the sequences that hold the tokens must follow each other without gaps, in
 part. So no token is given that is not where the index has it; ``tools/inspect_data.py PREFIX --verify`` checks all.
 """
 
+import os
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +18,7 @@ from megagap.data.identity import Identity, Watch
 from megagap.data.indexed import IndexedDataset
 from megagap.data.order import split_ranges, window_count
 from megagap.errors import DataError
+from megagap.files import pair_prefix
 
 TRAINING, VALIDATION, WHOLE = 0, 1, None
 """Which part of a source's split to read."""
@@ -60,9 +61,9 @@ class TokenSource:
 
     def __init__(self, source: Source, split: str, part: int | None, vocab_size: int | None = None) -> None:
         self.source, self.split, self.part, self.vocab_size = source, split, part, vocab_size
-        prefix, count = Counter(source.prefixes).most_common(1)[0]
-        if count > 1:
-            raise DataError(f"source {source.name} has {prefix} {count} times: an epoch would read it as often")
+        if same := same_pairs(source.prefixes, source.prefixes):
+            count = same.count(same[0]) + 1
+            raise DataError(f"source {source.name} has {same[0]} {count} times: an epoch would read it as often")
         self._watches = [Watch(prefix) for prefix in source.prefixes]
         datasets = [IndexedDataset(prefix) for prefix in source.prefixes]
         self._datasets = datasets
@@ -179,6 +180,33 @@ class TokenSource:
                     f"the vocabulary of {self.vocab_size:,}\n"
                     f"  {piece.dataset.tokens_path} was made with another tokenizer, or model.vocab_size is too small."
                 )
+
+
+def same_pairs(prefixes: Sequence[str], others: Sequence[str]) -> list[str]:
+    """What of ``prefixes`` are also among ``others``, at another place if these are the same list; links are followed.
+
+    Pairs that do not exist are left out: opening them says so.
+    """
+    files: dict[tuple[int, int], str] = {}
+    found = []
+    if others is not prefixes:
+        files = {file: other for other in others if (file := _file_of(other))}
+    for prefix in prefixes:
+        file = _file_of(prefix)
+        if file in files:
+            found.append(prefix if prefix == files[file] else f"{prefix} (the same files as {files[file]})")
+        elif file and others is prefixes:
+            files[file] = prefix
+    return found
+
+
+def _file_of(prefix: str) -> tuple[int, int] | None:
+    """Device and inode of the index: the same for all its names."""
+    try:
+        status = os.stat(f"{pair_prefix(prefix)}.idx")
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def positions_in(ends: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.int64]:

@@ -4,29 +4,20 @@ A unit is whole lines of a JSON-lines file, whole rows of a Parquet file, or a p
 depends on nothing but them. Each unit says where the next one starts, so that reading can go on there in another run.
 """
 
-import io
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
-from megagap.data.inputs import (
-    BYTE_ORDER_MARK,
-    READING_ERRORS,
-    Content,
-    Input,
-    Kind,
-    cannot_read_on,
-    open_content,
-)
+from megagap.data import parquet
+from megagap.data.inputs import READING_ERRORS, Content, Input, cannot_read_on, open_content
+from megagap.data.kinds import BYTE_ORDER_MARK, Kind
 from megagap.data.partial import checksum_of
 from megagap.errors import DataError
-
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
+from megagap.files import reading
 
 UNIT_BYTES = 1 << 20
 ROWS_AT_A_TIME = 1000
@@ -91,18 +82,29 @@ def _read_input(
     file: Input, content: Content, at: Mark, columns: Sequence[str], splits_texts: bool, unit_bytes: int
 ) -> Iterator[Unit]:
     if content.kind == "rows":
-        units = _read_rows(file, content, at, columns, unit_bytes)
+        units = _read_rows(file, at, columns, unit_bytes)
     else:
         units = _read_bytes(file, content, at, splits_texts, unit_bytes)
-    yield from units
-    if file.size is None:
-        return
-    try:
-        size = os.stat(file.path).st_size
-    except OSError as error:
-        raise DataError(f"cannot read {file.path}: {error.strerror}") from None
-    if size != file.size:
-        raise DataError(f"{file.path} had {file.size:,} bytes at the start and has {size:,} now: it changed meanwhile")
+    checksum = None
+    for unit in units:
+        checksum = unit.file_checksum
+        yield unit
+    if file.size is not None:
+        _require_unchanged(file, checksum if content.kind != "rows" else None)
+
+
+def _require_unchanged(file: Input, checksum: str | None) -> None:
+    """Raises :class:`DataError` if a file changed since it was listed; ``checksum`` is of what was read, if known."""
+    with reading(file.path):
+        status = os.stat(file.path)
+        if status.st_size != file.size:
+            raise DataError(
+                f"{file.path} had {file.size:,} bytes at the start and has {status.st_size:,} now: it changed meanwhile"
+            )
+        if status.st_mtime_ns == file.modified:
+            return
+        if not checksum or not file.is_whole or checksum_of(file.path) != checksum:
+            raise DataError(f"{file.path} was written while it was read\n  start again when it is complete.")
 
 
 def _read_bytes(file: Input, content: Content, at: Mark, splits_texts: bool, unit_bytes: int) -> Iterator[Unit]:
@@ -189,80 +191,21 @@ def _last_cut(block: bytes, is_text: bool, splits_texts: bool) -> int:
     return 0
 
 
-def _read_rows(file: Input, content: Content, at: Mark, columns: Sequence[str], unit_bytes: int) -> Iterator[Unit]:
+def _read_rows(file: Input, at: Mark, columns: Sequence[str], unit_bytes: int) -> Iterator[Unit]:
     """Rows of a Parquet file. A unit may be empty."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"{file.path} is a Parquet file, and pyarrow cannot be imported ({error})\n"
-            "  install it with pip install 'megagap[parquet]'."
-        ) from None
-    if content.is_compressed or file.size is None:
-        raise DataError(f"{file.path} is a compressed Parquet file or comes from a pipe: it can only be read as a file")
     row = 0
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            missing = [column for column in columns if column not in table.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{file.path} has no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}"
-                )
-            size_of_row = file.size / max(table.metadata.num_rows, 1)
-            for batch in _batches(table, columns, at.offset):
-                row = batch.first
-                for rows in _slices(batch.rows, unit_bytes):
-                    sink = io.BytesIO()
-                    with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
-                        stream.write_batch(rows)
-                    row += rows.num_rows
-                    data, mark = sink.getvalue(), Mark(at.input, row, row + 1)
-                    size = int(rows.num_rows * size_of_row)
-                    yield Unit(at.input, file.path, "rows", data, row - rows.num_rows + 1, size, mark)
+    with parquet.open_table(file.path, columns) as table:
+        size_of_row = (file.size or 0) / max(table.row_count, 1)
+        for first, batch in table.batches(at.offset, ROWS_AT_A_TIME):
+            row = first
+            for rows in _slices(batch, unit_bytes):
+                row += rows.num_rows
+                size = int(rows.num_rows * size_of_row)
+                data, mark = parquet.to_bytes(rows), Mark(at.input, row, row + 1)
+                yield Unit(at.input, file.path, "rows", data, row - rows.num_rows + 1, size, mark)
+    with reading(file.path):
         checksum = checksum_of(file.path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{file.path} cannot be read beyond row {row:,}: {error}\n"
-            "  the file is cut short or damaged (disk full? copy interrupted?). Copy or make it again."
-        ) from None
     yield Unit(at.input, file.path, "rows", b"", row + 1, 0, Mark(at.input + 1), file_checksum=checksum)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    first: int
-    """Rows before it."""
-    rows: Any
-
-
-def _batches(table: "ParquetFile", columns: Sequence[str], skipped: int) -> Iterator[_Batch]:
-    """The rows after the first ``skipped``; row groups that lie before are not read."""
-    first = 0
-    for group in range(table.num_row_groups):
-        count = table.metadata.row_group(group).num_rows
-        if first + count <= skipped:
-            first += count
-            continue
-        for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=list(columns)):
-            rows = _compact(batch)
-            over = min(max(skipped - first, 0), rows.num_rows)
-            if over < rows.num_rows:
-                yield _Batch(first + over, rows.slice(over))
-            first += rows.num_rows
-
-
-def _compact(rows: Any) -> Any:
-    """``rows`` with texts of their own: of dictionaries and views, each slice would carry along the whole."""
-    import pyarrow
-
-    plain = {"string_view": pyarrow.large_string(), "binary_view": pyarrow.large_binary()}
-    for i, column in enumerate(rows.columns):
-        if pyarrow.types.is_dictionary(column.type):
-            rows = rows.set_column(i, rows.schema.names[i], column.dictionary_decode())
-        elif str(column.type) in plain:
-            rows = rows.set_column(i, rows.schema.names[i], column.cast(plain[str(column.type)]))
-    return rows
 
 
 def _slices(rows: Any, unit_bytes: int) -> Iterator[Any]:

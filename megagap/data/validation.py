@@ -1,5 +1,6 @@
 """Fixed held-out samples of each source."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,9 @@ from numpy.typing import NDArray
 
 from megagap.data.order import split_shares
 from megagap.data.samples import require_distinct_names
-from megagap.data.sources import VALIDATION, WHOLE, Source, TokenSource, positions_in
+from megagap.data.sources import VALIDATION, WHOLE, Source, TokenSource, positions_in, same_pairs
+
+log = logging.getLogger(__name__)
 
 
 class ValidationData:
@@ -60,6 +63,10 @@ def open_validation(
 ) -> ValidationData:
     """All documents of ``validation`` if given, else the second part of the training sources' split, if it has one."""
     if validation:
+        read = [prefix for source in sources for prefix in source.prefixes]
+        for source in validation:
+            if same := same_pairs(source.prefixes, read):
+                log.warning("validation source %s is trained on too: %s", source.name, ", ".join(same))
         opened = [TokenSource(source, split, WHOLE, vocab_size) for source in validation]
     elif split_shares(split)[VALIDATION] > 0:
         opened = [TokenSource(source, split, VALIDATION, vocab_size) for source in sources]

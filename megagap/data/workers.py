@@ -17,44 +17,55 @@ from threading import Thread
 from typing import Any, TypeVar, cast
 
 from megagap.errors import DataError
+from megagap.files import explain
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+SECONDS_TO_DIE = 5.0
+"""Between the end of a worker's pipe and that of its process."""
 UNDER_WAY = 3
 """Items for each worker: one in work, one waiting, one done and waiting for an earlier one."""
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, threads: int = 1
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    threads: int = 1,
+    describe: Callable[[Item], str] = str,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Each item and ``function(item)``, which runs in ``workers`` processes.
 
     ``threads`` is how many threads libraries in Rust may use in each of them. If it is one, ``function`` must work in a
     forked process: it may have no threads, nor locks that threads of this process could hold.
     At most a few items a worker are under way, so memory does not grow with their number. Raises what a worker raised,
-    and :class:`DataError` if one died.
+    and :class:`DataError` if one died or ran out of memory, naming it and what it worked on (``describe``).
     """
     # Forked workers share what the function has loaded. A library's threads do not survive a fork, so with these
     # workers are spawned, and so they are on macOS, whose own libraries may have some; the function is pickled then.
     can_fork = threads == 1 and sys.platform == "linux"
     context: ForkContext | SpawnContext = get_context("fork") if can_fork else get_context("spawn")
     processes: list[BaseProcess] = []
-    idle: SimpleQueue[Connection] = SimpleQueue()
+    idle: SimpleQueue[tuple[BaseProcess, Connection]] = SimpleQueue()
 
     def call(item: Item) -> Result:
         # Each worker has a pipe of its own: of one that they share, a worker that dies while it sends blocks the rest.
-        connection = idle.get()
+        worker, connection = idle.get()
         try:
             connection.send(item)
             error, result = connection.recv()
         except (EOFError, OSError):
             raise DataError(
-                "a worker process died (out of memory, or killed?)\n"
+                f"a worker process died ({_cause_of_death(worker)}) on {describe(item)}\n"
                 "  try again with fewer --workers, or with --workers 1 to see its fault."
             ) from None
         finally:
-            idle.put(connection)
+            idle.put((worker, connection))
+        if isinstance(error, MemoryError):
+            raise DataError(
+                f"a worker process ran out of memory on {describe(item)}\n  try again with fewer --workers."
+            ) from None
         if error is not None:
             raise error
         return cast(Result, result)
@@ -63,15 +74,15 @@ def map_in_order(
     under_way: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_work, args=(theirs, threads, function), daemon=True))
             try:
-                processes[-1].start()
+                ours, theirs = context.Pipe()
+                process: BaseProcess = context.Process(target=_work, args=(theirs, threads, function), daemon=True)
+                process.start()
             except OSError as error:
-                processes.pop()
-                raise DataError(f"cannot start a worker process: {error.strerror}\n  use fewer --workers.") from None
+                raise DataError(f"cannot start a worker process: {explain(error)}\n  use fewer --workers.") from None
+            processes.append(process)
             theirs.close()  # the worker alone has it, so that its death is the end of what we read
-            idle.put(ours)
+            idle.put((process, ours))
         pool = ThreadPoolExecutor(workers)  # only now: threads do not survive a fork
         for item in items:
             under_way.append((item, pool.submit(call, item)))
@@ -86,6 +97,15 @@ def map_in_order(
             pool.shutdown(cancel_futures=True)
         for process in processes:
             process.join()
+
+
+def _cause_of_death(process: BaseProcess) -> str:
+    process.join(SECONDS_TO_DIE)
+    code = process.exitcode
+    if code is None or code >= 0:
+        return f"number {process.pid}, exit code {code}"
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+    return f"number {process.pid}, killed by {name}" + (": out of memory?" if -code == signal.SIGKILL else "")
 
 
 def _first_of(under_way: "deque[tuple[Item, Future[Result]]]") -> tuple[Item, Result]:

@@ -70,3 +70,11 @@ def test_special_tokens_in_texts_are_what_was_asked_for_and_counted(
     manifest = read_manifest(prefix)
     assert manifest and (manifest.special_tokens, manifest.special_tokens_in_texts) == (choice, 1)
     assert IndexedDataset(prefix)[0].tolist() == load_tokenizer(tokenizer_folder, choice).encode("a <|end_of_text|>")
+
+
+@pytest.mark.parametrize("text", [None, 3, "half a pair \ud800"])
+def test_a_document_without_text_is_named_by_its_id(tmp_path: Path, tokenizer_folder: Path, text: str) -> None:
+    documents = [Document("some text", "crawl/0"), Document(text, "crawl/1")]
+    with pytest.raises(DataError, match="the document 'crawl/1' has no text that can be encoded"):
+        list(TokenFileWriter(str(tmp_path / "web"), str(tokenizer_folder)).run(iter(documents)))
+    assert not list(tmp_path.glob("web*"))

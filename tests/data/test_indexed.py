@@ -181,3 +181,16 @@ def test_failed_writing_leaves_the_old_pair_as_it_was(tmp_path: Path) -> None:
         raise RuntimeError
     assert IndexedDataset(tmp_path / "fr")[0].tolist() == [1, 2, 3]
     assert sorted(os.listdir(tmp_path)) == ["fr.bin", "fr.idx"]
+
+
+@pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json"])
+def test_a_pair_may_be_named_by_one_of_its_files(tmp_path: Path, ending: str) -> None:
+    for prefix in ("a", "a.bin"):  # which may end like a file
+        with IndexedDatasetWriter(tmp_path / prefix, "uint16") as writer:
+            writer.add_document([len(prefix)])
+        dataset = IndexedDataset(f"{tmp_path / prefix}{ending}")
+        assert dataset.prefix == str(tmp_path / prefix) and dataset[0].tolist() == [len(prefix)]
+    with pytest.raises(DataError, match=r"absent\.idx does not exist"):
+        IndexedDataset(f"{tmp_path}/absent{ending}")
+    with pytest.raises(DataError, match="is a folder: give the prefix"):
+        IndexedDataset(tmp_path)

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagap.data.documents import Fault, documents_of
-from megagap.data.inputs import Input, find_inputs, lines_before, shard
+from megagap.data.inputs import Input, lines_before, shard
+from megagap.data.listing import find_inputs
 from megagap.data.preprocess import preprocess, run
 from megagap.data.units import read_units
 from megagap.errors import DataError

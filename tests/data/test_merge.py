@@ -99,6 +99,32 @@ def test_pairs_of_other_tokenizers_or_types_are_refused(made: Write, tmp_path: P
         merge_datasets([one], f"{tmp_path}/../{tmp_path.name}/{Path(one).name}")
 
 
+def test_a_pair_that_is_merged_twice_is_told_whatever_it_is_called(
+    made: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = made("one")
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"link{ending}").symlink_to(one + ending)
+    for names in ([one, one], [one, f"{one}.bin"], [f"{one}.json", str(tmp_path / "link.idx")]):
+        caplog.clear()
+        merged = merge_datasets(names, str(tmp_path / "merged.bin"))
+        assert merged.prefix == str(tmp_path / "merged")
+        assert merged.document_count == 2 * IndexedDataset(one).document_count
+        assert "merged more than once" in "".join(caplog.messages)
+    with pytest.raises(DataError, match="into itself"):
+        merge_datasets([one], str(tmp_path / "link"))
+
+
+def test_pairs_made_of_the_same_text_are_told(made: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = made("one"), made("other", workers=2)
+    caplog.clear()
+    merge_datasets([one, other], str(tmp_path / "merged"))
+    assert f"{one} and {other} hold the same text, of 2 files" in "".join(caplog.messages)
+    caplog.clear()
+    merge_datasets([made("parts", part=(i, 2)) for i in range(2)], str(tmp_path / "parts"))
+    assert not caplog.messages
+
+
 def test_documents_of_several_sequences_stay_whole(tmp_path: Path) -> None:
     documents = [[[[1, 2], [3]], []], [[[4], [5, 6], []]]]
     for i, some in enumerate(documents):

@@ -10,7 +10,7 @@ import xxhash
 import zstandard
 
 from megagap.data.documents import read_texts
-from megagap.data.inputs import find_inputs
+from megagap.data.listing import find_inputs
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 

@@ -1,5 +1,7 @@
 """Held-out samples."""
 
+from pathlib import Path
+
 import pytest
 
 from megagap.data.sources import Source
@@ -21,6 +23,18 @@ def test_explicit_validation_uses_whole_files(sources: list[Source]) -> None:
     validation = open_validation(sources[:1], sources[2:], S, samples=1000, split="50,50,0")
     assert {name: len(windows) for name, windows in validation.windows.items()} == {"code": 16}
     assert validation.batch("code", 0, 16)[:, 0].tolist() == list(range(2000, 2064, 4))
+
+
+def test_validation_on_what_is_trained_on_is_told(
+    sources: list[Source], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_validation(sources[:1], sources[2:], S, samples=10)
+    assert not caplog.messages
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"link{ending}").symlink_to(f"{sources[0].prefixes[0]}{ending}")
+    open_validation(sources[:1], [Source("held", (str(tmp_path / "link"),))], S, samples=10)
+    (message,) = caplog.messages
+    assert "validation source held is trained on too" in message and "/link (the same files as " in message
 
 
 def test_a_validation_set_that_is_rebuilt_during_the_run_is_refused(

@@ -22,7 +22,7 @@ def double(item):
     return 2 * item
 
 if __name__ == "__main__":
-    run_tool(lambda: print(*map_in_order(double, range(int(sys.argv[1])), 2, threads=int(sys.argv[2]))))
+    run_tool(lambda: print(*map_in_order(double, range(int(sys.argv[1])), 2, int(sys.argv[2]), "item {}".format)))
 """
 
 
@@ -40,4 +40,37 @@ def test_results_come_in_order(tmp_path: Path, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_worker_killed_while_it_sends_a_result_ends_the_run(tmp_path: Path, threads: int) -> None:
     done = run(tmp_path, 100, threads)
-    assert done.returncode == 2 and done.stderr.startswith("data error: a worker process died"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("data error: a worker process died (number "), done.stderr
+    assert "killed by SIGKILL: out of memory?) on item 5\n" in done.stderr
+
+
+FATAL = """
+import os, signal, sys
+from megagap.data.workers import map_in_order
+from megagap.errors import run_tool
+
+def end(item):
+    if item == 5:
+        {how}
+    return item
+
+if __name__ == "__main__":
+    run_tool(lambda: print(*map_in_order(end, range(100), 2, int(sys.argv[1]), "item {{}}".format)))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("os._exit(7)", ", exit code 7) on item 5"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", ", killed by SIGSEGV) on item 5"),
+        ("raise MemoryError", "a worker process ran out of memory on item 5"),
+        ("bytes(1 << 60)", "a worker process ran out of memory on item 5"),
+    ],
+)
+def test_a_worker_that_ends_says_how_and_on_what(tmp_path: Path, threads: int, how: str, message: str) -> None:
+    (tmp_path / "program.py").write_text(FATAL.format(how=how))
+    command = [sys.executable, tmp_path / "program.py", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -7,20 +7,28 @@ partial files have come (``journal``), so that a run that was killed can be cont
 put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
 """
 
+import logging
+import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self, get_args
 
-from megagap.data.inputs import find_inputs, shard
+from megagap.data.inputs import shard
+from megagap.data.listing import list_inputs
 from megagap.data.manifest import Arguments, Manifest, OnError
-from megagap.data.partial import lock_pair
+from megagap.data.partial import CannotWriteError, lock_pair
 from megagap.data.preprocess.fast import Fast
 from megagap.data.preprocess.run import Run
 from megagap.data.tokenizer import SpecialTokens, find_tokenizer, load_tokenizer
-from megagap.errors import DataError
+from megagap.errors import DataError, printable
+from megagap.files import require_name
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Fast", "OnError", "Pair", "Summary", "preprocess"]
 
@@ -49,7 +57,7 @@ class Pair:
         counts = ((self.empty, "empty"), (self.short, "too short"), (self.duplicate, "repeated"))
         left_out = ", ".join(f"{count:,} {name}" for count, name in counts if count)
         left_out = f" ({left_out} left out)" if left_out else ""
-        return f"{self.prefix}: {self.documents:,} documents{left_out}, {self.tokens:,} tokens"
+        return f"{printable(self.prefix)}: {self.documents:,} documents{left_out}, {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def preprocess(
 ) -> Summary:
     """Write ``{output_prefix}_{key}_document.bin``, ``.idx`` and ``.json`` for each key, in input order.
 
-    ``inputs`` are files, folders and patterns (:func:`find_inputs`); ``tokenizer`` is a specification for
+    ``inputs`` are files, folders and patterns (:func:`list_inputs`); ``tokenizer`` is a specification for
     :func:`load_tokenizer`, to which ``special_tokens`` written out in a text are text or tokens. ``append_eod`` and
     ``prepend_bos`` put its special ids around each document. Documents of fewer than ``min_tokens`` tokens are left
     out, with ``dedup`` those whose tokens were there before; the rest is shuffled by the seed ``shuffle_documents``.
@@ -110,7 +118,11 @@ def preprocess(
     started = time.monotonic()
     if len({*keys}) < len(keys):
         raise DataError(f"the keys {', '.join(keys)} are not distinct: each is to be a file of its own")
-    files = find_inputs(inputs)
+    require_name(output_prefix)
+    listing = list_inputs(inputs, keys, partial(_is_output, output_prefix, keys))
+    for note in listing.notes:
+        log.warning("%s", note)
+    files = listing.inputs
     if part is not None:
         if dedup or shuffle_documents is not None:
             raise DataError(
@@ -137,13 +149,19 @@ def preprocess(
         special_tokens=special_tokens,
     )
     prefixes = [f"{output_prefix}_{key}_document" for key in keys]
+    run = Run(files, listing.unread, prefixes, list(keys), reference, arguments)
     with ExitStack() as stack:
-        for prefix in prefixes:
-            stack.callback(lock_pair(prefix).release)
-        run = Run(files, prefixes, list(keys), reference, arguments)
-        manifests = run(fast, workers, resume, show_progress)
+        try:
+            for prefix in prefixes:
+                stack.callback(lock_pair(prefix).release)
+        except CannotWriteError:
+            # What is finished needs no writing, as in a folder that has become read-only.
+            if not (resume and (manifests := run.finished())):
+                raise
+        else:
+            manifests = run(fast, workers, resume, show_progress)
     left_out = manifests[0].left_out
-    notes = [*run.notes, *filter(None, map(_special_note, manifests))]
+    notes = [*listing.notes, *run.notes, *_copies(manifests[0]), *filter(None, map(_special_note, manifests))]
     return Summary(
         tuple(Pair.of(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True)),
         sum(left_out.malformed.values()),
@@ -165,3 +183,24 @@ def _special_note(manifest: Manifest) -> str | None:
         return None
     became = "these tokens" if manifest.special_tokens == "parse" else "ordinary text"
     return f"special tokens are written out in the texts of {manifest.key!r} {count:,} times; they became {became}"
+
+
+def _copies(manifest: Manifest) -> list[str]:
+    """A note on inputs of the same content under other names; those that are one file were told before."""
+    first: dict[tuple[object, ...], str] = {}
+    copies = []
+    for record in manifest.inputs:
+        path = first.setdefault((record.checksum, record.start, record.stop), record.path)
+        if path != record.path and record.size:
+            copies.append(f"{record.path} (as {path})")
+    shown = ", ".join(copies[:10]) + (" …" if copies[10:] else "")
+    return [f"the content of {len(copies):,} inputs is in another one too: {shown}"] if copies else []
+
+
+def _is_output(output_prefix: str, keys: Sequence[str], path: str) -> bool:
+    """Whether a file belongs to the pairs of this output, or to other shards of it."""
+    folder, name = os.path.split(output_prefix)
+    if os.path.realpath(os.path.dirname(path)) != os.path.realpath(folder):
+        return False
+    ours = rf"{re.escape(name)}(-\d{{5,}}-of-\d{{5,}})?_({'|'.join(map(re.escape, keys))})_document"
+    return re.fullmatch(rf"{ours}\.(bin|idx|json|lock|partial\..*)", os.path.basename(path), re.DOTALL) is not None

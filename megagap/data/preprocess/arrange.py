@@ -8,8 +8,9 @@ some 50 bytes for each of at most 16 million documents at a time.
 """
 
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 from megagap.data.format import BLOCK
 from megagap.data.order import stable_key
 from megagap.data.partial import PARTS, PartialPair, Position, partial_path
+from megagap.files import allow_more_open_files
 
 BUCKET_BYTES = 64 << 20
 MOST_BUCKETS = 200
-"""Files that are open at once."""
+"""Of two open files each; fewer where the system allows fewer, which are larger then."""
+SPARED_FILES = 16
+"""Of those that a process may open, for others."""
 DOCUMENTS_AT_A_TIME = 1 << 24
 """Documents whose checksums are compared in memory."""
 STEM = "arranged-"
@@ -99,7 +103,7 @@ def _first_of_each(prefix: str, dtype: np.dtype[Any], count: int) -> NDArray[np.
 
 def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int) -> None:
     tokens_path, dtype = partial_path(prefix, "tokens"), pair.dtype
-    buckets = min(max(-(-os.path.getsize(tokens_path) // BUCKET_BYTES), 1), MOST_BUCKETS)
+    buckets = min(max(-(-os.path.getsize(tokens_path) // BUCKET_BYTES), 1), MOST_BUCKETS, _openable() // 2)
     paths = [partial_path(prefix, f"bucket-{i}") for i in range(buckets)]
     records = np.dtype([("key", "<u8"), ("length", "<i8")])
     with ExitStack() as stack:
@@ -128,6 +132,18 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
         pair.add_documents(tokens[places], sorted_lengths)
         path.unlink()
         Path(f"{path}.documents").unlink()
+
+
+def _openable() -> int:
+    """Files that can still be opened, some left for others; at least one bucket's two."""
+    allow_more_open_files()
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = 0
+    for descriptor in range(min(limit, 2 * MOST_BUCKETS)):
+        with suppress(OSError):
+            os.fstat(descriptor)
+            taken += 1
+    return max(limit - taken - SPARED_FILES, 2)
 
 
 def document_keys(first: int, count: int, seed: int) -> NDArray[np.uint64]:

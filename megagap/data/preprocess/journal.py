@@ -16,6 +16,7 @@ from megagap.data.inputs import Input
 from megagap.data.partial import Position, checksum_of
 from megagap.data.units import Mark, changed
 from megagap.errors import DataError
+from megagap.files import reading
 
 
 @dataclass
@@ -82,17 +83,19 @@ class Journal:
 
 
 def _cut_torn_line(path: Path) -> None:
-    data = path.read_bytes()
+    with reading(path):
+        data = path.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], State] | None:
     """What an interrupted run was to do, and where it stood; None if it left nothing to go on from."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except FileNotFoundError:
-        return None
+    with reading(path):
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
     try:
         entries = [json.loads(line) for line in lines]
         checksums: list[str] = []
@@ -101,7 +104,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], State] | None:
         if not entries[1:]:
             return None
         state = _state_of(entries[-1] | {"checksums": checksums})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error})\n  start again without --resume.") from None
     return entries[0], state
 
@@ -138,8 +141,11 @@ def check_inputs(before: Sequence[dict[str, Any]], now: Sequence[Input], state: 
             raise changed(other.path)
         if was_touched and not other.is_whole:
             raise changed(other.path)
-        if was_touched and is_read and checksum_of(other.path) != state.checksums[i]:
-            raise changed(other.path)
+        if was_touched and is_read:
+            with reading(other.path):
+                checksum = checksum_of(other.path)
+            if checksum != state.checksums[i]:
+                raise changed(other.path)
 
 
 def inputs_entry(inputs: Sequence[Input]) -> list[dict[str, Any]]:

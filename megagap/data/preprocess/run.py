@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ from megagap.data.documents import fault_in
 from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
 from megagap.data.format import best_dtype
 from megagap.data.inputs import Input, lines_before
+from megagap.data.listing import Unread
 from megagap.data.manifest import (
     Arguments,
     FileRecord,
     InputRecord,
     LeftOut,
     Manifest,
+    UnreadRecord,
     read_manifest,
     tokenizer_record,
     versions,
 )
 from megagap.data.partial import (
+    CannotWriteError,
     PartialPair,
     Position,
     cannot_write,
@@ -43,8 +46,8 @@ from megagap.data.preprocess.journal import Journal, PairState, State, check_inp
 from megagap.data.tokenizer import Tokenizer
 from megagap.data.units import Unit, read_units
 from megagap.data.workers import map_in_order
-from megagap.errors import DataError
-from megagap.files import write_text
+from megagap.errors import DataError, printable
+from megagap.files import reading, write_text
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +61,22 @@ THREADS = 4
 
 
 class Run:
-    """Makes the pairs ``prefixes``, whose locks the caller holds, one for each of ``keys``."""
+    """Makes the pairs ``prefixes``, whose locks the caller holds, one for each of ``keys``.
+
+    ``unread`` are files beside ``inputs`` that are not read, for the manifests.
+    """
 
     def __init__(
-        self, inputs: list[Input], prefixes: list[str], keys: list[str], tokenizer: Tokenizer, arguments: Arguments
+        self,
+        inputs: list[Input],
+        unread: list[Unread],
+        prefixes: list[str],
+        keys: list[str],
+        tokenizer: Tokenizer,
+        arguments: Arguments,
     ) -> None:
         self._inputs = inputs
+        self._unread = unread
         self._prefixes = prefixes
         self._keys = keys
         self._tokenizer = tokenizer
@@ -84,10 +97,8 @@ class Run:
         state = None
         if resume:
             state = self._interrupted()
-            if state is None and (manifests := self._finished()):
-                for prefix in self._prefixes:
-                    remove_partial(prefix)
-                self.notes.append("all was finished already, from the same inputs")
+            if state is None and (manifests := self.finished()):
+                self._remove_partial()
                 return manifests
         if state is None:
             removed = [prefix for prefix in self._prefixes if remove_partial(prefix)]
@@ -102,8 +113,7 @@ class Run:
         except BaseException as error:
             can_go_on = journal is not None and journal.has_progress and not pipe
             if not can_go_on:
-                for prefix in self._prefixes:
-                    remove_partial(prefix)
+                self._remove_partial()
             if isinstance(error, OSError):
                 error = cannot_write(self._prefixes[0], error)
             if isinstance(error, DataError) and can_go_on:
@@ -115,6 +125,12 @@ class Run:
             if journal is not None:
                 journal.close()
         return [manifest for prefix in self._prefixes if (manifest := read_manifest(prefix))]
+
+    def _remove_partial(self) -> None:
+        """As far as the system lets us: nothing depends on it."""
+        for prefix in self._prefixes:
+            with suppress(CannotWriteError):
+                remove_partial(prefix)
 
     def _plan(self) -> dict[str, Any]:
         arguments = self._arguments.model_dump(exclude={"on_error"})  # which may be changed to go on
@@ -141,8 +157,11 @@ class Run:
         check_inputs(before["inputs"], self._inputs, state)
         return state
 
-    def _finished(self) -> list[Manifest] | None:
-        """The manifests of the pairs, if these are all there and made from the same inputs in the same way."""
+    def finished(self) -> list[Manifest] | None:
+        """The manifests of the pairs, if these are all there and made from the same inputs in the same way.
+
+        Needs no lock, and writes nothing. Raises :class:`DataError` for an input that cannot be read.
+        """
         manifests = []
         for prefix, key in zip(self._prefixes, self._keys, strict=True):
             try:
@@ -160,12 +179,15 @@ class Run:
                 or manifest.tokenizer.model_copy(update={"spec": self._record.spec, "effective": effective})
                 != self._record
                 or [(i.path, i.size, i.start, i.stop) for i in manifest.inputs]
-                != [(i.path, i.size, i.start, i.stop) for i in self._inputs]
+                != [(printable(i.path), i.size, i.start, i.stop) for i in self._inputs]
             ):
                 return None
             manifests.append(manifest)
         sums = [record.checksum for record in manifests[0].inputs]
-        return manifests if all(map(_has_checksum, self._inputs, sums)) else None
+        if not all(map(_has_checksum, self._inputs, sums)):
+            return None
+        self.notes.append("all was finished already, from the same inputs")
+        return manifests
 
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
         if not state.is_read:
@@ -206,7 +228,7 @@ class Run:
             results = ((unit, encoder(unit)) for unit in units)
         else:
             threads = min(workers, THREADS) if tokenizer.uses_threads else 1
-            results = map_in_order(encoder, units, -(-workers // threads), threads)
+            results = map_in_order(encoder, units, -(-workers // threads), threads, _place_of)
         done = sum(file.share for file in self._inputs[: state.mark.input])
         total = sum(file.share for file in self._inputs)
         name = Path(self._prefixes[0]).name
@@ -301,9 +323,14 @@ class Run:
             tokenizer=self._record,
             arguments=self._arguments,
             inputs=inputs,
+            unread=[UnreadRecord(path=file.path, reason=file.reason) for file in self._unread],
             files={ending: FileRecord(**asdict(file)) for ending, file in written.items()},
             versions=versions(),
         )
+
+
+def _place_of(unit: Unit) -> str:
+    return f"{unit.path}, from {'row' if unit.kind == 'rows' else 'line'} {unit.line:,} on"
 
 
 class TextWriter:
@@ -369,7 +396,8 @@ class TextWriter:
 
 def _has_checksum(file: Input, checksum: str) -> bool:
     if file.is_whole:
-        return checksum_of(file.path) == checksum
+        with reading(file.path):
+            return checksum_of(file.path) == checksum
     found = None
     for unit in read_units([file], [], splits_texts=False):
         found = unit.file_checksum

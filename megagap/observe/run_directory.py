@@ -21,6 +21,7 @@ from typing import Any, Literal
 import tomli_w
 import torch
 
+from megagap.checkpoint.save import LATEST
 from megagap.config import Settings
 from megagap.errors import ConfigError, DataError, DistributedError, system_reason
 from megagap.files import (
@@ -81,22 +82,24 @@ class RunDirectory:
         """
         if not self.is_writer:
             return
-        require_writable_folder(self.path, ConfigError)
-        require_writable(self.path / LOCK, ConfigError)
         try:
-            with file_errors(f"cannot lock {self.path / LOCK}", self.path / LOCK, ConfigError):
+            require_writable_folder(self.path)
+            require_writable(self.path / LOCK)
+            with file_errors(f"cannot lock {self.path / LOCK}", self.path / LOCK):
                 self._lock = Lock(self.path / LOCK, wait=LOCK_SECONDS)
+            for folder in (self.checkpoints, self.logs, *([self.tensorboard] if tensorboard else [])):
+                require_writable_folder(folder)
+            for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS):
+                require_writable(self.path / name)
+            for file in (self.metrics, log_file(self.logs, 0), self.checkpoints / LATEST):
+                require_writable(file)
         except LockedError as error:
             raise ConfigError(
                 f"run.dir {self.path} is being written by {error.holder}\n"
                 "  wait for it to end, stop it, or choose another run.dir."
             ) from None
-        folders = [self.checkpoints, self.logs, *([self.tensorboard] if tensorboard else [])]
-        for folder in folders:
-            require_writable_folder(folder, ConfigError)
-        files = [self.path / name for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS)]
-        for file in [*files, self.metrics, log_file(self.logs, 0)]:
-            require_writable(file, ConfigError)
+        except DataError as error:
+            raise ConfigError(f"run.dir {self.path} cannot be written\n  {error.args[0]}") from None
 
     def begin(self, settings: Settings, mesh: Mesh) -> None:
         """Describe the run that really starts, or goes on; from here on a failure is this run's."""

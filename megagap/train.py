@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     recipe, overrides = parse_arguments(arguments)
     process = Process.from_environment()
     with launch.orderly_exit(process) as on_failure:
-        log_to_console(process.rank)
+        log_to_console(logging.WARNING)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size)
         device = launch.start(process)
         mesh = make_mesh(settings, process, device)

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     process = Process.from_environment()
     with launch.orderly_exit(process):
-        log_to_console(process.rank, logging.WARNING)
+        log_to_console(logging.WARNING)
         settings = load_recipe(options.recipe, parse_overrides(rest), process.world_size, needs_data=False)
         if options.output and process.rank == 0:
             require_writable(options.output / "benchmark.json")  # before the time is spent

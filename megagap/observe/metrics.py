@@ -76,6 +76,7 @@ def _cure(path: Path, number: int) -> str:
 
 def _cut_back(path: Path, after_step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= after_step]
+    path = Path(os.path.realpath(path))  # a link to another disk stays one
     with writing(path):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 

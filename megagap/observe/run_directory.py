@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -140,8 +141,15 @@ class RunDirectory:
     def status(self, state: State, message: str = "") -> None:
         """What scripts look at to decide whether to requeue."""
         if self.is_open:
-            text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()})
-            self._write(STATUS, text + "\n")
+            text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()}) + "\n"
+            try:
+                self._write(STATUS, text)
+            except DataError:
+                # A full disk has no room for a new file beside the old one, but mostly for the same file.
+                if state == "failed" and (self.path / STATUS).exists():
+                    with suppress(OSError):
+                        (self.path / STATUS).write_text(text, encoding="utf-8")
+                raise
 
     def event(self, name: str, **details: Any) -> None:
         """Append what must survive a resume that cuts the metrics back."""
@@ -174,26 +182,28 @@ class RunDirectory:
 def log_to(folder: Path, rank: int) -> None:
     """Send the package's log to ``folder/rank_NNNNN.log``, and rank 0's to the console too.
 
-    Raises :class:`ConfigError` if the file cannot be written, as logging does later with :class:`DataError`.
+    Raises :class:`ConfigError` if the file cannot be written. Where that happens later, the call that logs raises
+    :class:`DataError`.
     """
-    log_to_console(rank)
     path = log_file(folder, rank)
     require_writable(path, ConfigError)
     with file_errors(f"cannot write {path}", path, ConfigError):
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log_to_console(logging.INFO if rank == 0 else None)
     logging.getLogger("megagap").addHandler(file)
 
 
-def log_to_console(rank: int, level: int = logging.INFO) -> None:
-    """Send the package's log to the console only, and only on rank 0: what is said before the run's own log is open."""
+def log_to_console(level: int | None) -> None:
+    """Send the package's log to the console only, from ``level`` up; None: nowhere."""
     logger = logging.getLogger("megagap")
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
     logger.addHandler(logging.NullHandler())  # else logging's last resort would print faults a second time
-    if rank == 0:
+    if level is not None:
         console = logging.StreamHandler(sys.stderr)
+        console.setLevel(level)
         console.addFilter(lambda record: record.levelno < logging.ERROR)  # faults are printed as the process ends
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)

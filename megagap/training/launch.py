@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 def start(process: Process) -> torch.device:
     """Choose device and threads, and join the process group. Returns the device."""
     threads = chosen_threads()
-    warn_of_several_runs()
+    if process.rank == 0:
+        warn_of_several_runs()
     if torch.cuda.is_available():
         if process.local_rank >= torch.cuda.device_count():
             raise DistributedError(
@@ -50,7 +51,8 @@ def start(process: Process) -> torch.device:
         device = torch.device("cuda", process.local_rank)
         torch.cuda.set_device(device)
     else:
-        _warn_of_invisible_gpus()
+        if process.rank == 0:
+            _warn_of_invisible_gpus()
         device = torch.device("cpu")
         keep_freed_memory()
         if threads is None:

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from megagap.errors import DistributedError, library_errors
 from megagap.training.parent import UNDER_TORCHRUN
 
-JOIN_SECONDS = 90.0
+JOIN_SECONDS = 45.0
 """How long processes that no torchrun started wait for each other; torchrun has a time-out of its own."""
 
 HANDSHAKE_SECONDS = 20.0
@@ -89,7 +89,7 @@ def _numbers(given: Mapping[str, str], environment: Mapping[str, str]) -> list[i
         missing = [name for name in (*PLACE, *MEETING) if not environment.get(name, "").strip()]
         if missing:
             verb = "is" if len(missing) == 1 else "are"
-            raise ValueError(f"WORLD_SIZE={world}, but {' and '.join(missing)} {verb} not set")
+            raise ValueError(f"WORLD_SIZE={world}, but {', '.join(missing)} {verb} not set")
         _whole("MASTER_PORT", environment["MASTER_PORT"].strip(), 1, 65535)
     rank = _whole("RANK", given.get("RANK", "0"), 0, world - 1, f"below WORLD_SIZE={world}")
     local = given.get("LOCAL_WORLD_SIZE", "1")
@@ -120,7 +120,7 @@ def _refuse_tasks_without_a_place(environment: Mapping[str, str]) -> None:
                 f"{launcher} gives this job {environment[name]} tasks ({name}), and nothing says which of them this "
                 "process is (RANK is not set): each would train by itself\n"
                 "  have one torchrun started per machine: examples/slurm/train.sbatch, examples/multi_node/launch.sh\n"
-                "  for a run of one process, start one task (srun --ntasks=1), or set WORLD_SIZE=1."
+                "  for a run of one process, start one task (srun --ntasks=1); for one run per task, WORLD_SIZE=1."
             )
 
 

@@ -37,9 +37,13 @@ def main(arguments: list[str]) -> None:
         device = launch.start(process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
+        communicator = DistributedCommunicator(mesh)
+        if communicator.broadcast(run.is_archived(settings.train.steps)):
+            log.warning("run %s is finished, and cannot be written: nothing is left to do", run.path)
+            return
         on_failure.append(run.fail)
         run.open(settings.run.tensorboard)
-        run.require_shared(DistributedCommunicator(mesh))
+        run.require_shared(communicator)
         log_to(run.logs, process.rank)
         log.info("run directory %s", run.path)
         train(settings, mesh, run)

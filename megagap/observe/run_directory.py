@@ -9,6 +9,7 @@ RUN/
 
 import json
 import logging
+import os
 import platform
 import socket
 import subprocess
@@ -101,6 +102,16 @@ class RunDirectory:
             ) from None
         except DataError as error:
             raise ConfigError(f"run.dir {self.path} cannot be written\n  {error.args[0]}") from None
+
+    def is_archived(self, steps: int) -> bool:
+        """Whether a run of so many steps is finished in a directory that cannot be written: there is nothing to do."""
+        if not self.path.is_dir() or os.access(self.path, os.W_OK):
+            return False
+        try:
+            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
+            return status["state"] == "finished" and status["step"] >= steps
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return False
 
     def begin(self, settings: Settings, mesh: Mesh) -> None:
         """Describe the run that really starts, or goes on; from here on a failure is this run's."""

@@ -33,7 +33,8 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, pr
     expected = workers.run(ranks, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
 
     killed = launch(recipe, ranks, stall_after=19)
-    wait_until(lambda: len(read_metrics(tmp_path / "run/metrics.jsonl")) == 18, killed)  # written one step late
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) == 18, killed)  # written one step late
     kill_all(killed)
     workers.run(ranks, train_recipe, recipe, [])  # in processes that have torch already: launching takes long
 

@@ -104,6 +104,24 @@ def test_a_failure_is_recorded_in_each_place_that_can_be_written(tmp_path):
     assert json.loads((tmp_path / "run/events.jsonl").read_text())["message"] == "full"
 
 
+@pytest.mark.parametrize(
+    ("status", "steps", "answer"),
+    [
+        ('{"state": "finished", "step": 4}', 4, True),
+        ('{"state": "finished", "step": 4}', 5, False),
+        ('{"state": "failed", "step": 4}', 4, False),
+        ('{"state": "finished"}', 4, False),
+        ("[]", 4, False),
+        ("", 4, False),
+    ],
+)
+def test_a_finished_run_that_cannot_be_written_needs_no_writing(tmp_path, monkeypatch, status, steps, answer):
+    (tmp_path / "status.json").write_text(status)
+    assert not RunDirectory(tmp_path, is_writer=True).is_archived(steps)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as root, everything can be written
+    assert RunDirectory(tmp_path, is_writer=True).is_archived(steps) == answer
+
+
 # A limit on the size of files ends writing as a full disk does, and needs no disk of its own.
 LIMITED = """
 import resource, sys

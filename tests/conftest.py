@@ -3,12 +3,17 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from tests import launching
 from tests.workers import Workers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts commands in the background with Ctrl-C ignored, which what we start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# How long an example takes is the machine's business: others may keep it busy.
+settings.register_profile("megagap", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("megagap")
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +22,10 @@ def workers() -> Iterator[Workers]:
     pool = Workers()
     yield pool
     pool.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """A test that fails must not leave a run behind that slows the next ones down."""
+    yield
+    launching.kill_what_is_left()

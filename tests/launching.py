@@ -1,6 +1,8 @@
 """Real launches: torchrun in a process of its own, and ways to end it."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import time
@@ -9,26 +11,57 @@ from pathlib import Path
 
 from tools.processes import descendants, kill_tree
 
-__all__ = ["descendants", "finish", "is_alive", "kill_all", "launch", "wait_until"]
+__all__ = ["descendants", "finish", "free_port", "is_alive", "kill_all", "launch", "wait_until"]
+
+SECONDS = 300.0
+"""Upper bound of every wait, only to end what hangs: a busy machine takes many times as long as a free one."""
+
+_launched: list[subprocess.Popen[str]] = []
 
 
-def launch(recipe: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    """``torchrun --nproc-per-node RANKS -m megagap.train RECIPE OVERRIDES``; one rank runs without torchrun."""
+def launch(recipe: Path, ranks: int, *overrides: str, stall_after: int = 0) -> subprocess.Popen[str]:
+    """``torchrun --nproc-per-node RANKS -m megagap.train RECIPE OVERRIDES``; one rank runs without torchrun.
+
+    ``stall_after``: the run stands still once it has made so many steps, to be killed there at leisure.
+    """
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         if ranks > 1
         else [sys.executable]
     )
-    return subprocess.Popen(
-        [*launcher, "-m", "megagap.train", str(recipe), *overrides],
+    module = ["-m", "tests.stalling_train", str(stall_after)] if stall_after else ["-m", "megagap.train"]
+    process = subprocess.Popen(
+        [*launcher, *module, str(recipe), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
     )
+    _launched.append(process)
+    return process
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
+def kill_what_is_left() -> None:
+    """End every launched process that its test has not."""
+    while _launched:
+        if (process := _launched.pop()).poll() is None:
+            kill_all(process)
+
+
+def free_port(first: int = 20_000, last: int = 29_999) -> int:
+    """A port that nobody listens at; below those that the system hands out by itself."""
+    while True:
+        port = random.SystemRandom().randint(first, last)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return port
+
+
+def finish(process: subprocess.Popen[str], timeout: float = SECONDS) -> tuple[int, str]:
     """Wait for the end; exit code and all output."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -52,7 +85,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(
-    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 180
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = SECONDS
 ) -> None:
     """Wait for a condition; fail with the output if ``process`` ends before, or when ``seconds`` are over."""
     deadline = time.monotonic() + seconds

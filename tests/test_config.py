@@ -7,6 +7,8 @@ import pytest
 import tomli_w
 
 from megagap.config import describe_settings, load_recipe, parse_overrides, span_of, spans, spread_layers, tokens_after
+from megagap.config.faults import describe
+from megagap.config.settings import SECTIONS
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
 from megagap.model.shapes import parameter_count
@@ -311,3 +313,173 @@ def test_tokens_of_a_run_in_phases_become_steps_of_their_lengths(recipe, tokens,
 )
 def test_phases_that_are_no_plan_are_refused(recipe, phases, more, complaint):
     assert complaint in faults_of(recipe(**in_phases(*phases, **more)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "wanted"),
+    [
+        ("optim.lr", ".001", "must be a number, such as 0.001 or 3e-4; write 0.001"),
+        ("optim.lr", "3e-4.0", "must be a number"),
+        ("optim.lr", "0,001", "write 0.001"),
+        ("optim.lr", "True", "must be a number"),
+        ("optim.lr", "None", "leave the setting out to have its default"),
+        ("optim.lr", "", "leave the setting out to have its default"),
+        ("optim.lr", "[1,2", "a bracket is not closed"),
+        ("optim.lr", "'0.1'", "write 0.1"),
+        ("optim.lr", "nan", "must be a finite number"),
+        ("optim.lr", "-inf", "must be a finite number"),
+        ("optim.lr", "1e400", "must be a finite number"),
+        ("optim.lr", "-0.0", "must be above 0"),
+        ("optim.lr", "1" + "0" * 400, "too many digits"),
+        ("optim.lr", "0x" + "f" * 5000, "too many digits"),
+        ("optim.lr", "[" * 200 + "]" * 200, "must be a number"),
+        ("train.steps", "010", "must be a whole number, such as 10; write 10"),
+        ("train.steps", "10.0", "write 10"),
+        ("train.steps", "1e1", "write 10"),
+        ("train.steps", "1,000", "write 1000"),
+        ("train.steps", "ten", "must be a whole number"),
+        ("train.steps", "9" * 5000, "too many digits"),
+        ("train.steps", "2024-01-01", "must be a whole number"),
+        ("train.steps", "{a = 1}", "must be a whole number"),
+        ("model.head_dim", "3", "must be a multiple of 2"),
+        ("optim.betas", "0.9,0.95", "write [0.9, 0.95]"),
+        ("optim.betas", ".9 .95", "write [0.9, 0.95]"),
+        ("optim.betas", "[0.9]", "must be 2 values in brackets, such as [0.9, 0.95]"),
+        ("optim.betas", "[0.9, 0.95, 1]", "must be 2 values in brackets"),
+        ("optim.betas", "[0.9, 'x']", "must be a number"),
+        ("data.sources", "path", 'write [{path = "path"}]'),
+        ("data.sources", "['a']", "must be a table, such as {path = "),
+        ("data.sources", "[{path = 3}]", "must be text in quotes"),
+        ("data.sources", "[{weight = 1}]", "is required: text in quotes"),
+        ("data.sources", "[{path = 'a', weight = 'x'}]", "must be a number"),
+        ("data.sources", '[{path = "a\\u0000"}]', "holds a NUL character"),
+        ("data.document_mask", "True", "must be true or false; write true"),
+        ("data.document_mask", "1", "write true"),
+        ("parallel.sequence_parallel", "no", "write false"),
+        ("parallel.layers_per_stage", "2,2", "write [2, 2]"),
+        ("train.skip_samples", "1:2", 'write ["1:2"]'),
+        ("model.rope_scaling", "llama3", 'must be a table, such as {rope_type = "llama3", '),
+        ("train.precision", "bf16", "possible here: 'fp32' or 'bf16-mixed'"),
+        ("data.split", "[98, 2, 0]", "three shares"),
+        ("run.dir", "a\0b", "holds a NUL character"),
+        ("run.dir", "a\udcff", "is not valid UTF-8"),
+    ],
+)
+def test_a_value_that_is_none_is_told_what_TOML_wants(recipe, setting, value, wanted):
+    message = faults_of(recipe(), [f"{setting}={value}"])
+    (line,) = [line for line in message.splitlines() if line.startswith(f"  {setting}")]
+    assert wanted in line
+    assert "input should be" not in message.lower() and "pydantic" not in message
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_says_in_our_words_what_it_must_be(recipe, section):
+    for key, field in SECTIONS[section].model_fields.items():
+        for value in ("[[[]]]", "{a = {}}", "[{}]", "1979-05-27", "[1, 'x', true]", "nan", str(2**70), "true"):
+            try:
+                load_recipe(recipe(), [f"{section}.{key}={value}"])
+            except ConfigError as error:
+                assert "nput should" not in str(error) and "alid" not in str(error).replace("validation", ""), error
+        assert describe(field.annotation)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "told"),
+    [
+        ("[train]\nlr = .001\n", 2, "write lr = 0.001"),
+        ("[train]\nx = True\n", 2, "write x = true"),
+        ("[train]\n\nx = None\n", 3, "leave the line out"),
+        ("[train]\npath = some/path here\n", 2, 'write path = "some/path here"'),
+        ("[train]\nlr = 0,1\n", 2, "write lr = 0.1"),
+        ("[train]\nsteps = 010\n", 2, "write steps = 10"),
+        ("[train]\nlr = 1e-3.0\n", 2, "lr = 1e-3.0"),
+        ("[train\n", 1, "expected ']'"),
+        ("[train]\nsteps = 1\nsteps = 2\n", 3, "this key is given twice"),
+        ("[train]\nx = [1, 2\n", 3, "unclosed array"),
+        ("steps 10", 1, "expected '='"),
+        ("a = 1\r\nb = 2\rc", 2, "expected newline"),
+    ],
+)
+def test_broken_toml_is_told_with_its_line_and_what_to_write(tmp_path, text, line, told):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text.encode())
+    message = faults_of(path)
+    assert message.startswith(f"config error: {path}:{line}") and "is not valid TOML" in message
+    assert told in message
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"train": {"steps": 3}}', "looks like JSON"),
+        (b"[1, 2]", "looks like JSON"),
+        ("[train]".encode("utf-16"), "it is UTF-16"),
+        (b"a = 1\nb = '\xff'", ":2 is not valid TOML: it is not UTF-8 text (byte 0xff)"),
+        (b"PK\3\4" + bytes(100), "NUL characters"),
+        (b"x = 1" + b"0" * 5000, "too many digits"),
+        (b"x = " + b"[" * 100_000, "nested too deeply"),
+        (b"a." * 3000 + b"b = 1", "unknown"),
+        (b"[train]\nsteps" + b".a" * 3000 + b" = 1", "train.steps"),
+        (b"[data]\nsources" + b".a" * 3000 + b" = 1", "data.sources"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_file_that_is_no_recipe_is_told_what_it_looks_like(tmp_path, content, told):
+    (tmp_path / "odd.toml").write_bytes(content)
+    assert told in faults_of(tmp_path / "odd.toml")
+
+
+def test_a_recipe_saved_with_a_byte_order_mark_is_read(recipe):
+    path = recipe()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_recipe(path).train.steps == 10
+
+
+def test_a_folder_an_endless_device_and_a_circle_of_links_are_no_recipes(tmp_path):
+    assert "it is a folder" in faults_of(tmp_path)
+    (tmp_path / "config.toml").touch()
+    assert f"the recipe of that run is {tmp_path}/config.toml" in faults_of(tmp_path)
+    assert "more than 16 MiB" in faults_of("/dev/zero")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in (tmp_path / "loop", "x" * 5000, tmp_path / "config.toml" / "x"):
+        assert "cannot read the recipe" in faults_of(place)
+
+
+def test_paths_that_cannot_be_made_absolute_are_faults(recipe, tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = recipe()
+    assert "run.dir" in faults_of(path, [f"run.dir={tmp_path}/loop/x"])
+    odd = tmp_path / "\udcff"
+    odd.mkdir()
+    path.rename(odd / "recipe.toml")
+    assert "is not valid UTF-8" in faults_of(odd / "recipe.toml")
+    (odd / "recipe.toml").rename(path)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the working directory was removed" in faults_of(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--train.steps"], "--train.steps needs a value"),
+        (["--train.steps", "--train.seed", "3"], "--train.steps needs a value"),
+        (["--train.steps", "3", "--train.steps=4"], "--train.steps is given twice, 3 and 4"),
+        (["train.steps=10"], "did you mean --train.steps?"),
+        (["-train.steps", "3"], "did you mean --train.steps?"),
+        (["--steps", "10"], "did you mean --train.steps?"),
+        (["x"], "settings are given as --section.key value"),
+    ],
+)
+def test_arguments_that_are_no_settings_are_told_how_to_write_them(arguments, told):
+    with pytest.raises(ConfigError) as error:
+        parse_overrides(arguments)
+    assert told in str(error.value)
+
+
+def test_values_of_a_command_line_may_repeat_be_negative_or_in_quotes(recipe):
+    assert parse_overrides(["--a.b", "-5", "--a.b=-5", "--c.d="]) == ["a.b=-5", "c.d="]
+    assert load_recipe(recipe(), ['checkpoint.load="latest"', "run.dir=2026"]).checkpoint.load == "latest"
+    assert load_recipe(recipe(), ["run.dir=2026"]).run.dir.endswith("/2026")
+    assert load_recipe(recipe(), ['checkpoint.load=""']).checkpoint.load == ""

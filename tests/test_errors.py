@@ -1,8 +1,13 @@
 """What libraries raise on a user's input becomes one of our errors; bugs and interruptions stay what they are."""
 
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 
-from megagap.errors import CheckpointError, ConfigError, DataError, library_errors
+from megagap.errors import CheckpointError, ConfigError, DataError, file_system_error, library_errors
 
 
 class Panic(BaseException):
@@ -20,7 +25,7 @@ class Panic(BaseException):
 )
 def test_whatever_a_library_raises_is_told_with_what_it_was_about(raised, told):
     with (
-        pytest.raises(CheckpointError, match=rf"^checkpoint error: cannot read x: {told}$"),
+        pytest.raises(CheckpointError, match=rf"^checkpoint error: cannot read x: {told}"),
         library_errors("cannot read x", CheckpointError),
     ):
         raise raised
@@ -31,3 +36,45 @@ def test_our_errors_and_interruptions_pass(raised):
     with pytest.raises(type(raised)) as caught, library_errors("cannot read x", DataError):
         raise raised
     assert caught.value is raised
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            "cannot use /a/b: No space left on device\n  its disk",
+        ),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"), "cannot use /a and /b: Invalid cross"),
+        (OSError(errno.EIO, "Input/output error"), "system error: Input/output error\n"),
+        (OSError("odd"), "system error: odd"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", b"x\xff"), "cannot use x\\xff: No such"),
+    ],
+)
+def test_what_the_system_refuses_names_the_file(error, told):
+    assert told in str(file_system_error(error))
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "told"),
+    [
+        ("open('/nowhere-at-all/x')", 2, "system error: cannot use /nowhere-at-all/x: No such file"),
+        ("raise ValueError('a bug')", 1, "Traceback"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("raise BrokenPipeError", 0, ""),
+        ("print('\\udcff')", 0, ""),
+    ],
+)
+def test_a_tool_ends_with_the_code_and_the_message_of_what_happened(body, code, told):
+    program = f"from megagap.errors import run_tool\ndef main():\n    {body}\nrun_tool(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code and told in done.stderr
+    assert ("Traceback" in done.stderr) == (told == "Traceback")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_behind_standard_output_is_told():
+    program = "from megagap.errors import run_tool; run_tool(lambda: print('x' * 100_000))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr

@@ -3,12 +3,26 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megagap.errors import CheckpointError, DataError
-from megagap.files import Lock, make_folder, reading, write_bytes, write_text, writing, written_by_library
+from megagap.files import (
+    LineFile,
+    Lock,
+    LockedError,
+    make_folder,
+    reading,
+    require_writable,
+    require_writable_folder,
+    write_bytes,
+    write_text,
+    writing,
+    written_by_library,
+)
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):
@@ -89,3 +103,119 @@ def test_a_lock_that_cannot_name_its_holder_leaves_no_file(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         Lock(tmp_path / "lock")
     assert not list(tmp_path.iterdir())
+
+
+REFUSALS = ["ENOSYS", "EOPNOTSUPP", "ENOLCK", "EPERM", "EACCES", "EINVAL", "EIO"]
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_where_the_file_system_cannot_lock_it_is_said_and_work_goes_on(tmp_path, monkeypatch, caplog, code):
+    def flock(file, operation):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    lock = Lock(tmp_path / "lock")
+    assert "cannot lock files" in caplog.text and f"{tmp_path}/lock" in caplog.text
+    assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+    lock.release()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_that_is_held_names_its_holder_and_can_be_waited_for(tmp_path):
+    program = "import sys; from megagap.files import Lock; lock = Lock(sys.argv[1]); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    for wait in (0.0, 0.3):
+        with pytest.raises(LockedError, match=f"process {holder.pid} on"):
+            Lock(tmp_path / "lock", wait)
+    holder.communicate(b"\n")
+    Lock(tmp_path / "lock", wait=60).release()
+
+
+def test_lines_are_seen_at_once_and_a_torn_one_swallows_none(tmp_path):
+    (tmp_path / "a").write_text('{"x"')
+    lines = LineFile(tmp_path / "a")
+    lines.append("é")
+    assert (tmp_path / "a").read_text() == '{"x"\né\n'
+    lines.append("\udcff")  # a file name that is no UTF-8
+    lines.sync()
+    lines.close()
+    assert (tmp_path / "a").read_bytes().splitlines()[2] == b"\\udcff"
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_taken_back(tmp_path):
+    """Of which a part was written before the file reached the largest size that is allowed."""
+    program = (
+        "import resource, sys; from megagap.files import LineFile; file = LineFile(sys.argv[1]);"
+        "file.append('x' * 60); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); file.append('y' * 60)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "a"], capture_output=True, text=True)
+    assert f"cannot write {tmp_path}/a: File too large" in done.stderr
+    assert (tmp_path / "a").read_text() == "x" * 60 + "\n"
+
+
+def no_folder(path):
+    path.parent.parent.mkdir()
+    path.parent.touch()
+
+
+def dangling(path):
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/nowhere-at-all/x")
+
+
+def circle(path):
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path)
+
+
+def folder(path):
+    path.mkdir(parents=True)
+
+
+def pipe(path):
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (folder, "a folder is in the place of a file"),
+        (dangling, "it is a link to /nowhere-at-all/x, which does not exist"),
+        (circle, "symbolic links"),
+        (no_folder, "a file is in the place of a folder"),
+        (pipe, "No such device"),
+    ],
+)
+def test_what_cannot_be_written_later_is_found_before(tmp_path, damage, reason):
+    path = tmp_path / "a" / "b" / "file"
+    damage(path)
+    with pytest.raises(DataError) as error:
+        require_writable(path)
+    assert reason in str(error.value) and str(tmp_path / "a" / "b") in str(error.value)
+
+
+def test_what_can_be_written_is_left_as_it_is(tmp_path):
+    (tmp_path / "there").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for name in ("there", "link", "new", "new_folder/new"):
+        require_writable(tmp_path / name)
+    require_writable_folder(tmp_path / "new_folder")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "new_folder", "there"]
+    assert (tmp_path / "there").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENAMETOOLONG", "EMFILE", "EIO", "ESTALE"]
+)
+def test_what_the_system_refuses_is_said_with_what_to_do(tmp_path, code):
+    number = getattr(errno, code)
+    with pytest.raises(DataError) as error, writing(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    first, cure = str(error.value).splitlines()
+    assert first == f"data error: cannot write {tmp_path}/a: {os.strerror(number)}"
+    assert len(cure) > 10

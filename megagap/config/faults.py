@@ -1,13 +1,16 @@
 """What is wrong with a recipe, in words."""
 
 import difflib
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megagap.config.settings import SECTIONS, Section
+from megagap.config.settings import SECTIONS, SampleRange, Section
 
 
 @dataclass(frozen=True)
@@ -19,22 +22,161 @@ class Fault:
     message: str
 
 
-def from_pydantic(name: str, detail: Any) -> Fault:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+def from_pydantic(name: str, value: Any, annotation: Any, detail: Any) -> Fault:
+    """What pydantic finds wrong with the ``value`` given for a setting of this annotation, in words of ours."""
     if detail["type"] == "extra_forbidden":
-        return _unknown_in_table(name, place, detail["input"])
-    context = detail.get("ctx", {})
+        return _unknown_in_table(name, _place(detail["loc"]), detail["input"])
+    # Tuples are told as a whole: of one that is too short, pydantic names the item that is not there.
+    place = detail["loc"] if detail["type"] != "missing" or isinstance(detail["loc"][-1], str) else detail["loc"][:-1]
+    place, value, annotation = _descend(place, value, annotation)
+    if detail["type"] == "missing" and place == detail["loc"]:
+        return Fault(name + _place(place), None, f"is required: {describe(annotation)}")
+    context = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in detail.get("ctx", {}).items()}
     messages = {
-        "greater_than_equal": lambda: f"must be at least {context['ge']}",
-        "less_than_equal": lambda: f"must be at most {context['le']}",
-        "greater_than": lambda: f"must be above {context['gt']}",
-        "string_pattern_mismatch": lambda: 'must look like "1000:2000"',
-        "less_than": lambda: f"must be below {context['lt']}",
-        "literal_error": lambda: f"possible here: {context['expected']}",
-        "missing": lambda: "is required",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than_equal": "must be at most {le}",
+        "greater_than": "must be above {gt}",
+        "less_than": "must be below {lt}",
+        "multiple_of": "must be a multiple of {multiple_of}",
+        "finite_number": "must be a finite number",
+        "int_parsing_size": "has too many digits",
+        "string_pattern_mismatch": 'must look like "1000:2000"',
+        "literal_error": "possible here: {expected}",
     }
-    message = messages.get(detail["type"], lambda: detail["msg"][0].lower() + detail["msg"][1:])()
-    return Fault(name + place, detail["input"] if detail["type"] != "missing" else None, message)
+    # Of a choice between types, pydantic tells what each of them lacks.
+    template = messages.get(detail["type"]) if place == detail["loc"] else None
+    if template is None:
+        return Fault(name + _place(place), value, f"must be {describe(annotation)}{_hint(value, annotation)}")
+    return Fault(name + _place(place), value, template.format(**context))
+
+
+def _place(location: Sequence[int | str]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+
+
+def _descend(location: Sequence[int | str], value: Any, annotation: Any) -> tuple[tuple[int | str, ...], Any, Any]:
+    """Follow ``location`` into the value and its annotation, up to a choice between types: that is told as a whole."""
+    for depth, part in enumerate(location):
+        annotation = _plain(annotation)
+        if get_origin(annotation) in (Union, UnionType):
+            return tuple(location[:depth]), value, annotation
+        if isinstance(part, int):
+            annotation = get_args(annotation)[part if get_origin(annotation) is tuple else 0]
+            value = value[part]
+        else:
+            annotation = annotation.model_fields[part].rebuild_annotation()
+            value = value.get(part)
+    return tuple(location), value, annotation
+
+
+def _plain(annotation: Any) -> Any:
+    """Without constraints, and without the None of what may be left out."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+        if len(kinds) == 1:
+            return _plain(kinds[0])
+    return annotation
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number, such as 10",
+    float: "a number, such as 0.001 or 3e-4",
+    bool: "true or false",
+    str: 'text in quotes, such as "name"',
+}
+_EXAMPLES = {
+    "path": '"prefix_text_document"',
+    "sources": '[{path = "prefix_text_document", weight = 1.0}]',
+    "rope_type": '"llama3"',
+}
+
+
+def describe(annotation: Any) -> str:
+    """What a setting must be, with an example as TOML writes it."""
+    annotation = _plain(annotation)
+    if annotation in _KINDS:
+        return _KINDS[annotation]
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(json.dumps, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(describe, get_args(annotation)))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"a table, such as {_example(annotation)}"
+    count = f"{len(get_args(annotation))} values" if get_origin(annotation) is tuple else "a list"
+    return f"{count} in brackets, such as {_example(annotation)}"
+
+
+def _example(annotation: Any) -> str:
+    annotation = _plain(annotation) if annotation != SampleRange else annotation
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        fields = {key: field for key, field in annotation.model_fields.items() if key != "name" or field.is_required()}
+        parts = [f"{key} = {_EXAMPLES.get(key) or _example(field.annotation)}" for key, field in fields.items()]
+        return "{" + ", ".join(parts[:4]) + (", …}" if len(parts) > 4 else "}")
+    if get_origin(annotation) is tuple:
+        return "[0.9, 0.95]"
+    if get_origin(annotation) is list:
+        return f"[{_example(get_args(annotation)[0])}]"
+    examples = {int: "2", float: "1.0", bool: "true", str: '"name"', SampleRange: '"1000:2000"'}
+    return examples.get(annotation, '"…"')
+
+
+def _hint(value: Any, annotation: Any) -> str:
+    """How TOML would write what was probably meant."""
+    annotation = _plain(annotation)
+    meant = _meant(value, annotation)
+    if type(value) is int and annotation is float:
+        return "; this has too many digits"
+    if meant is not None:
+        return f"; write {meant}"
+    if isinstance(value, str):
+        if value.strip().lower() in ("none", "null", "nil", ""):
+            return "; leave the setting out to have its default"
+        if re.fullmatch(r"[+-]?[0-9_]{19,}", value):
+            return "; this has too many digits"
+        if value.count("[") > value.count("]") or value.count("{") > value.count("}"):
+            return "; a bracket is not closed"
+    return ""
+
+
+def _meant(value: Any, annotation: Any) -> str | None:
+    if isinstance(value, float) and annotation is int and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int) and annotation is bool and value in (0, 1):
+        return "true" if value else "false"
+    if isinstance(value, bool | int | float) and annotation is str:
+        return json.dumps(str(value))
+    if isinstance(value, str) and annotation is bool:
+        words = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+        return words.get(value.strip().lower())
+    if isinstance(value, str) and annotation in (int, float):
+        return _number(value, annotation)
+    if isinstance(value, str) and get_origin(annotation) in (list, tuple):
+        inner = _plain(get_args(annotation)[0])
+        if isinstance(inner, type) and issubclass(inner, Section):
+            known = "path" in inner.model_fields and re.fullmatch(r"[^\[\]{}=,\"']+", value)
+            return f"[{{path = {json.dumps(value)}}}]" if known else None
+        if inner in (int, float):
+            numbers = [_number(part, inner) for part in value.strip("[](){} ").replace(",", " ").split()]
+            return f"[{', '.join(map(str, numbers))}]" if numbers and all(numbers) else None
+        return f"[{json.dumps(value)}]" if inner is str and "[" not in value else None
+    return None
+
+
+def _number(text: str, kind: type) -> str | None:
+    """A number as TOML writes it, of what Python or a person would read as one."""
+    if kind is int and re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):
+        text = text.replace(",", "")
+    elif kind is float and re.fullmatch(r"[0-9]+,[0-9]+", text):
+        text = text.replace(",", ".")
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        return None
+    return str(int(number)) if kind is int else repr(number)
 
 
 def _unknown_in_table(setting: str, place: str, value: Any) -> Fault:
@@ -58,11 +200,11 @@ def _table_in(annotation: Any) -> type[Section] | None:
 
 
 def unknown(name: str, value: Any) -> Fault:
-    nearest = _nearest(name)
+    nearest = nearest_setting(name)
     return Fault(name, value, f"unknown; did you mean {nearest}?" if nearest else "unknown")
 
 
-def _nearest(name: str) -> str | None:
+def nearest_setting(name: str) -> str | None:
     """The setting or section that is most likely meant: the same key elsewhere, a like name, a like description."""
     fields = {
         f"{section}.{key}": field for section, kind in SECTIONS.items() for key, field in kind.model_fields.items()
@@ -87,12 +229,72 @@ def _nearest(name: str) -> str | None:
     return same_key[0] if same_key else None
 
 
+def syntax_fault(path: Path, text: str, error: ValueError | RecursionError) -> str:
+    """Where ``text`` is not TOML, and why."""
+    if isinstance(error, RecursionError):
+        return f"{path} is not valid TOML: its values are nested too deeply"
+    if "\0" in text:
+        return f"{path} is not valid TOML: it holds NUL characters; is it a text file?"
+    if _looks_like_json(text):
+        return f"{path} is not valid TOML: it looks like JSON\n  a recipe has lines such as steps = 100 below [train]."
+    lines = text.split("\n")
+    found = re.fullmatch(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", str(error), re.DOTALL)
+    if found is None:  # a number beyond Python's limit, or something that does not end
+        reason = "a number has too many digits" if "digits" in str(error) else _lower(str(error))
+        return f"{path}:{len(lines)} is not valid TOML: {reason}"
+    reason, number = found[1], int(found[2])
+    line = lines[number - 1] if number <= len(lines) else ""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line.strip()[:100])
+    hint = _line_hint(line) if reason in _OF_VALUES else ""
+    return f"{path}:{number}:{found[3]} is not valid TOML: {_lower(reason)}\n  {shown}{hint}"
+
+
+_OF_VALUES = ("Invalid value", "Expected newline or end of document after a statement")
+"""tomllib's words for a value that it does not know, or of which it knows the beginning only."""
+
+
+def _looks_like_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.lstrip().startswith("{") and text.rstrip().endswith("}")
+    return True
+
+
+def _lower(message: str) -> str:
+    known = {"Cannot overwrite a value": "this key is given twice", "Invalid value": "no value that TOML knows"}
+    return known.get(message, message[:1].lower() + message[1:])
+
+
+def _line_hint(line: str) -> str:
+    """How TOML would write the value of a line ``key = value``."""
+    key, equals, value = line.partition("=")
+    value = value.partition("#")[0].strip()
+    if not equals or not re.fullmatch(r"[\s\w.-]+", key) or not value or value[0] in "[{\"'":
+        return ""
+    meant = _meant(value, bool) or _number(value, int) or _number(value, float)
+    if meant is None and not re.match(r"[0-9+.-]", value):
+        meant = json.dumps(value, ensure_ascii=False)
+    missing = value.lower() in ("none", "null", "nil")
+    if missing:
+        return "\n  leave the line out to have the default"
+    return f"\n  write {key.strip()} = {meant}" if meant else ""
+
+
 def render(path: Path, faults: Sequence[Fault]) -> str:
     lines = []
     for fault in faults:
-        shown = repr(fault.value) if isinstance(fault.value, str) else str(fault.value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        lines.append((fault.setting if fault.value is None else f"{fault.setting} = {shown}", fault.message))
+        shown = None if fault.value is None else _shown(fault.value)
+        lines.append((fault.setting if shown is None else f"{fault.setting} = {shown}", fault.message))
+    lines = list(dict.fromkeys(lines))
     width = min(max(len(left) for left, _ in lines), 48)
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
     return f"{count} in {path}\n" + "\n".join(f"  {left:<{width}}  {message}" for left, message in lines)
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value) if isinstance(value, str) else str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        return "…"
+    return shown if len(shown) <= 60 else shown[:57] + "..."

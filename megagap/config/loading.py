@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -11,12 +12,15 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from megagap.config.faults import Fault, from_pydantic, render, unknown
+from megagap.config.faults import Fault, from_pydantic, nearest_setting, render, syntax_fault, unknown
 from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
 from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
-from megagap.errors import ConfigError
+from megagap.errors import ConfigError, system_reason
 from megagap.files import pair_prefix
+
+MAX_RECIPE_BYTES = 1 << 24
+"""Larger files are something else; some devices and pipes have no end."""
 
 _Section = TypeVar("_Section", bound=Section)
 
@@ -38,36 +42,77 @@ def load_recipe(
     values, section_faults = _validate(tree)
     faults += section_faults
     faults += check_rules(values, world_size, needs_data)
-    faults += _tokenizer_exists(values.get("data.tokenizer"), path.parent) if needs_data else []
+    folder = _absolute(path.parent, "the recipe's folder")
+    faults += _tokenizer_exists(values.get("data.tokenizer"), folder) if needs_data else []
     if faults:
         raise ConfigError(render(path, faults))
-    return _resolve(Settings.model_validate(tree), path)
+    settings = _resolve(Settings.model_validate(tree), folder, path.stem)
+    for place in (
+        settings.run.dir,
+        settings.data.tokenizer,
+        *(path for source in _all_sources(settings) for path in source.paths),
+    ):
+        if fault := _unusable_text(place):
+            raise ConfigError(f"the path {place} {fault}")
+    return settings
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[str]:
-    """``--section.key value`` and ``--section.key=value`` of a command line as ``section.key=value``."""
-    overrides = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if not argument.startswith("--") or "." not in argument:
-            raise ConfigError(f"unexpected argument {argument!r}: settings are given as --section.key value")
-        name, equals, value = argument[2:].partition("=")
+    """``--section.key value`` and ``--section.key=value`` of a command line as ``section.key=value``.
+
+    Raises :class:`ConfigError` for what is neither, for a setting without a value, and for one given twice.
+    """
+    values: dict[str, str] = {}
+    remaining = list(reversed(arguments))
+    while remaining:
+        argument = remaining.pop()
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or "." not in name:
+            raise ConfigError(_unexpected(argument, name))
         if not equals:
-            try:
-                value = next(remaining)
-            except StopIteration:
-                raise ConfigError(f"--{name} needs a value") from None
-        overrides.append(f"{name}={value}")
-    return overrides
+            if not remaining or re.match(r"--[A-Za-z_]+[.=]", remaining[-1]):
+                raise ConfigError(f"--{name} needs a value: --{name} VALUE, or --{name}=VALUE")
+            value = remaining.pop()
+        if values.setdefault(name, value) != value:
+            raise ConfigError(f"--{name} is given twice, {values[name]} and {value}: keep one of them")
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def _unexpected(argument: str, name: str) -> str:
+    usual = f"unexpected argument {argument!r}: settings are given as --section.key value"
+    name = name.lstrip("-").replace("-", "_")
+    section, _, key = name.partition(".")
+    known = section in SECTIONS and key in SECTIONS[section].model_fields
+    nearest = name if known else nearest_setting(name) if argument.startswith("-") else None
+    return f"{usual}\n  did you mean --{nearest}?" if nearest else usual
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    if os.path.isdir(path):
+        within = path / "config.toml"
+        hint = f"; the recipe of that run is {within}" if within.is_file() else ""
+        raise ConfigError(f"cannot read the recipe {path}: it is a folder\n  name a TOML file{hint}.")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
+        with path.open("rb") as file:
+            content = file.read(MAX_RECIPE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = system_reason(error, path) if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
+    if len(content) > MAX_RECIPE_BYTES:
+        raise ConfigError(f"{path} is not valid TOML: a file of more than {MAX_RECIPE_BYTES >> 20} MiB is no recipe")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        reason = "it is UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {content[error.start]:#04x}"
+        raise ConfigError(
+            f"{path}:{line} is not valid TOML: it is not UTF-8 text ({reason})\n"
+            "  give a recipe such as examples/recipes/quickstart.toml, saved as UTF-8."
+        ) from None
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        raise ConfigError(syntax_fault(path, text, error)) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> Iterator[Fault]:
@@ -79,15 +124,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> Iterator[Fault]:
         return
     if not isinstance(tree.setdefault(section, {}), dict):
         return  # reported by _validate
-    tree[section][key] = text if field and field.annotation is str else _parse_value(text)
+    value = _parse_value(text)
+    # Text needs no quotes on a command line: a name such as 2026 or true is text too.
+    tree[section][key] = value if field is None or field.annotation is not str or isinstance(value, str) else text
 
 
 def _parse_value(text: str) -> Any:
     """A TOML value, or the text itself where it is none."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _set_planned_aside(tree: dict[str, Any]) -> Iterator[Fault]:
@@ -138,6 +186,9 @@ def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
                 else:
                     values[name] = field.get_default(call_default_factory=True)
                 continue
+            if unusable := _unusable_text(given[key]):
+                faults.append(Fault(name, given[key], unusable))
+                continue
             annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
             adapter: TypeAdapter[Any] = TypeAdapter(
                 annotation,
@@ -146,8 +197,30 @@ def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
             try:
                 values[name] = adapter.validate_python(given[key])
             except ValidationError as error:
-                faults += [from_pydantic(name, detail) for detail in error.errors()]
+                faults += [from_pydantic(name, given[key], annotation, detail) for detail in error.errors()]
     return values, faults
+
+
+def _unusable_text(value: Any) -> str:
+    """What is wrong with a text, or one in a list or table: no file can have such a name, config.toml not hold it."""
+    left = [value]  # not recursive: dotted keys nest as deep as a hostile file likes
+    while left:
+        item = left.pop()
+        if isinstance(item, list | dict):
+            left += item if isinstance(item, list) else item.values()
+        elif isinstance(item, str) and "\0" in item:
+            return "holds a NUL character, which no name or path can"
+        elif isinstance(item, str) and not _is_unicode(item):
+            return "is not valid UTF-8, which config.toml cannot hold; rename the file or folder"
+    return ""
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_section(annotation: Any) -> bool:
@@ -158,12 +231,29 @@ def _is_strict(metadata: Iterable[Any]) -> bool:
     return not any(getattr(item, "strict", None) is False for item in metadata)
 
 
-def _resolve(settings: Settings, recipe: Path) -> Settings:
+def _absolute(path: Path, what: str) -> Path:
+    """Raises :class:`ConfigError` naming ``what``."""
+    try:
+        if not path.is_absolute():
+            os.getcwd()
+    except OSError:
+        raise ConfigError(f"{what} {path} cannot be found: the working directory was removed; cd to another") from None
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # of Python up to 3.12, RuntimeError is links in a circle
+        reason = system_reason(error) if isinstance(error, OSError) else "its links lead in a circle"
+        raise ConfigError(f"{what} {path} cannot be found: {reason}") from None
+
+
+def _all_sources(settings: Settings) -> list[Source]:
+    return [*settings.data.sources, *settings.data.validation, *sum((p.sources for p in settings.data.phases), [])]
+
+
+def _resolve(settings: Settings, folder: Path, name: str) -> Settings:
     """Fill in what depends on other settings, and make paths absolute."""
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
     plan = spans(data, train, model.rope_theta)
     tokens = steps_for(plan, train.global_batch_size, train.tokens)
-    folder = recipe.parent.resolve()
     return _with(
         settings,
         model=_with(model, head_dim=model.head_dim or model.hidden_size // model.num_attention_heads),
@@ -180,7 +270,7 @@ def _resolve(settings: Settings, recipe: Path) -> Settings:
             validation=[_resolve_source(source, folder) for source in data.validation],
         ),
         train=_with(train, steps=train.steps or tokens or plan[-1].first + plan[-1].steps, tokens=0),
-        run=_with(settings.run, dir=str(Path(settings.run.dir or Path("runs") / recipe.stem).resolve())),
+        run=_with(settings.run, dir=str(_absolute(Path(settings.run.dir or Path("runs") / name), "run.dir"))),
     )
 
 
@@ -218,7 +308,7 @@ def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:
 
 
 def _tokenizer_exists(spec: str | None, folder: Path) -> Iterator[Fault]:
-    if spec and not os.path.exists(place := _find_tokenizer(spec, folder.resolve())[1]):
+    if spec and not os.path.exists(place := _find_tokenizer(spec, folder)[1]):
         yield Fault("data.tokenizer", spec, f"there is no {place}; paths are relative to the recipe")
 
 

@@ -13,8 +13,7 @@ import xxhash
 import zstandard
 
 from megagap.data.kinds import COMPRESSED_ENDINGS, LOOKED_AT, NotTextError, kind_of
-from megagap.errors import DataError
-from megagap.files import explain
+from megagap.errors import DataError, system_reason
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -165,7 +164,7 @@ def open_content(path: str, any_text: bool = False, buffer: int = BUFFER) -> Con
 def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
     if isinstance(error, OSError) and error.errno:  # the system's, not that of a library
         place = f" beyond line {line:,}" if line else ""
-        return DataError(f"cannot read {path}{place}: {explain(error)}")
+        return DataError(f"cannot read {path}{place}: {system_reason(error)}")
     fault = "its compressed data ends before their end marker" if isinstance(error, EOFError) else str(error)
     return DataError(
         f"{path} cannot be read beyond line {line:,}: {fault}\n"

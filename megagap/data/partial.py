@@ -19,8 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION
-from megagap.errors import DataError
-from megagap.files import Lock, LockedError, explain, make_folder, partial_name, publish
+from megagap.errors import DataError, system_reason
+from megagap.files import Lock, LockedError, make_folder, partial_name, publish
 
 PARTS = ("tokens", "lengths", "documents")
 """What a pair is written to."""
@@ -102,20 +102,7 @@ def cannot_write(prefix: str, error: OSError | ValueError) -> CannotWriteError:
     if not isinstance(error, OSError):
         return CannotWriteError(f"cannot write {prefix!r}: {error}")
     what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else f"{prefix}.bin and .idx"
-    advice = _ADVICE.get(error.errno or 0, "")
-    return CannotWriteError(f"cannot write {what}: {explain(error)}" + (f"\n  {advice}" if advice else ""))
-
-
-_FULL = "free some space, or choose another place for the output."
-_REFUSED = "choose another place for the output, or have its owner change the permissions."
-_ADVICE = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EACCES: _REFUSED,
-    errno.EPERM: _REFUSED,
-    errno.EROFS: "choose another place for the output.",
-    errno.ENAMETOOLONG: "choose a shorter name for the output.",
-}
+    return CannotWriteError(f"cannot write {what}: {system_reason(error)}")
 
 
 def partial_path(prefix: str, part: str) -> Path:

@@ -16,8 +16,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar, cast
 
-from megagap.errors import DataError
-from megagap.files import explain
+from megagap.errors import DataError, system_reason
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,7 +78,9 @@ def map_in_order(
                 process: BaseProcess = context.Process(target=_work, args=(theirs, threads, function), daemon=True)
                 process.start()
             except OSError as error:
-                raise DataError(f"cannot start a worker process: {explain(error)}\n  use fewer --workers.") from None
+                raise DataError(
+                    f"cannot start a worker process: {system_reason(error)}\n  use fewer --workers."
+                ) from None
             processes.append(process)
             theirs.close()  # the worker alone has it, so that its death is the end of what we read
             idle.put((process, ours))

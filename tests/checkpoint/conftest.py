@@ -29,9 +29,9 @@ class ThreadCommunicator:
 
     def _exchange(self, value: object) -> list[object]:
         self._board[self.rank] = value
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=300)
         values = list(self._board)
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=300)
         return values
 
     def gather(self, value: object) -> list[object] | None:

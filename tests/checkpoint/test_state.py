@@ -1,7 +1,6 @@
 """An index is untrusted input: what it says of the run is used only if it is typed, and fits itself and the tensors."""
 
 import copy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +116,12 @@ def test_a_state_that_no_run_can_go_on_from_is_refused(tmp_path: Path, field: st
     ],
 )
 def test_a_model_that_its_own_tensors_do_not_fit_is_refused_before_it_is_built(
-    tmp_path: Path, field: str, value: Any, complaint: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, complaint: str
 ) -> None:
     save_state(tmp_path / "step_3", changed(f"model.{field}", value))
-    begin = time.process_time()
+    monkeypatch.setattr("megagap.checkpoint.model.build_stage", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(CheckpointError) as error:
         load_model(tmp_path / "step_3")
-    assert time.process_time() - begin < 1
     assert "step_3" in str(error.value) and complaint in str(error.value)
 
 
@@ -141,7 +139,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return save_state(tmp_path_factory.mktemp("checkpoint") / "c", STATE)
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(field=st.sampled_from(FIELDS), value=JUNK)
 def test_any_junk_in_a_field_is_refused_or_harmless(index: Index, field: str, value: Any) -> None:
     tampered = index.model_copy(update={"state": changed(field, value)})

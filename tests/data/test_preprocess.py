@@ -229,7 +229,7 @@ def endless_run(tmp_path: Path, corpus: Path, tokenizer_folder: Path):  # type: 
 
 
 def wait_for(condition):  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
@@ -255,7 +255,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run, workers = endless_run
     os.kill(workers[0], signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=300)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
     assert "--resume goes on" in errors

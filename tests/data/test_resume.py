@@ -60,7 +60,7 @@ def start(folder: Path, calls: int, arguments: dict[str, Any], **options: Any) -
     program = folder / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, program, str(calls), json.dumps(arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture

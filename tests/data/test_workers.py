@@ -29,7 +29,7 @@ if __name__ == "__main__":
 def run(folder: Path, items: int, threads: int) -> subprocess.CompletedProcess[str]:
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, folder / "program.py", str(items), str(threads)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.launching import descendants
+from tests.launching import SECONDS, descendants, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ class Machines:
         """``examples/multi_node/launch.sh``, the same on both, with two processes each; output in ``folder``."""
         first, second = self.machines
         script = str(ROOT / "examples/multi_node/launch.sh")
-        arguments = ["--first", f"{first.address}:29471", "--nodes", "2", "--processes", "2"]
+        arguments = ["--first", f"{first.address}:{free_port()}", "--nodes", "2", "--processes", "2"]
 
         def on(machine: Machine) -> Started:
             return self.start(
@@ -94,13 +94,13 @@ class Machines:
             one.process.wait()
 
 
-def finish(started: tuple[Started, ...], seconds: float = 50) -> list[int]:
+def finish(started: tuple[Started, ...], seconds: float = SECONDS) -> list[int]:
     """Wait for the end of all; their exit codes. Fails with the outputs when ``seconds`` are over."""
     wait_until(lambda: all(one.process.poll() is not None for one in started), started, seconds)
     return [one.process.returncode for one in started]
 
 
-def wait_until(condition: Callable[[], object], started: tuple[Started, ...], seconds: float = 50) -> None:
+def wait_until(condition: Callable[[], object], started: tuple[Started, ...], seconds: float = SECONDS) -> None:
     """Wait for a condition. Fails with the outputs if a command ends unsuccessfully before, or in time-out."""
     deadline = time.monotonic() + seconds
     while not condition():

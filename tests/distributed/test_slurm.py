@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from tests.distributed.machines import ROOT, Machines, Started, finish, wait_until
+from tests.launching import free_port
 from tests.recipes import write_recipe
 
 
@@ -28,7 +29,7 @@ def write_commands(folder: Path, machines: Machines) -> None:
         (folder / name).chmod(0o755)
 
 
-def submit(machines: Machines, folder: Path, *arguments: str) -> tuple[Started]:
+def submit(machines: Machines, folder: Path, job: str, *arguments: str) -> tuple[Started]:
     (folder / "pids").unlink(missing_ok=True)
     return (
         machines.start(
@@ -36,7 +37,7 @@ def submit(machines: Machines, folder: Path, *arguments: str) -> tuple[Started]:
             folder / "job.out",
             PATH=f"{folder / 'bin'}:{os.environ['PATH']}",
             SLURM_SUBMIT_DIR=str(ROOT),
-            SLURM_JOB_ID="4711",
+            SLURM_JOB_ID=job,
             SLURM_JOB_NODELIST="two",
             PIDS=str(folder / "pids"),
             REQUEUED=str(folder / "requeued"),
@@ -47,7 +48,8 @@ def submit(machines: Machines, folder: Path, *arguments: str) -> tuple[Started]:
 def test_a_signalled_job_saves_and_goes_back_into_the_queue_until_the_run_is_finished(machines, tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(pp=2))
     write_commands(tmp_path / "bin", machines)
-    job = submit(machines, tmp_path, str(recipe))
+    number = str(free_port() + 470_000)  # train.sbatch derives the port from its last four digits
+    job = submit(machines, tmp_path, number, str(recipe))
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), job)
     for pid in (tmp_path / "pids").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
@@ -56,19 +58,19 @@ def test_a_signalled_job_saves_and_goes_back_into_the_queue_until_the_run_is_fin
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted"
     assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
-    assert (tmp_path / "requeued").read_text() == "4711\n"
+    assert (tmp_path / "requeued").read_text() == f"{number}\n"
     assert "Traceback" not in job[0].output
 
-    job = submit(machines, tmp_path, str(recipe), "--train.steps", str(status["step"] + 3))
+    job = submit(machines, tmp_path, number, str(recipe), "--train.steps", str(status["step"] + 3))
     assert finish(job) == [0], job[0].output
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
-    assert (tmp_path / "requeued").read_text() == "4711\n"
+    assert (tmp_path / "requeued").read_text() == f"{number}\n"
 
 
 def test_a_job_with_a_faulty_recipe_ends_before_any_node_is_busy(machines, tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=-1))
     write_commands(tmp_path / "bin", machines)
-    job = submit(machines, tmp_path, str(recipe))
+    job = submit(machines, tmp_path, "1", str(recipe))
     wait_until(lambda: job[0].process.poll() is not None, ())
     assert job[0].process.returncode == 2
     assert "train.steps" in job[0].output and "Traceback" not in job[0].output

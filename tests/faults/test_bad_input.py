@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megagap.data.indexed import IndexedDatasetWriter
-from tests.launching import descendants, finish, launch, wait_until
+from tests.launching import SECONDS, descendants, finish, launch, wait_until
 from tests.recipes import write_recipe
 
 
@@ -75,7 +75,7 @@ def test_bad_input_of_a_training_run(tmp_path, damage, overrides, ranks, message
     recipe = write_recipe(tmp_path)
     damage(tmp_path)
     process = launch(recipe, ranks, *(f"--{name}={value}" for name, value in overrides.items()))
-    code, output = finish(process, timeout=60)
+    code, output = finish(process)
     assert output.count(message) == 1, output
     assert code == (2 if ranks == 1 else 1)
     # torchrun prints a traceback of its own; ours would name our files.
@@ -97,7 +97,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
     workers = descendants(process.pid)
     os.kill(workers[-1], signal.SIGKILL)
-    code, output = finish(process, timeout=60)
+    code, output = finish(process)
     assert code == 1 and "lost contact with another rank" in output
     assert "megagap/training" not in output
 
@@ -105,6 +105,6 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
 @pytest.mark.parametrize("half_set", [{"RANK": "abc"}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=str)
 def test_an_environment_with_half_of_torchruns_variables_is_refused(tmp_path, half_set):
     command = [sys.executable, "-m", "megagap.train", write_recipe(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **half_set}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env={**os.environ, **half_set}, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "where this process belongs: " in done.stderr and "start with torchrun" in done.stderr

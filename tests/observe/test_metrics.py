@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megagap.errors import DataError
-from megagap.observe.metrics import MetricsFile, duration, read_metrics
+from megagap.observe.metrics import MetricsFile, TensorBoard, duration, read_metrics
 
 
 def write(path, steps):
@@ -56,3 +56,55 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(12, "12s"), (200, "3m 20s"), (4320, "1h 12m")])
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b'{"step": 1}\n\0\0\0\n{"step": 2}\n', "holds NUL bytes"),
+        (b'{"step": 1}\nnonsense\n{"step": 2}\n', "is no JSON"),
+        (b'{"step": 1}\n[3]\n{"step": 2}\n', "is no record of a step"),
+    ],
+)
+def test_a_damaged_line_is_told_with_how_to_be_rid_of_it(tmp_path, text, told):
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    with pytest.raises(DataError) as error:
+        read_metrics(tmp_path / "metrics.jsonl")
+    assert f"metrics.jsonl:2 {told}" in str(error.value) and "sed -i 2d" in str(error.value)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 100, b'{"step": 3, "lo\0\0\0', b'{"step"', b"\xff\xfe"])
+def test_what_a_power_cut_left_at_the_end_is_cut_off_on_going_on(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    write(path, [])
+    resumed = MetricsFile(path, after_step=2)
+    resumed.write({"step": 3})
+    resumed.close()
+    assert len(path.read_bytes().splitlines()) == len(read_metrics(path))
+
+
+def test_metrics_that_are_a_link_to_another_disk_stay_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "m").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "disk" / "m")
+    write(tmp_path / "metrics.jsonl", [1])
+    assert (tmp_path / "metrics.jsonl").is_symlink() and (tmp_path / "disk" / "m").read_text().count("\n") == 1
+
+
+def test_tensorboard_reads_what_was_written_and_not_the_steps_made_again(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first = TensorBoard(tmp_path, after_step=0)
+    for step in (1, 2, 3):
+        first.write({"step": step, "loss": 1.0 / step, "mfu": None, "skipped": False})
+    first.close()
+    (written,) = tmp_path.iterdir()
+    written.rename(tmp_path / "events.out.tfevents.0000000001.x")  # an earlier second
+    again = TensorBoard(tmp_path, after_step=1)
+    again.write({"step": 2, "loss": 7.0})
+    again.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
+    assert events.Tags()["scalars"] == ["loss", "skipped"]

@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), "to-hf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_run_is_converted_from_its_latest_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_users_mistake_ends_with_2_and_a_message_without_traceback(tmp_path: P
 def test_a_hugging_face_model_becomes_a_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
     assert convert("--checkpoint", run, "--output", run / "hf").returncode == 0
     command = [sys.executable, str(TOOL), "from-hf", "--input", str(run / "hf"), "--output", str(run / "back")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "has no tokenizer" in done.stderr
     parameters = sum(prod(shape) for shape in model_tensors(Model(**MODEL)).values())

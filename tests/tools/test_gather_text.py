@@ -30,7 +30,7 @@ def gather(*arguments: object, path: str = "/nowhere") -> subprocess.CompletedPr
         [sys.executable, str(TOOLS / "gather_text.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         env=os.environ | {"PATH": path},
     )
 

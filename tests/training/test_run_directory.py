@@ -1,15 +1,22 @@
 """The run directory belongs to all ranks of one run."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from megagap.errors import DistributedError
+from megagap.errors import ConfigError, DataError, DistributedError
 from megagap.observe import run_directory
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.training.launch import chosen_threads
+from megagap.training.requests import Requests
 from tests.recipes import write_recipe
 
 
@@ -38,12 +45,169 @@ def test_a_directory_that_is_not_shared_is_refused_by_every_rank(workers, tmp_pa
         assert "is not shared" in answer
 
 
-@pytest.mark.parametrize(("variables", "expected"), [({"OMP_NUM_THREADS": "3"}, True), ({}, False)])
-def test_threads_are_the_users_choice_where_there_is_no_torchrun(monkeypatch, variables, expected):
-    from megagap.training.launch import _threads_are_chosen
+FILES = ["config.toml", "environment.json", "metrics.jsonl", "events.jsonl", "status.json", "lock"]
+FILES += ["logs/rank_00000.log", "checkpoints/latest"]
+FOLDERS = ["logs", "tensorboard", "checkpoints", "."]
 
+
+def folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def dangling(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/nowhere-at-all/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in FILES for damage in (folder, dangling)]
+    + [(name, damage) for name in FOLDERS for damage in (file, dangling)],
+)
+def test_what_a_run_could_not_write_is_found_at_its_start(tmp_path, name, damage):
+    damage(tmp_path / "run" / name)
+    with pytest.raises(ConfigError) as error:
+        RunDirectory(tmp_path / "run", is_writer=True).open(tensorboard=True)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"config error: run.dir {tmp_path}/run cannot be written"
+    assert str(tmp_path / "run" / name) in lines[1] and len(lines) == 3
+
+
+def test_a_start_that_is_refused_says_failed_where_it_can(tmp_path):
+    folder(tmp_path / "run" / "metrics.jsonl")
+    run = RunDirectory(tmp_path / "run", is_writer=True)
+    with pytest.raises(ConfigError) as error:
+        run.open()
+    run.fail(str(error.value))
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed" and "metrics.jsonl" in status["message"]
+
+
+def test_a_failure_is_recorded_in_each_place_that_can_be_written(tmp_path):
+    run = RunDirectory(tmp_path / "run", is_writer=True)
+    run.open()
+    folder(run.path / "events.jsonl")
+    with pytest.raises(DataError, match=r"events\.jsonl"):
+        run.fail("full")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    (run.path / "events.jsonl").rmdir()
+    (run.path / "status.json").unlink()
+    folder(run.path / "status.json/x")
+    run.has_begun = True
+    with pytest.raises(DataError, match=r"status\.json"):
+        run.fail("full")
+    assert json.loads((tmp_path / "run/events.jsonl").read_text())["message"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("status", "steps", "answer"),
+    [
+        ('{"state": "finished", "step": 4}', 4, True),
+        ('{"state": "finished", "step": 4}', 5, False),
+        ('{"state": "failed", "step": 4}', 4, False),
+        ('{"state": "finished"}', 4, False),
+        ("[]", 4, False),
+        ("", 4, False),
+    ],
+)
+def test_a_finished_run_that_cannot_be_written_needs_no_writing(tmp_path, monkeypatch, status, steps, answer):
+    (tmp_path / "status.json").write_text(status)
+    assert not RunDirectory(tmp_path, is_writer=True).is_archived(steps)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as root, everything can be written
+    assert RunDirectory(tmp_path, is_writer=True).is_archived(steps) == answer
+
+
+# A limit on the size of files ends writing as a full disk does, and needs no disk of its own.
+LIMITED = """
+import resource, sys
+from megagap.errors import run_tool
+from megagap.observe import metrics, run_directory
+from megagap.train import main
+kind = sys.argv[1]
+owner, name = {
+    "metrics.jsonl": (metrics.MetricsFile, "write"),
+    "tensorboard": (metrics.TensorBoard, "write"),
+    "events.jsonl": (run_directory.RunDirectory, "event"),
+    "rank_00000.log": (run_directory._LogFile, "emit"),
+    "checkpoints": (sys.modules["megagap.training.trainer"], "save"),
+}[kind]
+original, calls = getattr(owner, name), []
+def limited(*arguments, **named):
+    calls.append(1)
+    limit = 300 if len(calls) > 2 or kind == "checkpoints" else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        return original(*arguments, **named)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+setattr(owner, name, limited)
+run_tool(lambda: main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["metrics.jsonl", "tensorboard", "events.jsonl", "rank_00000.log", "checkpoints"])
+def test_a_disk_that_is_full_in_mid_run_ends_it_with_one_message(tmp_path, kind):
+    recipe = write_recipe(tmp_path, run=dict(tensorboard=True, log_every=1), checkpoint=dict(every=1))
+    done = subprocess.run([sys.executable, "-c", LIMITED, kind, recipe], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and "Logging error" not in done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if " error: " in line]
+    assert kind in message
+    assert "File too large" in done.stderr
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed" and kind in status["message"]
+
+
+def ask_again(requests: Requests, times: int) -> list[bool]:
+    answers = []
+    for _ in range(times):
+        answers.append(requests.poll()[1])
+        if answers[-1]:
+            requests.saved()
+    return answers
+
+
+@pytest.fixture
+def requests(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    return Requests(tmp_path / "SAVE")
+
+
+@pytest.mark.parametrize("make", [file, folder, dangling])
+def test_SAVE_is_answered_once_whatever_it_is(tmp_path, requests, make):
+    make(tmp_path / "SAVE")
+    assert ask_again(requests, 3) == [True, False, False]
+    assert not os.path.lexists(tmp_path / "SAVE")
+
+
+def test_a_SAVE_that_cannot_be_removed_is_answered_once_until_it_is_gone(tmp_path, requests, caplog):
+    folder(tmp_path / "SAVE" / "x")
+    assert ask_again(requests, 3) == [True, False, False]
+    assert caplog.text.count(f"cannot remove {tmp_path}/SAVE") == 1
+    shutil.rmtree(tmp_path / "SAVE")
+    assert ask_again(requests, 1) == [False]
+    file(tmp_path / "SAVE")
+    assert ask_again(requests, 2) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"), [({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "4,2"}, 4), ({}, None)]
+)
+def test_threads_are_the_users_choice_where_there_is_no_torchrun(monkeypatch, variables, expected):
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert _threads_are_chosen() is expected
+    assert chosen_threads() == expected
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "2,x", "9" * 30])
+def test_threads_that_are_no_number_are_refused(monkeypatch, value):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    with pytest.raises(ConfigError, match=r"OMP_NUM_THREADS=.* must be a number of threads"):
+        chosen_threads()

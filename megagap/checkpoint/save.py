@@ -161,6 +161,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def step_folder_name(step: int) -> str:
+    """What the checkpoint after ``step`` steps is called."""
+    return f"step_{step:08}"
+
+
 def step_folders(checkpoints: Path) -> list[Path]:
     """The folders named as checkpoints, oldest step first."""
     if not checkpoints.is_dir():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_model, read_run
 from megagap.config import Data, Model, Settings, Span, Train, spans
 from megagap.data.identity import differences
@@ -17,6 +18,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator
 from megagap.training.datasets import skipped_ranges
+from megagap.training.divergence import any_not_finite
 from megagap.training.step import TrainState
 
 # Settings that say which model is trained on which samples: they may not change when a run goes on.
@@ -31,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates, and drop the oldest."""
+    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
     settings = state.settings
-    folder = run.checkpoints / f"step_{state.step:08}"
+    folder = run.checkpoints / step_folder_name(state.step)
     progress = Progress(
         step=state.step,
         updates=state.optimizer.updates,
@@ -45,10 +47,14 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
-    if run.is_writer:
-        prune(run.checkpoints, settings.checkpoint.keep)
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
+
+
+def drop_old(settings: Settings, run: RunDirectory) -> None:
+    """Leave the newest ``checkpoint.keep`` checkpoints, once the newest is known to be of use."""
+    if run.is_writer:
+        prune(run.checkpoints, settings.checkpoint.keep)
 
 
 def resume(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
@@ -83,6 +89,7 @@ def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path
     refuse_changes(saved, state.settings, folder)
     refuse_rebuilt_data(saved, data, folder)
     load_slices(folder, index, state.optimizer.slices(owned_only=False))
+    refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates
     state.optimizer.gather_parameters()
     state.step = run.step = saved.step
@@ -108,8 +115,18 @@ def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
         for part in weights:
             if is_norm_gain(part.shard.name):
                 part.tensor.mul_(saved.norm_gain_scale / gain_scale)
+    refuse_not_finite(state, folder)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
+
+
+def refuse_not_finite(state: TrainState, folder: Path) -> None:
+    """Raises :class:`CheckpointError`, on every rank, if what was loaded from ``folder`` is not finite."""
+    if any_not_finite(state.optimizer, state.mesh):
+        raise CheckpointError(
+            f"{folder} holds values that are not finite: the run that wrote it had diverged\n"
+            "  go on from an earlier one: name it in checkpoint.load, or remove this folder if it is the run's own."
+        )
 
 
 def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:

@@ -8,6 +8,7 @@ from megagap.config import Settings, span_of, tokens_after
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
+from megagap.errors import DivergedError
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.model.shapes import parameter_count
@@ -16,8 +17,9 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data, validation_data
+from megagap.training.divergence import SkippedSteps, diverged, last_good, unfit
 from megagap.training.evaluate import evaluate
-from megagap.training.persistence import resume, save
+from megagap.training.persistence import drop_old, resume, save
 from megagap.training.recorder import Recorder, due
 from megagap.training.requests import Requests
 from megagap.training.step import StepResult, TrainState, build_program, train_step
@@ -46,10 +48,13 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
     describe(settings, mesh, state)
-    recorder = Recorder(settings, mesh, run, state.step)
+    skipped = SkippedSteps.of_run(run, state.step, mesh)
+    recorder = Recorder(settings, mesh, run, state.step, skipped)
     requests = Requests.of_run(settings, run)  # from here on a signal asks to stop; before, it ends the process
     previous: StepResult | None = None
     stopping = False
+    withheld: str | None = None  # why the checkpoint that was due last is not written yet
+    untried: int | None = None  # the step of a checkpoint that no update has followed yet: older ones are kept
 
     while state.step < steps and not stopping:
         batch = loader.step(state.consumed_samples).to(mesh.device)
@@ -58,30 +63,61 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
+        if untried is not None and untried < state.step - 1 and not skipped.in_a_row:
+            drop_old(settings, run)
+            untried = None
         known = result if mesh.device.type == "cpu" else previous
         stopping, saving = (bool(asked) for asked in known.requests) if known is not None else (False, False)
         previous = result
 
         last = state.step == steps
+        losses: dict[str, float] = {}
         if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
             with recorder.pause():
-                recorder.add_validation(evaluate(state, held_out))
-        if due(settings.checkpoint.every, state.step, last) or last or stopping or saving:
+                losses = evaluate(state, held_out)
+                recorder.add_validation(losses)
+        if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or withheld:
             with recorder.pause():
                 recorder.sync()
-                save(state, run, loader.data)
+                reason = unfit(state, batch, skipped, losses)
+                if reason is None:
+                    if untried is not None:
+                        drop_old(settings, run)
+                    save(state, run, loader.data)
+                    untried = state.step
+                    requests.saved()
+                elif withheld is None:
+                    run.event("checkpoint_withheld", reason=reason)
+                    log.warning("no checkpoint at step %d: %s", state.step, reason)
+                withheld = reason
                 run.status("running")
-                requests.saved()
 
     recorder.close()
+    if state.step == steps and withheld:
+        raise end_of_diverged(recorder, withheld, state.step)
     if state.step < steps:
-        reason = requests.reason or "another rank"
-        run.event("stop", reason=reason)
-        run.status("preempted", f"stopped by {reason}; start the same command again to go on")
-        log.info("stopped by %s after step %d; start the same command again to go on", reason, state.step)
+        tell_stop(run, requests.reason or "another rank", state.step, withheld)
     else:
+        drop_old(settings, run)
         run.event("finish")
         run.status("finished")
+
+
+def end_of_diverged(recorder: Recorder, reason: str, last: int) -> DivergedError:
+    """A run that has made its last step, after which the weights are not fit to be kept."""
+    if recorder.skipped.total:
+        return recorder.too_many_skipped(last)
+    return diverged(f"after step {last}, the last one, {reason}", recorder.settings, recorder.run, last, last)
+
+
+def tell_stop(run: RunDirectory, asked_by: str, step: int, withheld: str | None) -> None:
+    """Leave word of a stop before the last step, and from where the run goes on."""
+    again = "start the same command again to go on"
+    if withheld:
+        again = f"without a checkpoint there: {withheld}; {again} from {last_good(run) or 'the start'}"
+    run.event("stop", reason=asked_by)
+    run.status("preempted", f"stopped by {asked_by} after step {step}; {again}")
+    log.info("stopped by %s after step %d; %s", asked_by, step, again)
 
 
 def make_loader(settings: Settings, mesh: Mesh, data: TrainingData) -> MicrobatchLoader:

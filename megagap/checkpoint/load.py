@@ -4,7 +4,7 @@ Files are memory-mapped; of each, the header and the chunks that are used are ve
 """
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -60,22 +60,25 @@ def resolve_checkpoint(path: Path) -> Path:
     return found
 
 
-def load_slices(folder: Path, index: Index, wanted: Iterable[Slice], *, cast: bool = False) -> None:
+def load_slices(
+    folder: Path, index: Index, wanted: Iterable[Slice], *, cast: bool = False, may_grow: Collection[str] = ()
+) -> None:
     """Fill the tensors of ``wanted`` in place from the checkpoint ``folder`` with this ``index``.
 
-    ``cast``: convert to the wanted dtype instead of refusing another one.
+    ``cast``: convert to the wanted dtype instead of refusing another one. ``may_grow``: names of parameters of which
+    more rows may be wanted than are stored; the rows beyond are left as they are.
     Raises :class:`CheckpointError` if a tensor is missing, has another shape or dtype, or is damaged.
     """
     copies: dict[str, dict[Chunk, list[tuple[StoredTensor, tuple[slice, ...], Tensor]]]] = {}
     for part in wanted:
         stored = index.tensor(folder, part.kind, part.shard.name)
-        _check_form(folder, stored, part, cast)
+        _check_form(folder, stored, part, cast, part.shard.name in may_grow)
         filled = 0
         for chunk, inside, target in _intersect(stored, part):
             copies.setdefault(chunk.file, {}).setdefault(chunk, []).append((stored, inside, target))
             filled += target.numel()
         # The index holds every element once, so this is also "each filled exactly once".
-        assert filled == part.stop - part.start, (part.kind, part.shard.name, filled)
+        assert filled == _stored_elements(stored, part), (part.kind, part.shard.name, filled)
 
     files = {file.name: file for file in index.files}
     for name, chunks in copies.items():
@@ -95,9 +98,18 @@ def load_tensor(folder: Path, index: Index, kind: str, name: str) -> Tensor:
     return tensor
 
 
-def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool) -> None:
+def _stored_elements(stored: StoredTensor, part: Slice) -> int:
+    """Elements of the slice in rows that are stored."""
+    if stored.shape == part.shard.shape:
+        return part.stop - part.start
+    rows = min(max(stored.shape[0] - part.shard.offsets[0], 0), part.shard.sizes[0])
+    return max(min(part.stop, rows * prod(part.shard.sizes[1:])) - part.start, 0)
+
+
+def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool, may_grow: bool) -> None:
     assert part.tensor.shape == (part.stop - part.start,), (part.kind, part.shard.name, part.tensor.shape)
-    if stored.shape != part.shard.shape:
+    grown = may_grow and stored.shape[1:] == part.shard.shape[1:] and stored.shape[0] < part.shard.shape[0]
+    if stored.shape != part.shard.shape and not grown:
         raise CheckpointError(
             f"{folder}: {stored.kind} of {stored.name} has shape {list(stored.shape)}, "
             f"this model wants {list(part.shard.shape)}\n  load it with the model settings it was trained with."

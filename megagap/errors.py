@@ -3,13 +3,18 @@
 Faults of ours raise anything else and keep their traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+OPS_SWITCH = "MEGAGAP_OPS"
+"""Environment variable to find out whether a kernel is to blame: ``plain`` computes with plain torch, always."""
 
 
 class MegagapError(Exception):
@@ -58,6 +63,51 @@ class DivergedError(MegagapError):
     kind = "training diverged"
 
 
+class FileSystemError(MegagapError):
+    """The system refused to use a file, a folder or a stream, where no code nearer to it says what it was for."""
+
+    kind = "system error"
+
+
+def system_reason(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
+    """Why the system refused to use ``path``, and what to do: one line each, where something can be done."""
+    if path is not None and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        with suppress(OSError, ValueError):
+            if os.path.islink(path) and not os.path.exists(path):
+                return (
+                    f"it is a link to {os.readlink(path)}, which does not exist\n  remove the link, or make its target"
+                )
+    reason, cure = error.strerror or str(error) or type(error).__name__, _CURES.get(error.errno or 0)
+    return f"{reason}\n  {cure}." if cure else reason
+
+
+_NOT_YOURS = "this user may not: change its owner or mode, or choose another place"
+_CURES = {
+    errno.ENOSPC: "its disk is full: make room there, or choose another place",
+    errno.EDQUOT: "your quota there is used up: make room, or choose another place",
+    errno.EFBIG: "larger than its file system or ulimit -f allows: choose another place",
+    errno.EACCES: _NOT_YOURS,
+    errno.EPERM: _NOT_YOURS,
+    errno.EROFS: "its file system is mounted read-only: choose another place",
+    errno.EISDIR: "a folder is in the place of a file: remove or rename it",
+    errno.ENOTDIR: "a file is in the place of a folder: remove or rename it",
+    errno.EEXIST: "a file is in the place of a folder: remove or rename it",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: remove them",
+    errno.EMFILE: "too few files may be open: raise the limit, ulimit -n",
+    errno.EIO: "its disk or network file system fails: look at the system's log",
+    errno.ESTALE: "the network file system has lost it: mount it again",
+}
+
+
+def ops_choice() -> str:
+    """What :data:`OPS_SWITCH` chooses, ``auto`` or ``plain``. Raises :class:`ConfigError` if it is neither."""
+    choice = os.environ.get(OPS_SWITCH, "auto")
+    if choice not in ("auto", "plain"):
+        raise ConfigError(f"{OPS_SWITCH}={choice} in the environment: possible are auto and plain")
+    return choice
+
+
 @contextmanager
 def library_errors(what: str, kind: type[MegagapError] = DataError) -> Iterator[None]:
     """For a call into a library on something that a user gave: whatever it raises becomes ``kind``, ``what: reason``.
@@ -71,25 +121,52 @@ def library_errors(what: str, kind: type[MegagapError] = DataError) -> Iterator[
     except (MegagapError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except OSError as error:
-        raise kind(f"{what}: {error.strerror or error}") from None
+        raise kind(f"{what}: {system_reason(error)}") from None
     except BaseException as error:
         reason = str(error).strip() or type(error).__name__
         raise kind(f"{what}: {reason}") from None
 
 
+def file_system_error(error: OSError) -> FileSystemError:
+    """What an OSError means that reached the top: a full disk, a folder taken away, rather than a bug."""
+    named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    named += [str(name) for name in (error.filename,) if isinstance(name, os.PathLike)]
+    what = f"cannot use {' and '.join(named)}: " if named else ""
+    return FileSystemError(what + system_reason(error, named[0] if named else None))
+
+
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command-line ``main`` and exit: 0 when done, the error's code (2) and message on a user's fault.
 
-    Anything but a :class:`MegagapError` is a fault of ours: Python prints its traceback and exits with 1.
+    Anything but a :class:`MegagapError` or OSError is a fault of ours: Python prints its traceback and exits with 1.
     """
+    for stream in (sys.stdout, sys.stderr):  # file names and messages may hold what the terminal's encoding has not
+        with suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        ops_choice()
         main()
+        sys.stdout.flush()
     except MegagapError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _leave("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough (… | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
+    except OSError as error:
+        _leave(str(file_system_error(error)), FileSystemError.exit_code)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Have what is left in standard output's buffer go nowhere: Python would complain about it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,16 +1,16 @@
 """Files that appear under their name only when whole."""
 
-import errno
 import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from weakref import WeakSet
 
-from megagap.errors import DataError, library_errors
+from megagap.errors import DataError, MegagapError, library_errors, system_reason
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         publish(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        _remove_partial(partial)
 
 
 @contextmanager
@@ -64,6 +64,12 @@ def written_by_library(path: str | Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             publish(partial, path)
     finally:
+        _remove_partial(partial)
+
+
+def _remove_partial(partial: Path) -> None:
+    """Where even that is refused, what was refused before says why."""
+    with suppress(OSError):
         partial.unlink(missing_ok=True)
 
 
@@ -76,10 +82,8 @@ def _umask() -> int:
 
 def make_folder(folder: str | Path) -> None:
     """Make a folder that a user named, and those above it. Raises :class:`DataError` if that cannot be done."""
-    try:
+    with file_errors(f"cannot make the folder {folder}", folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 @contextmanager
@@ -89,10 +93,85 @@ def writing(path: str | Path) -> Iterator[None]:
     Raises :class:`DataError` naming the file where the system refuses that, or the block.
     """
     make_folder(Path(path).parent)
+    with file_errors(f"cannot write {path}", path):
+        yield
+
+
+@contextmanager
+def file_errors(what: str, path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
+    """For a block that opens, reads or writes ``path``: what the system refuses becomes ``kind``, ``what: reason``."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+        raise kind(f"{what}: {system_reason(error, path)}") from None
+
+
+def require_writable(path: str | Path, kind: type[MegagapError] = DataError) -> None:
+    """Try now what will be written later: to add to the file ``path``, or to make it; it is left as it is.
+
+    Raises ``kind`` naming it if a folder is in its place, it is a link that leads nowhere, or the system refuses.
+    """
+    path = Path(path)
+    with file_errors(f"cannot write {path}", path, kind):
+        if os.path.lexists(path):
+            # Not O_CREAT: a link that leads nowhere is refused. O_NONBLOCK: a named pipe without a reader is, too.
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+    if not os.path.lexists(path):
+        require_writable_folder(path.parent, kind)
+
+
+def require_writable_folder(folder: str | Path, kind: type[MegagapError] = DataError) -> None:
+    """Make ``folder`` if need be, and write and remove a file in it. Raises ``kind`` naming the folder."""
+    folder = Path(folder)
+    with file_errors(f"cannot make the folder {folder}", folder, kind):
+        folder.mkdir(parents=True, exist_ok=True)
+    probe = partial_name(folder / "probe")
+    with file_errors(f"cannot write into the folder {folder}", folder, kind):
+        try:
+            probe.write_bytes(b"megagap")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+class LineFile:
+    """A text file that whole lines are added to, each visible to readers as soon as it is written.
+
+    A line that a former writer left unfinished is ended first, so that it does not swallow the next. Where a line does
+    not fit on the disk, what was written of it is taken back. Every method raises :class:`DataError` naming the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        with self._errors():
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            size = os.fstat(self._file.fileno()).st_size
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+                self.append("")
+
+    def append(self, line: str) -> None:
+        """Add a line, given without its end."""
+        left = memoryview((line + "\n").encode(errors="backslashreplace"))
+        with self._errors():
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self._file.fileno(), before)
+                raise
+
+    def sync(self) -> None:
+        """Bring every line to the disk."""
+        with self._errors():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with self._errors():
+            self._file.close()
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return file_errors(f"cannot write {self.path}", self.path)
 
 
 class LockedError(Exception):
@@ -108,45 +187,57 @@ class Lock:
 
     Processes that are forked from it do not hold it: they may outlive it for a while.
 
-    Raises :class:`LockedError` at once if it is held, and OSError if the file cannot be written. Where the file system
-    cannot lock, as some on clusters, it warns and goes on.
+    Raises :class:`LockedError` if another holds it for ``wait`` seconds, and OSError if the file cannot be written.
+    Where the file system cannot lock, as some on clusters, it warns and goes on.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, wait: float = 0.0) -> None:
         self._path = path
-        while True:
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise LockedError(holder) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                    file.close()
-                    raise
-                log.warning("%s: its file system cannot lock files; make sure that nobody else writes there", path)
-            # The holder before may have removed the file after we opened it.
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except FileNotFoundError:
-                same = False
-            if same:
-                break
-            file.close()
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
+        deadline = time.monotonic() + wait
+        while not self._acquire():
+            if time.monotonic() >= deadline:
+                holder = self._file.read().strip() or "another process"
+                self._file.close()
+                raise LockedError(holder)
+            self._file.close()
+            time.sleep(min(0.2, wait))
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
         _held.add(self)
 
-    def release(self) -> None:
-        """Remove the file and let others have the lock."""
-        if not self._file.closed:
-            Path(self._path).unlink(missing_ok=True)
+    def _acquire(self) -> bool:
+        """Open the file and try to lock it, whether or not the system can."""
+        while True:
+            self._file = open(self._path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+            self._file.seek(0)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            # Which code it is depends on the system: ENOSYS, EOPNOTSUPP and ENOLCK of Lustre and NFS without their lock
+            # services, EPERM, EACCES, EINVAL and EIO of FUSE and remote servers. A held lock is none of them.
+            except OSError as error:
+                log.warning(
+                    "%s: its file system cannot lock files (%s); make sure that nobody else writes there",
+                    self._path,
+                    error.strerror or error,
+                )
+            # The holder before may have removed the file after we opened it.
+            try:
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                    return True
+            except FileNotFoundError:
+                pass
             self._file.close()
+
+    def release(self) -> None:
+        """Remove the file, where that is allowed, and let others have the lock."""
+        if not self._file.closed:
+            with suppress(OSError):
+                os.unlink(self._path)
+            with suppress(OSError):
+                self._file.close()
 
     def let_go(self) -> None:
         """In a forked process: leave it to the parent."""

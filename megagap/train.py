@@ -11,6 +11,7 @@ if __name__ == "__main__":
     end_with_parent()
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -18,29 +19,34 @@ import torch
 
 from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
 from megagap.errors import run_tool
-from megagap.observe.run_directory import RunDirectory, log_to
+from megagap.observe.run_directory import RunDirectory, log_to, log_to_console
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training import launch
+from megagap.training.rendezvous import Process
 from megagap.training.trainer import train
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str]) -> None:
     recipe, overrides = parse_arguments(arguments)
-    process = launch.Process.from_environment()
+    process = Process.from_environment()
     with launch.orderly_exit(process) as on_failure:
+        log_to_console(process.rank)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size)
         device = launch.start(process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
-        run.open()
-        run.require_shared(DistributedCommunicator(mesh))
         on_failure.append(run.fail)
-        log_to(run.path / "logs", process.rank)
+        run.open(settings.run.tensorboard)
+        run.require_shared(DistributedCommunicator(mesh))
+        log_to(run.logs, process.rank)
+        log.info("run directory %s", run.path)
         train(settings, mesh, run)
         run.close()
 
 
-def make_mesh(settings: Settings, process: launch.Process, device: torch.device) -> Mesh:
+def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mesh:
     parallel = settings.parallel
     return Mesh.create(
         device=device,

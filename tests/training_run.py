@@ -9,7 +9,7 @@ from megagap.config import load_recipe
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.train import make_mesh
-from megagap.training.launch import Process
+from megagap.training.rendezvous import Process
 from megagap.training.trainer import train
 
 

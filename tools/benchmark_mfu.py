@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from rich.console import Console
 from megagap.benchmark import benchmark
 from megagap.config import load_recipe, parse_overrides
 from megagap.errors import run_tool
-from megagap.files import make_folder, write_text, writing
+from megagap.files import require_writable, write_text, writing
+from megagap.observe.run_directory import log_to_console
 from megagap.train import make_mesh
 from megagap.training import launch
+from megagap.training.rendezvous import Process
 
 EXAMPLES = """examples:
   python tools/benchmark_mfu.py examples/recipes/code.toml --steps 20
@@ -43,11 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.warmup < 0 or options.steps < 1:
         parser.error("--warmup must be at least 0, --steps at least 1")
 
-    process = launch.Process.from_environment()
+    process = Process.from_environment()
     with launch.orderly_exit(process):
+        log_to_console(process.rank, logging.WARNING)
         settings = load_recipe(options.recipe, parse_overrides(rest), process.world_size, needs_data=False)
         if options.output and process.rank == 0:
-            make_folder(options.output)  # before the time is spent
+            require_writable(options.output / "benchmark.json")  # before the time is spent
         mesh = make_mesh(settings, process, launch.start(process))
         report = benchmark(settings, mesh, options.warmup, options.steps)
         if process.rank == 0:

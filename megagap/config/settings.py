@@ -190,7 +190,7 @@ class Checkpoint(Section):
 
 class Run(Section):
     dir: str = ""
-    """The run directory; by default runs/ and the recipe's name."""
+    """The run directory, relative to the working directory, not to the recipe; by default runs/ and its name."""
     tensorboard: bool = True
     """Write TensorBoard files into the run directory."""
     max_minutes: NonNegative = 0

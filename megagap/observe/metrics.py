@@ -4,11 +4,15 @@ import json
 import logging
 import math
 import os
+import shlex
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megagap.errors import DataError
+from megagap.files import LineFile, file_errors, write_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -16,22 +20,23 @@ log = logging.getLogger(__name__)
 class MetricsFile:
     """metrics.jsonl: one object a step, in order; cut back to the step from which a run goes on.
 
-    Numbers that are not finite, which JSON does not have, become null.
+    Numbers that are not finite, which JSON does not have, become null. Every method raises :class:`DataError` naming
+    the file if it cannot be written.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
         self.path = path
         if path.exists():
             _cut_back(path, after_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line goes to the system when it is whole
+        self._file = LineFile(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(strict, allow_nan=False) + "\n")
+        self._file.append(json.dumps(strict, allow_nan=False))
 
     def sync(self) -> None:
         """Bring every record to the disk: before a checkpoint after which they would not be written again."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
@@ -42,10 +47,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises :class:`DataError` naming the file, and the line that is no record.
     """
-    try:
+    with file_errors(f"cannot read {path}", path):
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -53,35 +56,64 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path}:{number} is no JSON: {error}") from None
+            raise DataError(f"{path}:{number} {_not_json(line, error)}\n  {_cure(path, number)}") from None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise DataError(f'{path}:{number} is no record of a step: it should be an object with a number "step"')
+            reason = 'is no record of a step: it should be an object with a number "step"'
+            raise DataError(f"{path}:{number} {reason}\n  {_cure(path, number)}")
         records.append(record)
     return records
 
 
+def _not_json(line: bytes, error: Exception) -> str:
+    if b"\0" in line:
+        return "holds NUL bytes, as a power cut or a failed disk leaves them"
+    return f"is no JSON: {error}"
+
+
+def _cure(path: Path, number: int) -> str:
+    return f"delete this line of the file, to do without that step: sed -i {number}d {shlex.quote(str(path))}"
+
+
 def _cut_back(path: Path, after_step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= after_step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class TensorBoard:
-    """The same numbers for TensorBoard, on logging steps."""
+    """The same numbers for TensorBoard, on logging steps.
+
+    Written here and at once, not by TensorBoard's own writer, whose thread prints a traceback where a disk is full.
+    Every method raises :class:`DataError` naming the file if it cannot be written.
+    """
 
     def __init__(self, folder: Path, after_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
+        with writing(self._path):
+            self._file = self._path.open("ab")
+        self._records, self._event = RecordWriter(self._file), Event
+        self._write(file_version="brain.Event:2")
+        # What a former run wrote of the steps that are made again is not shown.
+        self._write(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, record["step"])
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in numbers.items()]
+        self._write(step=record["step"], summary=Summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        with file_errors(f"cannot write {self._path}", self._path):
+            self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        with file_errors(f"cannot write {self._path}", self._path):
+            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._file.flush()
 
 
 def console_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> str:

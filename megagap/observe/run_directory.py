@@ -7,10 +7,8 @@ RUN/
   events.jsonl       append-only              status.json        state, step, message
 """
 
-import fcntl
 import json
 import logging
-import os
 import platform
 import socket
 import subprocess
@@ -18,18 +16,26 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import tomli_w
 import torch
 
 from megagap.config import Settings
-from megagap.errors import ConfigError, DistributedError
-from megagap.files import write_text
+from megagap.errors import ConfigError, DataError, DistributedError, system_reason
+from megagap.files import (
+    LineFile,
+    Lock,
+    LockedError,
+    file_errors,
+    require_writable,
+    require_writable_folder,
+    write_text,
+    writing,
+)
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 
-LOCK = "lock"
-STATUS = "status.json"
+CONFIG, ENVIRONMENT, EVENTS, LOCK, STATUS = "config.toml", "environment.json", "events.jsonl", "lock", "status.json"
 LOCK_SECONDS = 10.0
 """How long a second run waits for the first to leave the directory."""
 
@@ -44,7 +50,7 @@ class RunDirectory:
         self.step = 0
         """Last step begun or loaded, for the status."""
         self.has_begun = False
-        self._lock: TextIO | None = None
+        self._lock: Lock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -55,29 +61,49 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def is_open(self) -> bool:
         """Whether this process holds the directory and may write it."""
         return self._lock is not None
 
-    def open(self) -> None:
-        """Become the directory's one writer. What a former run left is not touched yet.
+    def open(self, tensorboard: bool = False) -> None:
+        """Become the directory's one writer, and try all that will be written. What a former run left stays as it is.
 
-        Raises :class:`ConfigError` if another process is writing it, or if it cannot be written.
+        ``tensorboard``: whether its files will be written too.
+        Raises :class:`ConfigError` if another process is writing it, or if it or something in it cannot be written.
         """
         if not self.is_writer:
             return
+        require_writable_folder(self.path, ConfigError)
+        require_writable(self.path / LOCK, ConfigError)
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = acquire(self.path / LOCK)
-        except OSError as error:
-            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+            with file_errors(f"cannot lock {self.path / LOCK}", self.path / LOCK, ConfigError):
+                self._lock = Lock(self.path / LOCK, wait=LOCK_SECONDS)
+        except LockedError as error:
+            raise ConfigError(
+                f"run.dir {self.path} is being written by {error.holder}\n"
+                "  wait for it to end, stop it, or choose another run.dir."
+            ) from None
+        folders = [self.checkpoints, self.logs, *([self.tensorboard] if tensorboard else [])]
+        for folder in folders:
+            require_writable_folder(folder, ConfigError)
+        files = [self.path / name for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS)]
+        for file in [*files, self.metrics, log_file(self.logs, 0)]:
+            require_writable(file, ConfigError)
 
     def begin(self, settings: Settings, mesh: Mesh) -> None:
         """Describe the run that really starts, or goes on; from here on a failure is this run's."""
         self.has_begun = True
         if self.is_writer:
-            write_text(self.path / "config.toml", tomli_w.dumps(settings.model_dump(exclude_none=True)))
-            write_text(self.path / "environment.json", json.dumps(environment(mesh), indent=2) + "\n")
+            self._write(CONFIG, tomli_w.dumps(settings.model_dump(exclude_none=True)))
+            self._write(ENVIRONMENT, json.dumps(environment(mesh), indent=2) + "\n")
             self.status("running")
 
     def require_shared(self, communicator: DistributedCommunicator) -> None:
@@ -85,11 +111,10 @@ class RunDirectory:
 
         Raises :class:`DistributedError` on all ranks if one of them does not.
         """
-        lock = self.path / LOCK
-        holder = communicator.broadcast(lock.read_text(encoding="utf-8") if self.is_writer else None)
+        holder = communicator.broadcast(self._lock_holder() if self.is_writer else None)
         # A shared file system may take a moment to show the file.
         deadline = time.monotonic() + LOCK_SECONDS
-        while not (seen := lock.exists() and lock.read_text(encoding="utf-8") == holder):
+        while not (seen := self._lock_holder() == holder):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
@@ -102,69 +127,89 @@ class RunDirectory:
                 "  put it on a file system that all machines mount at the same path."
             )
 
+    def _lock_holder(self) -> str | None:
+        """What the lock file says, as this rank sees it."""
+        try:
+            return (self.path / LOCK).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
     def status(self, state: State, message: str = "") -> None:
         """What scripts look at to decide whether to requeue."""
         if self.is_open:
             text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()})
-            write_text(self.path / STATUS, text + "\n")
+            self._write(STATUS, text + "\n")
 
     def event(self, name: str, **details: Any) -> None:
         """Append what must survive a resume that cuts the metrics back."""
         if self.is_open:
-            with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": now(), "event": name, "step": self.step, **details}) + "\n")
+            file = LineFile(self.path / EVENTS)
+            file.append(json.dumps({"time": now(), "event": name, "step": self.step, **details}))
+            file.close()
 
     def fail(self, message: str) -> None:
-        """Leave word of a failure. A start that was refused leaves the state of the run before as it is."""
-        self.event("failure", message=message)
-        if self.has_begun or not (self.path / STATUS).exists():
-            self.status("failed", message)
+        """Record a failure, in each of its two places that can be written.
+
+        A start that was refused leaves the state of the run before as it is.
+        """
+        try:
+            if self.has_begun or not (self.path / STATUS).exists():
+                self.status("failed", message)
+        finally:
+            self.event("failure", message=message)
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(self.path / name):
+            write_text(self.path / name, text)
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
 
-def acquire(path: Path) -> TextIO:
-    """Hold an advisory lock on ``path``, which names the holder, until the file is closed or the process ends."""
-    file = path.open("a+", encoding="utf-8")
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise ConfigError(
-                    f"run.dir {path.parent} is being written by {holder}\n"
-                    "  wait for it to end, stop it, or choose another run.dir."
-                ) from None
-            time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
-    file.flush()
-    return file
-
-
 def log_to(folder: Path, rank: int) -> None:
-    """Send the package's log to ``folder/rank_NNNNN.log``, and rank 0's to the console too."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Send the package's log to ``folder/rank_NNNNN.log``, and rank 0's to the console too.
+
+    Raises :class:`ConfigError` if the file cannot be written, as logging does later with :class:`DataError`.
+    """
+    log_to_console(rank)
+    path = log_file(folder, rank)
+    require_writable(path, ConfigError)
+    with file_errors(f"cannot write {path}", path, ConfigError):
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("megagap").addHandler(file)
+
+
+def log_to_console(rank: int, level: int = logging.INFO) -> None:
+    """Send the package's log to the console only, and only on rank 0: what is said before the run's own log is open."""
     logger = logging.getLogger("megagap")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     logger.handlers.clear()
-    file = logging.FileHandler(folder / f"rank_{rank:05}.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(file)
+    logger.addHandler(logging.NullHandler())  # else logging's last resort would print faults a second time
     if rank == 0:
         console = logging.StreamHandler(sys.stderr)
         console.addFilter(lambda record: record.levelno < logging.ERROR)  # faults are printed as the process ends
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
+
+
+def log_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05}.log"
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written ends the run like any other of its files, instead of a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        # An error is logged as the process ends, and printed then: it must not be replaced by this one.
+        elif record.levelno < logging.ERROR:
+            raise DataError(f"cannot write {self.baseFilename}: {system_reason(error)}") from None
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:

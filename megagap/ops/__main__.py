@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megagap import ops
+from megagap.errors import run_tool
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library
 
@@ -143,4 +144,4 @@ def _synchronise(x: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -6,20 +6,15 @@ import warnings
 import torch
 from torch import Tensor
 
-from megagap.errors import ConfigError
+from megagap.errors import OPS_SWITCH, ops_choice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute on, in fp32 arithmetic."""
 
-SWITCH = "MEGAGAP_OPS"
-"""Environment variable to find out whether a kernel is to blame: ``plain`` computes with plain torch, always."""
-
 
 def _load() -> bool:
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in ("auto", "plain"):
-        raise ConfigError(f"{SWITCH}={choice} in the environment: possible are auto and plain")
-    if choice == "plain":
+    # A wrong choice is refused by the tools as they start and by the first operation: not by an import.
+    if os.environ.get(OPS_SWITCH, "auto") != "auto":
         return False
     try:
         import megagap._C  # noqa: F401  (loading it registers torch.ops.megagap)
@@ -47,7 +42,13 @@ DEVICES = frozenset(
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether kernels are there for these tensors: on one device, of one dtype that they compute on."""
+    """Whether kernels are there for these tensors: on one device, of one dtype that they compute on.
+
+    Raises :class:`ConfigError` if the environment's choice is unknown.
+    """
+    if not AVAILABLE:
+        ops_choice()
+        return False
     first = tensors[0]
     return (
         first.dtype in DTYPES

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megagap.errors import OPS_SWITCH
 from megagap.observe.metrics import read_metrics
 from megagap.ops import compiled
 from tests.recipes import write_recipe
@@ -19,7 +20,7 @@ def test_losses_with_kernels_and_with_plain_torch_are_the_same_within_rounding(t
     losses = {}
     for choice in ("auto", "plain"):
         command = [sys.executable, "-m", "megagap.train", recipe, "--run.dir", tmp_path / choice]
-        done = subprocess.run(command, env={**os.environ, compiled.SWITCH: choice}, capture_output=True, text=True)
+        done = subprocess.run(command, env={**os.environ, OPS_SWITCH: choice}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         losses[choice] = [record["loss"] for record in read_metrics(tmp_path / choice / "metrics.jsonl")]
     assert len(losses["auto"]) == 20
@@ -28,7 +29,7 @@ def test_losses_with_kernels_and_with_plain_torch_are_the_same_within_rounding(t
 
 
 def test_a_wrong_switch_is_refused(tmp_path):
-    environment = {**os.environ, compiled.SWITCH: "fast"}
+    environment = {**os.environ, OPS_SWITCH: "fast"}
     command = [sys.executable, "-m", "megagap.train", write_recipe(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "possible are auto and plain" in done.stderr

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
+from megagap.checkpoint.output import require_new
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
-from megagap.errors import CheckpointError
+from megagap.errors import CheckpointError, library_errors
+from megagap.files import file_errors
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 
@@ -68,9 +70,8 @@ def import_model(
     Raises :class:`CheckpointError` if ``folder`` is no Llama that we can train, is damaged, or ``output`` cannot be
     written.
     """
+    require_new(output)
     output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
     model, tensors = read_model_folder(folder)
     total = sum(tensor.nbytes for tensor in tensors.values())
     tokenizer, companions = tokenizer_of(folder), read_companions(folder)
@@ -301,12 +302,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing\n  download the model again.") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}\n  download it again.") from None
+    if not path.is_file():
+        if path.is_dir() or path.is_symlink():
+            raise CheckpointError(f"{path} is no file\n  download the model again.")
+        raise CheckpointError(f"{path} is missing\n  download the model again.")
+    with file_errors(f"cannot read {path}", path, CheckpointError):
+        path.open("rb").close()  # of a file that it may not read the library says that it does not exist
+    told = library_errors(f"{path} is no whole safetensors file; download it again", CheckpointError)
+    with told, safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -29,7 +29,7 @@ from megagap.checkpoint.index import (
     checksum,
     rectangles,
 )
-from megagap.errors import CheckpointError
+from megagap.errors import CheckpointError, system_reason
 from megagap.files import publish, write_text
 from megagap.parallel.shard import Shard, Slice
 
@@ -113,7 +113,7 @@ def save_checkpoint(
         try:
             _make_empty(partial)
         except OSError as error:
-            fault = f"cannot make {partial}: {error.strerror}"
+            fault = f"cannot make {partial}: {system_reason(error)}"
     _raise_everywhere(folder, fault, communicator)
 
     cause: Exception | None = None
@@ -297,7 +297,8 @@ def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        reason = system_reason(error)
+        return f"{error.filename}: {reason}" if error.filename else reason
     if isinstance(error, CheckpointError):
         return str(error.args[0])
     return f"{type(error).__name__}: {error}"

@@ -17,8 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of
+from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.output import require_new
+from megagap.checkpoint.recognise import require_path
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
 from megagap.errors import CheckpointError, library_errors
@@ -180,12 +182,11 @@ def read_settings(folder: Path) -> Model:
 
     Raises :class:`CheckpointError`, naming the field, if it is no Llama or has features that we lack.
     """
-    if not folder.is_dir():
-        problem = "is no folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {problem}\n  give the folder of a Hugging Face model.")
+    require_path(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}")
+    with file_errors(f"cannot read {folder}", folder, CheckpointError):
+        if not path.is_file():
+            raise _no_hugging_face_model(folder)
     config = read_json(path)
     _refuse_others(path, config)
     missing = [name for name in _REQUIRED if config.get(name) is None]
@@ -211,6 +212,20 @@ def read_settings(folder: Path) -> Model:
         field = faults[0].setting.removeprefix("model.")
         raise _unusable(path, field, f"is {faults[0].value}: {faults[0].message.replace('model.', '')}")
     return model.model_copy(update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads})
+
+
+def _no_hugging_face_model(folder: Path) -> CheckpointError:
+    try:
+        checkpoint = resolve_checkpoint(folder)
+    except CheckpointError as error:
+        reason, _, cure = str(error.args[0]).partition("\n")
+        if not folder.is_dir() or "make it a checkpoint" in cure or "download" in cure:
+            return CheckpointError(f"{reason}\n  give the folder of a Hugging Face model, with its {CONFIG}.")
+        return CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
+    return CheckpointError(
+        f"{folder} is no Hugging Face model but a checkpoint of megagap already\n  use it as it is, or make it a "
+        f"Hugging Face model: python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output DIR"
+    )
 
 
 def _refuse_others(path: Path, config: dict[str, Any]) -> None:

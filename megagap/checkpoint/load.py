@@ -23,8 +23,10 @@ from megagap.checkpoint.index import (
     damaged,
     rectangles,
 )
+from megagap.checkpoint.recognise import no_checkpoint, require_path
 from megagap.checkpoint.save import read_latest, shift, step_folders
 from megagap.errors import CheckpointError
+from megagap.files import file_errors
 from megagap.parallel.shard import Slice, whole
 
 
@@ -51,12 +53,13 @@ def resolve_checkpoint(path: Path) -> Path:
 
     Raises :class:`CheckpointError` if there is none.
     """
-    if (path / INDEX_NAME).is_file():
-        return path
-    found = find_latest(path / "checkpoints") or find_latest(path)
+    require_path(path)
+    with file_errors(f"cannot read {path}", path, CheckpointError):
+        if (path / INDEX_NAME).is_file():
+            return path
+        found = find_latest(path / "checkpoints") or find_latest(path)
     if found is None:
-        problem = "holds no checkpoint" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {problem}\n  give a run, or a folder such as RUN/checkpoints/step_00000100.")
+        raise no_checkpoint(path)
     return found
 
 

@@ -38,7 +38,8 @@ LATEST = "latest"
 
 STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 
-_PARTIAL = "partial_"
+UNFINISHED = "partial_"
+"""How the name of a folder starts that is being written or removed."""
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def save_checkpoint(
     """
     communicator = communicator or SingleProcess()
     is_first = communicator.rank == 0
-    partial = folder.with_name(_PARTIAL + folder.name)
+    partial = folder.with_name(UNFINISHED + folder.name)
     fault = None
     if is_first:
         try:
@@ -144,7 +145,7 @@ def prune(checkpoints: Path, keep: int) -> None:
     latest = read_latest(checkpoints)
     for folder in step_folders(checkpoints)[:-keep]:
         if folder != latest:
-            doomed = folder.with_name(_PARTIAL + folder.name)
+            doomed = folder.with_name(UNFINISHED + folder.name)
             try:
                 # A half-removed folder must not look like a checkpoint.
                 os.replace(folder, doomed)
@@ -187,7 +188,7 @@ def read_latest(checkpoints: Path) -> Path | None:
 def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    for stale in {partial, *partial.parent.glob(f"{_PARTIAL}step_*")}:
+    for stale in {partial, *partial.parent.glob(f"{UNFINISHED}step_*")}:
         _remove(stale)
     partial.mkdir()
 
@@ -268,7 +269,7 @@ def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[s
     )
     index.validate_against(partial)
     write_text(partial / INDEX_NAME, index.to_json())
-    replaced = folder.with_name(f"{_PARTIAL}{folder.name}.replaced")
+    replaced = folder.with_name(f"{UNFINISHED}{folder.name}.replaced")
     if folder.exists():
         # A folder cannot be renamed over another that has files: move it aside for the moment in between.
         os.replace(folder, replaced)

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
 from megagap.checkpoint.save import step_folder_name
@@ -10,11 +11,11 @@ from megagap.config import Settings
 from megagap.data.identity import differences
 from megagap.data.samples import TrainingData
 from megagap.data.skipping import SampleNumbers
-from megagap.errors import CheckpointError, ConfigError, DataError
+from megagap.errors import CheckpointError, ConfigError, DataError, MegagapError
 from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
-from megagap.parallel.mesh import DistributedCommunicator
+from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training.changes import model_changes, past_changes, refuse_another_model, refuse_changes
 from megagap.training.datasets import skipped_ranges
 from megagap.training.divergence import any_not_finite
@@ -48,17 +49,27 @@ def drop_old(settings: Settings, run: RunDirectory) -> None:
         prune(run.checkpoints, settings.checkpoint.keep)
 
 
-def resume(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Load what the settings ask for, in whatever layout it was written; nothing for a fresh run.
+def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:
+    """The checkpoint that the settings ask to load; None for a fresh run. The same on every rank.
 
-    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
-    :class:`DataError` if a data set is not what it was.
+    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
     """
     # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
-    communicator = DistributedCommunicator(state.mesh)
-    own = communicator.broadcast(find_latest(run.checkpoints) if communicator.rank == 0 else None)
-    assert own is None or isinstance(own, Path)
-    wanted, mode = state.settings.checkpoint.load, state.settings.checkpoint.load_mode
+    communicator = DistributedCommunicator(mesh)
+    found: Path | MegagapError | None = None
+    if communicator.rank == 0:
+        try:
+            found = _find_source(settings, run)
+        except MegagapError as error:
+            found = error
+    found = cast("Path | MegagapError | None", communicator.broadcast(found))
+    if isinstance(found, MegagapError):
+        raise found
+    return found
+
+
+def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
+    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
     if own is not None and not wanted:
         raise ConfigError(
             f'checkpoint.load = "" starts afresh, but {run.path} has checkpoints already\n'
@@ -67,10 +78,22 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     if own is not None:
         if wanted != "latest":
             log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
-        go_on(state, run, data, own)
-    elif wanted not in ("", "latest"):
-        folder = resolve_checkpoint(Path(wanted))
-        go_on(state, run, data, folder) if mode == "continue" else take_weights(state, run, folder)
+        return own
+    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+
+
+def resume(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> None:
+    """Load ``source``, which :func:`find_source` found, in whatever layout it was written.
+
+    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
+    :class:`DataError` if a data set is not what it was.
+    """
+    if source is None:
+        return
+    if source.parent == run.checkpoints or state.settings.checkpoint.load_mode == "continue":
+        go_on(state, run, data, source)
+    else:
+        take_weights(state, run, source)
 
 
 def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:

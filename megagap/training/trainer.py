@@ -19,7 +19,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data, validation_data
 from megagap.training.divergence import SkippedSteps, diverged, last_good, unfit
 from megagap.training.evaluate import evaluate
-from megagap.training.persistence import drop_old, resume, save
+from megagap.training.persistence import drop_old, find_source, resume, save
 from megagap.training.recorder import Recorder, due
 from megagap.training.requests import Requests
 from megagap.training.step import StepResult, TrainState, build_program, train_step
@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
+    source = find_source(settings, run, mesh)
     data, held_out = training_data(settings), validation_data(settings)
     state = build_state(settings, mesh)
-    resume(state, run, data)
+    resume(state, run, data, source)
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)

@@ -3,9 +3,11 @@
 import argparse
 import json
 import logging
+import sys
 
 from rich.console import Console
 
+from megagap.data.agreement import Ids, differing
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import (
     dataset_table,
@@ -72,6 +74,9 @@ def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bo
     dataset = IndexedDataset(prefix.removesuffix(".idx").removesuffix(".bin"))
     manifest = read_manifest(dataset.prefix)
     tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
+    if manifest and tokenizer:
+        for difference in differing(Ids.of_manifest(dataset.prefix, manifest), Ids.of_tokenizer(tokenizer)):
+            print(f"warning: {difference}", file=sys.stderr)
     if verify:  # first, for what is damaged cannot be shown
         dataset.verify(tokenizer.vocab_size if tokenizer else None)
         if manifest:
@@ -91,12 +96,14 @@ def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bo
 
 def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: str, as_json: bool) -> None:
     from megagap.config import load_recipe, parse_overrides
-    from megagap.training.datasets import training_data
+    from megagap.training.datasets import check_agreement, training_data
 
     settings = load_recipe(recipe, parse_overrides(arguments))
     if step > settings.train.steps:
         raise ConfigError(f"--step {step} is beyond the end: the run's last step is {settings.train.steps}")
-    samples = step_samples(training_data(settings), settings.train.global_batch_size, step)
+    data = training_data(settings)
+    check_agreement(settings)
+    samples = step_samples(data, settings.train.global_batch_size, step)
     if as_json:
         print(samples_json(samples))
         return
@@ -106,11 +113,13 @@ def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: s
 
 def inspect_plan(recipe: str, arguments: list[str], output: str, as_json: bool) -> None:
     from megagap.config import load_recipe, parse_overrides
-    from megagap.training.datasets import training_data
+    from megagap.training.datasets import check_agreement, training_data
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     settings = load_recipe(recipe, parse_overrides(arguments))
-    planned = plan(training_data(settings), settings.train.global_batch_size, settings.train.steps)
+    data = training_data(settings)
+    check_agreement(settings)
+    planned = plan(data, settings.train.global_batch_size, settings.train.steps)
     if output:
         draw_plan(planned, output)
     if as_json:

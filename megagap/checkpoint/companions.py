@@ -2,13 +2,14 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_core import from_json
 
 from megagap.checkpoint.index import Index
+from megagap.data.agreement import Ids, differing, is_extension, too_large
 from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer
 from megagap.errors import CheckpointError
 from megagap.files import file_errors, write_bytes, write_text
@@ -82,6 +83,25 @@ def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer:
     # Written out in config.json even where there is none: the defaults of transformers are Llama 2's.
     absent = {"bos_token_id": None, "eos_token_id": None}
     return Companions(absent | ids, {key: value for key, value in ids.items() if value is not None})
+
+
+def warn_of_other_ids(told: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:
+    """Say where a tokenizer is another one than that which the model was trained with, or does not fit it."""
+    own = Ids.of_tokenizer(tokenizer)
+    if complaint := too_large(own, vocab_size):
+        log.warning("%s", complaint.partition("\n")[0])
+    if told and told.fingerprint != own.fingerprint and is_extension(told, tokenizer):
+        told = replace(told, fingerprint=own.fingerprint)
+    for difference in differing(told, own) if told else ():
+        log.warning("%s", difference)
+    ends = companions.end_ids()
+    if told is None and ends and own.eod is not None and own.eod not in ends:
+        log.warning("the model ends a text with id %s, %s with %d", ", ".join(map(str, sorted(ends))), own.who, own.eod)
+    for key in SPECIAL_IDS:
+        for value in (companions.special_ids.get(key), companions.generation.get(key)):
+            foreign = [i for i in (value if isinstance(value, list) else [value]) if i and not 0 <= i < vocab_size]
+            if foreign:
+                log.warning("%s = %d is no id of the model, which has %d", key, foreign[0], vocab_size)
 
 
 def tokenizer_of(folder: Path) -> str | None:

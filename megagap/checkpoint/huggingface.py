@@ -21,14 +21,16 @@ from megagap.checkpoint.companions import (
     companions_of,
     copy_tokenizer,
     recorded_tokenizer,
+    warn_of_other_ids,
     write_json,
 )
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
 from megagap.checkpoint.model import stored_dtype
 from megagap.checkpoint.output import new_folder, require_new
-from megagap.checkpoint.state import check_tensors, read_model
+from megagap.checkpoint.state import check_tensors, read_ids, read_model
 from megagap.config import Model
+from megagap.data.agreement import Ids, too_large
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.files import written_by_library
@@ -81,13 +83,14 @@ def export(
     dtype = dtype or _default_dtype(checkpoint, index)
     source = tokenizer or recorded_tokenizer(index)
     loaded = load_tokenizer(source) if source else None
-    if loaded is not None and loaded.vocab_size > model.vocab_size:
+    if loaded is not None and (complaint := too_large(Ids.of_tokenizer(loaded), model.vocab_size)):
         raise DataError(
-            f"the tokenizer {source} has ids up to {loaded.vocab_size - 1}, the model only {model.vocab_size}\n"
-            "  give the tokenizer that the model was trained with."
+            f"{complaint.partition(chr(10))[0]}\n  give the tokenizer that the model was trained with, or train it on "
+            f"with model.vocab_size = {loaded.vocab_size}, which adds rows."
         )
-
     companions = companions_of(checkpoint, index, source, loaded)
+    if loaded is not None:
+        warn_of_other_ids(read_ids(checkpoint, index), loaded, model.vocab_size, companions)
 
     shards = plan_shards(names, DTYPES[dtype].itemsize, max_shard_size)
     total = sum(prod(shape) for shape in names.values()) * DTYPES[dtype].itemsize

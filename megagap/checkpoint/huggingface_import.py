@@ -5,6 +5,7 @@ The folder is untrusted input: nothing is used of it before names, shapes and dt
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,17 +17,21 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of
+from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of, warn_of_other_ids
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.output import require_new
 from megagap.checkpoint.recognise import require_path
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
-from megagap.errors import CheckpointError, library_errors
+from megagap.data.agreement import Ids
+from megagap.data.tokenizer import Tokenizer, load_tokenizer
+from megagap.errors import CheckpointError, DataError, library_errors
 from megagap.files import file_errors
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
+
+log = logging.getLogger(__name__)
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -92,10 +97,22 @@ def import_model(
             one_pass_over(tensor.nbytes)
 
     progress_of_run = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
-    state = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+    state: dict[str, Any] = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+    if tokenizer and (loaded := _readable_tokenizer(tokenizer)):
+        warn_of_other_ids(None, loaded, model.vocab_size, companions)
+        state["ids"] = Ids.of_tokenizer(loaded).record()
     save_checkpoint(output, slices(), progress_of_run | state | companions.state(), progress=one_pass_over)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     return Imported(sum(map(torch.numel, tensors.values())), tuple(sorted(dtypes)), total, tokenizer)
+
+
+def _readable_tokenizer(spec: str) -> Tokenizer | None:
+    """The weights can be had without it, so one that cannot be read is a warning."""
+    try:
+        return load_tokenizer(spec)
+    except DataError as error:
+        log.warning("the tokenizer beside the model cannot be used: %s", error.args[0])
+        return None
 
 
 def load_hugging_face_model(folder: Path, device: torch.device | None = None) -> SingleProcessModel:

@@ -1,16 +1,19 @@
 """What a checkpoint of a run holds, and which one a run goes on from."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
 from megagap.checkpoint.save import step_folder_name
-from megagap.checkpoint.state import Progress, RunState, read_model, read_run
+from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
 from megagap.config import Settings
+from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.identity import differences
 from megagap.data.samples import TrainingData
 from megagap.data.skipping import SampleNumbers
+from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, ConfigError, DataError, MegagapError
 from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
@@ -38,6 +41,8 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
+    if state.ids is not None:
+        saved["ids"] = state.ids.record()
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
@@ -102,6 +107,7 @@ def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path
     saved = read_run(folder, index)
     refuse_changes(saved, state.settings, folder)
     refuse_rebuilt_data(saved, data, folder)
+    compare_ids(read_ids(folder, index), state)
     log_changes(past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model), run, folder)
     slices = state.optimizer.slices(owned_only=False)
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
@@ -125,6 +131,7 @@ def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
     index = Index.read(folder)
     saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
     refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
+    compare_ids(read_ids(folder, index), state)
     log_changes(model_changes(saved, state.settings.model, theta=True), run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
     load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
@@ -135,6 +142,21 @@ def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
     refuse_not_finite(state, folder)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
+
+
+def compare_ids(before: Ids | None, state: TrainState) -> None:
+    """Warn of other special ids than the checkpoint's. Raises :class:`DataError` if its ids mean other tokens; the
+    recipe's tokenizer may have tokens added."""
+    now, spec = state.ids, state.settings.data.tokenizer
+    if before is None or now is None:
+        return
+    if before.fingerprint != now.fingerprint and not (spec and is_extension(before, load_tokenizer(spec))):
+        raise DataError(
+            f"{differing(before, now)[-1]}\n  go on with data and a tokenizer of the same vocabulary. It may have "
+            "tokens added after the others: name it in data.tokenizer."
+        )
+    for difference in differing(replace(before, fingerprint=now.fingerprint), now):
+        log.warning("%s", difference)
 
 
 def log_changes(changes: list[str], run: RunDirectory, folder: Path) -> None:

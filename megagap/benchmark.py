@@ -21,7 +21,7 @@ from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
-from megagap.training.datasets import check_agreement, training_data
+from megagap.training.datasets import training_data
 from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state, make_loader
@@ -135,9 +135,7 @@ def missing_data(settings: Settings) -> str | None:
 def batches(settings: Settings, mesh: Mesh) -> Iterator[Callable[[int], Batch]]:
     """From the number of a step's first sample to this rank's batch; what reads ahead ends with the block."""
     if missing_data(settings) is None:
-        data = training_data(settings)
-        check_agreement(settings)
-        with make_loader(settings, mesh, data) as loader:
+        with make_loader(settings, mesh, training_data(settings)) as loader:
             yield loader.step
     else:
         batch = random_batch(settings, mesh)

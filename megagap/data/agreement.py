@@ -111,7 +111,7 @@ def differing(before: Ids, now: Ids) -> list[str]:
 
 
 def is_extension(before: Ids, tokenizer: Tokenizer) -> bool:
-    """Whether ``tokenizer`` is one with ids ``before`` to which tokens were added at most: they come after the others."""
+    """Whether ``tokenizer`` has the ids ``before``, and perhaps tokens that were added after them."""
     return fingerprint(tokenizer, below=before.vocab_size) == before.fingerprint
 
 
@@ -144,7 +144,7 @@ def _other_tokens(told: Ids, manifest: Manifest, reference: Ids, own: Ids | None
     return (
         f"{told.who} was made with another tokenizer: {manifest.tokenizer.spec}, whose vocabulary has the fingerprint "
         f"{told.fingerprint}; that of {reference.who} has {reference.fingerprint}\n"
-        f"  {cure}, or preprocess the text again."
+        f"  {cure} as data.tokenizer, or preprocess the text again."
     )
 
 

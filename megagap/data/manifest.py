@@ -96,16 +96,6 @@ class Manifest(_Strict):
     """``.bin`` and ``.idx``."""
     versions: dict[str, str]
 
-    def require_tokenizer(self, tokenizer: Tokenizer, prefix: str) -> None:
-        """Raises :class:`DataError` if ids mean something else to ``tokenizer`` than to that of the pair ``prefix``."""
-        theirs = fingerprint(tokenizer)
-        if theirs != self.tokenizer.fingerprint:
-            raise DataError(
-                f"{prefix} was made with another tokenizer: {self.tokenizer.spec}, whose vocabulary has the "
-                f"fingerprint {self.tokenizer.fingerprint}; that of {tokenizer.spec} has {theirs}\n"
-                "  name the tokenizer that it was made with, or preprocess the text again."
-            )
-
     def require_files(self, prefix: str) -> None:
         """Read both files of the pair. Raises :class:`DataError` if either is not what was written."""
         for ending, file in self.files.items():

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def training_data(settings: Settings) -> TrainingData:
-    """Raises :class:`DataError` if a file is missing, damaged or too small."""
+    """Raises :class:`DataError` if a file is missing, damaged or too small, or does not fit tokenizer and model."""
     train, batch = settings.train, settings.train.global_batch_size
     plan = spans(settings.data, train, settings.model.rope_theta)
     phases = [
@@ -23,7 +23,7 @@ def training_data(settings: Settings) -> TrainingData:
     for phase in phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
-    return TrainingData(
+    opened = TrainingData(
         phases,
         train.seed,
         settings.data.split,
@@ -31,6 +31,8 @@ def training_data(settings: Settings) -> TrainingData:
         skipped_ranges(train),
         planned=train.steps * batch if settings.data.order == "megatron" else None,
     )
+    opened.ids = check_agreement(settings)
+    return opened
 
 
 def check_agreement(settings: Settings) -> Ids | None:

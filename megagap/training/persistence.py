@@ -41,8 +41,8 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
-    if state.ids is not None:
-        saved["ids"] = state.ids.record()
+    if data.ids is not None:
+        saved["ids"] = data.ids.record()
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
@@ -98,7 +98,7 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, source: Pat
     if source.parent == run.checkpoints or state.settings.checkpoint.load_mode == "continue":
         go_on(state, run, data, source)
     else:
-        take_weights(state, run, source)
+        take_weights(state, run, data, source)
 
 
 def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
@@ -107,7 +107,7 @@ def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path
     saved = read_run(folder, index)
     refuse_changes(saved, state.settings, folder)
     refuse_rebuilt_data(saved, data, folder)
-    compare_ids(read_ids(folder, index), state)
+    compare_ids(read_ids(folder, index), data.ids, state.settings)
     log_changes(past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model), run, folder)
     slices = state.optimizer.slices(owned_only=False)
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
@@ -126,12 +126,12 @@ def lost_steps(run: RunDirectory) -> int:
     return sum(record["step"] > run.step for record in read_metrics(run.metrics))
 
 
-def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
+def take_weights(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
     """Take the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
     index = Index.read(folder)
     saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
     refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
-    compare_ids(read_ids(folder, index), state)
+    compare_ids(read_ids(folder, index), data.ids, state.settings)
     log_changes(model_changes(saved, state.settings.model, theta=True), run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
     load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
@@ -144,10 +144,10 @@ def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
     run.event("load", folder=str(folder), mode="model")
 
 
-def compare_ids(before: Ids | None, state: TrainState) -> None:
+def compare_ids(before: Ids | None, now: Ids | None, settings: Settings) -> None:
     """Warn of other special ids than the checkpoint's. Raises :class:`DataError` if its ids mean other tokens; the
     recipe's tokenizer may have tokens added."""
-    now, spec = state.ids, state.settings.data.tokenizer
+    spec = settings.data.tokenizer
     if before is None or now is None:
         return
     if before.fingerprint != now.fingerprint and not (spec and is_extension(before, load_tokenizer(spec))):

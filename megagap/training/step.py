@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megagap.config import Settings, Span, span_of, spans, tokens_after
-from megagap.data.agreement import Ids
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage
 from megagap.ops.documents import Documents
@@ -33,8 +32,6 @@ class TrainState:
     program: list[Action]
     step: int = 0
     """Updates made, skipped ones included."""
-    ids: Ids | None = None
-    """What data and tokenizer say of the ids, for checkpoints."""
     phases: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:

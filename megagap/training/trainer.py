@@ -16,7 +16,7 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
-from megagap.training.datasets import check_agreement, training_data, validation_data
+from megagap.training.datasets import training_data, validation_data
 from megagap.training.divergence import SkippedSteps, diverged, last_good, unfit
 from megagap.training.evaluate import evaluate
 from megagap.training.persistence import drop_old, find_source, resume, save
@@ -31,9 +31,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     source = find_source(settings, run, mesh)
     data, held_out = training_data(settings), validation_data(settings)
-    ids = check_agreement(settings)
     state = build_state(settings, mesh)
-    state.ids = ids
     resume(state, run, data, source)
     steps = settings.train.steps
     if state.step >= steps:

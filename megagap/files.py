@@ -31,8 +31,11 @@ def publish(partial: Path, path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` in UTF-8 to ``path``, replacing what was there in one step."""
-    write_bytes(path, text.encode())
+    """Write ``text`` in UTF-8 to ``path``, replacing what was there in one step.
+
+    Bytes of file names that are not valid UTF-8, which Python holds as surrogates, become ``\\udcff`` written out.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

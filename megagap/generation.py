@@ -21,7 +21,7 @@ from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
 from megagap.checkpoint.state import read_ids
 from megagap.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from megagap.errors import CheckpointError, DataError
+from megagap.errors import CheckpointError, DataError, library_errors
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
         return [] if tokenizer.bos is None else [tokenizer.bos]
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(file))
+    with library_errors(f"cannot read {file}"):
+        backend = Backend.from_str(file.read_text(encoding="utf-8"))  # it takes no path that is not valid UTF-8
     backend.no_padding()  # else its filling would pass for the template's
     encoding = backend.encode("a")
     return [

@@ -338,8 +338,11 @@ def _open_file(path: Path) -> dict[str, Tensor]:
         if path.is_dir() or path.is_symlink():
             raise CheckpointError(f"{path} is no file\n  download the model again.")
         raise CheckpointError(f"{path} is missing\n  download the model again.")
+    # Opened here, since of a file that it may not read the library says that it does not exist; and it takes no names
+    # that are not valid UTF-8, which the system's own name of an open file always is.
     with file_errors(f"cannot read {path}", path, CheckpointError):
-        path.open("rb").close()  # of a file that it may not read the library says that it does not exist
+        opened = path.open("rb")
+    own = Path(f"/proc/self/fd/{opened.fileno()}")
     told = library_errors(f"{path} is no whole safetensors file; download it again", CheckpointError)
-    with told, safe_open(path, "pt") as file:
+    with opened, told, safe_open(own if own.exists() else path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

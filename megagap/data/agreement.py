@@ -100,8 +100,8 @@ def require_agreement(
 
 def differing(before: Ids, now: Ids) -> list[str]:
     """What two say differently of the same ids, in words."""
-    named = (("end-of-text id", before.eod, now.eod), ("begin-of-text id", before.bos, now.bos))
-    found = [f"{what} {_id(a)} of {before.who} is {_id(b)} of {now.who}" for what, a, b in named if a != b]
+    named = (("end-of-text", before.eod, now.eod), ("begin-of-text", before.bos, now.bos))
+    found = [f"the {what} id of {before.who} is {_id(a)}, that of {now.who} {_id(b)}" for what, a, b in named if a != b]
     if before.fingerprint != now.fingerprint:
         found.append(
             f"ids of {before.who} (fingerprint {before.fingerprint}) mean other tokens than those of {now.who} "

@@ -73,9 +73,11 @@ def model_changes(saved: Model, now: Model, theta: bool = False) -> list[str]:
     before, after = saved.model_dump(mode="json"), now.model_dump(mode="json")
     changes = [f"model.{name} was {before[name]}, is {after[name]}" for name in names if before[name] != after[name]]
     if now.vocab_size > saved.vocab_size:
+        count = now.vocab_size - saved.vocab_size
+        rows = "1 new row" if count == 1 else f"{count} new rows"
         changes.append(
-            f"model.vocab_size was {saved.vocab_size}, is {now.vocab_size}: {now.vocab_size - saved.vocab_size} new "
-            f"rows of {' and of '.join(vocabulary_tensors(now))} start from the initial weights of train.seed"
+            f"model.vocab_size was {saved.vocab_size}, is {now.vocab_size}: {rows} "
+            f"of {' and of '.join(vocabulary_tensors(now))} start from the initial weights of train.seed"
         )
     return changes
 

@@ -131,7 +131,7 @@ def take_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     index = Index.read(folder)
     saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
     refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
-    compare_ids(read_ids(folder, index), data.ids, state.settings)
+    compare_ids(read_ids(folder, index), data.ids, state.settings, refuse=False)
     log_changes(model_changes(saved, state.settings.model, theta=True), run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
     load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
@@ -144,18 +144,23 @@ def take_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     run.event("load", folder=str(folder), mode="model")
 
 
-def compare_ids(before: Ids | None, now: Ids | None, settings: Settings) -> None:
-    """Warn of other special ids than the checkpoint's. Raises :class:`DataError` if its ids mean other tokens; the
-    recipe's tokenizer may have tokens added."""
+def compare_ids(before: Ids | None, now: Ids | None, settings: Settings, refuse: bool = True) -> None:
+    """Warn of other ids than the checkpoint's. The recipe's tokenizer may have tokens added.
+
+    ``refuse``: raise :class:`DataError` if ids mean other tokens; a new run may start from weights all the same.
+    """
     spec = settings.data.tokenizer
     if before is None or now is None:
         return
-    if before.fingerprint != now.fingerprint and not (spec and is_extension(before, load_tokenizer(spec))):
+    extended = before.fingerprint != now.fingerprint and bool(spec) and is_extension(before, load_tokenizer(spec))
+    if extended:
+        before = replace(before, fingerprint=now.fingerprint)
+    if refuse and before.fingerprint != now.fingerprint:
         raise DataError(
             f"{differing(before, now)[-1]}\n  go on with data and a tokenizer of the same vocabulary. It may have "
             "tokens added after the others: name it in data.tokenizer."
         )
-    for difference in differing(replace(before, fingerprint=now.fingerprint), now):
+    for difference in differing(before, now):
         log.warning("%s", difference)
 
 

@@ -17,7 +17,7 @@ IM_END, SPECIAL = "<|im_end|>", "<|eot_id|>"
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Folders of tokenizers by name; ``base`` has 270 ids, end-of-text 257 and begin-of-text 256."""
+    """Folders of tokenizers by name; ``base`` has 270 ids, end-of-text 1 and begin-of-text 0."""
     folder = tmp_path_factory.mktemp("tokenizers")
     text = folder / "text.jsonl"
     text.write_text('{"text": "the quick brown fox, le vif renard brun"}\n' * 20)
@@ -77,12 +77,12 @@ REFUSED = {
         [("base", EOD)],
         "chat",
         300,
-        ["end-of-text id 257 of", "end-of-text id of the tokenizer", "is 270"],
+        ["end-of-text id 1 of", "end-of-text id of the tokenizer", "is 270"],
     ),
-    "another end of a source": ([("chat", EOD), ("base", EOD)], "chat", 300, ["end-of-text id 257 of", "is 270"]),
-    "ends of sources": ([("base", EOD), ("chat", EOD)], "", 300, ["end-of-text id 270 of", "is 257"]),
-    "no end": ([("base", EOD)], "nameless", 300, ["end-of-text id 257 of", "is none"]),
-    "another beginning": ([("base", BOS)], "began", 300, ["begin-of-text id 256 of", "is 270"]),
+    "another end of a source": ([("chat", EOD), ("base", EOD)], "chat", 300, ["end-of-text id 1 of", "is 270"]),
+    "ends of sources": ([("base", EOD), ("chat", EOD)], "", 300, ["end-of-text id 270 of", "is 1"]),
+    "no end": ([("base", EOD)], "nameless", 300, ["end-of-text id 1 of", "is none"]),
+    "another beginning": ([("base", BOS)], "began", 300, ["begin-of-text id 0 of", "is 270"]),
 }
 
 
@@ -98,9 +98,9 @@ def test_what_does_not_fit_is_refused_with_both_numbers(made, tokenizers, case):
 
 WARNED = {
     "nothing to tell": ([("base", EOD), ("base", EOD)], "base", False, []),
-    "special tokens added": ([("base", EOD)], "began", False, ["begin-of-text id 256, the tokenizer"]),
+    "special tokens added": ([("base", EOD)], "began", False, ["begin-of-text id 0, the tokenizer"]),
     "ordinary tokens added": ([("base", EOD)], "more", False, ["has added tokens to"]),
-    "an end that is not used": ([("base", {})], "chat", False, ["end-of-text id 257, the tokenizer"]),
+    "an end that is not used": ([("base", {})], "chat", False, ["end-of-text id 1, the tokenizer"]),
     "ends in a part": ([("base", EOD), ("base", {})], "base", False, ["do not (--append-eod"]),
     "beginnings in a part": ([("base", BOS), ("base", {})], "base", False, ["do not (--prepend-bos"]),
     "a mask without ends": ([("base", {})], "base", True, ["data.document_mask"]),
@@ -128,7 +128,7 @@ def test_files_without_manifest_are_sampled(tmp_path, tokenizers):
     ends = write(tmp_path / "ends", [[5, 6, 270]] * 40)
     _, warnings = require_agreement({"a": [ends]}, str(tokenizers / "base"), 300)
     (warning,) = warnings
-    assert "ends with the id 270; the end-of-text id of" in warning and "is 257" in warning
+    assert "ends with the id 270; the end-of-text id of" in warning and "is 1" in warning
     assert require_agreement({"a": [ends]}, str(tokenizers / "chat"), 300)[1] == []
     mixed = write(tmp_path / "mixed", [[5, i] for i in range(40)])
     assert require_agreement({"a": [mixed]}, str(tokenizers / "base"), 300)[1] == []
@@ -154,7 +154,7 @@ def test_all_faults_are_told_at_once(made, tokenizers):
     with pytest.raises(DataError) as error:
         require_agreement(sources, str(tokenizers / "chat"), 268)
     assert str(error.value).count("has ids up to") == 2 and "was made with another tokenizer" in str(error.value)
-    assert "end-of-text id 257" in str(error.value)
+    assert "end-of-text id 1" in str(error.value)
 
 
 def test_a_tokenizer_with_tokens_added_after_the_others_is_an_extension(tokenizers):

@@ -14,7 +14,7 @@ from megagap.config import load_recipe
 from megagap.data.bpe import train_tokenizer
 from megagap.data.preprocess import preprocess
 from megagap.errors import DataError
-from megagap.generation import load_text_model
+from megagap.generation import encode_prompt, load_text_model
 from megagap.training.datasets import training_data, validation_data
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -134,4 +134,5 @@ def test_paths_that_are_not_utf8_go_through_checkpoints_and_exports(workers, tmp
     folder = find_latest(place / "run/checkpoints")
     assert export(folder, place / "hf").tokenizer == str(place / "tok")
     import_model(place / "hf", place / "imported")
-    assert load_text_model(place / "imported").tokenizer.eod == 1
+    loaded = load_text_model(place / "imported")
+    assert loaded.tokenizer.eod == 1 and encode_prompt(loaded.tokenizer, "un")

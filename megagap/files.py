@@ -36,8 +36,11 @@ def publish(partial: Path, path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` in UTF-8 to ``path``, replacing what was there in one step."""
-    write_bytes(path, text.encode())
+    """Write ``text`` in UTF-8 to ``path``, replacing what was there in one step.
+
+    Bytes of file names that are not valid UTF-8, which Python holds as surrogates, become ``\\udcff`` written out.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -54,15 +57,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 @contextmanager
-def written_by_library(path: str | Path) -> Iterator[Path]:
+def written_by_library(
+    path: str | Path, kind: type[MegagapError] = DataError, shown: str | Path | None = None
+) -> Iterator[Path]:
     """For a library that writes a file by name: yields another name, whose file then replaces ``path`` in one step.
 
     The file gets the mode that the umask gives, whatever the library chose (some write through files that only their
-    owner may read). Raises :class:`DataError` naming ``path`` for all that the block raises: the library call only.
+    owner may read). Raises ``kind`` naming ``path``, or ``shown`` where that is what the user knows it by, for all that
+    the block raises: the library call only.
     """
     partial = partial_name(path)
     try:
-        with library_errors(f"cannot write {path}"):
+        with library_errors(f"cannot write {shown or path}", kind):
             yield partial
             os.chmod(partial, 0o666 & ~_umask())
             with open(partial, "rb") as file:
@@ -70,6 +76,22 @@ def written_by_library(path: str | Path) -> Iterator[Path]:
             publish(partial, path)
     finally:
         _remove_partial(partial)
+
+
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Write several files that belong together, and only then give them their names: a full disk replaces none."""
+    partials = {path: partial_name(path) for path in contents}
+    try:
+        for path, content in contents.items():
+            with open(partials[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, partial in partials.items():
+            publish(partial, path)
+    finally:
+        for partial in partials.values():
+            _remove_partial(partial)
 
 
 def _remove_partial(partial: Path) -> None:

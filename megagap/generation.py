@@ -8,11 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagap.checkpoint.companions import companions_of, read_companions, recorded_tokenizer, tokenizer_of
+from megagap.checkpoint.companions import (
+    companions_of,
+    read_companions,
+    recorded_tokenizer,
+    tokenizer_of,
+    warn_of_other_ids,
+)
 from megagap.checkpoint.huggingface_import import is_hugging_face, load_hugging_face_model, read_settings
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
+from megagap.checkpoint.state import read_ids
 from megagap.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megagap.errors import CheckpointError, DataError, library_errors
 
@@ -156,6 +163,7 @@ def load_text_model(path: Path, tokenizer: str | None = None, device: torch.devi
     loaded = load_tokenizer(source)
     companions = companions_of(path, index, source, loaded) if index else read_companions(path)
     model = load_model(path, device) if index else load_hugging_face_model(path, device)
+    warn_of_other_ids(read_ids(path, index) if index else None, loaded, model.settings.vocab_size, companions)
     own_end = set() if loaded.eod is None else {loaded.eod}
     return TextModel(model, loaded, frozenset(companions.end_ids() | own_end))
 
@@ -181,7 +189,7 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
     from tokenizers import Tokenizer as Backend
 
     with library_errors(f"{file} cannot encode a text"):
-        backend = Backend.from_file(str(file))
+        backend = Backend.from_str(file.read_text(encoding="utf-8"))  # it takes no path that is not valid UTF-8
         backend.no_padding()  # else its filling would pass for the template's
         encoding = backend.encode("a")
     return [

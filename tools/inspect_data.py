@@ -3,9 +3,11 @@
 import argparse
 import json
 import logging
+import sys
 
 from rich.console import Console
 
+from megagap.data.agreement import Ids, differing
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import (
     dataset_table,
@@ -72,6 +74,9 @@ def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bo
     dataset = IndexedDataset(prefix)
     manifest = read_manifest(dataset.prefix)
     tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
+    if manifest and tokenizer:
+        for difference in differing(Ids.of_manifest(dataset.prefix, manifest), Ids.of_tokenizer(tokenizer)):
+            print(f"warning: {difference}", file=sys.stderr)
     if verify:  # first, for what is damaged cannot be shown
         dataset.verify(tokenizer.vocab_size if tokenizer else None)
         if manifest:

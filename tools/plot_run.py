@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagap.errors import DataError, run_tool
+from megagap.errors import DataError, library_errors, run_tool
 from megagap.files import write_bytes, writing
 from megagap.observe.metrics import read_metrics
 
@@ -119,10 +119,8 @@ def draw_image(curves: Sequence[Curve], key: str, output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
-    try:
+    with library_errors(f"cannot draw {output}"):
         figure.savefig(image, format=output.suffix[1:], dpi=150)
-    except ValueError as error:
-        raise DataError(f"cannot draw {output}: {error}") from None
     with writing(output):
         write_bytes(output, image.getvalue())
 

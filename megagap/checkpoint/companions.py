@@ -2,17 +2,17 @@
 
 import json
 import logging
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_core import from_json
 
 from megagap.checkpoint.index import Index
+from megagap.data.agreement import Ids, differing, is_extension, too_large
 from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer
 from megagap.errors import CheckpointError
-from megagap.files import write_text
+from megagap.files import file_errors, write_bytes, write_text
 
 if TYPE_CHECKING:
     from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -85,6 +85,25 @@ def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer:
     return Companions(absent | ids, {key: value for key, value in ids.items() if value is not None})
 
 
+def warn_of_other_ids(told: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:
+    """Say where a tokenizer is another one than that which the model was trained with, or does not fit it."""
+    own = Ids.of_tokenizer(tokenizer)
+    if complaint := too_large(own, vocab_size):
+        log.warning("%s", complaint.partition("\n")[0])
+    if told and told.fingerprint != own.fingerprint and is_extension(told, tokenizer):
+        told = replace(told, fingerprint=own.fingerprint)
+    for difference in differing(told, own) if told else ():
+        log.warning("%s", difference)
+    ends = companions.end_ids()
+    if told is None and ends and own.eod is not None and own.eod not in ends:
+        log.warning("the model ends a text with id %s, %s with %d", ", ".join(map(str, sorted(ends))), own.who, own.eod)
+    for key in SPECIAL_IDS:
+        for value in (companions.special_ids.get(key), companions.generation.get(key)):
+            foreign = [i for i in (value if isinstance(value, list) else [value]) if i and not 0 <= i < vocab_size]
+            if foreign:
+                log.warning("%s = %d is no id of the model, which has %d", key, foreign[0], vocab_size)
+
+
 def tokenizer_of(folder: Path) -> str | None:
     """The Hugging Face folder as a tokenizer, if it has one beside the model."""
     return str(folder.resolve()) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
@@ -113,14 +132,14 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
 
         write_text(folder / "tokenizer.json", to_hugging_face(file).to_str() + "\n")
     else:
-        shutil.copyfile(file, folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model"))
+        _copy(file, folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model"))
     if kind == "sentencepiece":
         normalises = cast("SentencePieceTokenizer", tokenizer).normalises
         others = "that begin with blanks, or that the model normalises" if normalises else "that begin with blanks"
         log.warning("transformers converts %s by itself, and gives other ids to texts %s", source, others)
     for name in BESIDE_TOKENIZER:
         if file.with_name(name).is_file():
-            shutil.copyfile(file.with_name(name), folder / name)
+            _copy(file.with_name(name), folder / name)
     if not (folder / "tokenizer_config.json").exists():
         ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
         tokens = {key: tokenizer.decode([value]) for key, value in ids.items() if value is not None}
@@ -131,13 +150,20 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
         write_json(folder / "tokenizer_config.json", config | tokens)
 
 
+def _copy(source: Path, target: Path) -> None:
+    """Raises :class:`CheckpointError` if ``source`` cannot be read."""
+    with file_errors(f"cannot read {source}", source, CheckpointError):
+        content = source.read_bytes()
+    write_bytes(target, content)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises :class:`CheckpointError`."""
+    with file_errors(f"cannot read {path}", path, CheckpointError):
+        content = path.read_bytes()
     try:
         # As strict as a checkpoint's index, which takes some of it up: no NaN, no half characters, no endless nesting.
-        value = from_json(path.read_bytes(), allow_inf_nan=False)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -5,8 +5,6 @@ Our tensors bear Hugging Face's names and our rotary embedding is the half-split
 are copied as they are.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -23,16 +21,19 @@ from megagap.checkpoint.companions import (
     companions_of,
     copy_tokenizer,
     recorded_tokenizer,
+    warn_of_other_ids,
     write_json,
 )
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
 from megagap.checkpoint.model import stored_dtype
-from megagap.checkpoint.state import check_tensors, read_model
+from megagap.checkpoint.output import new_folder, require_new
+from megagap.checkpoint.state import check_tensors, read_ids, read_model
 from megagap.config import Model
+from megagap.data.agreement import Ids, too_large
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
-from megagap.files import partial_name, publish
+from megagap.files import written_by_library
 from megagap.model.shapes import is_norm_gain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,28 +76,25 @@ def export(
     Raises :class:`CheckpointError` if the checkpoint is damaged or no such model, or ``output`` cannot be written;
     :class:`DataError` if the tokenizer cannot be read or does not fit.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
+    require_new(output)  # before the time is spent
     index = Index.read(checkpoint)
     model = read_model(checkpoint, index)
     names = check_tensors(checkpoint, index, model)
     dtype = dtype or _default_dtype(checkpoint, index)
     source = tokenizer or recorded_tokenizer(index)
     loaded = load_tokenizer(source) if source else None
-    if loaded is not None and loaded.vocab_size > model.vocab_size:
+    if loaded is not None and (complaint := too_large(Ids.of_tokenizer(loaded), model.vocab_size)):
         raise DataError(
-            f"the tokenizer {source} has ids up to {loaded.vocab_size - 1}, the model only {model.vocab_size}\n"
-            "  give the tokenizer that the model was trained with."
+            f"{complaint.partition(chr(10))[0]}\n  give the tokenizer that the model was trained with, or train it on "
+            f"with model.vocab_size = {loaded.vocab_size}, which adds rows."
         )
-
     companions = companions_of(checkpoint, index, source, loaded)
+    if loaded is not None:
+        warn_of_other_ids(read_ids(checkpoint, index), loaded, model.vocab_size, companions)
 
     shards = plan_shards(names, DTYPES[dtype].itemsize, max_shard_size)
     total = sum(prod(shape) for shape in names.values()) * DTYPES[dtype].itemsize
-    partial = partial_name(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+    with new_folder(output) as partial:
         done = 0
         for file, members in shards.items():
             tensors = {}
@@ -104,8 +102,8 @@ def export(
                 tensors[name] = _convert(checkpoint, index, name, DTYPES[dtype], model.norm_gain_scale)
                 done += prod(names[name]) * DTYPES[dtype].itemsize
                 progress(done, total)
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-            _sync(partial / file)
+            with written_by_library(partial / file, CheckpointError, shown=output / file) as path:
+                save_file(tensors, path, metadata={"format": "pt"})
         if len(shards) > 1:
             weight_map = {name: file for file, members in shards.items() for name in members}
             listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -114,11 +112,6 @@ def export(
         write_json(partial / GENERATION_CONFIG, companions.generation)
         if source and loaded is not None:
             copy_tokenizer(source, loaded, model.max_position_embeddings, partial)
-        publish(partial, output)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(dtype, total // DTYPES[dtype].itemsize, tuple(shards), total, source)
 
 
@@ -181,17 +174,17 @@ def _default_dtype(checkpoint: Path, index: Index) -> str:
 def _convert(checkpoint: Path, index: Index, name: str, dtype: torch.dtype, gain_scale: float) -> torch.Tensor:
     """A tensor as Hugging Face's model has it: norms with their scale in the gain."""
     stored = load_tensor(checkpoint, index, "weight", name)
+    if not stored.isfinite().all():
+        raise CheckpointError(
+            f"{checkpoint}: {name} has values that are not finite: the run that wrote it had diverged\n"
+            "  export an earlier checkpoint."
+        )
     tensor = stored.to(dtype)
     if is_norm_gain(name) and gain_scale != 1:
         tensor = (tensor.float() * gain_scale).to(dtype)  # cast before scaling, as the model does
-    if dtype == torch.float16 and not tensor.isfinite().all() and stored.isfinite().all():
-        raise CheckpointError(f"{name} has values that float16 cannot hold\n  export with --dtype bfloat16 or float32.")
+    if not tensor.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} has values that {kind} cannot hold\n  export with --dtype float32 (or bfloat16)."
+        )
     return tensor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,7 @@ The folder is untrusted input: nothing is used of it before names, shapes and dt
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,16 +14,24 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of
+from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of, warn_of_other_ids
+from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
+from megagap.checkpoint.output import require_new
+from megagap.checkpoint.recognise import require_path
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
-from megagap.errors import CheckpointError
+from megagap.data.agreement import Ids
+from megagap.data.tokenizer import Tokenizer, load_tokenizer
+from megagap.errors import CheckpointError, DataError, library_errors
+from megagap.files import file_errors
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
+
+log = logging.getLogger(__name__)
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -68,9 +77,8 @@ def import_model(
     Raises :class:`CheckpointError` if ``folder`` is no Llama that we can train, is damaged, or ``output`` cannot be
     written.
     """
+    require_new(output)
     output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
     model, tensors = read_model_folder(folder)
     total = sum(tensor.nbytes for tensor in tensors.values())
     tokenizer, companions = tokenizer_of(folder), read_companions(folder)
@@ -89,10 +97,22 @@ def import_model(
             one_pass_over(tensor.nbytes)
 
     progress_of_run = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
-    state = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+    state: dict[str, Any] = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+    if tokenizer and (loaded := _readable_tokenizer(tokenizer)):
+        warn_of_other_ids(None, loaded, model.vocab_size, companions)
+        state["ids"] = Ids.of_tokenizer(loaded).record()
     save_checkpoint(output, slices(), progress_of_run | state | companions.state(), progress=one_pass_over)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     return Imported(sum(map(torch.numel, tensors.values())), tuple(sorted(dtypes)), total, tokenizer)
+
+
+def _readable_tokenizer(spec: str) -> Tokenizer | None:
+    """The weights can be had without it, so one that cannot be read is a warning."""
+    try:
+        return load_tokenizer(spec)
+    except DataError as error:
+        log.warning("the tokenizer beside the model cannot be used: %s", error.args[0])
+        return None
 
 
 def load_hugging_face_model(folder: Path, device: torch.device | None = None) -> SingleProcessModel:
@@ -179,12 +199,11 @@ def read_settings(folder: Path) -> Model:
 
     Raises :class:`CheckpointError`, naming the field, if it is no Llama or has features that we lack.
     """
-    if not folder.is_dir():
-        problem = "is no folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {problem}\n  give the folder of a Hugging Face model.")
+    require_path(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}")
+    with file_errors(f"cannot read {folder}", folder, CheckpointError):
+        if not path.is_file():
+            raise _no_hugging_face_model(folder)
     config = read_json(path)
     _refuse_others(path, config)
     missing = [name for name in _REQUIRED if config.get(name) is None]
@@ -210,6 +229,20 @@ def read_settings(folder: Path) -> Model:
         field = faults[0].setting.removeprefix("model.")
         raise _unusable(path, field, f"is {faults[0].value}: {faults[0].message.replace('model.', '')}")
     return model.model_copy(update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads})
+
+
+def _no_hugging_face_model(folder: Path) -> CheckpointError:
+    try:
+        checkpoint = resolve_checkpoint(folder)
+    except CheckpointError as error:
+        reason, _, cure = str(error.args[0]).partition("\n")
+        if not folder.is_dir() or "make it a checkpoint" in cure or "download" in cure:
+            return CheckpointError(f"{reason}\n  give the folder of a Hugging Face model, with its {CONFIG}.")
+        return CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
+    return CheckpointError(
+        f"{folder} is no Hugging Face model but a checkpoint of megagap already\n  use it as it is, or make it a "
+        f"Hugging Face model: python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output DIR"
+    )
 
 
 def _refuse_others(path: Path, config: dict[str, Any]) -> None:
@@ -301,12 +334,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing\n  download the model again.") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}\n  download it again.") from None
+    if not path.is_file():
+        if path.is_dir() or path.is_symlink():
+            raise CheckpointError(f"{path} is no file\n  download the model again.")
+        raise CheckpointError(f"{path} is missing\n  download the model again.")
+    # Opened here, since of a file that it may not read the library says that it does not exist; and it takes no names
+    # that are not valid UTF-8, which the system's own name of an open file always is.
+    with file_errors(f"cannot read {path}", path, CheckpointError):
+        opened = path.open("rb")
+    own = Path(f"/proc/self/fd/{opened.fileno()}")
+    told = library_errors(f"{path} is no whole safetensors file; download it again", CheckpointError)
+    with opened, told, safe_open(own if own.exists() else path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -13,7 +13,7 @@ header, and the index itself.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -37,6 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _Count = Annotated[int, Field(ge=0, le=2**60)]
 _Length = Annotated[int, Field(ge=1, le=2**60)]
 _Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+_SURROGATE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _HEAD = re.compile(rb'\{"checksum":"([0-9a-f]{16})","body":')
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
@@ -121,11 +122,12 @@ class Index(_Record):
         except ValidationError as error:
             raise unusable(folder, error) from None
         index.validate_against(folder)
-        return index
+        return index.model_copy(update={"state": _with_texts(index.state, _unescaped)})
 
     def to_json(self) -> str:
         """The text of ``index.json``. Raises TypeError or ValueError if ``state`` holds more than finite JSON."""
-        body = json.dumps(self.model_dump(), allow_nan=False, separators=(",", ":")) + "}\n"
+        plain = self.model_dump() | {"state": _with_texts(self.state, _escaped)}
+        body = json.dumps(plain, allow_nan=False, separators=(",", ":")) + "}\n"
         return f'{{"checksum":"{checksum(body.encode())}","body":{body}'
 
     def validate_against(self, folder: Path) -> None:
@@ -183,6 +185,24 @@ class Index(_Record):
                 f"  it has {len(self.names(kind))} tensors of this kind; is it a checkpoint of another model?"
             )
         return tensor
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_with_texts(key, change): _with_texts(inner, change) for key, inner in value.items()}
+    return [_with_texts(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _escaped(text: str) -> str:
+    """Bytes of paths that are not valid UTF-8, which Python holds as surrogates and JSON has not, written out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _unescaped(text: str) -> str:
+    return _SURROGATE.sub(lambda match: chr(int(match[1], 16)), text)
 
 
 def rectangles(sizes: tuple[int, ...], start: int, stop: int) -> Iterator[Rectangle]:

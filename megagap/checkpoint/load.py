@@ -4,7 +4,7 @@ Files are memory-mapped; of each, the header and the chunks that are used are ve
 """
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from megagap.checkpoint.index import (
     damaged,
     rectangles,
 )
+from megagap.checkpoint.recognise import no_checkpoint, require_path
 from megagap.checkpoint.save import read_latest, shift, step_folders
 from megagap.errors import CheckpointError
+from megagap.files import file_errors
 from megagap.parallel.shard import Slice, whole
 
 
@@ -51,31 +53,35 @@ def resolve_checkpoint(path: Path) -> Path:
 
     Raises :class:`CheckpointError` if there is none.
     """
-    if (path / INDEX_NAME).is_file():
-        return path
-    found = find_latest(path / "checkpoints") or find_latest(path)
+    require_path(path)
+    with file_errors(f"cannot read {path}", path, CheckpointError):
+        if (path / INDEX_NAME).is_file():
+            return path
+        found = find_latest(path / "checkpoints") or find_latest(path)
     if found is None:
-        problem = "holds no checkpoint" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {problem}\n  give a run, or a folder such as RUN/checkpoints/step_00000100.")
+        raise no_checkpoint(path)
     return found
 
 
-def load_slices(folder: Path, index: Index, wanted: Iterable[Slice], *, cast: bool = False) -> None:
+def load_slices(
+    folder: Path, index: Index, wanted: Iterable[Slice], *, cast: bool = False, may_grow: Collection[str] = ()
+) -> None:
     """Fill the tensors of ``wanted`` in place from the checkpoint ``folder`` with this ``index``.
 
-    ``cast``: convert to the wanted dtype instead of refusing another one.
+    ``cast``: convert to the wanted dtype instead of refusing another one. ``may_grow``: names of parameters of which
+    more rows may be wanted than are stored; the rows beyond are left as they are.
     Raises :class:`CheckpointError` if a tensor is missing, has another shape or dtype, or is damaged.
     """
     copies: dict[str, dict[Chunk, list[tuple[StoredTensor, tuple[slice, ...], Tensor]]]] = {}
     for part in wanted:
         stored = index.tensor(folder, part.kind, part.shard.name)
-        _check_form(folder, stored, part, cast)
+        _check_form(folder, stored, part, cast, part.shard.name in may_grow)
         filled = 0
         for chunk, inside, target in _intersect(stored, part):
             copies.setdefault(chunk.file, {}).setdefault(chunk, []).append((stored, inside, target))
             filled += target.numel()
         # The index holds every element once, so this is also "each filled exactly once".
-        assert filled == part.stop - part.start, (part.kind, part.shard.name, filled)
+        assert filled == _stored_elements(stored, part), (part.kind, part.shard.name, filled)
 
     files = {file.name: file for file in index.files}
     for name, chunks in copies.items():
@@ -95,9 +101,18 @@ def load_tensor(folder: Path, index: Index, kind: str, name: str) -> Tensor:
     return tensor
 
 
-def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool) -> None:
+def _stored_elements(stored: StoredTensor, part: Slice) -> int:
+    """Elements of the slice in rows that are stored."""
+    if stored.shape == part.shard.shape:
+        return part.stop - part.start
+    rows = min(max(stored.shape[0] - part.shard.offsets[0], 0), part.shard.sizes[0])
+    return max(min(part.stop, rows * prod(part.shard.sizes[1:])) - part.start, 0)
+
+
+def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool, may_grow: bool) -> None:
     assert part.tensor.shape == (part.stop - part.start,), (part.kind, part.shard.name, part.tensor.shape)
-    if stored.shape != part.shard.shape:
+    grown = may_grow and stored.shape[1:] == part.shard.shape[1:] and stored.shape[0] < part.shard.shape[0]
+    if stored.shape != part.shard.shape and not grown:
         raise CheckpointError(
             f"{folder}: {stored.kind} of {stored.name} has shape {list(stored.shape)}, "
             f"this model wants {list(part.shard.shape)}\n  load it with the model settings it was trained with."

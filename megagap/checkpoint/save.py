@@ -29,7 +29,7 @@ from megagap.checkpoint.index import (
     checksum,
     rectangles,
 )
-from megagap.errors import CheckpointError
+from megagap.errors import CheckpointError, system_reason
 from megagap.files import publish, write_text
 from megagap.parallel.shard import Shard, Slice
 
@@ -38,7 +38,8 @@ LATEST = "latest"
 
 STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 
-_PARTIAL = "partial_"
+UNFINISHED = "partial_"
+"""How the name of a folder starts that is being written or removed."""
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +108,13 @@ def save_checkpoint(
     """
     communicator = communicator or SingleProcess()
     is_first = communicator.rank == 0
-    partial = folder.with_name(_PARTIAL + folder.name)
+    partial = folder.with_name(UNFINISHED + folder.name)
     fault = None
     if is_first:
         try:
             _make_empty(partial)
         except OSError as error:
-            fault = f"cannot make {partial}: {error.strerror}"
+            fault = f"cannot make {partial}: {system_reason(error)}"
     _raise_everywhere(folder, fault, communicator)
 
     cause: Exception | None = None
@@ -144,7 +145,7 @@ def prune(checkpoints: Path, keep: int) -> None:
     latest = read_latest(checkpoints)
     for folder in step_folders(checkpoints)[:-keep]:
         if folder != latest:
-            doomed = folder.with_name(_PARTIAL + folder.name)
+            doomed = folder.with_name(UNFINISHED + folder.name)
             try:
                 # A half-removed folder must not look like a checkpoint.
                 os.replace(folder, doomed)
@@ -159,6 +160,11 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
+
+
+def step_folder_name(step: int) -> str:
+    """What the checkpoint after ``step`` steps is called."""
+    return f"step_{step:08}"
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -182,7 +188,7 @@ def read_latest(checkpoints: Path) -> Path | None:
 def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    for stale in {partial, *partial.parent.glob(f"{_PARTIAL}step_*")}:
+    for stale in {partial, *partial.parent.glob(f"{UNFINISHED}step_*")}:
         _remove(stale)
     partial.mkdir()
 
@@ -263,7 +269,7 @@ def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[s
     )
     index.validate_against(partial)
     write_text(partial / INDEX_NAME, index.to_json())
-    replaced = folder.with_name(f"{_PARTIAL}{folder.name}.replaced")
+    replaced = folder.with_name(f"{UNFINISHED}{folder.name}.replaced")
     if folder.exists():
         # A folder cannot be renamed over another that has files: move it aside for the moment in between.
         os.replace(folder, replaced)
@@ -292,7 +298,8 @@ def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        reason = system_reason(error)
+        return f"{error.filename}: {reason}" if error.filename else reason
     if isinstance(error, CheckpointError):
         return str(error.args[0])
     return f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megagap.checkpoint.index import INDEX_NAME, Index, unusable
 from megagap.config import Data, Model, Train, check_rules, spans, tokens_after
+from megagap.data.agreement import Ids
 from megagap.errors import CheckpointError
 from megagap.model.shapes import model_tensors
 
@@ -22,10 +23,20 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
+class IdsState(_Part):
+    """What was said of the token ids (:class:`megagap.data.agreement.Ids`)."""
+
+    vocab_size: _Count
+    fingerprint: str
+    bos: _Count | None
+    eod: _Count | None
+
+
 class ModelState(_Part):
     """What every checkpoint holds."""
 
     model: Model
+    ids: IdsState | None = None
 
 
 class Progress(_Part):
@@ -79,6 +90,15 @@ def read_model(folder: Path, index: Index) -> Model:
     Raises :class:`CheckpointError` naming the folder and the field.
     """
     return _sound(folder, index, _validated(folder, index, ModelState).model)
+
+
+def read_ids(folder: Path, index: Index) -> Ids | None:
+    """What the checkpoint says of the token ids, if it does.
+
+    Raises :class:`CheckpointError` naming the folder and the field.
+    """
+    ids = _validated(folder, index, ModelState).ids
+    return Ids(f"the checkpoint {folder}", **ids.model_dump()) if ids else None
 
 
 def read_run(folder: Path, index: Index) -> RunState:

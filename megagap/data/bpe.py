@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from megagap.data.documents import read_texts
 from megagap.data.tokenizer.words import LLAMA3_WORDS
 from megagap.errors import DataError, library_errors
-from megagap.files import write_text, writing
+from megagap.files import require_writable_folder, write_together, writing
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SMALLEST = 256 + 2
@@ -64,13 +64,17 @@ def train_tokenizer(
     Returns the number of ids, which is less than ``vocab_size`` if the text was too short. Documents that cannot be
     used are left out if there is ``skip``, which is called with what is wrong; else they raise :class:`DataError`.
     """
+    folder = Path(output)
+    require_writable_folder(folder)  # before the time is spent
     tokenizer = train_bpe(read_texts(inputs, key, skip), vocab_size, show_progress)
     special = {"bos_token": BEGIN, "eos_token": END}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
-    folder = Path(output)
     with writing(folder / "tokenizer.json"):
-        write_text(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
-        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+        texts = {
+            "special_tokens_map.json": json.dumps(special, indent=2),
+            "tokenizer_config.json": json.dumps(config, indent=2),
+            "tokenizer.json": tokenizer.to_str(pretty=True),
+        }
+        write_together({folder / name: f"{text}\n".encode() for name, text in texts.items()})
     size: int = tokenizer.get_vocab_size(with_added_tokens=True)
     return size

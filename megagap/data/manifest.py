@@ -130,16 +130,6 @@ class Manifest(_Strict):
         """What special tokens written out in a text became."""
         return self.arguments.special_tokens or usual_special_tokens(self.tokenizer.kind)
 
-    def require_tokenizer(self, tokenizer: Tokenizer, prefix: str) -> None:
-        """Raises :class:`DataError` if ids mean something else to ``tokenizer`` than to that of the pair ``prefix``."""
-        theirs = fingerprint(tokenizer)
-        if theirs != self.tokenizer.fingerprint:
-            raise DataError(
-                f"{prefix} was made with another tokenizer: {self.tokenizer.spec}, whose vocabulary has the "
-                f"fingerprint {self.tokenizer.fingerprint}; that of {tokenizer.spec} has {theirs}\n"
-                "  name the tokenizer that it was made with, or preprocess the text again."
-            )
-
     def require_files(self, prefix: str) -> None:
         """Read both files of the pair. Raises :class:`DataError` if either is not what was written."""
         for ending, file in self.files.items():

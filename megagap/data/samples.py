@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megagap.data.agreement import Ids
 from megagap.data.identity import Identity
 from megagap.data.megatron import MegatronOrder
 from megagap.data.shuffled import PhaseDraws, Place, ShuffledOrder
@@ -75,6 +76,8 @@ class TrainingData:
         planned: int | None = None,
     ) -> None:
         self.phases, self.seed, self.numbers = list(phases), seed, SampleNumbers(skip)
+        self.ids: Ids | None = None
+        """What their tokenizer says of the ids, if it is known."""
         self._positions = list(accumulate((phase.samples for phase in phases[:-1]), initial=0))
         named: dict[str, Source] = {}
         for phase in phases:

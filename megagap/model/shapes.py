@@ -15,6 +15,11 @@ def is_norm_gain(name: str) -> bool:
     return name.endswith("norm.weight")
 
 
+def vocabulary_tensors(model: Model) -> tuple[str, ...]:
+    """Names of the parameters that have a row for each token id."""
+    return ("model.embed_tokens.weight", *(() if model.tie_word_embeddings else ("lm_head.weight",)))
+
+
 def model_tensors(model: Model) -> dict[str, tuple[int, ...]]:
     """Global shape of every parameter by name, in the order of the forward pass."""
     hidden, inner = model.hidden_size, model.intermediate_size

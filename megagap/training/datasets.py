@@ -4,28 +4,26 @@ import logging
 
 from megagap.config import Settings, Train, sources_of, spans
 from megagap.config import Source as SourceSettings
-from megagap.data.manifest import read_manifest
+from megagap.data.agreement import Ids, require_agreement
 from megagap.data.plan import unnormalised_weights
 from megagap.data.samples import Phase, TrainingData
 from megagap.data.sources import Source
-from megagap.data.tokenizer import load_tokenizer
 from megagap.data.validation import ValidationData, open_validation
 
 log = logging.getLogger(__name__)
 
 
 def training_data(settings: Settings) -> TrainingData:
-    """Raises :class:`DataError` if a file is missing, damaged or too small, or was made with another tokenizer."""
+    """Raises :class:`DataError` if a file is missing, damaged or too small, or does not fit tokenizer and model."""
     train, batch = settings.train, settings.train.global_batch_size
     plan = spans(settings.data, train, settings.model.rope_theta)
-    require_tokenizer(settings.data.tokenizer, sources_of(plan))
     phases = [
         Phase(span.name, span.steps * batch, span.sequence_length, tuple(_sources(span.sources))) for span in plan
     ]
     for phase in phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
-    return TrainingData(
+    opened = TrainingData(
         phases,
         train.seed,
         settings.data.split,
@@ -33,16 +31,25 @@ def training_data(settings: Settings) -> TrainingData:
         skipped_ranges(train),
         planned=train.steps * batch if settings.data.order == "megatron" else None,
     )
+    opened.ids = check_agreement(settings)
+    return opened
 
 
-def require_tokenizer(spec: str, sources: list[SourceSettings]) -> None:
-    """Raises :class:`DataError` if a source's manifest, where it has one, names another tokenizer than the recipe."""
-    prefixes = [prefix for source in sources for prefix in source.paths]
-    manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix))} if spec else {}
-    if manifests:
-        tokenizer = load_tokenizer(spec)
-        for prefix, manifest in manifests.items():
-            manifest.require_tokenizer(tokenizer, prefix)
+def check_agreement(settings: Settings) -> Ids | None:
+    """What data and tokenizer say of the ids, which all agree on and the model has room for; warnings are logged.
+
+    Raises :class:`DataError` otherwise.
+    """
+    data, train = settings.data, settings.train
+    named = sources_of(spans(data, train, settings.model.rope_theta))
+    named += data.validation if train.evaluate_every else []
+    sources: dict[str, list[str]] = {}
+    for source in named:
+        sources.setdefault(source.name, []).extend(source.paths)
+    ids, warnings = require_agreement(sources, data.tokenizer, settings.model.vocab_size, data.document_mask)
+    for warning in warnings:
+        log.warning("%s", warning)
+    return ids
 
 
 def validation_data(settings: Settings) -> ValidationData:

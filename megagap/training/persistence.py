@@ -1,39 +1,36 @@
 """What a checkpoint of a run holds, and which one a run goes on from."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
-from megagap.checkpoint.state import Progress, RunState, read_model, read_run
-from megagap.config import Data, Model, Settings, Span, Train, spans
+from megagap.checkpoint.save import step_folder_name
+from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
+from megagap.config import Settings
+from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.identity import differences
 from megagap.data.samples import TrainingData
 from megagap.data.skipping import SampleNumbers
-from megagap.errors import CheckpointError, ConfigError, DataError
-from megagap.model.shapes import is_norm_gain
+from megagap.data.tokenizer import load_tokenizer
+from megagap.errors import CheckpointError, ConfigError, DataError, MegagapError
+from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
-from megagap.parallel.mesh import DistributedCommunicator
+from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.training.changes import model_changes, past_changes, refuse_another_model, refuse_changes
 from megagap.training.datasets import skipped_ranges
+from megagap.training.divergence import any_not_finite
 from megagap.training.step import TrainState
-
-# Settings that say which model is trained on which samples: they may not change when a run goes on.
-_FIXED: dict[str, tuple[str, ...] | None] = {
-    "model": None,  # every one but those in _FREE
-    "data": ("split", "order"),
-    "train": ("seed", "global_batch_size", "precision"),
-}
-_FREE = {"preset", "initializer_range", "path"}
 
 log = logging.getLogger(__name__)
 
 
 def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates, and drop the oldest."""
+    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
     settings = state.settings
-    folder = run.checkpoints / f"step_{state.step:08}"
+    folder = run.checkpoints / step_folder_name(state.step)
     progress = Progress(
         step=state.step,
         updates=state.optimizer.updates,
@@ -44,24 +41,40 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
+    if data.ids is not None:
+        saved["ids"] = data.ids.record()
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
-    if run.is_writer:
-        prune(run.checkpoints, settings.checkpoint.keep)
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
 
 
-def resume(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Load what the settings ask for, in whatever layout it was written; nothing for a fresh run.
+def drop_old(settings: Settings, run: RunDirectory) -> None:
+    """Leave the newest ``checkpoint.keep`` checkpoints, once the newest is known to be of use."""
+    if run.is_writer:
+        prune(run.checkpoints, settings.checkpoint.keep)
 
-    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
-    :class:`DataError` if a data set is not what it was.
+
+def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:
+    """The checkpoint that the settings ask to load; None for a fresh run. The same on every rank.
+
+    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
     """
     # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
-    communicator = DistributedCommunicator(state.mesh)
-    own = communicator.broadcast(find_latest(run.checkpoints) if communicator.rank == 0 else None)
-    assert own is None or isinstance(own, Path)
-    wanted, mode = state.settings.checkpoint.load, state.settings.checkpoint.load_mode
+    communicator = DistributedCommunicator(mesh)
+    found: Path | MegagapError | None = None
+    if communicator.rank == 0:
+        try:
+            found = _find_source(settings, run)
+        except MegagapError as error:
+            found = error
+    found = cast("Path | MegagapError | None", communicator.broadcast(found))
+    if isinstance(found, MegagapError):
+        raise found
+    return found
+
+
+def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
+    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
     if own is not None and not wanted:
         raise ConfigError(
             f'checkpoint.load = "" starts afresh, but {run.path} has checkpoints already\n'
@@ -70,10 +83,22 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     if own is not None:
         if wanted != "latest":
             log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
-        go_on(state, run, data, own)
-    elif wanted not in ("", "latest"):
-        folder = resolve_checkpoint(Path(wanted))
-        go_on(state, run, data, folder) if mode == "continue" else take_weights(state, run, folder)
+        return own
+    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+
+
+def resume(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> None:
+    """Load ``source``, which :func:`find_source` found, in whatever layout it was written.
+
+    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
+    :class:`DataError` if a data set is not what it was.
+    """
+    if source is None:
+        return
+    if source.parent == run.checkpoints or state.settings.checkpoint.load_mode == "continue":
+        go_on(state, run, data, source)
+    else:
+        take_weights(state, run, data, source)
 
 
 def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
@@ -82,7 +107,11 @@ def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path
     saved = read_run(folder, index)
     refuse_changes(saved, state.settings, folder)
     refuse_rebuilt_data(saved, data, folder)
-    load_slices(folder, index, state.optimizer.slices(owned_only=False))
+    compare_ids(read_ids(folder, index), data.ids, state.settings)
+    log_changes(past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model), run, folder)
+    slices = state.optimizer.slices(owned_only=False)
+    load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
+    refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates
     state.optimizer.gather_parameters()
     state.step = run.step = saved.step
@@ -97,83 +126,59 @@ def lost_steps(run: RunDirectory) -> int:
     return sum(record["step"] > run.step for record in read_metrics(run.metrics))
 
 
-def take_weights(state: TrainState, run: RunDirectory, folder: Path) -> None:
+def take_weights(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
     """Take the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
     index = Index.read(folder)
     saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
     refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
+    compare_ids(read_ids(folder, index), data.ids, state.settings, refuse=False)
+    log_changes(model_changes(saved, state.settings.model, theta=True), run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
-    load_slices(folder, index, weights, cast=True)
+    load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
     if saved.norm_gain_scale != gain_scale:
         for part in weights:
             if is_norm_gain(part.shard.name):
                 part.tensor.mul_(saved.norm_gain_scale / gain_scale)
+    refuse_not_finite(state, folder)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
 
 
-def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
-    """Raises :class:`CheckpointError` listing every setting that says what is trained on what, and differs."""
-    same_theta = saved.model.model_copy(update={"rope_theta": settings.model.rope_theta})  # phases tell
-    before = saved.model_copy(update={"model": same_theta}).model_dump(mode="json")
-    differences = _differences(before, settings, _FIXED) + _past_differences(saved, settings)
-    steps = saved.train.steps, settings.train.steps
-    if settings.data.order == "megatron" and steps[0] != steps[1]:
-        differences.append(f"  train.steps was {steps[0]}, is {steps[1]}: Megatron's order depends on it")
-    then, now = (_skipped(train, saved.last_sample) for train in (saved.train, settings.train))
-    if then != now:
-        differences.append(
-            f"  train.skip_samples: up to {saved.last_sample} it left out {then or 'none'}, now {now or 'none'}; "
-            "only later numbers can be skipped"
+def compare_ids(before: Ids | None, now: Ids | None, settings: Settings, refuse: bool = True) -> None:
+    """Warn of other ids than the checkpoint's. The recipe's tokenizer may have tokens added.
+
+    ``refuse``: raise :class:`DataError` if ids mean other tokens; a new run may start from weights all the same.
+    """
+    spec = settings.data.tokenizer
+    if before is None or now is None:
+        return
+    extended = before.fingerprint != now.fingerprint and bool(spec) and is_extension(before, load_tokenizer(spec))
+    if extended:
+        before = replace(before, fingerprint=now.fingerprint)
+    if refuse and before.fingerprint != now.fingerprint:
+        raise DataError(
+            f"{differing(before, now)[-1]}\n  go on with data and a tokenizer of the same vocabulary. It may have "
+            "tokens added after the others: name it in data.tokenizer."
         )
-    _refuse(differences, folder, "another run", "restore these settings, or choose another run.dir")
+    for difference in differing(before, now):
+        log.warning("%s", difference)
 
 
-def _past_differences(saved: RunState, settings: Settings) -> list[str]:
-    """What differs between the phases up to the saved step; what lies ahead may change."""
-    then, now = (
-        _past(saved.data, saved.train, saved.model.rope_theta, saved.step),
-        _past(settings.data, settings.train, settings.model.rope_theta, saved.step),
-    )
-    if [phase["steps"] for phase in then] != [phase["steps"] for phase in now]:
-        borders = [", ".join(f"{phase['name']} {phase['steps']:,}" for phase in past) for past in (then, now)]
-        return [f"  data.phases: the steps made were {borders[0]}; are now {borders[1]}; only later phases can change"]
-    own = (
-        ("sequence_length", "train.sequence_length"),
-        ("rope_theta", "model.rope_theta"),
-        ("sources", "data.sources"),
-    )
-    return [
-        f"  {f'data.phases[{i}].{key}' if settings.data.phases else single} was {old[key]}, is {new[key]}"
-        for i, (old, new) in enumerate(zip(then, now, strict=True))
-        for key, single in own
-        if _essence(old[key]) != _essence(new[key])
-    ]
+def log_changes(changes: list[str], run: RunDirectory, folder: Path) -> None:
+    """Tell what is no longer as it was when the checkpoint was written."""
+    for change in changes:
+        log.info("changed since %s: %s", folder.name, change)
+    if changes:
+        run.event("model_changed", folder=str(folder), changes=changes)
 
 
-def _skipped(train: Train, last: int | None) -> list[tuple[int, int]]:
-    """The ranges of numbers up to sample ``last`` that are left out."""
-    ranges = SampleNumbers(skipped_ranges(train)).skipped
-    return [(start, min(stop, last + 1)) for start, stop in ranges if start <= last] if last is not None else []
-
-
-def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[str, Any]]:
-    """The phases of the first ``step`` steps; neighbours that differ in their names only are one."""
-
-    def told(span: Span) -> dict[str, Any]:
-        own = {"sequence_length": span.sequence_length, "rope_theta": span.rope_theta}
-        return own | {"sources": [source.model_dump(mode="json") for source in span.sources]}
-
-    past: list[dict[str, Any]] = []
-    for span in spans(data, train, rope_theta):
-        steps = min(span.steps, step - span.first) if data.phases else step
-        if steps <= 0:
-            break
-        if past and _essence(told(span)) == {key: _essence(past[-1][key]) for key in told(span)}:
-            past[-1]["steps"] += steps
-        else:
-            past.append({"name": span.name, "steps": steps, **told(span)})
-    return past
+def refuse_not_finite(state: TrainState, folder: Path) -> None:
+    """Raises :class:`CheckpointError`, on every rank, if what was loaded from ``folder`` is not finite."""
+    if any_not_finite(state.optimizer, state.mesh):
+        raise CheckpointError(
+            f"{folder} holds values that are not finite: the run that wrote it had diverged\n"
+            "  go on from an earlier one: name it in checkpoint.load, or remove this folder if it is the run's own."
+        )
 
 
 def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> None:
@@ -197,31 +202,3 @@ def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> No
 def last_sample(settings: Settings, consumed: int) -> int | None:
     """The global number of the last of ``consumed`` samples; None before the first."""
     return SampleNumbers(skipped_ranges(settings.train)).number(consumed - 1) if consumed else None
-
-
-def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:
-    """Raises :class:`CheckpointError` listing what differs between a checkpoint's model and the recipe's."""
-    differences = _differences({"model": model.model_dump(mode="json")}, settings, {"model": None})
-    _refuse(differences, folder, "another model", "make the recipe's model like it, or load another folder")
-
-
-def _refuse(differences: list[str], folder: Path, whose: str, cure: str) -> None:
-    if differences:
-        raise CheckpointError("\n".join([f"{folder} belongs to {whose}:", *differences, f"  {cure}."]))
-
-
-def _differences(saved: dict[str, Any], settings: Settings, compared: Mapping[str, Sequence[str] | None]) -> list[str]:
-    now = settings.model_dump(mode="json")
-    return [
-        f"  {section}.{key} was {saved[section][key]}, is {now[section][key]}"
-        for section, keys in compared.items()
-        for key in keys or now[section]
-        if key not in _FREE and _essence(saved[section][key]) != _essence(now[section][key])
-    ]
-
-
-def _essence(value: Any) -> Any:
-    """Sources without their paths: files may move."""
-    if isinstance(value, list):
-        return [_essence(item) for item in value]
-    return {k: v for k, v in value.items() if k not in _FREE} if isinstance(value, dict) else value

@@ -14,10 +14,8 @@ from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.parallel.mesh import Mesh
+from megagap.training.divergence import MOST_SKIPPED, SkippedSteps, diverged
 from megagap.training.step import StepResult
-
-MOST_SKIPPED = 20
-"""Steps in a row whose update may be skipped before the run is given up as diverged."""
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +31,9 @@ class Recorder:
     ``step_seconds`` runs from the end of a step to the end of the next, without what happens inside :meth:`pause`.
     """
 
-    def __init__(self, settings: Settings, mesh: Mesh, run: RunDirectory, step: int) -> None:
+    def __init__(
+        self, settings: Settings, mesh: Mesh, run: RunDirectory, step: int, skipped: SkippedSteps | None = None
+    ) -> None:
         self.settings, self.mesh, self.run = settings, mesh, run
         self.metrics: MetricsFile | None = None
         self.tensorboard: TensorBoard | None = None
@@ -45,7 +45,7 @@ class Recorder:
         self.sources = list(dict.fromkeys(source.name for phase in self.phases for source in phase.sources))
         self.peak = peak_tflops(mesh.device)
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
-        self.skipped_in_a_row = 0
+        self.skipped = skipped or SkippedSteps()
         self.last_end = time.perf_counter()
         self.seconds: list[float] = []
 
@@ -97,11 +97,9 @@ class Recorder:
             if math.isfinite(value)  # not where the batch had nothing of the source
         }
         record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}
-        self.skipped_in_a_row = 0 if accepted else self.skipped_in_a_row + 1
+        self.skipped.count(record["step"], bool(accepted), self.run)
         steps = self.settings.train.steps
         shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
-        if not accepted:
-            self.run.event("skipped_step", step=record["step"])
         if self.metrics is not None:
             self.metrics.write(record)
             if self.tensorboard is not None and (shown or "validation_loss" in record):
@@ -109,11 +107,15 @@ class Recorder:
         if shown or not accepted:
             mean_seconds = sum(self.seconds) / len(self.seconds)
             log.info(console_line(record, steps, (steps - record["step"]) * mean_seconds))
-        if self.skipped_in_a_row > MOST_SKIPPED:
-            raise DivergedError(
-                f"loss or gradients were not finite for {self.skipped_in_a_row} steps, up to step {record['step']}\n"
-                "  go on from an earlier checkpoint with a lower optim.lr, or look at the data of these steps."
-            )
+        if self.skipped.total > MOST_SKIPPED:
+            raise self.too_many_skipped(record["step"])
+
+    def too_many_skipped(self, step: int) -> DivergedError:
+        """The end of a run whose last updates, up to ``step``, were all skipped."""
+        count, here = self.skipped.total, self.skipped.in_a_row
+        starts = f" ({count - here} of them in earlier starts)" if count > here else ""
+        problem = f"loss or gradients were not finite for {count} steps in a row{starts}, up to step {step}"
+        return diverged(problem, self.settings, self.run, step - here + 1, step)
 
     def sync(self) -> None:
         """Bring all records so far to the disk."""

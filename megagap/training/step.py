@@ -144,21 +144,12 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     it at no cost.
     """
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
-    inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
-    scale = 1 / count_targets(targets, mesh)
-    work = StageOnBatch(state.stage, inputs, targets, scale, batch.documents)
-
     state.step += 1
     state.stage.use_rope_theta(state.phase.rope_theta)
-    optimizer.zero_gradients()
-    optimizer.wait_for_parameters()
-    execute(
-        state.program, [work], border(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward
-    )
-    optimizer.finish_gradients()
+    work = compute_gradients(state, batch, state.program)
 
     # Filled on the device: a copy from the host would wait for it.
-    own_requests = torch.stack([torch.full_like(scale, float(asked)) for asked in poll()])
+    own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
     loss, squared_norm, by_source, requests = _sum_over_world(
         mesh, work.own_loss(), optimizer.squared_norm(), losses_by_source(work, batch), own_requests
     )
@@ -167,6 +158,18 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     lr = learning_rate(optim, state.settings.train.steps, state.step)
     optimizer.step(lr, clip_divisor(norm, optim.clip_grad), accepted)
     return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, lr)
+
+
+def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> StageOnBatch:
+    """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
+    mesh, optimizer = state.mesh, state.optimizer
+    inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
+    work = StageOnBatch(state.stage, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
+    optimizer.zero_gradients()
+    optimizer.wait_for_parameters()
+    execute(program, [work], border(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward)
+    optimizer.finish_gradients()
+    return work
 
 
 def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
@@ -190,11 +193,26 @@ def speaks_for_loss(mesh: Mesh) -> bool:
     return mesh.is_last_stage and mesh.tp.rank == 0
 
 
-def build_program(settings: Settings, mesh: Mesh) -> list[Action]:
-    """This rank's actions in a training step."""
+def next_step_is_sound(state: TrainState, batch: Batch) -> bool:
+    """Whether a step on the first microbatch of each data rank's ``batch`` would be accepted with the weights as they
+    are; the same on every rank. Overwrites the gradients, which no update needs any more."""
+    part = Batch(
+        batch.tokens[:1],
+        batch.sources[:1],
+        batch.source_count,
+        None if batch.positions is None else batch.positions[:1],
+        batch.documents[:1] if batch.documents else None,
+    )
+    work = compute_gradients(state, part, build_program(state.settings, state.mesh, microbatches=1))
+    loss, squared_norm = _sum_over_world(state.mesh, work.own_loss(), state.optimizer.squared_norm())
+    return bool(accept_update(loss, squared_norm.sqrt()))
+
+
+def build_program(settings: Settings, mesh: Mesh, microbatches: int | None = None) -> list[Action]:
+    """This rank's actions in a training step, or in one of so many ``microbatches``."""
     train = settings.train
-    microbatches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
-    return plan(SCHEDULES[settings.parallel.schedule], mesh, microbatches)
+    whole_step = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
+    return plan(SCHEDULES[settings.parallel.schedule], mesh, microbatches or whole_step)
 
 
 def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from megagap.config import Settings, span_of, tokens_after
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
+from megagap.errors import DivergedError
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.model.shapes import parameter_count
@@ -16,8 +17,10 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data, validation_data
+from megagap.training.divergence import SkippedSteps, diverged, last_good
 from megagap.training.evaluate import evaluate
-from megagap.training.persistence import resume, save
+from megagap.training.keeper import CheckpointKeeper
+from megagap.training.persistence import find_source, resume
 from megagap.training.recorder import Recorder, due
 from megagap.training.requests import Requests
 from megagap.training.step import StepResult, TrainState, build_program, train_step
@@ -27,9 +30,10 @@ log = logging.getLogger(__name__)
 
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
+    source = find_source(settings, run, mesh)
     data, held_out = training_data(settings), validation_data(settings)
     state = build_state(settings, mesh)
-    resume(state, run, data)
+    resume(state, run, data, source)
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
@@ -46,10 +50,12 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
     describe(settings, mesh, state)
-    recorder = Recorder(settings, mesh, run, state.step)
+    skipped = SkippedSteps.of_run(run, state.step, mesh)
+    recorder = Recorder(settings, mesh, run, state.step, skipped)
     requests = Requests.of_run(settings, run)  # from here on a signal asks to stop; before, it ends the process
     previous: StepResult | None = None
     stopping = False
+    keeper = CheckpointKeeper(state, run, loader.data, skipped)
 
     while state.step < steps and not stopping:
         batch = loader.step(state.consumed_samples).to(mesh.device)
@@ -58,33 +64,52 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
+        keeper.step_done()
         known = result if mesh.device.type == "cpu" else previous
         stopping, saving = map(bool, known.host.read()["requests"]) if known is not None else (False, False)
         previous = result
 
         last = state.step == steps
+        losses: dict[str, float] = {}
         if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
             with recorder.pause():
-                recorder.add_validation(evaluate(state, held_out))
-        if due(settings.checkpoint.every, state.step, last) or last or stopping or saving:
+                losses = evaluate(state, held_out)
+                recorder.add_validation(losses)
+        if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause():
                 recorder.sync()
-                save(state, run, loader.data)
+                if keeper.save_if_fit(batch, losses):
+                    requests.saved()
+                    # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
+                    previous = None
                 run.status("running")
-                requests.saved()
-            previous = (
-                None  # this step's requests were made before the checkpoint, which answers them; a stop is repeated
-            )
 
     recorder.close()
+    if state.step == steps and keeper.withheld:
+        raise end_of_diverged(recorder, keeper.withheld, state.step)
     if state.step < steps:
-        reason = requests.reason or "another rank"
-        run.event("stop", reason=reason)
-        run.status("preempted", f"stopped by {reason}; start the same command again to go on")
-        log.info("stopped by %s after step %d; start the same command again to go on", reason, state.step)
+        tell_stop(run, requests.reason or "another rank", state.step, keeper.withheld)
     else:
+        keeper.drop_old()
         run.event("finish")
         run.status("finished")
+
+
+def end_of_diverged(recorder: Recorder, reason: str, last: int) -> DivergedError:
+    """A run that has made its last step, after which the weights are not fit to be kept."""
+    if recorder.skipped.total:
+        return recorder.too_many_skipped(last)
+    return diverged(f"after step {last}, the last one, {reason}", recorder.settings, recorder.run, last, last)
+
+
+def tell_stop(run: RunDirectory, asked_by: str, step: int, withheld: str | None) -> None:
+    """Leave word of a stop before the last step, and from where the run goes on."""
+    again = "start the same command again to go on"
+    if withheld:
+        again = f"without a checkpoint there: {withheld}; {again} from {last_good(run) or 'the start'}"
+    run.event("stop", reason=asked_by)
+    run.status("preempted", f"stopped by {asked_by} after step {step}; {again}")
+    log.info("stopped by %s after step %d; %s", asked_by, step, again)
 
 
 def make_loader(settings: Settings, mesh: Mesh, data: TrainingData) -> MicrobatchLoader:

@@ -78,7 +78,7 @@ def test_a_folder_that_lets_nothing_be_renamed_is_told_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "replace", refused(errno.EPERM))
-    with pytest.raises(CannotWriteError, match="Operation not permitted\n  .*choose another place"):
+    with pytest.raises(CannotWriteError, match=r"Operation not permitted\n  .*choose another place"):
         lock_pair(str(tmp_path / "o"))
     assert not list(tmp_path.iterdir())
 
@@ -201,7 +201,11 @@ def test_shards_are_opened_beyond_the_soft_limit_and_the_hard_one_is_told(shards
 
     assert run(500).stdout == "500\n"
     done = run(24)
-    assert done.returncode == 2 and "Too many open files\n  this process has as many files open as it may: raise the limit, ulimit -n" in done.stderr
+    assert (
+        done.returncode == 2
+        and "Too many open files\n  this process has as many files open as it may: raise the limit, ulimit -n"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
@@ -256,7 +260,7 @@ def test_leftovers_of_another_user_are_told_at_the_start(
         lambda: preprocess([corpus], str(tmp_path / "o"), str(tokenizer_folder)),
         lambda: IndexedDatasetWriter(tmp_path / "o_text_document", "uint16"),
     ):
-        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n  .*choose another place"):
+        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n.*another place"):
             use()
         assert not (tmp_path / "o_text_document.lock").exists()
 

@@ -10,7 +10,6 @@ import xxhash
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.manifest import Manifest, read_manifest
 from megagap.data.preprocess import preprocess
-from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import DataError
 
 
@@ -57,12 +56,6 @@ def test_it_accounts_for_inputs_documents_and_files(prefix: str, corpus: Path) -
         data = Path(prefix + ending).read_bytes()
         assert (file.size, file.checksum) == (len(data), xxhash.xxh3_64_hexdigest(data))
     manifest.require_files(prefix)
-
-
-def test_another_tokenizer_is_refused(prefix: str, tokenizer_folder: Path, bpe_of_lines: Path) -> None:
-    manifest_of(prefix).require_tokenizer(load_tokenizer(tokenizer_folder), prefix)
-    with pytest.raises(DataError, match="was made with another tokenizer"):
-        manifest_of(prefix).require_tokenizer(load_tokenizer(bpe_of_lines), prefix)
 
 
 def test_the_same_run_gives_the_same_manifest(

@@ -12,7 +12,7 @@ from megagap.config import load_recipe
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.train import make_mesh
-from megagap.training import trainer
+from megagap.training import keeper, trainer
 from megagap.training.launch import Process
 from tests.recipes import write_recipe
 
@@ -76,8 +76,8 @@ def test_a_file_that_asks_for_a_checkpoint_gets_one(tmp_path, gpu, monkeypatch):
     recipe = write_recipe(tmp_path, model=MODEL, train=dict(steps=12))
     (tmp_path / "run").mkdir()
     saved = []
-    real = trainer.save
-    monkeypatch.setattr(trainer, "save", lambda state, *rest: (saved.append(state.step), real(state, *rest)))
+    real = keeper.save
+    monkeypatch.setattr(keeper, "save", lambda state, *rest: (saved.append(state.step), real(state, *rest)))
     (tmp_path / "run/SAVE").touch()
     train(recipe, ["checkpoint.every=0"], gpu)
     assert saved in ([2, 12], [1, 12])  # read one step late, and the end

@@ -134,7 +134,7 @@ owner, name = {
     "tensorboard": (metrics.TensorBoard, "write"),
     "events.jsonl": (run_directory.RunDirectory, "event"),
     "rank_00000.log": (run_directory._LogFile, "emit"),
-    "checkpoints": (sys.modules["megagap.training.trainer"], "save"),
+    "checkpoints": (sys.modules["megagap.training.keeper"], "save"),
 }[kind]
 original, calls = getattr(owner, name), []
 def limited(*arguments, **named):

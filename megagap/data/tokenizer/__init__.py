@@ -106,12 +106,13 @@ def flatten(ids: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.int6
     return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A checksum of what the ids mean: equal for a rank file and a ``tokenizer.json`` of the same tokens.
+def fingerprint(tokenizer: Tokenizer, below: int | None = None) -> str:
+    """A checksum of what the ids mean, or those ``below`` a number: equal for a rank file and a ``tokenizer.json`` of
+    the same tokens.
 
     Special tokens are left out: their names vary between releases of one vocabulary.
     """
-    tokens = sorted(tokenizer.vocabulary().items())
+    tokens = sorted((i, token) for i, token in tokenizer.vocabulary().items() if below is None or i < below)
     return xxhash.xxh3_64_hexdigest(b"".join(b"%d %d %b" % (i, len(token), token) for i, token in tokens))
 
 

@@ -1,0 +1,226 @@
+"""Whether data, tokenizer, model and checkpoint speak of the same ids: what each says of itself, compared at the start.
+
+Where they do not, a run would learn from ids that mean something else, fail at the first id that the model lacks, or
+become a model that waits for an end-of-text which its data never had. Faults are refused together, in one message;
+what may be meant is a warning.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megagap.data.indexed import IndexedDataset
+from megagap.data.manifest import Manifest, read_manifest
+from megagap.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from megagap.errors import DataError
+
+SAMPLED_STRETCHES, STRETCH = 16, 1024
+"""Of a token file without knowing more: stretches that are looked at, and tokens of each."""
+
+SAMPLED_DOCUMENTS = 64
+
+VOCABULARY_STEP = 64
+"""Vocabularies are often rounded up to a multiple of this, which is quicker to compute with."""
+
+
+@dataclass(frozen=True)
+class Ids:
+    """What someone says of the ids."""
+
+    who: str
+    vocab_size: int
+    """The highest id + 1."""
+    fingerprint: str
+    """Of what ordinary ids mean (:func:`megagap.data.tokenizer.fingerprint`)."""
+    bos: int | None
+    eod: int | None
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Tokenizer) -> "Ids":
+        who = f"the tokenizer {tokenizer.spec}"
+        return cls(who, tokenizer.vocab_size, fingerprint(tokenizer), tokenizer.bos, tokenizer.eod)
+
+    @classmethod
+    def of_manifest(cls, prefix: str, manifest: Manifest) -> "Ids":
+        made = manifest.tokenizer
+        return cls(prefix, made.vocab_size, made.fingerprint, made.bos, made.eod)
+
+    def record(self) -> dict[str, int | str | None]:
+        """To be kept in a checkpoint."""
+        return {key: getattr(self, key) for key in ("vocab_size", "fingerprint", "bos", "eod")}
+
+
+def require_agreement(
+    sources: Mapping[str, Sequence[str]], tokenizer_spec: str, vocab_size: int, document_mask: bool = False
+) -> tuple[Ids | None, list[str]]:
+    """Compare a recipe's tokenizer, model and the token files of its sources, prefixes by name.
+
+    Returns what the tokenizer, or else a manifest, says of the ids, and warnings. Without a tokenizer and manifests
+    only samples of the files themselves can be looked at.
+    Raises :class:`DataError` naming everything that does not fit, with both numbers and the cure.
+    """
+    tokenizer = load_tokenizer(tokenizer_spec) if tokenizer_spec else None
+    own = Ids.of_tokenizer(tokenizer) if tokenizer else None
+    prefixes = {prefix: name for name, shards in sources.items() for prefix in shards}
+    manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix))}
+    told = {prefix: Ids.of_manifest(prefix, manifest) for prefix, manifest in manifests.items()}
+    reference = own or next(iter(told.values()), None)
+
+    faults = list(_too_large([*([own] if own else []), *told.values()], vocab_size))
+    warnings: list[str] = []
+    for prefix, manifest in manifests.items():
+        assert reference is not None
+        if told[prefix].fingerprint != reference.fingerprint:
+            if tokenizer is not None and is_extension(told[prefix], tokenizer):
+                warnings.append(f"{prefix} was made with a tokenizer that {reference.who} has added tokens to")
+            else:
+                faults.append(_other_tokens(told[prefix], manifest, reference, own))
+                continue
+        for fault, is_used in _special_ids(told[prefix], manifest, reference):
+            (faults if is_used else warnings).append(fault)
+    for prefix, name in prefixes.items():
+        dataset = IndexedDataset(prefix)
+        faults += _foreign_ids(dataset, name, vocab_size)
+        warnings += _narrow_type(dataset, reference.vocab_size if reference else vocab_size)
+        if prefix not in manifests and own is not None:
+            warnings += _other_end(dataset, own)
+    warnings += _mixed_making(manifests)
+    if document_mask:
+        warnings += [
+            f"data.document_mask: documents of {prefix} have no end-of-text id (it was made without --append-eod), so "
+            "the model does not learn where a text ends"
+            for prefix, manifest in manifests.items()
+            if not manifest.arguments.append_eod
+        ]
+    if faults:
+        raise DataError("\n".join(faults))
+    return reference, warnings
+
+
+def differing(before: Ids, now: Ids) -> list[str]:
+    """What two say differently of the same ids, in words."""
+    named = (("end-of-text", before.eod, now.eod), ("begin-of-text", before.bos, now.bos))
+    found = [f"the {what} id of {before.who} is {_id(a)}, that of {now.who} {_id(b)}" for what, a, b in named if a != b]
+    if before.fingerprint != now.fingerprint:
+        found.append(
+            f"ids of {before.who} (fingerprint {before.fingerprint}) mean other tokens than those of {now.who} "
+            f"({now.fingerprint})"
+        )
+    return found
+
+
+def is_extension(before: Ids, tokenizer: Tokenizer) -> bool:
+    """Whether ``tokenizer`` has the ids ``before``, and perhaps tokens that were added after them."""
+    return fingerprint(tokenizer, below=before.vocab_size) == before.fingerprint
+
+
+def too_large(ids: Ids, vocab_size: int) -> str | None:
+    """What is wrong, and the number to set, if the model has no room for some of the ids."""
+    if ids.vocab_size <= vocab_size:
+        return None
+    rounded = -(-ids.vocab_size // VOCABULARY_STEP) * VOCABULARY_STEP
+    also = f" (or {rounded}, the next multiple of {VOCABULARY_STEP})" if rounded != ids.vocab_size else ""
+    return (
+        f"{ids.who} has ids up to {ids.vocab_size - 1}, the model only {vocab_size} ids\n"
+        f"  set model.vocab_size = {ids.vocab_size}{also}; weights that are loaded get rows for the new ids."
+    )
+
+
+def _too_large(all_ids: Sequence[Ids], vocab_size: int) -> Iterator[str]:
+    """Once for each size: sources are mostly of one tokenizer."""
+    seen = set()
+    for ids in all_ids:
+        text = too_large(ids, vocab_size)
+        if text and ids.vocab_size not in seen:
+            seen.add(ids.vocab_size)
+            yield text
+
+
+def _other_tokens(told: Ids, manifest: Manifest, reference: Ids, own: Ids | None) -> str:
+    cure = (
+        "name the tokenizer that it was made with" if own else "name in data.tokenizer one that has the tokens of both"
+    )
+    return (
+        f"{told.who} was made with another tokenizer: {manifest.tokenizer.spec}, whose vocabulary has the fingerprint "
+        f"{told.fingerprint}; that of {reference.who} has {reference.fingerprint}\n"
+        f"  {cure} as data.tokenizer, or preprocess the text again."
+    )
+
+
+def _special_ids(told: Ids, manifest: Manifest, reference: Ids) -> Iterator[tuple[str, bool]]:
+    """Where a manifest's ids of ends and beginnings are others, and whether its documents have them."""
+    arguments = manifest.arguments
+    for what, theirs, ours, is_used in (
+        ("end-of-text", told.eod, reference.eod, arguments.append_eod),
+        ("begin-of-text", told.bos, reference.bos, arguments.prepend_bos),
+    ):
+        if theirs == ours:
+            continue
+        if is_used:
+            yield (
+                f"documents of {told.who} have the {what} id {_id(theirs)} of {manifest.tokenizer.spec}, "
+                f"but the {what} id of {reference.who} is {_id(ours)}\n"
+                "  name the tokenizer that the data was made with as data.tokenizer, or preprocess the text again with "
+                "the other one.",
+                True,
+            )
+        else:
+            yield (
+                f"{told.who}: its tokenizer has the {what} id {_id(theirs)}, {reference.who} has {_id(ours)}; its "
+                "documents have neither",
+                False,
+            )
+
+
+def _mixed_making(manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    for option, what in (
+        ("append_eod", "end with an end-of-text id"),
+        ("prepend_bos", "start with a begin-of-text id"),
+    ):
+        with_id = [prefix for prefix, manifest in manifests.items() if getattr(manifest.arguments, option)]
+        without = [prefix for prefix in manifests if prefix not in with_id]
+        if with_id and without:
+            flag = "--" + option.replace("_", "-")
+            yield f"documents of {with_id[0]} {what}, those of {without[0]} do not ({flag} when preprocessing)"
+
+
+def _foreign_ids(dataset: IndexedDataset, source: str, vocab_size: int) -> Iterator[str]:
+    """A token that the model has no row for, if one is among the sampled stretches."""
+    tokens = dataset.tokens
+    for i in range(SAMPLED_STRETCHES):
+        start = max(len(tokens) - STRETCH, 0) * i // (SAMPLED_STRETCHES - 1)
+        stretch = tokens[start : start + STRETCH]
+        foreign = np.flatnonzero((stretch < 0) | (stretch >= vocab_size))
+        if foreign.size:
+            yield (
+                f"token id {stretch[foreign[0]]} in source {source} ({dataset.tokens_path}, token "
+                f"{start + int(foreign[0])}) is outside the vocabulary of {vocab_size:,}\n"
+                "  it was made with another tokenizer, or model.vocab_size is too small."
+            )
+            return
+
+
+def _narrow_type(dataset: IndexedDataset, vocab_size: int) -> Iterator[str]:
+    largest = int(np.iinfo(dataset.dtype).max) if dataset.dtype.kind in "iu" else vocab_size
+    if largest < vocab_size - 1:
+        yield (
+            f"{dataset.tokens_path} holds {dataset.dtype.name}, so no id above {largest:,} of a vocabulary of "
+            f"{vocab_size:,}: was it made with another tokenizer?"
+        )
+
+
+def _other_end(dataset: IndexedDataset, own: Ids) -> Iterator[str]:
+    """Of a file without manifest: all documents that are looked at end with the same id, and that is no end-of-text."""
+    count = min(len(dataset), SAMPLED_DOCUMENTS)
+    documents = [dataset[i * len(dataset) // count] for i in range(count)]
+    ends = {int(tokens[-1]) for tokens in documents if len(tokens)}
+    if count >= SAMPLED_DOCUMENTS // 4 and len(ends) == 1 and own.eod not in ends:
+        yield (
+            f"every document looked at in {dataset.prefix} ends with the id {ends.pop()}; the end-of-text id of "
+            f"{own.who} is {_id(own.eod)}"
+        )
+
+
+def _id(value: int | None) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,152 @@
+"""A run whose updates are skipped: how many in a row, which weights may become a checkpoint, and how the run ends.
+
+A step is skipped where its loss or gradient norm is not finite. One such step may be due to its data; a row of them
+means that the weights are ruined. Until an update is made again no checkpoint is written or removed, so that the run
+keeps the last weights that were known to work.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megagap.checkpoint import find_latest
+from megagap.checkpoint.index import INDEX_NAME
+from megagap.checkpoint.save import step_folder_name, step_folders
+from megagap.config import Settings
+from megagap.data.loader import Batch
+from megagap.data.skipping import SampleNumbers
+from megagap.errors import CheckpointError, DivergedError
+from megagap.observe.run_directory import RunDirectory
+from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.collectives import all_reduce
+from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.training.datasets import skipped_ranges
+from megagap.training.step import TrainState, next_step_is_sound
+
+MOST_SKIPPED = 20
+"""Steps in a row whose update may be skipped before the run is given up as diverged."""
+
+SKIPPED, RESUMED = "skipped_step", "updates_resumed"
+"""Events of a step without an update, and of the first one with an update after such steps."""
+
+
+class SkippedSteps:
+    """Counts the steps without an update in a row, over restarts too.
+
+    A restart makes the steps after its checkpoint again. What earlier starts have counted therefore stays until an
+    update succeeds beyond the last step that they skipped: a run that is stopped and started again before it has
+    skipped enough steps to be given up still ends.
+    """
+
+    def __init__(self, before: int = 0, last: int = 0) -> None:
+        """``before``: how many steps earlier starts have skipped in a row, the last of them step ``last``."""
+        self.before, self.last_before = before, last
+        self.in_a_row = 0
+        """Of this start."""
+
+    @classmethod
+    def of_run(cls, run: RunDirectory, step: int, mesh: Mesh) -> "SkippedSteps":
+        """What the run's events tell, for a start after ``step``; the same on every rank."""
+        found = DistributedCommunicator(mesh).broadcast(_read_events(run) if run.is_writer else None)
+        assert isinstance(found, tuple)
+        before, last = found
+        return cls(before, last) if last > step else cls()
+
+    @property
+    def total(self) -> int:
+        """Steps in a row without an update."""
+        return self.before + self.in_a_row if self.in_a_row else 0
+
+    def count(self, step: int, accepted: bool, run: RunDirectory) -> None:
+        """Take note of a step, in order."""
+        if not accepted:
+            self.in_a_row += 1
+            run.event(SKIPPED, step=step, in_a_row=self.total)
+            return
+        if self.in_a_row or (self.before and step > self.last_before):
+            if step > self.last_before:
+                self.before = 0
+                run.event(RESUMED, step=step)
+            self.in_a_row = 0
+
+
+def _read_events(run: RunDirectory) -> tuple[int, int]:
+    """Steps skipped in a row as of the last event of this kind, and the last of them; (0, 0) where the row is over.
+
+    Events that cannot be read, such as one that a full disk has cut short, are passed over.
+    """
+    try:
+        lines = (run.path / "events.jsonl").read_bytes().splitlines()
+    except OSError:
+        return 0, 0
+    for line in reversed(lines):
+        try:
+            event = json.loads(line)
+            name = event["event"]
+            if name == RESUMED:
+                break
+            if name == SKIPPED:
+                return int(event["in_a_row"]), int(event["step"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return 0, 0
+
+
+def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Mapping[str, float]) -> str | None:
+    """Why the weights after a step should not become a checkpoint; None if nothing speaks against it.
+
+    ``batch``: this rank's part of the step's batch, part of which the updated weights are tried on: an update can be
+    made of finite numbers and yet ruin them. ``validation``: losses of an evaluation after the step, if there was one.
+    The same on every rank.
+    """
+    if skipped.total:
+        return f"the updates of the last {skipped.total} steps were skipped, as loss or gradients were not finite"
+    if any_not_finite(state.optimizer, state.mesh):
+        return "weights or moments are not finite"
+    if not next_step_is_sound(state, batch):
+        return "the updated weights give a loss or gradients that are not finite"
+    bad = [name for name, loss in validation.items() if not math.isfinite(loss)]
+    return f"the validation loss of {', '.join(bad)} is not finite" if bad else None
+
+
+def any_not_finite(optimizer: DistributedOptimizer, mesh: Mesh) -> bool:
+    """Whether a master weight or a moment of any rank is infinite or NaN."""
+    finite = [part.tensor.isfinite().all() for part in optimizer.slices(owned_only=True)]
+    bad = (~torch.stack(finite)).any().float() if finite else torch.zeros((), device=mesh.device)
+    return bool(all_reduce(bad, mesh.world) > 0)
+
+
+def diverged(problem: str, settings: Settings, run: RunDirectory, first: int, last: int) -> DivergedError:
+    """The end of a run at step ``last``, whose loss, gradients or weights are not finite since step ``first``."""
+    batch = settings.train.global_batch_size
+    numbers = SampleNumbers(skipped_ranges(settings.train))
+    samples = f"{numbers.number((first - 1) * batch)}:{numbers.number(last * batch - 1) + 1}"
+    return DivergedError(
+        f"{problem}\n  {_where_to_go_on(settings, run, first)}\n"
+        "  Change what made it diverge: a lower optim.lr or a longer optim.warmup_steps; or leave out the samples of "
+        f"these steps with --train.skip_samples '[\"{samples}\"]'."
+    )
+
+
+def _where_to_go_on(settings: Settings, run: RunDirectory, first: int) -> str:
+    good = last_good(run)
+    if good is None:
+        seed = settings.checkpoint.load
+        start = f"starts from {seed} again" if seed not in ("", "latest") else "starts it afresh"
+        return f"The run has no checkpoint of its own: the same command {start}."
+    text = f"The last good checkpoint is {good}: the same command goes on from it."
+    older = [folder for folder in step_folders(run.checkpoints) if folder < good and (folder / INDEX_NAME).is_file()]
+    if good.name == step_folder_name(first - 1) and older:
+        text += f"\n  If that fails at once again, go on from {older[-1]}: move {good.name} out of {run.checkpoints}."
+    return text
+
+
+def last_good(run: RunDirectory) -> Path | None:
+    """The run's checkpoint to go on from, if there is one."""
+    try:
+        return find_latest(run.checkpoints)
+    except CheckpointError:
+        return None

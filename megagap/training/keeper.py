@@ -1,0 +1,48 @@
+"""When a run's checkpoints are written, and when old ones are dropped."""
+
+import logging
+from collections.abc import Mapping
+
+from megagap.data.loader import Batch
+from megagap.data.samples import TrainingData
+from megagap.observe.run_directory import RunDirectory
+from megagap.training.divergence import SkippedSteps, unfit
+from megagap.training.persistence import drop_old, save
+from megagap.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointKeeper:
+    """Writes a run's checkpoints and drops old ones; neither while the weights are not fit to be kept."""
+
+    def __init__(self, state: TrainState, run: RunDirectory, data: TrainingData, skipped: SkippedSteps) -> None:
+        self.state, self.run, self.data, self.skipped = state, run, data, skipped
+        self.withheld: str | None = None
+        """Why the checkpoint that was due last is not written yet."""
+        self._untried: int | None = None
+        """The step of a checkpoint that no update has followed yet: older ones are kept beside it."""
+
+    def step_done(self) -> None:
+        """Drop old checkpoints once an update has followed the newest. Numbers may be known a step late."""
+        if self._untried is not None and self._untried < self.state.step - 1 and not self.skipped.in_a_row:
+            self.drop_old()
+
+    def save_if_fit(self, batch: Batch, validation: Mapping[str, float]) -> bool:
+        """Write the checkpoint of this step unless :func:`unfit`; whether it was written. All numbers must be known."""
+        reason = unfit(self.state, batch, self.skipped, validation)
+        if reason is None:
+            if self._untried is not None:
+                self.drop_old()
+            save(self.state, self.run, self.data)
+            self._untried = self.state.step
+        elif self.withheld is None:
+            self.run.event("checkpoint_withheld", reason=reason)
+            log.warning("no checkpoint at step %d: %s", self.state.step, reason)
+        self.withheld = reason
+        return reason is None
+
+    def drop_old(self) -> None:
+        """All but those that the settings keep."""
+        drop_old(self.state.settings, self.run)
+        self._untried = None

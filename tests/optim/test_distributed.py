@@ -132,7 +132,7 @@ def test_the_gradient_norm_of_millions_of_elements_is_exact_to_six_digits():
 
 
 def test_products_go_to_the_sink_and_the_rest_by_autograd_once_each():
-    """A tied weight is used by the loss, which adds products itself, and by the embedding, which leaves it to autograd."""
+    """A tied weight: the loss adds its products by itself, the embedding leaves its gradient to autograd."""
     weight = ShardedParameter(whole("model.embed_tokens.weight", (6, 4)), torch.device("cpu"), torch.float32)
     weight.uses = 2
     with torch.no_grad():

@@ -370,14 +370,17 @@ void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets_gi
 
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad_given,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
-            double beta2, double eps, double weight_decay, std::optional<int64_t> seed) {
-  for (const Tensor& state : {exp_avg, exp_avg_sq, grad_given, parameter}) {
+            double beta2, double eps, double weight_decay, std::optional<int64_t> seed,
+            const std::optional<Tensor>& rounded) {
+  for (const Tensor& state : {exp_avg, exp_avg_sq, grad_given, parameter, rounded.value_or(parameter)}) {
     TORCH_CHECK_VALUE(state.is_contiguous() && state.numel() == parameter.numel(),
                       "adamw_: parameter, moments and gradient must be contiguous and of one size");
   }
   TORCH_CHECK_TYPE(exp_avg.scalar_type() == at::kFloat && exp_avg_sq.scalar_type() == at::kFloat,
                    "adamw_: the moments must be float32");
   TORCH_CHECK_TYPE(parameter.scalar_type() != at::kHalf, "adamw_: parameters are float32 or bfloat16");
+  TORCH_CHECK_TYPE(!rounded || (parameter.scalar_type() == at::kFloat && rounded->scalar_type() == at::kBFloat16),
+                   "adamw_: a rounded copy is in bfloat16, of a parameter in float32");
   if (found_inf.item<float>() != 0) {
     return;
   }
@@ -401,6 +404,9 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
                          end - begin, form);
     });
   });
+  if (rounded) {
+    rounded->copy_(parameter);
+  }
 }
 
 }  // namespace cpu

@@ -57,7 +57,8 @@ template <typename P, typename M, typename G, int kWidth>
 __global__ void __launch_bounds__(kAdamBlock)
     adamw_kernel(P* __restrict__ parameter, M* __restrict__ exp_avg, M* __restrict__ exp_avg_sq,
                  const G* __restrict__ grad, const float* __restrict__ grad_scale, const float* __restrict__ found_inf,
-                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic, uint64_t seed) {
+                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic, uint64_t seed,
+                 BFloat16* __restrict__ rounded) {
   __shared__ float shared[2];
   if (*found_inf != 0.0f) return;  // the same for all threads
   if (threadIdx.x == 0) {
@@ -98,17 +99,20 @@ __global__ void __launch_bounds__(kAdamBlock)
       if (index + kWidth > size) continue;
       Chunk<P, kWidth> to_value;
       Chunk<M, kWidth> to_first, to_second;
+      Chunk<BFloat16, kWidth> to_rounded;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         float value = values[k].get(i), first = firsts[k].get(i), second = seconds[k].get(i);
         update(value, first, second, grads[k].get(i), index + i);
         to_value.set(i, value);
+        to_rounded.set(i, value);
         to_first.set(i, first);
         to_second.set(i, second);
       }
       store(parameter + index, to_value);
       store(exp_avg + index, to_first);
       store(exp_avg_sq + index, to_second);
+      if (rounded != nullptr) store(rounded + index, to_rounded);
     }
     // What is left at the end: fewer elements than a chunk.
     const int64_t rest = size - size % kWidth + threadIdx.x;
@@ -118,6 +122,7 @@ __global__ void __launch_bounds__(kAdamBlock)
       parameter[rest] = from_float<P>(value);
       exp_avg[rest] = from_float<M>(first);
       exp_avg_sq[rest] = from_float<M>(second);
+      if (rounded != nullptr) rounded[rest] = from_float<BFloat16>(value);
     }
   }
 }
@@ -125,17 +130,19 @@ __global__ void __launch_bounds__(kAdamBlock)
 template <typename P, typename M, typename G>
 int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, const void* grad_given,
           const float* grad_scale, const float* found_inf, const float* step, int64_t size,
-          const AdamSettings& settings, bool stochastic, uint64_t seed, void* stream) {
+          const AdamSettings& settings, bool stochastic, uint64_t seed, void* rounded_given, void* stream) {
   P* parameter = static_cast<P*>(parameter_given);
   M* exp_avg = static_cast<M*>(exp_avg_given);
   M* exp_avg_sq = static_cast<M*>(exp_avg_sq_given);
   const G* grad = static_cast<const G*>(grad_given);
+  BFloat16* rounded = static_cast<BFloat16*>(rounded_given);
   const bool whole = aligned_for<kAdamWidth>(parameter) && aligned_for<kAdamWidth>(exp_avg) &&
-                     aligned_for<kAdamWidth>(exp_avg_sq) && aligned_for<kAdamWidth>(grad);
+                     aligned_for<kAdamWidth>(exp_avg_sq) && aligned_for<kAdamWidth>(grad) &&
+                     aligned_for<kAdamWidth>(rounded);
   return launch(whole ? adamw_kernel<P, M, G, kAdamWidth> : adamw_kernel<P, M, G, 1>,
                 ceil_divide(size, int64_t{kAdamBlock} * kAdamChunks * (whole ? kAdamWidth : 1)), dim3(kAdamBlock),
                 stream, parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings, stochastic,
-                seed);
+                seed, rounded);
 }
 
 }  // namespace
@@ -144,7 +151,7 @@ int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, co
 extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                                  void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                                  const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
-                                 double weight_decay, int stochastic, int64_t seed, void* stream) {
+                                 double weight_decay, int stochastic, int64_t seed, void* rounded, void* stream) {
   using megagap::gpu::BFloat16;
   const auto number = [](double value) { return static_cast<float>(value); };
   const megagap::gpu::AdamSettings settings = {lr,           beta1,            beta2,         number(1 - lr * weight_decay),
@@ -153,8 +160,9 @@ extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_t
   const auto run = [&](auto* kernels) {
     return size == 0 ? 0
                      : kernels(parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings,
-                               stochastic != 0, static_cast<uint64_t>(seed), stream);
+                               stochastic != 0, static_cast<uint64_t>(seed), rounded, stream);
   };
+  if (rounded != nullptr && parameter_type != kMegagapFloat) return kMegagapUnsupported;
   const auto types = [&](int p, int m, int g) { return parameter_type == p && moment_type == m && grad_type == g; };
   if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<float, float, float>);
   if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<float, float, BFloat16>);

@@ -60,8 +60,9 @@ int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_
 
 // AdamW over flat [size]. grad_scale, found_inf, step: one float each on the device. Moments in bfloat16 go with a
 // parameter in bfloat16. Where `stochastic`, that parameter is rounded up or down at random, keyed by (seed, step).
+// `rounded`, unless null: bfloat16 [size], which is set to the updated float parameter, rounded to the nearest.
 int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                       void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                       const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
-                      double weight_decay, int stochastic, int64_t seed, void* stream);
+                      double weight_decay, int stochastic, int64_t seed, void* rounded, void* stream);
 }

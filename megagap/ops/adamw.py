@@ -21,17 +21,19 @@ def adamw_(
     eps: float,
     weight_decay: float,
     seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     """One update in place, with ``grad / divisor``; all flat, contiguous and of one size.
 
     parameter: fp32, or bf16 without another master, then rounded to the nearest, or with ``seed`` stochastically
     (Gupta et al. 2015, section 3.1). Moments: fp32. ``divisor``, ``reject`` and ``updates`` (of which this is one more)
-    are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on a GPU.
+    are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on a GPU. ``rounded``: bf16, set
+    to the updated fp32 parameter in the same pass.
     """
     if compiled.fits(parameter) and parameter.dtype != torch.float16:
         updates += 1 - reject
         torch.ops.megagap.adamw_(
-            parameter, exp_avg, exp_avg_sq, grad, divisor, reject, updates, lr, *betas, eps, weight_decay, seed
+            parameter, exp_avg, exp_avg_sq, grad, divisor, reject, updates, lr, *betas, eps, weight_decay, seed, rounded
         )
         return
     assert seed is None, "rounding stochastically takes the compiled kernel"
@@ -53,6 +55,8 @@ def adamw_(
         eps=eps,
         maximize=False,
     )
+    if rounded is not None:
+        rounded.copy_(parameter)
 
 
 def _no_shapes(
@@ -69,6 +73,7 @@ def _no_shapes(
     eps: float,
     weight_decay: float,
     seed: int | None,
+    rounded: Tensor | None = None,
 ) -> None:
     return None
 

@@ -98,10 +98,13 @@ class Bucket:
         if self.kind.partial_gradient and self.replicas is not None:
             all_reduce(self.own_gradient, self.replicas)
 
+    @property
+    def rounded(self) -> Tensor | None:
+        """This rank's slice of the parameters, where it is the master rounded to another dtype."""
+        return None if self.master is self.own_values else self.own_values
+
     def start_gather(self) -> None:
-        """Publish this rank's updated slice."""
-        if self.master is not self.own_values:
-            self.own_values.copy_(self.master)
+        """Publish this rank's slice."""
         if self.data.size > 1:
             self.gathering = all_gather_flat_async(self.values, self.own_values, self.data)
 
@@ -221,11 +224,18 @@ class DistributedOptimizer:
                 betas=self.optim.betas,
                 eps=self.optim.eps,
                 weight_decay=self.optim.weight_decay if bucket.kind.decayed else 0.0,
+                rounded=bucket.rounded,
             )
-        self.gather_parameters()
+        self._start_gathers()
 
     def gather_parameters(self) -> None:
-        """Start bringing the masters into every rank's parameters."""
+        """Start bringing masters that were changed into every rank's parameters."""
+        for bucket in self.buckets:
+            if bucket.rounded is not None:
+                bucket.rounded.copy_(bucket.master)
+        self._start_gathers()
+
+    def _start_gathers(self) -> None:
         for bucket in reversed(self.buckets):  # in the order of the next forward
             bucket.start_gather()
 

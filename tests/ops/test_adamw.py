@@ -7,11 +7,12 @@ needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled 
 NUMBERS = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
-def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, seed=None):
+def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, seed=None, rounded=None):
     parameter, first, second, updates = state
     adamw_(
         parameter, first, second, grad,
-        divisor=torch.tensor(divisor), reject=torch.tensor(reject), updates=updates, lr=lr, seed=seed, **NUMBERS,
+        divisor=torch.tensor(divisor), reject=torch.tensor(reject), updates=updates,
+        lr=lr, seed=seed, rounded=rounded, **NUMBERS,
     )  # fmt: skip
 
 
@@ -116,3 +117,11 @@ def test_buffers_that_do_not_fit_are_refused(change, message):
             parameter, first, second, torch.ones(6), torch.ones(()), torch.zeros(()), updates + 1,
             1e-3, 0.9, 0.95, 1e-8, 0.0, None,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_rounded_copy_of_the_master_is_written_in_the_same_update(monkeypatch, kernels):
+    monkeypatch.setattr(compiled, "fits", lambda *tensors: kernels and compiled.AVAILABLE)
+    state, rounded = fresh(torch.randn(1003)), torch.zeros(1003, dtype=torch.bfloat16)
+    update(state, torch.randn(1003), rounded=rounded)
+    assert torch.equal(rounded, state[0].bfloat16())

@@ -52,7 +52,7 @@ SIGNATURES = {
     "swiglu_backward": [N, P, P, P, P, P, L, L, L, L, L, P],
     "cross_entropy_rows": [N, P, P, P, P, P, L, L, L, P],
     "cross_entropy_rows_gradient": [N, P, P, P, P, L, L, L, P],
-    "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, N, L, P],
+    "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, N, L, P, P],
 }
 
 
@@ -158,12 +158,13 @@ class Shim:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         seed: int | None = None,
+        rounded: Tensor | None = None,
     ) -> None:
         scalars = [torch.tensor(float(value)) for value in (grad_scale, found_inf, step)]
         types = [DTYPES[tensor.dtype] for tensor in (parameter, exp_avg, grad)]
         pointers = (parameter, exp_avg, exp_avg_sq, grad, *scalars)
         settings = (lr, *betas, eps, weight_decay, int(seed is not None), seed or 0)
-        self.call("adamw", *types, *pointers, parameter.numel(), *settings)
+        self.call("adamw", *types, *pointers, parameter.numel(), *settings, rounded)
 
 
 def filled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

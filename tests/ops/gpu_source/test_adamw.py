@@ -62,6 +62,16 @@ def test_update_equals_float64_within_rounding(shim: Shim, size, types):
         torch.testing.assert_close(got.double(), wanted, rtol=unit + 1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [1, 4096, 5003])
+def test_a_rounded_copy_is_the_updated_parameter_in_bf16(shim: Shim, size):
+    state, rounded = inputs(size), torch.full((size,), torch.nan, dtype=HALF)
+    shim.adamw_(*state, step=3, rounded=rounded)
+    assert torch.equal(rounded, state[0].bfloat16())
+    before = rounded.clone()
+    shim.adamw_(*state, step=4, found_inf=1.0, rounded=rounded)
+    assert torch.equal(rounded, before)
+
+
 def test_twenty_steps_follow_torchs_adamw(shim: Shim):
     parameter, average, square, _ = inputs(300)
     average.zero_(), square.zero_()

@@ -84,7 +84,8 @@ def updates() -> Iterator[tuple[str, tuple]]:
     scalars = (torch.tensor(2.0), torch.tensor(0.0), torch.tensor(3.0), 1e-2, 0.9, 0.95, 1e-8, 0.1)
     moments = random(33), random(33, seed=1).square()
     for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 2**40 + 3)):
-        yield "adamw_", (random(33, dtype=dtype), *moments, random(33), *scalars, seed)
+        yield "adamw_", (random(33, dtype=dtype), *moments, random(33), *scalars, seed, None)
+    yield "adamw_", (random(33), *moments, random(33), *scalars, None, random(33, dtype=torch.bfloat16))
 
 
 def run(operation: Callable, arguments: tuple) -> tuple[Tensor, ...]:
@@ -138,7 +139,9 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
     yield "cross_entropy_rows_gradient_", (random(20, 3).t(), TARGETS, random(3), random(3)), ValueError
     name, update = next(updates())
     yield name, (update[0][1:], *update[1:]), ValueError
-    yield name, (*update[:-1], 5), ValueError
+    yield name, (*update[:-2], 5, None), ValueError
+    yield name, (*update[:-1], random(33)), TypeError
+    yield name, (*update[:-1], random(32, dtype=torch.bfloat16)), ValueError
     yield name, (update[0], update[1].bfloat16(), update[2].bfloat16(), *update[3:]), NotImplementedError
 
 

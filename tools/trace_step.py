@@ -10,7 +10,7 @@ from rich.console import Console
 from megagap.config import load_recipe, parse_overrides
 from megagap.errors import run_tool
 from megagap.planning.devices import known_devices, load_device
-from megagap.planning.trace import draw, kinds_table, sites_table, summary, trace_step
+from megagap.planning.trace import draw, kinds_table, sites_table, summary, title, trace_step
 
 EXAMPLES = """examples:
   python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml
@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("recipe", type=Path, help="TOML recipe; further --section.key value override it")
     parser.add_argument("--device", default="h100", metavar="NAME", help=f"{', '.join(known_devices())} (h100)")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes, of which rank 0 is traced (1)")
+    parser.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="processes, of which rank 0 is traced (1)"
+    )
     parser.add_argument("--sites", type=int, default=20, metavar="N", help="call sites to list (20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--output", type=Path, metavar="FILE", help="image to write, such as step.png")
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(trace.as_dict()))
         return
     console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(title(trace), style="bold", soft_wrap=True)
     console.print(kinds_table(trace))
     if options.sites:
         console.print(sites_table(trace, options.sites))

@@ -23,7 +23,7 @@ class Device:
     name: str
     kind: str
     capability: tuple[int, int]
-    memory_gb: float
+    memory_gib: float
     peak_tflops: dict[str, float]
     product_tflops: dict[str, list[tuple[int, float]]]
     attention_tflops: dict[str, dict[str, dict[str, tuple[float, float]]]]
@@ -72,7 +72,8 @@ class Device:
             for dtype, steps in self.product_tflops.items()
         )
         return [
-            f"matrix products in TFLOP/s: {products}; memory {self.bandwidth_tb:g} TB/s; {self.launch_us:g} µs per kernel",
+            f"matrix products in TFLOP/s: {products}",
+            f"memory {self.bandwidth_tb:g} TB/s; {self.launch_us:g} µs per kernel",
             *self.sources,
         ]
 

@@ -53,7 +53,7 @@ class Pretence(TorchFunctionMode):
         self.device, self.pinned, self.on_host_sync = device.torch_device, pinned, on_host_sync
         self._is_gpu = self.device.type == "cuda"
         self._answers: dict[Callable[..., Any], Any] = {
-            torch.Tensor.device.__get__: self.device,  # type: ignore[attr-defined]
+            torch.Tensor.device.__get__: self.device,
             torch.Tensor.is_cuda.__get__: self._is_gpu,  # type: ignore[attr-defined]
             torch.Tensor.is_cpu.__get__: not self._is_gpu,  # type: ignore[attr-defined]
             torch.Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ class Pretence(TorchFunctionMode):
             return self._answers[function]
         args = tuple(map(self._meta_for, args))
         if "device" in kwargs:
-            kwargs["device"] = self._meta_for(torch.device(kwargs["device"]) if kwargs["device"] is not None else None)
+            kwargs["device"] = self._meta_for(_device(kwargs["device"]))
         if function in self._constructors:
             if kwargs.get("device") is None and not self._is_gpu:
                 kwargs["device"] = META
@@ -88,8 +88,7 @@ class Pretence(TorchFunctionMode):
         return META if isinstance(value, torch.device) and value.type == self.device.type else value
 
     def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args and isinstance(args[0], str):
-            args = (self._meta_for(torch.device(args[0])), *args[1:])
+        args = tuple(self._meta_for(_device(value)) for value in args)
         moved = x.to(*args, **kwargs)
         if moved.is_meta and not x.is_meta:
             moved.real_values = x  # type: ignore[attr-defined]
@@ -144,6 +143,10 @@ class Pretence(TorchFunctionMode):
                 )[0]
             case _:
                 return F.scaled_dot_product_attention(*given, **plain)  # type: ignore[arg-type]
+
+
+def _device(value: object) -> object:
+    return torch.device(value) if isinstance(value, str) else value
 
 
 def _gpu_backend(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:

@@ -65,7 +65,15 @@ _COPIES = {"copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "fill_", 
 _WRITES_ONLY = {"copy_", "fill_", "zero_"}
 """In-place operations that do not read what they overwrite."""
 
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_local_scalar_dense"}
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "_local_scalar_dense",
+}
 
 _KERNELS = {
     "embedding_dense_backward": 15,  # clears, sorts the tokens, finds their segments, adds up
@@ -290,7 +298,7 @@ class Recorder(TorchDispatchMode):
         site = _innermost(sys._getframe(1))
         if node is None:
             if torch.is_grad_enabled():
-                self._forward_sites[torch.autograd._get_sequence_nr() - 1] = site  # type: ignore[attr-defined]
+                self._forward_sites[torch.autograd._get_sequence_nr() - 1] = site
             return site
         if site.startswith(_EXECUTOR):
             return self._forward_sites.get(node._sequence_nr(), site)
@@ -403,4 +411,3 @@ def _traffic(name: str, schema: Any, args: Any, kwargs: Any, inputs: list[Tensor
         return sum(map(_unique_bytes, outputs)) + 4 * _unique_bytes(inputs[0])
     read = {id(x): x for x in inputs if id(x) not in overwritten}
     return sum(map(_unique_bytes, read.values())) + sum(map(_unique_bytes, written.values()))
-

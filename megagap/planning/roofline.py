@@ -32,7 +32,14 @@ def _arithmetic(work: Work, device: Device) -> float:
 
 def _traffic(operation: Operation, device: Device) -> float:
     if operation.kind == "collectives":
-        within = len({rank // device.node for rank in operation.ranks}) <= 1
-        return operation.bytes / ((device.link_gb if within else device.network_gb) * 1e9)
+        return operation.bytes / (_link_gb(operation.ranks, device) * 1e9)
     share = device.mixed_bandwidth if operation.is_mixed else 1.0
     return operation.bytes / (device.bandwidth_tb * 1e12 * share)
+
+
+def _link_gb(ranks: tuple[int, ...], device: Device) -> float:
+    """GB/s between neighbours in a ring of these ranks, which several rings share where they leave the node."""
+    nodes = {rank // device.node for rank in ranks}
+    if len(nodes) <= 1:
+        return device.link_gb
+    return min(device.link_gb, device.network_gb * len(ranks) / len(nodes))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from rich.table import Table
 
@@ -19,12 +18,12 @@ from megagap.errors import ConfigError, DataError
 from megagap.files import write_bytes, writing
 from megagap.model.flops import flops_per_token
 from megagap.ops import compiled
+from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.planning.devices import DTYPES, Device
 from megagap.planning.pretend import PinnedMemory, pretending
 from megagap.planning.recording import KINDS, HostSync, Operation, Recorder
 from megagap.planning.roofline import cost
-from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.train import make_mesh
 from megagap.training.launch import Process
 from megagap.training.step import train_step
@@ -107,9 +106,9 @@ class Trace:
         )
         if self.world_size > 1:
             lines.append(
-                f"rank 0 of {self.world_size}; collectives take what a ring's share of the bytes takes over the "
-                f"slowest link, {self.device.link_gb:g} GB/s within {self.device.node} devices, "
-                f"{self.device.network_gb:g} beyond, and hide behind nothing"
+                f"rank 0 of {self.world_size}; collectives take what a ring's share of the bytes takes at "
+                f"{self.device.link_gb:g} GB/s within {self.device.node} devices, at {self.device.network_gb:g} per "
+                "device beyond, and hide behind nothing"
             )
         if not compiled.AVAILABLE:
             lines.append("megagap's kernels are not built here (or MEGAGAP_OPS=plain): plain torch was traced")
@@ -170,9 +169,7 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
             static = recorder.memory.live
             with recorder.recording():
                 train_step(state, batch, lambda: (False, False))
-    return Trace(
-        settings, device, world_size, recorder.operations, recorder.host_syncs, recorder.memory.peak, static
-    )
+    return Trace(settings, device, world_size, recorder.operations, recorder.host_syncs, recorder.memory.peak, static)
 
 
 def _host_batch(settings: Settings, mesh: Mesh) -> Batch:
@@ -207,7 +204,7 @@ def _fake_groups(world_size: int) -> Iterator[None]:
 
 def kinds_table(trace: Trace) -> Table:
     """For a person: what each kind takes, and the step."""
-    table = Table("kind", "kernels", "TFLOP", "GB moved", "ms", "share", title=_title(trace))
+    table = Table("kind", "kernels", "TFLOP", "GB moved", "ms", "share")
     for column in table.columns[1:]:
         column.justify = "right"
     total = trace.total
@@ -233,9 +230,9 @@ def sites_table(trace: Trace, most: int) -> Table:
 def summary(trace: Trace) -> list[str]:
     """The step in a few lines."""
     memory = f"peak memory {trace.peak_memory_bytes / 2**30:.2f} GiB"
-    if trace.device.memory_gb:
-        memory += f" of {trace.device.memory_gb * 1e9 / 2**30:.1f}"
-        if trace.peak_memory_bytes > trace.device.memory_gb * 1e9:
+    if trace.device.memory_gib:
+        memory += f" of {trace.device.memory_gib:g}"
+        if trace.peak_memory_bytes > trace.device.memory_gib * 2**30:
             memory += ": more than the device has"
     mfu = trace.mfu
     share = (
@@ -273,7 +270,7 @@ def draw(trace: Trace, output: Path) -> None:
     axes.bar_label(bars, labels, padding=2)
     axes.set_xlim(0, max(milliseconds) * 1.45)
     axes.set_xlabel("ms per step")
-    axes.set_title(f"{_title(trace)}\n{summary(trace)[0]}", fontsize=10)
+    axes.set_title(f"{title(trace)}\n{summary(trace)[0]}", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     image = io.BytesIO()
@@ -285,7 +282,8 @@ def draw(trace: Trace, output: Path) -> None:
         write_bytes(output, image.getvalue())
 
 
-def _title(trace: Trace) -> str:
+def title(trace: Trace) -> str:
+    """What was traced."""
     train = trace.settings.train
     ranks = f", rank 0 of {trace.world_size}" if trace.world_size > 1 else ""
     return (

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     what_if.add_argument("--bandwidth-tb", type=float, metavar="X", help="TB/s of kernels bound by memory")
     options, rest = parser.parse_known_args(arguments)
     rates = (options.product_tflops, options.bandwidth_tb)
-    if options.world_size < 1 or options.sites < 0 or any(rate is not None and not rate > 0 for rate in rates):
+    if (
+        options.world_size < 1
+        or options.sites < 0
+        or any(rate is not None and not 0 < rate < math.inf for rate in rates)
+    ):
         parser.error("--world-size, --product-tflops and --bandwidth-tb must be positive, --sites at least 0")
 
     device = load_device(options.device).with_rates(*rates)

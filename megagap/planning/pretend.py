@@ -65,6 +65,10 @@ class Pretence(TorchFunctionMode):
             torch.Tensor.pin_memory: lambda x, *_: self.pinned.add(x),
             torch.Tensor.cuda: lambda x, *_, **__: x.to(META),
             torch.Tensor.to: self._to,
+            torch.Tensor.new_tensor: self._new_tensor,
+            torch.tensor: self._from_host,
+            torch.as_tensor: self._from_host,
+            torch.asarray: self._from_host,
             F.scaled_dot_product_attention: self._attention,
         }
         self._constructors = _device_constructors()
@@ -79,6 +83,8 @@ class Pretence(TorchFunctionMode):
         if function in self._constructors:
             if kwargs.get("device") is None and not self._is_gpu:
                 kwargs["device"] = META
+            if function in self._routes:  # of values: torch.tensor and its like
+                return self._routes[function](*args, maker=function, **kwargs)
             if kwargs.pop("pin_memory", False):
                 return self.pinned.add(function(*args, **kwargs))
         route = self._routes.get(function)
@@ -93,6 +99,17 @@ class Pretence(TorchFunctionMode):
         if moved.is_meta and not x.is_meta:
             moved.real_values = x  # type: ignore[attr-defined]
         return moved
+
+    def _from_host(
+        self, data: Any, *args: Any, maker: Callable[..., Tensor], device: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """Made of values on the host, and moved: on a GPU the host waits for that."""
+        made = maker(data, *args, **kwargs)
+        return made if device != META else self._to(made, META)
+
+    def _new_tensor(self, x: Tensor, data: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.pop("device", None) or x.device
+        return self._from_host(data, maker=torch.tensor, device=device, **{"dtype": x.dtype, **kwargs})
 
     def _values(self, x: Tensor, asked: str) -> Tensor:
         if not x.is_meta:

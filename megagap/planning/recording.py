@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megagap.errors import ConfigError
 from megagap.planning.pretend import PinnedMemory
 
-PACKAGE = Path(__file__).parents[1]
-_HERE = str(Path(__file__).parent)
+_PACKAGE = f"{Path(__file__).parents[1]}/"
+_HERE = f"{Path(__file__).parent}/"
 _EXECUTOR = "parallel/pipeline.py"
 
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
@@ -112,6 +113,8 @@ class Operation:
     name: str
     site: str
     """``file:line`` of the innermost line of ours; for what autograd derives, that of the forward operation."""
+    files: frozenset[str]
+    """All files of ours on the stack."""
     shapes: str
     kernels: int
     bytes: int
@@ -248,9 +251,9 @@ class Recorder(TorchDispatchMode):
         self, function: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
         schema = function._schema
-        site = self._site()
+        site, files = self._site(), _files(sys._getframe())
         if schema.name.startswith("c10d::"):
-            self._record_collective(name, args, site)
+            self._record_collective(name, args, site, files)
             return
         if name in _NO_KERNEL or (not schema.is_mutable and _is_view(inputs, outputs)):
             return
@@ -264,6 +267,7 @@ class Recorder(TorchDispatchMode):
                 _kind(name, site),
                 name,
                 site,
+                files,
                 " ".join(map(_shape, inputs[:3])),
                 _KERNELS.get(name, 1) + work.more_kernels,
                 _traffic(name, schema, args, kwargs, inputs, outputs),
@@ -272,7 +276,7 @@ class Recorder(TorchDispatchMode):
             )
         )
 
-    def _record_collective(self, name: str, args: Any, site: str) -> None:
+    def _record_collective(self, name: str, args: Any, site: str, files: frozenset[str]) -> None:
         group = next((x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())), None)
         ranks: tuple[int, ...] = ()
         if group is not None:
@@ -287,7 +291,7 @@ class Recorder(TorchDispatchMode):
         shapes = " ".join(map(_shape, tensors[:2]))
         work = Work(tensors[0].dtype if tensors else torch.float32)
         self.operations.append(
-            Operation("collectives", name.strip("_"), site, shapes, 1, int(size * share), work, ranks=ranks)
+            Operation("collectives", name.strip("_"), site, files, shapes, 1, int(size * share), work, ranks=ranks)
         )
 
     # -- where it is called
@@ -305,13 +309,21 @@ class Recorder(TorchDispatchMode):
         return site
 
 
-def _innermost(frame: Any) -> str:
+def _our_frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:
+    """File and line of each frame of ours, from the innermost on."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(str(PACKAGE)) and not file.startswith(_HERE):
-            return f"{Path(file).relative_to(PACKAGE)}:{frame.f_lineno}"
+        if file.startswith(_PACKAGE) and not file.startswith(_HERE):
+            yield file[len(_PACKAGE) :], frame.f_lineno
         frame = frame.f_back
-    return "unknown"
+
+
+def _innermost(frame: FrameType) -> str:
+    return next((f"{file}:{line}" for file, line in _our_frames(frame)), "unknown")
+
+
+def _files(frame: FrameType) -> frozenset[str]:
+    return frozenset(file for file, _ in _our_frames(frame))
 
 
 def _kind(name: str, site: str) -> str:

@@ -29,6 +29,8 @@ from megagap.training.launch import Process
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 
+OUTPUT_AND_LOSS = "parallel/cross_entropy.py"
+
 
 @dataclass
 class Total:
@@ -93,10 +95,9 @@ class Trace:
         totals = self._totals(lambda x: (x.kind, x.site, x.name, x.shapes))
         return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
 
-    def by_file(self) -> dict[str, Total]:
-        """By file of ours, the longest first: ``parallel/cross_entropy.py`` is the output projection and its loss."""
-        totals = self._totals(lambda x: x.site.partition(":")[0])
-        return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
+    def within(self, file: str) -> Total:
+        """All that is called from a file of ours, such as ``parallel/cross_entropy.py``: the output and its loss."""
+        return self._totals(lambda operation: file in operation.files).get(True, Total())
 
     def assumptions(self) -> list[str]:
         lines = [f"{self.device.key}: {line}" for line in self.device.assumptions()]
@@ -129,7 +130,7 @@ class Trace:
             "static_memory_bytes": self.static_memory_bytes,
             "kernels": total.kernels,
             "by_kind": [{"kind": kind, **vars(part)} for kind, part in self.by_kind().items()],
-            "by_file": [{"file": file, **vars(part)} for file, part in self.by_file().items()],
+            "output_and_loss": vars(self.within(OUTPUT_AND_LOSS)),
             "by_call_site": [
                 {"kind": kind, "site": site, "operation": name, "shapes": shapes, **vars(part)}
                 for (kind, site, name, shapes), part in self.by_call_site().items()
@@ -240,12 +241,12 @@ def summary(trace: Trace) -> list[str]:
         if mfu is None
         else f"MFU {mfu['full']:.1%} full attention square, {mfu['causal']:.1%} causal half"
     )
-    head = trace.by_file().get("parallel/cross_entropy.py", Total())
+    output = trace.within(OUTPUT_AND_LOSS)
     syncs = "no host synchronisation" if not trace.host_syncs else f"{len(trace.host_syncs)} host synchronisations:"
     return [
         f"predicted step {trace.step_seconds:.4f} s, {trace.tokens_per_second:,.0f} tokens per second, {share}",
         f"{memory}; {trace.static_memory_bytes / 2**30:.2f} GiB between steps",
-        f"output projection and loss together {head.seconds * 1e3:.1f} ms; {syncs}",
+        f"output projection and loss together {output.seconds * 1e3:.1f} ms; {syncs}",
         *(f"  {sync.site}: {sync.what}" for sync in trace.host_syncs),
     ]
 

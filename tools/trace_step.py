@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--sites", type=int, default=20, metavar="N", help="call sites to list (20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="image to write, such as step.png")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="image to write, or folder for step.png")
     what_if = parser.add_argument_group("other figures than those of devices.toml")
     what_if.add_argument("--product-tflops", type=float, metavar="X", help="TFLOP/s of large bf16 matrix products")
     what_if.add_argument("--bandwidth-tb", type=float, metavar="X", help="TB/s of kernels bound by memory")
@@ -52,8 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     settings = load_recipe(options.recipe, parse_overrides(rest), options.world_size, needs_data=False)
     trace = trace_step(settings, device, options.world_size)
     if options.output:
-        draw(trace, options.output)
-        print(f"written: {options.output}", file=sys.stderr)
+        output = options.output / "step.png" if options.output.is_dir() else options.output
+        draw(trace, output)
+        print(f"written: {output}", file=sys.stderr)
     if options.json:
         print(json.dumps(trace.as_dict()))
         return

@@ -49,6 +49,12 @@ def test_tables_and_the_picture_show_kinds_call_sites_and_assumptions(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_an_output_folder_gets_step_png(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run(write_recipe(tmp_path), "--output", tmp_path / "out", "--json").returncode == 0
+    assert (tmp_path / "out/step.png").read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

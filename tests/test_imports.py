@@ -16,6 +16,7 @@ LEVELS = [
     {"model", "data", "optim", "observe", "checkpoint"},
     {"training", "generation"},
     {"train", "benchmark"},
+    {"planning"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "collectives": r"nccl|rccl",
-    "attention": r"flash|fmha|sdpa|attention|mha_",
+    "attention": r"flash|fmha|sdpa|attention|mha_|cudnn::fusion",
     "loss": r"cross_entropy|softmax|nll_loss",
     "optimizer": r"adam",
     "norms, rotary, SwiGLU": r"rms_norm|rotary|swiglu|silu",

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,6 +41,25 @@ DEVICES = frozenset(
     if AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key("megagap::rms_norm", key)
 )
 """Device types that there are kernels for."""
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Choose in this block as if the kernels were compiled for GPUs, too: to trace a step without one (``planning/``).
+
+    The kernels of other libraries are then not used: they take no tensors without storage.
+    """
+    global DEVICES, LIBRARIES
+    before = DEVICES, LIBRARIES
+    DEVICES, LIBRARIES = frozenset({"cpu", "cuda"} if AVAILABLE else ()), False
+    try:
+        yield
+    finally:
+        DEVICES, LIBRARIES = before
+
+
+LIBRARIES = True
+"""Whether kernels of other libraries may be used where they are installed (``optional.py``)."""
 
 
 def fits(*tensors: Tensor) -> bool:

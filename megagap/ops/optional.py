@@ -8,12 +8,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megagap.ops import compiled
+
 log = logging.getLogger(__name__)
 
 
 def gpu_library(name: str, *tensors: Tensor) -> ModuleType | None:
     """The module ``name`` if these tensors are on a GPU in a half precision, for which it is made, and it imports."""
-    if all(tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
+    if compiled.LIBRARIES and all(
+        tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors
+    ):
         return _import(name)
     return None
 

@@ -1,0 +1,71 @@
+"""Predict what a recipe's training step takes on a device that need not be there: time, memory, kernels, host waits."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megagap.config import load_recipe, parse_overrides
+from megagap.errors import run_tool
+from megagap.planning.devices import known_devices, load_device
+from megagap.planning.trace import draw, kinds_table, sites_table, summary, title, trace_step
+
+EXAMPLES = """examples:
+  python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml
+  python tools/trace_step.py recipe.toml --device mi300x --train.micro_batch_size 8 --output step.png
+  python tools/trace_step.py recipe.toml --world-size 8 --parallel.tp 2 --json
+
+The trainer's own step runs over tensors without storage, so no GPU is needed and no value is computed. Every operation
+is costed by the figures of megagap/planning/devices.toml: the slower of its arithmetic and its memory traffic, and its
+launch. docs/trace.md says what is assumed and how far the prediction was from a measured step.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", type=Path, help="TOML recipe; further --section.key value override it")
+    parser.add_argument("--device", default="h100", metavar="NAME", help=f"{', '.join(known_devices())} (h100)")
+    parser.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="processes, of which rank 0 is traced (1)"
+    )
+    parser.add_argument("--sites", type=int, default=20, metavar="N", help="call sites to list (20)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="image to write, or folder for step.png")
+    what_if = parser.add_argument_group("other figures than those of devices.toml")
+    what_if.add_argument("--product-tflops", type=float, metavar="X", help="TFLOP/s of large bf16 matrix products")
+    what_if.add_argument("--bandwidth-tb", type=float, metavar="X", help="TB/s of kernels bound by memory")
+    options, rest = parser.parse_known_args(arguments)
+    rates = (options.product_tflops, options.bandwidth_tb)
+    if (
+        options.world_size < 1
+        or options.sites < 0
+        or any(rate is not None and not 0 < rate < math.inf for rate in rates)
+    ):
+        parser.error("--world-size, --product-tflops and --bandwidth-tb must be positive, --sites at least 0")
+
+    device = load_device(options.device).with_rates(*rates)
+    settings = load_recipe(options.recipe, parse_overrides(rest), options.world_size, needs_data=False)
+    trace = trace_step(settings, device, options.world_size)
+    if options.output:
+        output = options.output / "step.png" if options.output.is_dir() else options.output
+        draw(trace, output)
+        print(f"written: {output}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(trace.as_dict()))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(title(trace), style="bold", soft_wrap=True)
+    console.print(kinds_table(trace))
+    if options.sites:
+        console.print(sites_table(trace, options.sites))
+    for line in (*summary(trace), "assumed:", *(f"  {line}" for line in trace.assumptions())):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_tool(lambda: main(sys.argv[1:]))

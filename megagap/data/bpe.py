@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -65,8 +66,15 @@ def train_tokenizer(
     used are left out if there is ``skip``, which is called with what is wrong; else they raise :class:`DataError`.
     """
     folder = Path(output)
+    is_new = not folder.exists()
     require_writable_folder(folder)  # before the time is spent
-    tokenizer = train_bpe(read_texts(inputs, key, skip), vocab_size, show_progress)
+    try:
+        tokenizer = train_bpe(read_texts(inputs, key, skip), vocab_size, show_progress)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     special = {"bos_token": BEGIN, "eos_token": END}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
     with writing(folder / "tokenizer.json"):

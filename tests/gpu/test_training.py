@@ -13,7 +13,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory, log_to
 from megagap.train import make_mesh
 from megagap.training import keeper, trainer
-from megagap.training.launch import Process
+from megagap.training.rendezvous import Process
 from tests.recipes import write_recipe
 
 pytestmark = pytest.mark.gpu

@@ -16,12 +16,13 @@ from megagap.data.preprocess import preprocess
 from megagap.errors import DataError
 from megagap.generation import encode_prompt, load_text_model
 from megagap.training.datasets import training_data, validation_data
-from tests.recipes import write_recipe
+from tests.recipes import write_recipe, write_tokens
 from tests.training_run import train_recipe
 
 
 def test_held_out_data_that_is_never_evaluated_is_warned_of(tmp_path, caplog):
-    held_out = dict(validation=[{"path": "en_text_document"}])
+    held_out = dict(validation=[{"path": "held_text_document"}])
+    write_tokens(tmp_path / "held_text_document", 5)
     with caplog.at_level(logging.WARNING, "megagap"):
         validation_data(load_recipe(write_recipe(tmp_path, data=held_out, train=dict(evaluate_every=5))))
         assert not caplog.records
@@ -112,7 +113,8 @@ def test_to_hf_and_from_hf_and_generation_tell_of_another_tokenizer(workers, tmp
         export(folder, tmp_path / "hf_chat", tokenizer=str(tmp_path / "chat"))
         load_text_model(folder, str(tmp_path / "other"))
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2 and "the end-of-text id of the checkpoint" in told[0] and "mean other tokens" in told[1]
+    wanted = ["the end-of-text id of the checkpoint", "the begin-of-text id of the checkpoint", "mean other tokens"]
+    assert len(told) == 3 and all(part in text for part, text in zip(wanted, told, strict=True))
     caplog.clear()
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"eos_token_id": 999}))
@@ -128,11 +130,10 @@ def test_paths_that_are_not_utf8_go_through_checkpoints_and_exports(workers, tmp
     place = tmp_path / "caf\udce9"
     place.mkdir()
     shutil.copytree(tmp_path / "base", place / "tok")
-    given = [f"data.tokenizer={place / 'tok'}", f"run.dir={place / 'run'}"]
-    workers.run(1, train_recipe, with_tokenizers, given)
-    workers.run(1, train_recipe, with_tokenizers, [*given, "train.steps=3"])
+    workers.run(1, train_recipe, with_tokenizers, [f"data.tokenizer={tmp_path / 'base'}"])
+    shutil.copytree(tmp_path / "run", place / "run")
     folder = find_latest(place / "run/checkpoints")
-    assert export(folder, place / "hf").tokenizer == str(place / "tok")
+    assert export(folder, place / "hf", tokenizer=str(place / "tok")).tokenizer == str(place / "tok")
     import_model(place / "hf", place / "imported")
     loaded = load_text_model(place / "imported")
     assert loaded.tokenizer.eod == 1 and encode_prompt(loaded.tokenizer, "un")

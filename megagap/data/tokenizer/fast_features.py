@@ -86,6 +86,10 @@ def _unknown_added(tokens: list[dict[str, Any]], normalizer: Any) -> Iterator[st
             yield f"{name}: normalized, with a normalizer"
         if normalizer is not None and not _is_never_normalised(token["content"]):
             yield f"{name}: a normalizer may change or make its characters"
+    eager = next((token["content"] for token in tokens if token["lstrip"] or token["rstrip"]), None)
+    blank = next((token["content"] for token in tokens if any(map(str.isspace, token["content"]))), None)
+    if eager is not None and blank is not None:
+        yield f"the added token {eager!r} takes blanks around it, and {blank!r} holds some"
     # tokenizers finds all that are not normalized before any that is; gigatoken, the longest of all.
     raw = [token["content"] for token in tokens if not token["normalized"]]
     normalised = [token["content"] for token in tokens if token["normalized"]]

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT
 from megagap.data.tokenizer.classes import PLAIN, Pipeline, class_of, pipeline_of
 from megagap.errors import DataError, library_errors
+from megagap.files import is_there, read_regular
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -88,8 +89,7 @@ def load_folder(file: Path) -> FolderTokenizer:
 
 def read_json(path: Path, fault: str) -> dict[str, Any]:
     """A JSON object. Raises :class:`DataError` that begins with ``fault``."""
-    with library_errors(f"cannot read {path}"):
-        content = path.read_bytes()
+    content = read_regular(path)
     with library_errors(fault):
         value = json.loads(content.decode("utf-8"))
     if not isinstance(value, dict):
@@ -98,7 +98,8 @@ def read_json(path: Path, fault: str) -> dict[str, Any]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path, f"{path} is not valid JSON") if path.is_file() else {}
+    """Where nothing bears the name, nothing is said; a link that leads nowhere would have said something."""
+    return read_json(path, f"{path} is not valid JSON") if is_there(path) else {}
 
 
 def _refuse_other_code(path: Path, config: Mapping[str, Any]) -> None:
@@ -234,7 +235,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     others = {
         key: value
         for key, value in values.items()
-        if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict) and value
+        if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict | AddedToken) and value
     }
     extra = values.get("extra_special_tokens")
     if isinstance(extra, dict):

@@ -46,11 +46,13 @@ class HuggingFaceTokenizer:
         self._backend = folder.backend
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.special_tokens: SpecialTokens = special_tokens or "parse"
-        if folder.splits_special_tokens:
-            self.special_tokens = "text"
         self._encoder = self._backend
         if self.special_tokens == "text":
             self._encoder = _without_special(self._backend, folder.special)
+        elif folder.splits_special_tokens:
+            # All that transformers does: a special token that is a word of the vocabulary too is still found by it.
+            self.special_tokens = "text"
+            self._backend.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return load_tokenizer, (self.spec, self._given)
@@ -141,6 +143,7 @@ def _hide(model: dict[str, Any], special: Sequence[str]) -> set[str]:
     if model["type"] == "Unigram":
         model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
     elif hidden:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
     return hidden
 

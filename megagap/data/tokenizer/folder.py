@@ -240,7 +240,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     extra = values.get("extra_special_tokens")
     if isinstance(extra, dict):
         others |= extra
-        extra = None
+        extra = values.get("additional_special_tokens")  # which a list of the other name would hide
     named |= {key: _token(place.get(key, path), key, value) for key, value in others.items()}
     tokens = [_token(path, "extra_special_tokens", value) for value in _list_of(path, "extra_special_tokens", extra)]
     exist = path.is_file() or special_path.is_file()
@@ -339,12 +339,11 @@ def _require_named(settings: _Settings, backend: Backend, pipeline: Pipeline | N
 def _add_tokens(settings: _Settings, backend: Backend, pipeline: Pipeline | None) -> None:
     """Those that the ``tokenizer.json`` lacks or has with other flags; as by ``TokenizersBackend.__init__``.
 
-    They get the next ids in the order of those that they should have.
+    They get the next ids in the order of those that they should have. Adding again those that are there makes the named
+    ones special.
     """
-    present = backend.get_added_tokens_decoder()
-    forms = {repr(token) for token in present.values()}
-    tokens: list[Token] = [token for _, token in sorted(settings.added.items()) if repr(token) not in forms]
-    known = {token.content for token in present.values()} | {*map(str, tokens)}
+    tokens: list[Token] = [token for _, token in sorted(settings.added.items())]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()} | {*map(str, tokens)}
     names = {*map(str, settings.named.values())}
     tokens += [token for token in (*settings.named.values(), *settings.extra) if str(token) not in known]
     with library_errors(f"the added tokens of {settings.file.parent} cannot be added"):

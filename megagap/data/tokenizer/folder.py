@@ -71,7 +71,8 @@ def load_folder(file: Path) -> FolderTokenizer:
     model = _optional(file.with_name("config.json"))
     _refuse_other_code(file.with_name(CONFIG), config)
     name = class_of(config, model, _is_byte_level(state))
-    pipeline = None if name == PLAIN else _pipeline(file, name, config, state)
+    special_map = {} if "added_tokens_decoder" in config else _optional(file.with_name(SPECIAL_MAP))
+    pipeline = None if name == PLAIN else _pipeline(file, name, config | special_map, state)
     settings = _settings(file, state, config, pipeline)
     if pipeline:
         state = _rebuilt(file, name, state, pipeline)
@@ -210,6 +211,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
             _list_of(path, key, config.get(key))
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    objects = _pop_object(values)
     added: dict[int, AddedToken] = {}
     from_map: dict[str, Any] = {}
     if "added_tokens_decoder" in config:
@@ -217,6 +219,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     else:
         from_map = _special_map(special_path, special_map, values)
         values |= from_map
+        objects |= _pop_object(values)
         added = _added_tokens_json(added_path, values)
         for i, token in enumerate(_list_of(file, "added_tokens", state.get("added_tokens"))):
             if not isinstance(token, dict) or not isinstance(token.get("id"), int):
@@ -237,14 +240,17 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
         for key, value in values.items()
         if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict | AddedToken) and value
     }
-    extra = values.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        others |= extra
-        extra = values.get("additional_special_tokens")  # which a list of the other name would hide
+    others |= objects
+    extra = values.get("extra_special_tokens" if "extra_special_tokens" in values else "additional_special_tokens")
     named |= {key: _token(place.get(key, path), key, value) for key, value in others.items()}
     tokens = [_token(path, "extra_special_tokens", value) for value in _list_of(path, "extra_special_tokens", extra)]
     exist = path.is_file() or special_path.is_file()
     return _Settings(file, values, named, tokens, added, frozenset(from_map), exist)
+
+
+def _pop_object(values: dict[str, Any]) -> dict[str, Any]:
+    """Take out ``extra_special_tokens`` that are an object of names and tokens, beside which there may be a list."""
+    return values.pop("extra_special_tokens") if isinstance(values.get("extra_special_tokens"), dict) else {}
 
 
 def _added_tokens_decoder(path: Path, value: Any) -> dict[int, AddedToken]:
@@ -265,11 +271,8 @@ def _special_map(path: Path, special_map: Mapping[str, Any], values: Mapping[str
             _list_of(path, key, value)
         if key in LISTS and isinstance(value, list):
             tokens = [_token(path, key, token) for token in value]
-            configured = values.get("extra_special_tokens")
-            known = configured if key == "extra_special_tokens" and isinstance(configured, list) else []
-            if key == "additional_special_tokens" and configured:
-                continue
-            found["extra_special_tokens"] = known + [token for token in tokens if token not in known]
+            known = (values.get(key) or []) if key == "extra_special_tokens" else []
+            found[key] = known + [token for token in tokens if token not in known]
         elif isinstance(value, dict) and key != "extra_special_tokens":
             found[key] = _added_token(path, key, {**value, "special": True})
         else:

@@ -104,6 +104,17 @@ class HuggingFaceTokenizer:
         return state
 
 
+    def hidden(self) -> list[dict[str, Any]]:
+        """The added tokens that :meth:`state` lacks, as they are text."""
+        tokens = json.loads(self._encoder.to_str())["added_tokens"] if self.special_tokens == "text" else []
+        return [token for token in tokens if token["special"]]
+
+    def whole_state(self) -> dict[str, Any]:
+        """As :meth:`state`, with all special tokens, whether or not they are text."""
+        state: dict[str, Any] = json.loads(self._backend.to_str())
+        return state
+
+
 def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
     """A tokenizer to which ``special`` are no tokens, written in a text: ``backend`` itself if it can be."""
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}

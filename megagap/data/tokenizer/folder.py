@@ -39,6 +39,8 @@ class FolderTokenizer:
     eod: int | None
     special: tuple[str, ...]
     """All special tokens, as they are written."""
+    named: dict[str, str]
+    """Special tokens by what they are for: ``bos_token``, ``pad_token``, ``image_token`` and so on."""
     splits_special_tokens: bool
     """Whether special tokens written out in a text are text to ``transformers`` by default."""
 
@@ -84,8 +86,9 @@ def load_folder(file: Path) -> FolderTokenizer:
     if not settings.exist and not pipeline:
         bos, eod = (_first_of(backend, usual) for usual in (BEGIN_OF_TEXT, END_OF_TEXT))
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    special = {*flagged, *map(str, settings.named.values()), *map(str, settings.extra)}
-    return FolderTokenizer(backend, bos, eod, tuple(sorted(special)), _splits_special_tokens(settings))
+    named = {key: str(token) for key, token in settings.named.items()}
+    special = {*flagged, *named.values(), *map(str, settings.extra)}
+    return FolderTokenizer(backend, bos, eod, tuple(sorted(special)), named, _splits_special_tokens(settings))
 
 
 def read_json(path: Path, fault: str) -> dict[str, Any]:

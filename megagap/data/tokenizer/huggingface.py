@@ -40,7 +40,7 @@ class HuggingFaceTokenizer:
     def __init__(self, file: Path, spec: str, special_tokens: SpecialTokens | None) -> None:
         folder = load_folder(file)
         self.spec = spec
-        self.special = folder.special
+        self.special, self.named = folder.special, folder.named
         self.bos, self.eod = folder.bos, folder.eod
         self._given = special_tokens
         self._backend = folder.backend

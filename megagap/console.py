@@ -10,4 +10,4 @@ class Console(rich.console.Console):
     """
 
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704 (rich calls this while it handles the error)
+        raise

@@ -104,9 +104,7 @@ def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
             ("special_tokens", one.special_tokens, other.special_tokens),
         ):
             if ours != theirs:
-                raise DataError(
-                    f"{first} was made with {name} = {ours}, {prefix} with {theirs}\n  {AS_THE_OTHER}"
-                )
+                raise DataError(f"{first} was made with {name} = {ours}, {prefix} with {theirs}\n  {AS_THE_OTHER}")
 
 
 def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:

@@ -252,9 +252,12 @@ SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str
     "GPT-2's class": ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "chat_template": "c"}, None, None),
     "Llama's class": ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<|begin_of_text|>"}, None, None),
     "added tokens": (
-        {"added_tokens_decoder": {"300": {"content": "[x]", "lstrip": True, "special": False}}}, None, {"model_type": "gpt_neox"}
+        {"added_tokens_decoder": {"300": {"content": "[x]", "lstrip": True, "special": False}}}, None,
+        {"model_type": "gpt_neox"},
     ),
-    "split special tokens": ({"split_special_tokens": True, "eos_token": "<|end_of_text|>"}, None, {"model_type": "olmo2"}),
+    "split special tokens": (
+        {"split_special_tokens": True, "eos_token": "<|end_of_text|>"}, None, {"model_type": "olmo2"}
+    ),
     "image token": ({"extra_special_tokens": {"image_token": "[x]"}, "eos_token": "isn"}, None, {"model_type": "gpt2"}),
 }  # fmt: skip
 

@@ -202,7 +202,9 @@ def test_tokenizers_of_the_same_tokens_that_cut_texts_otherwise_are_told(
     assert "have the same tokens, but whose settings differ" in caplog.text
 
 
-@pytest.mark.parametrize("options", [[], ["--shuffle-documents", "3"], ["--dedup", "exact"]], ids=lambda o: "".join(o[:1]))
+@pytest.mark.parametrize(
+    "options", [[], ["--shuffle-documents", "3"], ["--dedup", "exact"]], ids=lambda o: "".join(o[:1])
+)
 @pytest.mark.parametrize("limit", [10, 700, 3_000])
 def test_a_full_disk_leaves_what_was_there(made: Write, tmp_path: Path, limit: int, options: list[str]) -> None:
     """By a limit on the size of files, which the system refuses with EFBIG."""

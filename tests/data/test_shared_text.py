@@ -20,7 +20,12 @@ def test_sources_that_read_the_same_pair_are_told_whatever_it_is_called(
     for ending in (".bin", ".idx"):
         (tmp_path / f"link{ending}").symlink_to(one + ending)
         shutil.copy(one + ending, tmp_path / f"copy{ending}")
-    names = ("a", (one,)), ("b", (other, str(tmp_path / "link"))), ("c", (str(tmp_path / "copy"),)), ("d", (f"{one}.bin",))
+    names = (
+        ("a", (one,)),
+        ("b", (other, str(tmp_path / "link"))),
+        ("c", (str(tmp_path / "copy"),)),
+        ("d", (f"{one}.bin",)),
+    )
     told = shared_pairs([Source(*name) for name in names])
     assert [text.split(":")[0] for text in told] == [
         f"the sources a and b both read {tmp_path / 'link'}",

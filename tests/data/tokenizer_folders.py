@@ -250,8 +250,8 @@ def _of_settings(bpe: dict[str, Any]) -> Iterator[Folder]:
     yield Folder("map: unknown end", bpe, bare, {"eos_token": "<none>"}, refused="names eos_token = '<none>'")
     image = token("Gaul", lstrip=True)
     yield Folder("map: a token of its own name", bpe, PLAIN, {"image_token": image})
-    yield Folder("map: own name, added and list", bpe, PLAIN, {"image_token": image, "additional_special_tokens": ["<extra>"]},
-                 {"Gaulish": size})  # fmt: skip
+    with_list = {"image_token": image, "additional_special_tokens": ["<extra>"]}
+    yield Folder("map: own name, added and list", bpe, PLAIN, with_list, {"Gaulish": size})
     named = {"extra_special_tokens": {"image_token": "<extra>"}}
     yield Folder("config: named extra beside a list", bpe, PLAIN | named | {"additional_special_tokens": ["Gaul"]})
     yield Folder("config: named extra, map: list", bpe, PLAIN | named, {"additional_special_tokens": ["Gaul"]})

@@ -229,7 +229,12 @@ def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(folder: Path, argumen
     """As ``| head -1`` does; here the reader is gone before the first line."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    command = [sys.executable, str(TOOLS / "inspect_data.py"), str(folder / str(arguments[0])), *map(str, arguments[1:])]
+    command = [
+        sys.executable,
+        str(TOOLS / "inspect_data.py"),
+        str(folder / str(arguments[0])),
+        *map(str, arguments[1:]),
+    ]
     with os.fdopen(write_end, "wb") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

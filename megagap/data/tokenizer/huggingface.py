@@ -103,7 +103,6 @@ class HuggingFaceTokenizer:
             state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
         return state
 
-
     def hidden(self) -> list[dict[str, Any]]:
         """The added tokens that :meth:`state` lacks, as they are text."""
         tokens = json.loads(self._encoder.to_str())["added_tokens"] if self.special_tokens == "text" else []

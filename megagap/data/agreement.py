@@ -82,8 +82,8 @@ def require_agreement(
                 continue
         for difference, is_used in _special_ids(told[prefix], manifest, reference):
             cure = (
-                "\n  name the tokenizer that the data was made with as data.tokenizer, or preprocess the text again with "
-                "the other one."
+                "\n  name the tokenizer that the data was made with as data.tokenizer, or preprocess the text again "
+                "with the other one."
             )
             (faults if is_used else warnings).append(difference + cure * is_used)
     for prefix, name in prefixes.items():

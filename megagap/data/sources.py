@@ -207,7 +207,7 @@ def shared_pairs(sources: Sequence[Source]) -> list[str]:
     for source in sources:
         files = {file: prefix for prefix in source.prefixes if (file := _file_of(prefix))}
         found += [
-            f"the sources {seen[file]} and {source.name} both read {prefix}: its text comes up as often as both together"
+            f"the sources {seen[file]} and {source.name} both read {prefix}: its text comes up for each of them"
             for file, prefix in files.items()
             if file in seen
         ]

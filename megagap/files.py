@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -139,6 +140,39 @@ def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[
         raise kind(f"cannot read {path}: it is not valid UTF-8 ({error.reason} at byte {error.start:,})") from None
     except ValueError as error:
         raise kind(f"cannot read {str(path)!r}: {error}") from None
+
+
+def is_there(path: str | Path, kind: type[MegagapError] = DataError) -> bool:
+    """Whether anything bears this name, if only a link that leads nowhere. Raises ``kind`` if the system won't tell."""
+    with reading(path, kind):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
+
+
+def read_regular(path: str | Path, kind: type[MegagapError] = DataError) -> bytes:
+    """The content of a file that a user named or that stands beside one.
+
+    Raises ``kind`` as :func:`reading` does, and for a named pipe or a device, which may have no end or no writer.
+    FileNotFoundError where there is nothing; a link that leads nowhere is refused.
+    """
+    if not is_there(path, kind):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    require_regular(path, kind)
+    with reading(path, kind):
+        return Path(path).read_bytes()
+
+
+def require_regular(path: str | Path, kind: type[MegagapError] = DataError) -> None:
+    """Raises ``kind`` unless ``path`` is a file that can be read more than once."""
+    with reading(path, kind):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise kind(f"cannot read {path}: it is a named pipe or a device, not a file\n  give a file in its place.")
 
 
 def allow_more_open_files() -> bool:

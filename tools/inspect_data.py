@@ -5,8 +5,7 @@ import json
 import logging
 import sys
 
-from rich.console import Console
-
+from megagap.console import Console
 from megagap.data.agreement import Ids, differing
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import (

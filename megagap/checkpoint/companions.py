@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,8 +11,8 @@ from pydantic_core import from_json
 
 from megagap.checkpoint.index import Index
 from megagap.data.agreement import Ids, differing, is_extension, too_large
-from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer
-from megagap.errors import CheckpointError
+from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer, load_tokenizer
+from megagap.errors import CheckpointError, DataError
 from megagap.files import file_errors, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ BESIDE_TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+REPLACED = (
+    *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"),
+    *("auto_map", "fast_tokenizer_files", "init_inputs"),
+)
+"""In ``tokenizer_config.json``, what a ``tokenizer.json`` that says all by itself makes superfluous."""
 
 _STATE = "hugging_face"
 
@@ -124,7 +131,8 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
 
     ``max_length``: tokens of the longest text that the model takes. A rank file becomes a ``tokenizer.json`` that gives
     the same ids; a sentencepiece model is left for ``transformers`` to convert. A minimal ``tokenizer_config.json`` is
-    written where there is none.
+    written where there is none. Where ``transformers`` would make another tokenizer of the copies than of the source,
+    as ``config.json`` beside them is another one, a ``tokenizer.json`` that needs nothing else takes their place.
     """
     kind, file = find_tokenizer(source)
     if kind == "tiktoken":
@@ -148,6 +156,34 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
             "model_max_length": max_length,
         }
         write_json(folder / "tokenizer_config.json", config | tokens)
+    if kind != "sentencepiece":
+        _keep_ids(tokenizer, folder)
+
+
+def _keep_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    """See to it that the tokenizer in an exported ``folder`` is ``tokenizer``."""
+    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
+
+    wanted = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    state = wanted.whole_state() if wanted else json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    splits = wanted is not None and wanted.special_tokens == "text"
+    with suppress(DataError):
+        found = cast(HuggingFaceTokenizer, load_tokenizer(folder))
+        ends = (found.bos, found.eod) == (tokenizer.bos, tokenizer.eod)
+        if ends and found.whole_state() == state and (found.special_tokens == "text") == splits:
+            return
+    path = folder / "tokenizer_config.json"
+    kept = {key: value for key, value in read_json(path).items() if key not in REPLACED and key[-6:] != "_token"}
+    ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
+    named = dict(wanted.named) if wanted else {}
+    named |= {key: tokenizer.decode([value]) for key, value in ids.items() if value is not None}
+    others = [token for token in tokenizer.special if token not in named.values()] if wanted else []
+    special = named | ({"additional_special_tokens": others} if others else {})
+    write_text(folder / "tokenizer.json", json.dumps(state, ensure_ascii=False) + "\n")
+    write_json(path, {**kept, "tokenizer_class": "PreTrainedTokenizerFast", **special, "split_special_tokens": splits})
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+    log.info("the tokenizer was written as one that needs no files beside it")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Manifest, read_manifest
+from megagap.data.sources import same_pairs
 from megagap.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megagap.errors import DataError
 
@@ -19,6 +20,8 @@ SAMPLED_STRETCHES, STRETCH = 16, 1024
 """Of a token file without knowing more: stretches that are looked at, and tokens of each."""
 
 SAMPLED_DOCUMENTS = 64
+
+AS_THE_OTHER = "preprocess one of them again, as the other."
 
 VOCABULARY_STEP = 64
 """Vocabularies are often rounded up to a multiple of this, which is quicker to compute with."""
@@ -77,15 +80,19 @@ def require_agreement(
             else:
                 faults.append(_other_tokens(told[prefix], manifest, reference, own))
                 continue
-        for fault, is_used in _special_ids(told[prefix], manifest, reference):
-            (faults if is_used else warnings).append(fault)
+        for difference, is_used in _special_ids(told[prefix], manifest, reference):
+            cure = (
+                "\n  name the tokenizer that the data was made with as data.tokenizer, or preprocess the text again "
+                "with the other one."
+            )
+            (faults if is_used else warnings).append(difference + cure * is_used)
     for prefix, name in prefixes.items():
         dataset = IndexedDataset(prefix)
         faults += _foreign_ids(dataset, name, vocab_size)
         warnings += _narrow_type(dataset, reference.vocab_size if reference else vocab_size)
         if prefix not in manifests and own is not None:
             warnings += _other_end(dataset, own)
-    warnings += _mixed_making(manifests)
+    warnings += [*_mixed_making(manifests), *_other_words(manifests), *same_texts(list(manifests.items()))]
     if document_mask:
         warnings += [
             f"data.document_mask: documents of {prefix} have no end-of-text id (it was made without --append-eod), so "
@@ -96,6 +103,45 @@ def require_agreement(
     if faults:
         raise DataError("\n".join(faults))
     return reference, warnings
+
+
+def require_same_ids(manifests: Sequence[tuple[str, Manifest]]) -> list[str]:
+    """For pairs, by prefix, that are to be one: warnings.
+
+    Raises :class:`DataError` where ids of one mean other tokens than those of the first, or its documents begin or end
+    with other ids.
+    """
+    if not manifests:
+        return []
+    first = Ids.of_manifest(*manifests[0])
+    warnings = list(_other_words(dict(manifests)))
+    for prefix, manifest in manifests[1:]:
+        told = Ids.of_manifest(prefix, manifest)
+        if told.fingerprint != first.fingerprint:
+            raise DataError(
+                f"{first.who} was made with tokenizer fingerprint = {first.fingerprint}, {prefix} with "
+                f"{told.fingerprint}\n  {AS_THE_OTHER}"
+            )
+        for difference, is_used in _special_ids(told, manifest, first):
+            if is_used:
+                raise DataError(f"{difference}\n  {AS_THE_OTHER}")
+            warnings.append(difference)
+    return warnings
+
+
+def same_texts(manifests: Sequence[tuple[str, Manifest]]) -> Iterator[str]:
+    """Which texts two different pairs were made of."""
+    made_of: dict[tuple[object, ...], str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for prefix, manifest in manifests:
+        for record in manifest.inputs:
+            first = made_of.setdefault((manifest.key, record.checksum, record.start, record.stop), prefix)
+            if first != prefix and record.size:
+                shared.setdefault((first, prefix), []).append(record.path)
+    for (first, prefix), paths in shared.items():
+        if not same_pairs([prefix], [first]):
+            count = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
+            yield f"{first} and {prefix} hold the same text, of {count}: {paths[0]}"
 
 
 def differing(before: Ids, now: Ids) -> list[str]:
@@ -160,9 +206,7 @@ def _special_ids(told: Ids, manifest: Manifest, reference: Ids) -> Iterator[tupl
         if is_used:
             yield (
                 f"documents of {told.who} have the {what} id {_id(theirs)} of {manifest.tokenizer.spec}, "
-                f"but the {what} id of {reference.who} is {_id(ours)}\n"
-                "  name the tokenizer that the data was made with as data.tokenizer, or preprocess the text again with "
-                "the other one.",
+                f"but the {what} id of {reference.who} is {_id(ours)}",
                 True,
             )
         else:
@@ -171,6 +215,20 @@ def _special_ids(told: Ids, manifest: Manifest, reference: Ids) -> Iterator[tupl
                 "documents have neither",
                 False,
             )
+
+
+def _other_words(manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    """Of tokenizers with the same tokens: those that cut texts otherwise, or have other special tokens."""
+    known = [(prefix, manifest) for prefix, manifest in manifests.items() if manifest.tokenizer.effective]
+    for prefix, manifest in known[1:]:
+        first, one = known[0]
+        ours, theirs = one.tokenizer, manifest.tokenizer
+        if ours.effective != theirs.effective and ours.fingerprint == theirs.fingerprint:
+            yield (
+                f"{first} and {prefix} were made with tokenizers that have the same tokens, but whose settings differ "
+                f"({ours.spec}, {theirs.spec}): a text may have other ids in one than in the other"
+            )
+            return
 
 
 def _mixed_making(manifests: Mapping[str, Manifest]) -> Iterator[str]:

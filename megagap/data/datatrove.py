@@ -128,7 +128,7 @@ class TokenFileWriter(PipelineStep):
                 shuffle_documents=None,
                 shard=shard,
                 on_error="stop",
-                special_tokens=self.special_tokens,
+                special_tokens=tokenizer.special_tokens,
             ),
             inputs=[],
             files={ending: FileRecord(**asdict(file)) for ending, file in files.items()},

@@ -10,7 +10,7 @@ import xxhash
 from megagap.data.format import HEADER
 from megagap.data.indexed import IndexedDataset
 from megagap.errors import DataError
-from megagap.files import reading
+from megagap.files import read_regular, reading
 
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 4096
@@ -47,10 +47,9 @@ def identify(prefix: str) -> Identity:
 def _stated_checksums(prefix: str) -> list[str] | None:
     """Of ``.bin`` and ``.idx``, as ``PREFIX.json`` states them; None if there is none that does."""
     try:
-        with open(f"{prefix}.json", encoding="utf-8") as file:
-            files = json.load(file)["files"]
+        files = json.loads(read_regular(f"{prefix}.json"))["files"]
         return [str(files[ending]["checksum"]) for ending in (".bin", ".idx")]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (DataError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -24,7 +24,7 @@ from megagap.data.partial import (
     writing_pair,
 )
 from megagap.errors import DataError
-from megagap.files import allow_more_open_files, pair_prefix, reading
+from megagap.files import allow_more_open_files, is_there, pair_prefix, reading, require_regular
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 
@@ -196,6 +196,8 @@ class IndexedDataset(Sequence[NDArray[Any]]):
 
 
 def _size_of(path: str) -> int:
+    if is_there(path):
+        require_regular(path)
     with reading(path):
         try:
             return os.stat(path).st_size

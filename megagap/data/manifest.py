@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import xxhash
-from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError
 
+from megagap.data.format import DTYPE_OF_CODE
 from megagap.data.partial import checksum_of
 from megagap.data.tokenizer import SpecialTokens, Tokenizer, find_tokenizer, fingerprint, usual_special_tokens
 from megagap.errors import DataError, printable
-from megagap.files import reading
+from megagap.files import read_regular, reading
 
 if TYPE_CHECKING:
     from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
@@ -25,6 +26,19 @@ PACKAGES = ("megagap", "numpy", "orjson", "tokenizers", "tiktoken", "sentencepie
 
 def _printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
+
+
+def _shard(value: str) -> str:
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError("should be I/N, part I of N from 0")
+    return value
+
+
+def _dtype(value: str) -> str:
+    if value not in {dtype.name for dtype in DTYPE_OF_CODE.values()}:
+        raise ValueError("is no type of tokens")
+    return value
 
 
 Text = Annotated[str, BeforeValidator(_printable)]
@@ -76,7 +90,8 @@ class Arguments(_Strict):
     min_tokens: NonNegativeInt
     dedup: bool
     shuffle_documents: int | None
-    shard: str | None
+    shard: Annotated[str, AfterValidator(_shard)] | None
+    """I/N: part I of N, from 0."""
     on_error: OnError
     special_tokens: SpecialTokens | None = None
     """What those written out in a text became; null of manifests from before there was a choice."""
@@ -108,7 +123,7 @@ class Manifest(_Strict):
     manifest_version: Literal[1] = 1
     key: Text
     """Of JSON or Parquet documents, the name of the text."""
-    dtype: str
+    dtype: Annotated[str, AfterValidator(_dtype)]
     documents: NonNegativeInt
     tokens: NonNegativeInt
     characters: NonNegativeInt
@@ -149,17 +164,19 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     Raises :class:`DataError` if it cannot be read, is no manifest, or belongs to files of other sizes.
     """
     path = manifest_path(prefix)
-    with reading(path):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return None
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        return None
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         named = ((".".join(map(str, fault["loc"])) or "all of it", fault["msg"]) for fault in error.errors())
         faults = "\n".join(f"  {place}: {message}" for place, message in named)
-        raise DataError(f"{path} is no manifest of a token file that this version can read:\n{faults}") from None
+        raise DataError(
+            f"{path} is no manifest of a token file that this version can read:\n{faults}\n"
+            "  if it is something else, give it another name; without a manifest the pair can still be used."
+        ) from None
     if manifest.files.keys() != {".bin", ".idx"}:
         raise DataError(f"{path} should tell of a .bin and an .idx, not of {', '.join(manifest.files) or 'nothing'}")
     for ending, file in manifest.files.items():

@@ -3,13 +3,14 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from megagap.data.agreement import AS_THE_OTHER, require_same_ids, same_texts
 from megagap.data.encoder import REPORTED
 from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
@@ -44,9 +45,11 @@ def merge_datasets(
     dtype = _common_type(inputs, shuffle_documents is not None or dedup)
     manifests = [read_manifest(prefix) for prefix in inputs]
     known = [(prefix, manifest) for prefix, manifest in zip(inputs, manifests, strict=True) if manifest]
+    warnings = list(_warnings(inputs, known))
     _require_same_making(known)
     _require_whole_shards(known)
-    _warn_of_repeated(inputs, known)
+    for warning in warnings:
+        log.warning("%s", warning)
     with making_pair(output_prefix), writing_pair(output_prefix):
         with closing(PartialPair(output_prefix, dtype)) as pair:
             for prefix in inputs:
@@ -84,37 +87,24 @@ def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
     return first.dtype
 
 
-def _warn_of_repeated(inputs: Sequence[str], manifests: Sequence[tuple[str, Manifest]]) -> None:
-    """Say which pairs come twice, and which texts two different pairs were made of."""
+def _warnings(inputs: Sequence[str], manifests: Sequence[tuple[str, Manifest]]) -> Iterator[str]:
+    """Raises :class:`DataError` if ids of the pairs mean different things."""
+    yield from require_same_ids(manifests)
     if same := same_pairs(inputs, inputs):
-        log.warning("merged more than once, as it was named so: %s", ", ".join(dict.fromkeys(same)))
-    made_of: dict[tuple[object, ...], str] = {}
-    shared: dict[tuple[str, str], list[str]] = {}
-    for prefix, manifest in manifests:
-        for record in manifest.inputs:
-            first = made_of.setdefault((manifest.key, record.checksum, record.start, record.stop), prefix)
-            if first != prefix and record.size:
-                shared.setdefault((first, prefix), []).append(record.path)
-    for (first, prefix), paths in shared.items():
-        if not same_pairs([prefix], [first]):
-            log.warning("%s and %s hold the same text, of %d files: %s", first, prefix, len(paths), paths[0])
+        yield f"merged more than once, as it was named so: {', '.join(dict.fromkeys(same))}"
+    yield from same_texts(manifests)
 
 
 def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
     for prefix, other in manifests[1:]:
         first, one = manifests[0]
         for name, ours, theirs in (
-            ("tokenizer fingerprint", one.tokenizer.fingerprint, other.tokenizer.fingerprint),
-            ("end-of-text id", one.tokenizer.eod, other.tokenizer.eod),
             ("append_eod", one.arguments.append_eod, other.arguments.append_eod),
             ("prepend_bos", one.arguments.prepend_bos, other.arguments.prepend_bos),
             ("special_tokens", one.special_tokens, other.special_tokens),
         ):
             if ours != theirs:
-                raise DataError(
-                    f"{first} was made with {name} = {ours}, {prefix} with {theirs}\n"
-                    "  preprocess one of them again, as the other."
-                )
+                raise DataError(f"{first} was made with {name} = {ours}, {prefix} with {theirs}\n  {AS_THE_OTHER}")
 
 
 def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:

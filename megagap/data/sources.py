@@ -200,6 +200,21 @@ def same_pairs(prefixes: Sequence[str], others: Sequence[str]) -> list[str]:
     return found
 
 
+def shared_pairs(sources: Sequence[Source]) -> list[str]:
+    """Which of them have a pair in common, in words: each reads it by itself, as if it were text of its own."""
+    seen: dict[tuple[int, int], str] = {}
+    found = []
+    for source in sources:
+        files = {file: prefix for prefix in source.prefixes if (file := _file_of(prefix))}
+        found += [
+            f"the sources {seen[file]} and {source.name} both read {prefix}: its text comes up for each of them"
+            for file, prefix in files.items()
+            if file in seen
+        ]
+        seen |= {file: source.name for file in files if file not in seen}
+    return found
+
+
 def _file_of(prefix: str) -> tuple[int, int] | None:
     """Device and inode of the index: the same for all its names."""
     try:

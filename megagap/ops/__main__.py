@@ -17,11 +17,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from megagap import ops
+from megagap.console import Console
 from megagap.errors import run_tool
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library

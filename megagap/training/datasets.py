@@ -7,7 +7,7 @@ from megagap.config import Source as SourceSettings
 from megagap.data.agreement import Ids, require_agreement
 from megagap.data.plan import unnormalised_weights
 from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.sources import Source, shared_pairs
 from megagap.data.validation import ValidationData, open_validation
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ def training_data(settings: Settings) -> TrainingData:
     for phase in phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
+    for complaint in shared_pairs(_sources(sources_of(plan))):
+        log.warning("%s", complaint)
     opened = TrainingData(
         phases,
         train.seed,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megagap.checkpoint import Index, save_checkpoint
 from megagap.checkpoint.huggingface import export, plan_shards
+from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.parallel.shard import Slice, whole
 from tests.models import SCALING, tiny_model
@@ -235,3 +236,55 @@ def test_shards_are_filled_in_order_and_only_a_single_tensor_exceeds_the_limit()
         "model-00002-of-00003.safetensors": ["c"],
         "model-00003-of-00003.safetensors": ["d"],
     }
+
+
+WRITTEN = "the fox <|end_of_text|> le renard  [x] \n\n isn't 12345"
+SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, Any] | None]] = {
+    # tokenizer_config.json, special_tokens_map.json and config.json of the source
+    "no settings": (None, None, None),
+    "no class": ({"eos_token": "<|end_of_text|>"}, None, None),
+    "a map alone": (None, {"eos_token": "<|end_of_text|>", "pad_token": {"content": "[x]", "lstrip": True}}, None),
+    "the class of another model": ({"eos_token": "<|end_of_text|>"}, None, {"model_type": "qwen2"}),
+    "a class that the other model overrules": (
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>"}, None, {"model_type": "qwen2"}
+    ),
+    "GPT-2's class by config.json": ({"eos_token": "<|end_of_text|>"}, None, {"tokenizer_class": "GPT2Tokenizer"}),
+    "GPT-2's class": ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "chat_template": "c"}, None, None),
+    "Llama's class": ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<|begin_of_text|>"}, None, None),
+    "added tokens": (
+        {"added_tokens_decoder": {"300": {"content": "[x]", "lstrip": True, "special": False}}}, None,
+        {"model_type": "gpt_neox"},
+    ),
+    "split special tokens": (
+        {"split_special_tokens": True, "eos_token": "<|end_of_text|>"}, None, {"model_type": "olmo2"}
+    ),
+    "image token": ({"extra_special_tokens": {"image_token": "[x]"}, "eos_token": "isn"}, None, {"model_type": "gpt2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_transformers_makes_the_same_tokenizer_of_the_export_as_of_the_source(
+    tmp_path: Path, bpe: Path, case: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    state = json.loads((bpe / "tokenizer.json").read_text())
+    if case == "image token":
+        state["added_tokens"].append({**state["added_tokens"][-1], "id": 298, "content": "isn"})
+    (source / "tokenizer.json").write_text(json.dumps(state))
+    for name, content in zip(("tokenizer_config", "special_tokens_map", "config"), SETTINGS[case], strict=True):
+        if content is not None:
+            (source / f"{name}.json").write_text(json.dumps(content))
+    model, settings = reference(vocab_size=310)
+    export(save_model(tmp_path / "c", model, settings, tokenizer=str(source)), tmp_path / "hf")
+    # Beside a tokenizer.json alone, the usual names are taken for beginnings and ends.
+    expected, found = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for options in ({"add_special_tokens": False}, {}):
+        assert found(WRITTEN, **options)["input_ids"] == expected(WRITTEN, **options)["input_ids"]
+    if case != "no settings":
+        assert (found.bos_token_id, found.eos_token_id) == (expected.bos_token_id, expected.eos_token_id)
+        assert {*found.all_special_tokens} >= {*expected.all_special_tokens}
+        assert found.chat_template == expected.chat_template
+    ours, theirs = load_tokenizer(tmp_path / "hf"), load_tokenizer(source)
+    assert ours.encode(WRITTEN) == theirs.encode(WRITTEN) == expected(WRITTEN, add_special_tokens=False)["input_ids"]
+    assert (ours.bos, ours.eod) == (theirs.bos, theirs.eod)

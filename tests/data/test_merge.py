@@ -1,6 +1,10 @@
 """Shards, merging, shuffling and leaving out repeated documents, against naive references."""
 
 import json
+import resource
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +169,57 @@ def test_document_keys_are_splitmix64() -> None:
     assert document_keys(0, 4, 1234567).tolist() == expected
     assert document_keys(2, 2, 1234567).tolist() == expected[2:]
     assert document_keys(0, 1, 2**64 - 1).dtype == np.uint64
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_begin_of_text_ids_are_compared(
+    made: Write, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, prepend_bos: bool
+) -> None:
+    """Where documents have none, another one is only told."""
+    other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = json.loads((other / name).read_text())
+        (other / name).write_text(json.dumps(settings | {"bos_token": "<|end_of_text|>"}))
+    pairs = [made("one", prepend_bos=prepend_bos), made("other", tokenizer=other, prepend_bos=prepend_bos)]
+    caplog.clear()
+    if prepend_bos:
+        with pytest.raises(DataError, match=r"have the begin-of-text id 1 of(.|\n)*of .*one_text_document is 0"):
+            merge_datasets(pairs, str(tmp_path / "merged"))
+    else:
+        merge_datasets(pairs, str(tmp_path / "merged"))
+        assert "the begin-of-text id 1" in caplog.text
+
+
+def test_tokenizers_of_the_same_tokens_that_cut_texts_otherwise_are_told(
+    made: Write, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    state = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(state | {"normalizer": {"type": "Lowercase"}}))
+    pairs = [made("one"), made("other", tokenizer=other)]
+    caplog.clear()
+    merge_datasets(pairs, str(tmp_path / "merged"))
+    assert "have the same tokens, but whose settings differ" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--shuffle-documents", "3"], ["--dedup", "exact"]], ids=lambda o: "".join(o[:1])
+)
+@pytest.mark.parametrize("limit", [10, 700, 3_000])
+def test_a_full_disk_leaves_what_was_there(made: Write, tmp_path: Path, limit: int, options: list[str]) -> None:
+    """By a limit on the size of files, which the system refuses with EFBIG."""
+    one = made("one")
+    assert Path(f"{one}.bin").stat().st_size > limit
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"merged{ending}").write_text("old")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    tool = Path(__file__).parents[2] / "tools/merge_datasets.py"
+    command = [sys.executable, str(tool), "--input", one, one, "--output-prefix", str(tmp_path / "merged"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "File too large" in done.stderr and str(tmp_path / "merged") in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -248,6 +248,29 @@ def _of_settings(bpe: dict[str, Any]) -> Iterator[Folder]:
     yield Folder("map: extra", bpe, PLAIN | {"extra_special_tokens": ["Gaul"]}, {"extra_special_tokens": ["<extra>"]})
     yield Folder("map: list of ends", bpe, bare, {"eos_token": [END]}, refused="eos_token is")
     yield Folder("map: unknown end", bpe, bare, {"eos_token": "<none>"}, refused="names eos_token = '<none>'")
+    image = token("Gaul", lstrip=True)
+    yield Folder("map: a token of its own name", bpe, PLAIN, {"image_token": image})
+    with_list = {"image_token": image, "additional_special_tokens": ["<extra>"]}
+    yield Folder("map: own name, added and list", bpe, PLAIN, with_list, {"Gaulish": size})
+    named = {"extra_special_tokens": {"image_token": "<extra>"}}
+    yield Folder("config: named extra beside a list", bpe, PLAIN | named | {"additional_special_tokens": ["Gaul"]})
+    yield Folder("config: named extra, map: list", bpe, PLAIN | named, {"additional_special_tokens": ["Gaul"]})
+    yield Folder("config: named extra, map: extra", bpe, PLAIN | named, {"extra_special_tokens": ["Gaul"]})
+    for key, value in product(("additional_special_tokens", "extra_special_tokens"), ([], None)):
+        hidden = PLAIN | {key: value}
+        yield Folder(f"config: {key} {value}, map: list", bpe, hidden, {"additional_special_tokens": ["Gaul"]})
+        yield Folder(f"config: {key} {value}, map: extra", bpe, hidden, {"extra_special_tokens": ["Gaul"]})
+    splitting = {"split_special_tokens": True}
+    plain_begin = deepcopy(bpe)
+    plain_begin["added_tokens"][0] |= {"special": False, "normalized": True}
+    yield Folder("split, a named token that is not special", plain_begin, PLAIN | splitting)
+    yield Folder("split, an ordinary token named", bpe, PLAIN | splitting | {"pad_token": "the"})
+    yield Folder("split, tokens that overlap", with_added(bpe, token(" Gaul", size, special=True, rstrip=True),
+                                                         token("Gaulish", size + 1)), PLAIN | splitting)  # fmt: skip
+    blanks = token("  ", size, lstrip=True, special=True), token("Gaul", size + 1, lstrip=True)
+    yield Folder("added: blanks beside one that takes them", with_added(bpe, *blanks), PLAIN)
+    prefixed = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True} | named
+    yield Folder("added: the prefix and a word", with_added(bpe, token(" the", size)), prefixed)
     decoder = {str(size): unset}
     yield Folder("decoder: adds", bpe, PLAIN | {"added_tokens_decoder": decoder})
     yield Folder("decoder hides the map", bpe, PLAIN | {"added_tokens_decoder": decoder}, {"eos_token": SPARE})
@@ -352,6 +375,12 @@ def _of_classes(bases: dict[str, dict[str, Any]]) -> Iterator[Folder]:
     of_class += [(dropped, "GPT2Tokenizer", names), (with_model(bpe, ignore_merges=True), "GPT2Tokenizer", names)]
     decoder = {"added_tokens_decoder": {"360": token(SPARE, special=True)}}
     of_class += [(bpe, "GPT2Tokenizer", names | decoder), (bpe, "Qwen2Tokenizer", names | decoder)]
+    yield Folder("class: unknown token of the map", space, {"tokenizer_class": "GemmaTokenizer"}, {"unk_token": "</s>"})
+    for name, kind in (("WordPiece", "BertTokenizer"), ("WordLevel", "PreTrainedTokenizerFast")):
+        yield Folder(f"split: {name}", words(name), {"tokenizer_class": kind, "split_special_tokens": True})
+    splitting = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    yield Folder("split: Unigram", unigrams, splitting)
+    yield Folder("split: ignore_merges", with_model(space, ignore_merges=True), splitting)
     for i, (state, name, settings) in enumerate(of_class):
         yield Folder(f"class {i}: {name} {settings}", state, {"tokenizer_class": name} | settings)
     for name in ("T5Tokenizer", "CamembertTokenizer", "CodeLlamaTokenizer", "ByT5Tokenizer", "WhisperTokenizer"):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -216,3 +217,24 @@ def test_short_text_warns_that_ids_are_missing(tmp_path: Path) -> None:
     done = run("train_tokenizer.py", "--input", tmp_path / "a.txt", "--output", tmp_path / "t", "--vocab-size", 500)
     assert done.returncode == 0
     assert "warning: the text has only enough pairs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fr_text_document", "--documents", 40], ["recipe.toml", "--step", 1], ["recipe.toml", "--plan"],
+     ["recipe.toml", "--step", 1, "--json"]],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)  # fmt: skip
+def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(folder: Path, arguments: list[object]) -> None:
+    """As ``| head -1`` does; here the reader is gone before the first line."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [
+        sys.executable,
+        str(TOOLS / "inspect_data.py"),
+        str(folder / str(arguments[0])),
+        *map(str, arguments[1:]),
+    ]
+    with os.fdopen(write_end, "wb") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

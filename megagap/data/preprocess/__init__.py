@@ -146,7 +146,7 @@ def preprocess(
         shuffle_documents=shuffle_documents,
         shard=f"{part[0]}/{part[1]}" if part else None,
         on_error=on_error,
-        special_tokens=special_tokens,
+        special_tokens=reference.special_tokens,
     )
     prefixes = [f"{output_prefix}_{key}_document" for key in keys]
     run = Run(files, listing.unread, prefixes, list(keys), reference, arguments)

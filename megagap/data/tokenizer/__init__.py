@@ -6,6 +6,7 @@
 (:data:`SpecialTokens`).
 """
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -17,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megagap.errors import DataError, library_errors
+from megagap.files import is_there, require_regular
 
 END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
@@ -151,12 +153,11 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
     """
     prefix, colon, rest = str(spec).partition(":")
     forced, path = (prefix, Path(rest)) if colon and prefix in KINDS else (None, Path(spec))
-    with library_errors(f"cannot read the tokenizer {path}"):
-        exists = path.exists()
-    if not exists:
+    if not is_there(path):
         raise DataError(f"the tokenizer {path} does not exist\n  give the file of a tokenizer, or its folder.")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _find_in_folder(path, forced)
+    require_regular(path)
     kind = forced or _kind_of(path)
     if kind is None:
         raise DataError(
@@ -166,7 +167,7 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
 
 
 def _find_in_folder(folder: Path, forced: str | None) -> tuple[str, Path]:
-    usual = [file for name in ("tokenizer.json", "tokenizer.model") if (file := folder / name).is_file()]
+    usual = [file for name in ("tokenizer.json", "tokenizer.model") if is_there(file := folder / name)]
     with library_errors(f"cannot read {folder}"):
         others = sorted({*folder.glob("*.model"), *folder.glob("*.tiktoken")} - {*usual})
     found = [*usual, *others]

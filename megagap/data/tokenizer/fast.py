@@ -48,8 +48,9 @@ class FastSource:
                 "text, to user-defined symbols and to what is normalised"
             )
         if kind == "hf":
-            state = cast("HuggingFaceTokenizer", tokenizer).state()
-            if feature := unknown_feature(state):
+            hugging_face = cast("HuggingFaceTokenizer", tokenizer)
+            state = hugging_face.state()
+            if feature := unknown_feature(state, hugging_face.hidden()):
                 raise DataError(f"gigatoken is not known to honour what {tokenizer.spec} asks for: {feature}")
             data = json.dumps(state)
         else:

@@ -5,8 +5,8 @@ it ignores much of what it does not know, so that a sample of texts may miss the
 is not used.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 from typing import Any
 
 from megagap.data.tokenizer.classes import byte_level, split_into_words
@@ -36,12 +36,20 @@ MODEL_OPTIONS = {"dropout": (None, 0.0), "continuing_subword_prefix": (None, "")
 where every byte has a token."""
 
 
-def unknown_feature(state: Mapping[str, Any]) -> str | None:
+def unknown_feature(state: Mapping[str, Any], hidden: Sequence[Mapping[str, Any]] = ()) -> str | None:
     """The first feature of a ``tokenizer.json`` that gigatoken is not known to honour, with its value, or None.
 
-    ``state`` as the ``tokenizers`` library writes it.
+    ``state`` as the ``tokenizers`` library writes it. ``hidden``: special tokens that are not in it, since they are
+    text; ``tokenizers`` finds them nevertheless, and passes over other added tokens that begin within them.
     """
-    return next(_unknown_features(state), None)
+    return next(chain(_unknown_features(state), _unknown_hidden(hidden, state["added_tokens"])), None)
+
+
+def _unknown_hidden(hidden: Sequence[Mapping[str, Any]], tokens: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for token, other in product(hidden, tokens):
+        takes_blanks = token["lstrip"] or token["rstrip"] or other["lstrip"] or other["rstrip"]
+        if takes_blanks or _can_overlap(token["content"], other["content"]):
+            yield f"the special token {token['content']!r}, which is text, may overlap {other['content']!r}"
 
 
 def _unknown_features(state: Mapping[str, Any]) -> Iterator[str]:
@@ -66,6 +74,16 @@ def _unknown_features(state: Mapping[str, Any]) -> Iterator[str]:
     if words not in pre_tokenizers:
         yield f"pre_tokenizer = {words!r}"
     yield from _unknown_added(state["added_tokens"], normalizer)
+    if _adds_prefix(words):
+        for token in state["added_tokens"]:
+            if token["content"].startswith((" ", "▁")):
+                yield f"the added token {token['content']!r} with the prefix of {words!r}"
+
+
+def _adds_prefix(words: Any) -> bool:
+    """Whether a pre-tokenizer puts a blank before a text."""
+    parts = words.get("pretokenizers", [words]) if isinstance(words, dict) else []
+    return any(part.get("add_prefix_space") or part.get("prepend_scheme", "never") != "never" for part in parts)
 
 
 def _without_offsets(words: Any) -> Any:
@@ -86,6 +104,10 @@ def _unknown_added(tokens: list[dict[str, Any]], normalizer: Any) -> Iterator[st
             yield f"{name}: normalized, with a normalizer"
         if normalizer is not None and not _is_never_normalised(token["content"]):
             yield f"{name}: a normalizer may change or make its characters"
+    eager = next((token["content"] for token in tokens if token["lstrip"] or token["rstrip"]), None)
+    blank = next((token["content"] for token in tokens if any(map(str.isspace, token["content"]))), None)
+    if eager is not None and blank is not None:
+        yield f"the added token {eager!r} takes blanks around it, and {blank!r} holds some"
     # tokenizers finds all that are not normalized before any that is; gigatoken, the longest of all.
     raw = [token["content"] for token in tokens if not token["normalized"]]
     normalised = [token["content"] for token in tokens if token["normalized"]]

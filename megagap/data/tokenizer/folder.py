@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT
 from megagap.data.tokenizer.classes import PLAIN, Pipeline, class_of, pipeline_of
 from megagap.errors import DataError, library_errors
+from megagap.files import is_there, read_regular
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,6 +39,8 @@ class FolderTokenizer:
     eod: int | None
     special: tuple[str, ...]
     """All special tokens, as they are written."""
+    named: dict[str, str]
+    """Special tokens by what they are for: ``bos_token``, ``pad_token``, ``image_token`` and so on."""
     splits_special_tokens: bool
     """Whether special tokens written out in a text are text to ``transformers`` by default."""
 
@@ -70,7 +73,8 @@ def load_folder(file: Path) -> FolderTokenizer:
     model = _optional(file.with_name("config.json"))
     _refuse_other_code(file.with_name(CONFIG), config)
     name = class_of(config, model, _is_byte_level(state))
-    pipeline = None if name == PLAIN else _pipeline(file, name, config, state)
+    special_map = {} if "added_tokens_decoder" in config else _optional(file.with_name(SPECIAL_MAP))
+    pipeline = None if name == PLAIN else _pipeline(file, name, config | special_map, state)
     settings = _settings(file, state, config, pipeline)
     if pipeline:
         state = _rebuilt(file, name, state, pipeline)
@@ -82,14 +86,14 @@ def load_folder(file: Path) -> FolderTokenizer:
     if not settings.exist and not pipeline:
         bos, eod = (_first_of(backend, usual) for usual in (BEGIN_OF_TEXT, END_OF_TEXT))
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    special = {*flagged, *map(str, settings.named.values()), *map(str, settings.extra)}
-    return FolderTokenizer(backend, bos, eod, tuple(sorted(special)), _splits_special_tokens(settings))
+    named = {key: str(token) for key, token in settings.named.items()}
+    special = {*flagged, *named.values(), *map(str, settings.extra)}
+    return FolderTokenizer(backend, bos, eod, tuple(sorted(special)), named, _splits_special_tokens(settings))
 
 
 def read_json(path: Path, fault: str) -> dict[str, Any]:
     """A JSON object. Raises :class:`DataError` that begins with ``fault``."""
-    with library_errors(f"cannot read {path}"):
-        content = path.read_bytes()
+    content = read_regular(path)
     with library_errors(fault):
         value = json.loads(content.decode("utf-8"))
     if not isinstance(value, dict):
@@ -98,7 +102,8 @@ def read_json(path: Path, fault: str) -> dict[str, Any]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path, f"{path} is not valid JSON") if path.is_file() else {}
+    """Where nothing bears the name, nothing is said; a link that leads nowhere would have said something."""
+    return read_json(path, f"{path} is not valid JSON") if is_there(path) else {}
 
 
 def _refuse_other_code(path: Path, config: Mapping[str, Any]) -> None:
@@ -209,6 +214,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
             _list_of(path, key, config.get(key))
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    objects = _pop_object(values)
     added: dict[int, AddedToken] = {}
     from_map: dict[str, Any] = {}
     if "added_tokens_decoder" in config:
@@ -216,6 +222,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     else:
         from_map = _special_map(special_path, special_map, values)
         values |= from_map
+        objects |= _pop_object(values)
         added = _added_tokens_json(added_path, values)
         for i, token in enumerate(_list_of(file, "added_tokens", state.get("added_tokens"))):
             if not isinstance(token, dict) or not isinstance(token.get("id"), int):
@@ -234,16 +241,19 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     others = {
         key: value
         for key, value in values.items()
-        if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict) and value
+        if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict | AddedToken) and value
     }
-    extra = values.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        others |= extra
-        extra = None
+    others |= objects
+    extra = values.get("extra_special_tokens" if "extra_special_tokens" in values else "additional_special_tokens")
     named |= {key: _token(place.get(key, path), key, value) for key, value in others.items()}
     tokens = [_token(path, "extra_special_tokens", value) for value in _list_of(path, "extra_special_tokens", extra)]
     exist = path.is_file() or special_path.is_file()
     return _Settings(file, values, named, tokens, added, frozenset(from_map), exist)
+
+
+def _pop_object(values: dict[str, Any]) -> dict[str, Any]:
+    """Take out ``extra_special_tokens`` that are an object of names and tokens, beside which there may be a list."""
+    return values.pop("extra_special_tokens") if isinstance(values.get("extra_special_tokens"), dict) else {}
 
 
 def _added_tokens_decoder(path: Path, value: Any) -> dict[int, AddedToken]:
@@ -264,11 +274,8 @@ def _special_map(path: Path, special_map: Mapping[str, Any], values: Mapping[str
             _list_of(path, key, value)
         if key in LISTS and isinstance(value, list):
             tokens = [_token(path, key, token) for token in value]
-            configured = values.get("extra_special_tokens")
-            known = configured if key == "extra_special_tokens" and isinstance(configured, list) else []
-            if key == "additional_special_tokens" and configured:
-                continue
-            found["extra_special_tokens"] = known + [token for token in tokens if token not in known]
+            known = (values.get(key) or []) if key == "extra_special_tokens" else []
+            found[key] = known + [token for token in tokens if token not in known]
         elif isinstance(value, dict) and key != "extra_special_tokens":
             found[key] = _added_token(path, key, {**value, "special": True})
         else:
@@ -338,12 +345,11 @@ def _require_named(settings: _Settings, backend: Backend, pipeline: Pipeline | N
 def _add_tokens(settings: _Settings, backend: Backend, pipeline: Pipeline | None) -> None:
     """Those that the ``tokenizer.json`` lacks or has with other flags; as by ``TokenizersBackend.__init__``.
 
-    They get the next ids in the order of those that they should have.
+    They get the next ids in the order of those that they should have. Adding again those that are there makes the named
+    ones special.
     """
-    present = backend.get_added_tokens_decoder()
-    forms = {repr(token) for token in present.values()}
-    tokens: list[Token] = [token for _, token in sorted(settings.added.items()) if repr(token) not in forms]
-    known = {token.content for token in present.values()} | {*map(str, tokens)}
+    tokens: list[Token] = [token for _, token in sorted(settings.added.items())]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()} | {*map(str, tokens)}
     names = {*map(str, settings.named.values())}
     tokens += [token for token in (*settings.named.values(), *settings.extra) if str(token) not in known]
     with library_errors(f"the added tokens of {settings.file.parent} cannot be added"):

@@ -40,17 +40,19 @@ class HuggingFaceTokenizer:
     def __init__(self, file: Path, spec: str, special_tokens: SpecialTokens | None) -> None:
         folder = load_folder(file)
         self.spec = spec
-        self.special = folder.special
+        self.special, self.named = folder.special, folder.named
         self.bos, self.eod = folder.bos, folder.eod
         self._given = special_tokens
         self._backend = folder.backend
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.special_tokens: SpecialTokens = special_tokens or "parse"
-        if folder.splits_special_tokens:
-            self.special_tokens = "text"
         self._encoder = self._backend
         if self.special_tokens == "text":
             self._encoder = _without_special(self._backend, folder.special)
+        elif folder.splits_special_tokens:
+            # All that transformers does: a special token that is a word of the vocabulary too is still found by it.
+            self.special_tokens = "text"
+            self._backend.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return load_tokenizer, (self.spec, self._given)
@@ -101,6 +103,16 @@ class HuggingFaceTokenizer:
             state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
         return state
 
+    def hidden(self) -> list[dict[str, Any]]:
+        """The added tokens that :meth:`state` lacks, as they are text."""
+        tokens = json.loads(self._encoder.to_str())["added_tokens"] if self.special_tokens == "text" else []
+        return [token for token in tokens if token["special"]]
+
+    def whole_state(self) -> dict[str, Any]:
+        """As :meth:`state`, with all special tokens, whether or not they are text."""
+        state: dict[str, Any] = json.loads(self._backend.to_str())
+        return state
+
 
 def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
     """A tokenizer to which ``special`` are no tokens, written in a text: ``backend`` itself if it can be."""
@@ -141,6 +153,7 @@ def _hide(model: dict[str, Any], special: Sequence[str]) -> set[str]:
     if model["type"] == "Unigram":
         model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
     elif hidden:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
     return hidden
 

@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megagap.data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, SpecialTokens, flatten, load_tokenizer
 from megagap.errors import DataError, library_errors
+from megagap.files import read_regular
 
 
 class SentencePieceTokenizer:
@@ -29,8 +30,7 @@ class SentencePieceTokenizer:
                 "--special-tokens parse cannot be had\n"
                 "  give --special-tokens text, or a tokenizer.json made of it, such as transformers saves."
             )
-        with library_errors(f"cannot read {file}"):
-            content = file.read_bytes()
+        content = read_regular(file)
         with library_errors(f"{file} is no sentencepiece model"):
             self._backend = SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = self._backend.vocab_size()

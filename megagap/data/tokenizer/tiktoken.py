@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from megagap.data.tokenizer import SpecialTokens, load_tokenizer
 from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS, without_long_blanks
 from megagap.errors import DataError, library_errors
+from megagap.files import read_regular
 
 NAMED_TOKENS = (
     "<|begin_of_text|>",
@@ -101,8 +102,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     Raises :class:`DataError` for a line that is no such thing, or if ranks or single bytes are missing.
     """
     # The library's own reader says nothing of lines, and caches files by their paths.
-    with library_errors(f"cannot read {file}"):
-        lines = file.read_bytes().splitlines()
+    lines = read_regular(file).splitlines()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -8,6 +8,7 @@
 #   build       megagap with kernels for this GPU; without them the rest goes on with plain torch
 #   training    the step, the loop, resuming and saving against the CPU
 #   mfu         Gaperon 1B's training step, with its kernels by kind
+#   prediction  what tools/trace_step.py says of that step
 #   kernels     bandwidth of each kernel, forward and backward, beside eager, torch.compile, Liger and quack
 #   attention   every back end that torch has, on whole sequences
 #   documents   the same on sequences packed from documents
@@ -79,6 +80,7 @@ stage training 120 "$PYTHON" -m pytest -q -p no:cacheprovider -s tests/gpu/test_
 if [[ $device == cuda ]]; then
     recipe=examples/recipes/gaperon-1b-one-gpu.toml
     stage mfu 90 "$PYTHON" tools/benchmark_mfu.py $recipe --profile 3 --output "$reports"
+    stage prediction 40 "$PYTHON" tools/trace_step.py $recipe --sites 0
     stage kernels 120 "$PYTHON" tests/benchmarks/kernels.py --device cuda --dtypes bfloat16 --rows 32768 --rounds 5 \
         --ops rms_norm add_rms_norm rotary swiglu adamw --output "$reports"
     stage attention 60 "$PYTHON" tests/benchmarks/attention.py --output "$reports"

@@ -12,7 +12,7 @@ from megagap.checkpoint.index import Index
 from megagap.data.agreement import Ids, differing, is_extension, too_large
 from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer
 from megagap.errors import CheckpointError
-from megagap.files import file_errors, write_bytes, write_text
+from megagap.files import file_errors, require_fetched, write_bytes, write_text
 
 if TYPE_CHECKING:
     from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -159,6 +159,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises :class:`CheckpointError`."""
+    require_fetched(path, CheckpointError)
     with file_errors(f"cannot read {path}", path, CheckpointError):
         content = path.read_bytes()
     try:

@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megagap.errors import DataError, library_errors
+from megagap.files import require_fetched
 
 END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
@@ -157,10 +158,13 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
         raise DataError(f"the tokenizer {path} does not exist\n  give the file of a tokenizer, or its folder.")
     if path.is_dir():
         return _find_in_folder(path, forced)
+    require_fetched(path)
     kind = forced or _kind_of(path)
     if kind is None:
+        prefixed = ", ".join(f"{kind}:{path}" for kind in KINDS)
         raise DataError(
-            f"{path} is no tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n  {_hint(path)}"
+            f"{path} is no tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n"
+            f"  if it is one, force its kind: {prefixed}."
         )
     return kind, path
 
@@ -193,9 +197,3 @@ def _start_of(file: Path) -> bytes:
             return opened.read(4096)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _hint(file: Path) -> str:
-    if _start_of(file).startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer: fetch the file itself with git lfs pull."
-    return f"if it is one, force its kind: {', '.join(f'{kind}:{file}' for kind in KINDS)}."

@@ -190,10 +190,10 @@ def _open_missing_streams() -> None:
                 os.close(nowhere)
             else:
                 os.set_inheritable(descriptor, True)
-    # Python has none for a stream that was closed when it started.
-    sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    # Python has none for a stream that was closed when it started; its descriptor may be another file's by now.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _leave(message: str, code: int) -> NoReturn:

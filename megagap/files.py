@@ -143,7 +143,10 @@ def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How the small text starts that Git LFS leaves in place of a file that it has not fetched."""
-GIT_LFS_FAULT = ("is a Git LFS pointer, not the file itself", "fetch the file: git lfs pull, in the folder of the clone.")
+GIT_LFS_FAULT = (
+    "is a Git LFS pointer, not the file itself",
+    "fetch the file: git lfs pull, in the folder of the clone.",
+)
 """What is wrong with such a file, and what to do."""
 
 

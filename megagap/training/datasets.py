@@ -7,7 +7,7 @@ from megagap.config import Source as SourceSettings
 from megagap.data.agreement import Ids, require_agreement
 from megagap.data.plan import unnormalised_weights
 from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.sources import Source, same_pairs
 from megagap.data.validation import ValidationData, open_validation
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ def training_data(settings: Settings) -> TrainingData:
     for phase in phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
+    for complaint in _shared_pairs(phases):
+        log.warning("%s", complaint)
     opened = TrainingData(
         phases,
         train.seed,
@@ -33,6 +35,18 @@ def training_data(settings: Settings) -> TrainingData:
     )
     opened.ids = check_agreement(settings)
     return opened
+
+
+def _shared_pairs(phases: list[Phase]) -> list[str]:
+    """Sources of different names that read the same token files, in words: each counts its own epochs of them."""
+    sources = list({source.name: source for phase in phases for source in phase.sources}.values())
+    return [
+        f"sources {before.name} and {source.name} read the same files: {', '.join(same)}; each goes through them by "
+        "itself, so text comes more often than the epochs of either say"
+        for i, source in enumerate(sources)
+        for before in sources[:i]
+        if (same := same_pairs(source.prefixes, before.prefixes))
+    ]
 
 
 def check_agreement(settings: Settings) -> Ids | None:

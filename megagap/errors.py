@@ -155,6 +155,7 @@ def run_tool(main: Callable[[], None]) -> None:
 
     Anything but a :class:`MegagapError` or OSError is a fault of ours: Python prints its traceback and exits with 1.
     """
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = _StandardOutput(sys.stdout)
     with suppress(AttributeError, OSError):  # messages may hold what the terminal's encoding has not
@@ -167,11 +168,32 @@ def run_tool(main: Callable[[], None]) -> None:
         _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has seen enough (… | head)
+    except (_ReaderGoneError, BrokenPipeError):  # the reader of our output has seen enough (… | head)
         _drop_output()
         sys.exit(0)
     except OSError as error:
         _leave(str(file_system_error(error)), FileSystemError.exit_code)
+
+
+def _open_missing_streams() -> None:
+    """Have streams that are closed (``>&-``, or a daemon's) lead nowhere.
+
+    Else the next files that are opened would take their places, and what libraries print would be written into them.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor, inheritable=True)
+                os.close(nowhere)
+            else:
+                os.set_inheritable(descriptor, True)
+    # Python has none for a stream that was closed when it started; its descriptor may be another file's by now.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -179,7 +201,7 @@ def _leave(message: str, code: int) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except (OSError, MegagapError):
+    except (OSError, MegagapError, _ReaderGoneError):
         _drop_output()
     sys.exit(code)
 
@@ -187,6 +209,10 @@ def _leave(message: str, code: int) -> NoReturn:
 def _drop_output() -> None:
     """Have what is left in standard output's buffer go nowhere: Python would complain about it as it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _ReaderGoneError(Exception):
+    """Nobody reads standard output any more. No OSError: of a BrokenPipeError, rich would make exit code 1."""
 
 
 class _StandardOutput(io.TextIOWrapper):
@@ -213,7 +239,7 @@ class _StandardOutput(io.TextIOWrapper):
         try:
             yield
         except BrokenPipeError:
-            raise
+            raise _ReaderGoneError from None
         except OSError as error:
             _drop_output()
             raise FileSystemError(f"cannot write to standard output: {system_reason(error)}") from None

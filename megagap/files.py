@@ -175,6 +175,28 @@ def require_regular(path: str | Path, kind: type[MegagapError] = DataError) -> N
         raise kind(f"cannot read {path}: it is a named pipe or a device, not a file\n  give a file in its place.")
 
 
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small text starts that Git LFS leaves in place of a file that it has not fetched."""
+GIT_LFS_FAULT = (
+    "is a Git LFS pointer, not the file itself",
+    "fetch the file: git lfs pull, in the folder of the clone.",
+)
+"""What is wrong with such a file, and what to do."""
+
+
+def require_fetched(path: str | Path, kind: type[MegagapError] = DataError) -> None:
+    """Raises ``kind`` if ``path`` is the pointer that Git LFS leaves in place of a file; one that cannot be read
+    passes, for its reader to say why."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(GIT_LFS_POINTER))
+    except (OSError, ValueError):
+        return
+    if start == GIT_LFS_POINTER:
+        what, advice = GIT_LFS_FAULT
+        raise kind(f"{path} {what}\n  {advice}")
+
+
 def allow_more_open_files() -> bool:
     """Raise this process's limit of open files as far as the system lets it; whether that changed anything."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

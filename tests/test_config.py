@@ -177,6 +177,7 @@ def test_broken_toml_and_a_missing_recipe_are_config_errors(tmp_path):
 
 def test_numbers_beyond_any_use_are_faults(recipe):
     assert "must be at most" in faults_of(recipe(), [f"train.steps={2**61}"])
+    assert "must be at most 256" in faults_of(recipe(), ["data.workers=100000"])
     assert "train.steps" in faults_of(recipe(), ["train.steps=1" + "0" * 5000])
 
 

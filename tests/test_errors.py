@@ -72,6 +72,35 @@ def test_a_tool_ends_with_the_code_and_the_message_of_what_happened(body, code, 
     assert ("Traceback" in done.stderr) == (told == "Traceback")
 
 
+@pytest.mark.parametrize("shown", ["print('x' * 100)", "rich.print('x' * 100)"])
+def test_a_reader_that_has_seen_enough_is_no_fault(shown):
+    program = f"import rich\nfrom megagap.errors import run_tool\ndef main():\n    for _ in range(10_000): {shown}\n"
+    told = subprocess.Popen([sys.executable, "-c", program + "run_tool(main)"], stdout=subprocess.PIPE, stderr=-1)
+    assert told.stdout is not None and told.stderr is not None
+    told.stdout.read(10)
+    told.stdout.close()
+    assert (told.wait(), told.stderr.read()) == (0, b"")
+    told.stderr.close()
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [1, 2], [0, 1, 2]])
+def test_a_tool_whose_streams_are_closed_does_its_work_and_writes_into_no_file_by_mistake(tmp_path, closed):
+    program = (
+        "import os, sys; from megagap.errors import run_tool\n"
+        "def main():\n"
+        f"    with open({str(tmp_path / 'out')!r}, 'wb') as file:\n"
+        "        print('to a person'); print('a warning', file=sys.stderr); sys.stdin.read()\n"
+        "        os.write(1, b'a library'); os.write(2, b'a library')\n"
+        "        file.write(b'content')\n"
+        "run_tool(main)"
+    )
+    closing = " ".join(f"{stream}>&-" for stream in closed)
+    command = [*("sh", "-c"), f'exec "$@" {closing}', "sh", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (tmp_path / "out").read_bytes() == b"content"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_behind_standard_output_is_told():
     program = "from megagap.errors import run_tool; run_tool(lambda: print('x' * 100_000))"

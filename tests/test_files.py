@@ -1,6 +1,7 @@
 """Files appear under their name when whole, and what the system refuses is said in one message."""
 
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megagap.errors import CheckpointError, DataError
+from megagap.checkpoint.huggingface_import import read_model_folder
+from megagap.data.documents import read_texts
+from megagap.data.indexed import IndexedDataset
+from megagap.data.tokenizer import load_tokenizer
+from megagap.errors import CheckpointError, DataError, MegagapError
 from megagap.files import (
     LineFile,
     Lock,
@@ -219,3 +224,30 @@ def test_what_the_system_refuses_is_said_with_what_to_do(tmp_path, code):
     first, cure = str(error.value).splitlines()
     assert first == f"data error: cannot write {tmp_path}/a: {os.strerror(number)}"
     assert len(cure) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.txt", lambda path: list(read_texts([path], "text"))),
+        ("a.jsonl", lambda path: list(read_texts([path], "text"))),
+        ("a.jsonl.gz", lambda path: list(read_texts([path], "text"))),
+        ("a.parquet", lambda path: list(read_texts([path], "text"))),
+        ("a_text_document.idx", IndexedDataset),
+        ("a_text_document.bin", IndexedDataset),
+        ("tokenizer.json", load_tokenizer),
+        ("tokenizer.model", load_tokenizer),
+        ("model.safetensors", lambda path: read_model_folder(path.parent)),
+        ("model.safetensors.index.json", lambda path: read_model_folder(path.parent)),
+        ("config.json", lambda path: read_model_folder(path.parent)),
+    ],
+)
+def test_a_file_that_git_lfs_has_not_fetched_is_told(tmp_path, name, read):
+    for beside in ("a_text_document.idx", "a_text_document.bin"):
+        (tmp_path / beside).write_bytes(bytes(200))
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "num_attention_heads": 1}))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(MegagapError, match=rf"{name} is a Git LFS pointer(.|\n)*git lfs pull"):
+        read(tmp_path / name)

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard", type=part, metavar="I/N", help="do part I of N (from 0) of the inputs")
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=worker_count,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="cores to use (default: all)",
@@ -125,6 +125,15 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def worker_count(text: str) -> int:
+    """A number of processes that does not bring the machine down, as one with zeros too many would."""
+    value, cores = positive(text), len(os.sched_getaffinity(0))
+    most = max(64, 8 * cores)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most} on this machine's {cores} cores, not {value}")
     return value
 
 

@@ -13,7 +13,7 @@ from megagap.checkpoint.index import Index
 from megagap.data.agreement import Ids, differing, is_extension, too_large
 from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer, load_tokenizer
 from megagap.errors import CheckpointError, DataError
-from megagap.files import file_errors, write_bytes, write_text
+from megagap.files import file_errors, require_fetched, write_bytes, write_text
 
 if TYPE_CHECKING:
     from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -195,6 +195,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises :class:`CheckpointError`."""
+    require_fetched(path, CheckpointError)
     with file_errors(f"cannot read {path}", path, CheckpointError):
         content = path.read_bytes()
     try:

@@ -27,7 +27,7 @@ from megagap.config import Model, check_rules
 from megagap.data.agreement import Ids
 from megagap.data.tokenizer import Tokenizer, load_tokenizer
 from megagap.errors import CheckpointError, DataError, library_errors
-from megagap.files import file_errors
+from megagap.files import file_errors, require_fetched
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 
@@ -338,6 +338,7 @@ def _open_file(path: Path) -> dict[str, Tensor]:
         if path.is_dir() or path.is_symlink():
             raise CheckpointError(f"{path} is no file\n  download the model again.")
         raise CheckpointError(f"{path} is missing\n  download the model again.")
+    require_fetched(path, CheckpointError)
     # Opened here, since of a file that it may not read the library says that it does not exist; and it takes no names
     # that are not valid UTF-8, which the system's own name of an open file always is.
     with file_errors(f"cannot read {path}", path, CheckpointError):

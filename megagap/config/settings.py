@@ -121,7 +121,7 @@ class Data(Section):
     """Shares of each source's documents for training, validation and test."""
     order: Literal["shuffled", "megatron"] = "shuffled"
     """Order of the samples; `shuffled` depends on the seed and the sample number only, `megatron` on the steps too."""
-    workers: Count = 1
+    workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Threads of each process that read batches ahead; 0: each is read when it is needed."""
     document_mask: bool = False
     """Attend within documents only, count positions from their start, predict nothing across their borders."""

@@ -75,7 +75,7 @@ def _parse_strictly(line: bytes, keys: Sequence[str]) -> Any:
     """
     document = _parse(line)
     try:
-        pairs = json.loads(line, object_pairs_hook=_Pairs)
+        pairs = json.loads(line, object_pairs_hook=_Pairs, parse_int=float)
     except (ValueError, RecursionError):
         return document
     names = [name for name, _ in pairs] if isinstance(pairs, _Pairs) else []
@@ -117,11 +117,12 @@ def _parse(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadDocument("invalid UTF-8", f"not valid UTF-8, so not valid JSON: {error}") from None
     try:
-        return json.loads(text)
+        # A whole number of more than 4,300 digits would be refused; no number's value is used.
+        return json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
         raise BadDocument("invalid JSON", f"not valid JSON at character {error.pos + 1}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadDocument("invalid JSON", f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise BadDocument("invalid JSON", "lists or objects within each other are nested too deeply") from None
 
 
 def _texts_of(document: Any, keys: Sequence[str]) -> tuple[str, ...]:

@@ -24,7 +24,14 @@ from megagap.data.partial import (
     writing_pair,
 )
 from megagap.errors import DataError
-from megagap.files import allow_more_open_files, is_there, pair_prefix, reading, require_regular
+from megagap.files import (
+    allow_more_open_files,
+    is_there,
+    pair_prefix,
+    reading,
+    require_fetched,
+    require_regular,
+)
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 
@@ -53,6 +60,8 @@ class IndexedDataset(Sequence[NDArray[Any]]):
         self.prefix = pair_prefix(prefix)
         self.index_path, self.tokens_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         index_size, tokens_size = _size_of(self.index_path), _size_of(self.tokens_path)
+        for path in (self.index_path, self.tokens_path):
+            require_fetched(path)
         if index_size < HEADER.size:
             raise DataError(
                 f"{self.index_path} is {index_size:,} bytes, shorter than the {HEADER.size} bytes of a header\n"

@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 from megagap.data.format import MAGIC
 from megagap.errors import DataError
+from megagap.files import GIT_LFS_FAULT, GIT_LFS_POINTER
 
 Kind = Literal["lines", "text", "rows"]
 """JSON lines, a plain text, the rows of a Parquet file."""
@@ -48,6 +49,7 @@ OTHER_FORMATS = {
     b"\x89HDF": ("is an HDF5 file", AS_JSON_LINES),
     b"\x93NUMPY": ("is a numpy array", AS_JSON_LINES),
     b"Obj\x01": ("is an Avro file", AS_JSON_LINES),
+    GIT_LFS_POINTER: GIT_LFS_FAULT,
     b"WARC/1.": ("is a web archive (WARC)", "extract the text of its pages first, such as with datatrove."),
 }
 """By what they start with: what they are, and what to do."""

@@ -207,7 +207,8 @@ def shared_pairs(sources: Sequence[Source]) -> list[str]:
     for source in sources:
         files = {file: prefix for prefix in source.prefixes if (file := _file_of(prefix))}
         found += [
-            f"the sources {seen[file]} and {source.name} both read {prefix}: its text comes up for each of them"
+            f"sources {seen[file]} and {source.name} read the same files: {prefix}; each goes through them by "
+            "itself, so text comes up more often than the epochs of either say"
             for file, prefix in files.items()
             if file in seen
         ]

@@ -47,7 +47,7 @@ def test_these_are_documents(line: bytes, text: str) -> None:
         (b"\x00" * 50, "invalid JSON"),
         (b"[" * 100_000, "invalid JSON"),
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid JSON"),
-        (b'{"text": ' + b"9" * 5000 + b'.0, "n": ' + b"9" * 5000 + b"}", "invalid JSON"),
+        (b'{"text": ' + b"9" * 5000 + b'.0, "n": ' + b"9" * 5000 + b"}", "'text' is no text"),
         (b"\xef\xbb\xbf" + one('"a"'), "invalid JSON"),
         (one('"a"', ', "text": "b"'), "key 'text' more than once"),
         (b'{"text": "a", "text": "a", "a b": "x"}', "key 'text' more than once"),
@@ -65,3 +65,10 @@ def test_these_are_faults_of_their_line(line: bytes, reason: str) -> None:
     assert (before, after) == (("b", "x"), ("c", "x"))
     assert isinstance(fault, Fault) and fault.line == 1 and fault.reason == reason
     json.dumps(fault.details).encode()
+
+
+def test_a_number_of_any_length_beside_the_text_is_no_fault():
+    digits = b"9" * 10_000
+    assert documents_in(b'{"id": ' + digits + b', "text": "fine", "a b": ""}') == [("fine", "")]
+    (fault,) = documents_in(b'{"id": ' + digits + b', "text": "one", "text": "two", "a b": ""}')
+    assert isinstance(fault, Fault) and "more than once" in fault.details

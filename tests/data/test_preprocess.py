@@ -59,6 +59,7 @@ def test_files_do_not_depend_on_the_number_of_workers(
     ("line", "message"),
     [
         (b'{"text": "cut', "not valid JSON"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "text": "a"}', "nested too deeply"),
         (b'{"body": "x"}', "no key 'text'; it has 'body'"),
         (b'["text"]', "not a JSON object"),
         (b'{"text": 3}', "is int, not text"),

@@ -27,9 +27,9 @@ def test_sources_that_read_the_same_pair_are_told_whatever_it_is_called(
         ("d", (f"{one}.bin",)),
     )
     told = shared_pairs([Source(*name) for name in names])
-    assert [text.split(":")[0] for text in told] == [
-        f"the sources a and b both read {tmp_path / 'link'}",
-        f"the sources a and d both read {one}.bin",
+    assert [text.split(";")[0] for text in told] == [
+        f"sources a and b read the same files: {tmp_path / 'link'}",
+        f"sources a and d read the same files: {one}.bin",
     ]
     assert shared_pairs([Source("a", (one,)), Source("b", (other,)), Source("c", ("absent",))]) == []
 
@@ -57,4 +57,4 @@ def test_training_tells_of_a_pair_under_two_names(
     twice: list[dict[str, Any]] = [{"path": prefix, "name": name, "weight": 0.5} for name in ("web", "more")]
     with caplog.at_level(logging.WARNING):
         training_data(load_recipe(write_recipe(tmp_path, data={"sources": twice}), []))
-    assert f"the sources web and more both read {prefix}" in caplog.text
+    assert f"sources web and more read the same files: {prefix}" in caplog.text

@@ -31,6 +31,29 @@ def test_held_out_data_that_is_never_evaluated_is_warned_of(tmp_path, caplog):
     assert "data.validation" in record.getMessage() and "train.evaluate_every = 0" in record.getMessage()
 
 
+@pytest.mark.parametrize("in_phases", [False, True])
+@pytest.mark.parametrize("again", ["fr_text_document.bin", "./fr_text_document", "linked_text_document", "fr_*"])
+def test_the_same_files_under_two_names_are_warned_of(tmp_path, caplog, again, in_phases):
+    sources = [{"path": "fr_text_document"}, {"path": again, "name": "more"}]
+    if in_phases:
+        phases = [{"name": f"part {i}", "tokens": 2560, "sources": [source]} for i, source in enumerate(sources)]
+        recipe = write_recipe(tmp_path, data=dict(sources=[], phases=phases), train=dict(steps=0))
+    else:
+        recipe = write_recipe(tmp_path, data=dict(sources=sources))
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"linked_text_document{ending}").symlink_to(tmp_path / f"fr_text_document{ending}")
+    with caplog.at_level(logging.WARNING, "megagap"):
+        training_data(load_recipe(recipe))
+    (record,) = caplog.records
+    assert "sources fr and more read the same files" in record.getMessage()
+
+
+def test_sources_of_other_files_are_not_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "megagap"):
+        training_data(load_recipe(write_recipe(tmp_path)))
+    assert not caplog.records
+
+
 def test_data_made_with_another_tokenizer_than_the_recipes_is_refused(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "un deux trois, one two three"}\n' * 40)
     for name, size in (("first", 275), ("second", 265)):

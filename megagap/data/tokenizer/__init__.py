@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megagap.errors import DataError, library_errors
-from megagap.files import is_there, require_regular
+from megagap.files import is_there, require_fetched, require_regular
 
 END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
@@ -158,10 +158,13 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
     if os.path.isdir(path):
         return _find_in_folder(path, forced)
     require_regular(path)
+    require_fetched(path)
     kind = forced or _kind_of(path)
     if kind is None:
+        prefixed = ", ".join(f"{kind}:{path}" for kind in KINDS)
         raise DataError(
-            f"{path} is no tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n  {_hint(path)}"
+            f"{path} is no tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n"
+            f"  if it is one, force its kind: {prefixed}."
         )
     return kind, path
 
@@ -194,9 +197,3 @@ def _start_of(file: Path) -> bytes:
             return opened.read(4096)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _hint(file: Path) -> str:
-    if _start_of(file).startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer: fetch the file itself with git lfs pull."
-    return f"if it is one, force its kind: {', '.join(f'{kind}:{file}' for kind in KINDS)}."

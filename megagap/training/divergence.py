@@ -1,8 +1,8 @@
 """A run whose updates are skipped: how many in a row, which weights may become a checkpoint, and how the run ends.
 
-A step is skipped where its loss or gradient norm is not finite, or where a loss has no gradient. One such step may be due to its data; a row of them
-means that the weights are ruined. Until an update is made again no checkpoint is written or removed, so that the run
-keeps the last weights that were known to work.
+A step is skipped where its loss or gradient norm is not finite, or where a loss has no gradient. One such step may be
+due to its data; a row of them means that the weights are ruined. Until an update is made again no checkpoint is written
+or removed, so that the run keeps the last weights that were known to work.
 """
 
 import json

@@ -73,7 +73,7 @@ class LostPeerError(DistributedError):
 
 
 class DivergedError(MegagapError):
-    """Training produced losses or gradients that are not finite for too long."""
+    """Training produced losses or gradients that are not finite, or no gradients, for too long."""
 
     kind = "training diverged"
 

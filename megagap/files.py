@@ -361,18 +361,23 @@ class Lock:
                     error.strerror or error,
                 )
             # The holder before may have removed the file after we opened it.
-            try:
-                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
-                    return True
-            except FileNotFoundError:
-                pass
+            if self._is_in_place():
+                return True
             self._file.close()
 
+    def _is_in_place(self) -> bool:
+        """Whether the name still leads to the file that was opened."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
-        """Remove the file, where that is allowed, and let others have the lock."""
+        """Remove the file, where that is allowed and it is still ours, and let others have the lock."""
         if not self._file.closed:
             with suppress(OSError):
-                os.unlink(self._path)
+                if self._is_in_place():
+                    os.unlink(self._path)
             with suppress(OSError):
                 self._file.close()
 

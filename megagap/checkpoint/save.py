@@ -167,6 +167,11 @@ def step_folder_name(step: int) -> str:
     return f"step_{step:08}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def step_folders(checkpoints: Path) -> list[Path]:
     """The folders named as checkpoints, oldest step first."""
     if not checkpoints.is_dir():

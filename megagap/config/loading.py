@@ -84,6 +84,8 @@ def _unexpected(argument: str, name: str) -> str:
     section, _, key = name.partition(".")
     known = section in SECTIONS and key in SECTIONS[section].model_fields
     nearest = name if known else nearest_setting(name) if argument.startswith("-") else None
+    if section in SECTIONS and not known:
+        return f"{usual}\n  settings of {section}: {', '.join(SECTIONS[section].model_fields)}"
     return f"{usual}\n  did you mean --{nearest}?" if nearest else usual
 
 

@@ -129,7 +129,7 @@ def console_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> 
     if record["mfu"] is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
     if record["skipped"]:
-        parts.append("SKIPPED: loss or gradient not finite")
+        parts.append("SKIPPED: no gradient" if record["grad_norm"] == 0 else "SKIPPED: loss or gradient not finite")
     return " | ".join([*parts, f"{duration(seconds_left)} left"])
 
 

@@ -54,6 +54,8 @@ class RunDirectory:
         """Last step begun or loaded, for the status."""
         self.has_begun = False
         self._lock: Lock | None = None
+        self._folder: os.stat_result | None = None
+        """The directory that was opened, whatever has its name later."""
 
     @property
     def checkpoints(self) -> Path:
@@ -89,6 +91,7 @@ class RunDirectory:
             require_writable(self.path / LOCK)
             with file_errors(f"cannot lock {self.path / LOCK}", self.path / LOCK):
                 self._lock = Lock(self.path / LOCK, wait=LOCK_SECONDS)
+            self._folder = os.stat(self.path)
             for folder in (self.checkpoints, self.logs, *([self.tensorboard] if tensorboard else [])):
                 require_writable_folder(folder)
             for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS):
@@ -140,6 +143,25 @@ class RunDirectory:
             raise DistributedError(
                 f"run.dir {self.path} is not shared: {', '.join(blind)} does not see the first rank's files in it\n"
                 "  put it on a file system that all machines mount at the same path."
+            )
+
+    def require_in_place(self) -> None:
+        """Raises :class:`DataError`, and writes nothing more, if the directory that was opened was removed or moved.
+
+        What has been written since is lost or elsewhere, and what has its name now may be another run's.
+        """
+        if self._folder is None:
+            return
+        try:
+            is_in_place = os.path.samestat(self._folder, os.stat(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            is_in_place = False
+        if not is_in_place:
+            self.close()
+            raise DataError(
+                f"run.dir {self.path} was removed, moved or replaced while the run was writing it\n"
+                "  put it back where it was if you can, and start the same command again to go on from its last "
+                "checkpoint; without it the command starts afresh."
             )
 
     def _lock_holder(self) -> str | None:

@@ -1,8 +1,8 @@
 """A run whose updates are skipped: how many in a row, which weights may become a checkpoint, and how the run ends.
 
-A step is skipped where its loss or gradient norm is not finite. One such step may be due to its data; a row of them
-means that the weights are ruined. Until an update is made again no checkpoint is written or removed, so that the run
-keeps the last weights that were known to work.
+A step is skipped where its loss or gradient norm is not finite, or where a loss has no gradient. One such step may be
+due to its data; a row of them means that the weights are ruined. Until an update is made again no checkpoint is written
+or removed, so that the run keeps the last weights that were known to work.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 from megagap.checkpoint import find_latest
 from megagap.checkpoint.index import INDEX_NAME
-from megagap.checkpoint.save import step_folder_name, step_folders
+from megagap.checkpoint.save import step_folder_name, step_folders, step_of
 from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.data.skipping import SampleNumbers
@@ -26,6 +26,9 @@ from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training.datasets import skipped_ranges
 from megagap.training.step import TrainState, next_step_is_sound
 
+PROBLEM = "loss or gradients were not finite, or all gradients zero,"
+"""Why steps are skipped, for messages."""
+
 MOST_SKIPPED = 20
 """Steps in a row whose update may be skipped before the run is given up as diverged."""
 
@@ -36,14 +39,14 @@ SKIPPED, RESUMED = "skipped_step", "updates_resumed"
 class SkippedSteps:
     """Counts the steps without an update in a row, over restarts too.
 
-    A restart makes the steps after its checkpoint again. What earlier starts have counted therefore stays until an
-    update succeeds beyond the last step that they skipped: a run that is stopped and started again before it has
-    skipped enough steps to be given up still ends.
+    A restart makes the steps after its checkpoint again. What earlier starts have counted therefore stays until one of
+    the steps that they skipped, or a later one, is not skipped any more: a run that is stopped and started again before
+    it has skipped enough steps to be given up still ends, and one whose settings were mended starts a new count.
     """
 
-    def __init__(self, before: int = 0, last: int = 0) -> None:
-        """``before``: how many steps earlier starts have skipped in a row, the last of them step ``last``."""
-        self.before, self.last_before = before, last
+    def __init__(self, before: int = 0, first: int = 0) -> None:
+        """``before``: how many steps earlier starts have skipped in a row, the first of them step ``first``."""
+        self.before, self.first_before = before, first
         self.in_a_row = 0
         """Of this start."""
 
@@ -52,8 +55,8 @@ class SkippedSteps:
         """What the run's events tell, for a start after ``step``; the same on every rank."""
         found = DistributedCommunicator(mesh).broadcast(_read_events(run) if run.is_writer else None)
         assert isinstance(found, tuple)
-        before, last = found
-        return cls(before, last) if last > step else cls()
+        before, first, last = found
+        return cls(before, first) if last > step else cls()
 
     @property
     def total(self) -> int:
@@ -65,23 +68,23 @@ class SkippedSteps:
         if not accepted:
             self.in_a_row += 1
             run.event(SKIPPED, step=step, in_a_row=self.total)
-            return
-        if self.in_a_row or (self.before and step > self.last_before):
-            if step > self.last_before:
-                self.before = 0
-                run.event(RESUMED, step=step)
+        elif (self.in_a_row or self.before) and step >= self.first_before:
+            self.before = self.first_before = self.in_a_row = 0
+            run.event(RESUMED, step=step)
+        else:
             self.in_a_row = 0
 
 
-def _read_events(run: RunDirectory) -> tuple[int, int]:
-    """Steps skipped in a row as of the last event of this kind, and the last of them; (0, 0) where the row is over.
+def _read_events(run: RunDirectory) -> tuple[int, int, int]:
+    """Steps skipped in a row as of the last event, the first and the last of them; zeros where the row is over.
 
     Events that cannot be read, such as one that a full disk has cut short, are passed over.
     """
     try:
         lines = (run.path / "events.jsonl").read_bytes().splitlines()
     except OSError:
-        return 0, 0
+        return 0, 0, 0
+    count, first, last = 0, 0, 0
     for line in reversed(lines):
         try:
             event = json.loads(line)
@@ -89,10 +92,11 @@ def _read_events(run: RunDirectory) -> tuple[int, int]:
             if name == RESUMED:
                 break
             if name == SKIPPED:
-                return int(event["in_a_row"]), int(event["step"])
+                in_a_row, step = int(event["in_a_row"]), int(event["step"])
+                count, first, last = count or in_a_row, min(first or step, step), max(last, step)
         except (ValueError, LookupError, TypeError, RecursionError):
             continue
-    return 0, 0
+    return count, first, last
 
 
 def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Mapping[str, float]) -> str | None:
@@ -103,11 +107,11 @@ def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Ma
     The same on every rank.
     """
     if skipped.total:
-        return f"the updates of the last {skipped.total} steps were skipped, as loss or gradients were not finite"
+        return f"the updates of the last {skipped.total} steps were skipped, as {PROBLEM}"
     if any_not_finite(state.optimizer, state.mesh):
         return "weights or moments are not finite"
     if not next_step_is_sound(state, batch):
-        return "the updated weights give a loss or gradients that are not finite"
+        return "the updated weights give a loss or gradients that are not finite, or no gradients"
     bad = [name for name, loss in validation.items() if not math.isfinite(loss)]
     return f"the validation loss of {', '.join(bad)} is not finite" if bad else None
 
@@ -119,16 +123,30 @@ def any_not_finite(optimizer: DistributedOptimizer, mesh: Mesh) -> bool:
     return bool(all_reduce(bad, mesh.world) > 0)
 
 
-def diverged(problem: str, settings: Settings, run: RunDirectory, first: int, last: int) -> DivergedError:
-    """The end of a run at step ``last``, whose loss, gradients or weights are not finite since step ``first``."""
-    batch = settings.train.global_batch_size
-    numbers = SampleNumbers(skipped_ranges(settings.train))
-    samples = f"{numbers.number((first - 1) * batch)}:{numbers.number(last * batch - 1) + 1}"
+def diverged(
+    problem: str, settings: Settings, run: RunDirectory, first: int, last: int, start: int = 0
+) -> DivergedError:
+    """The end of a run at step ``last``, whose loss, gradients or weights are not finite since step ``first``.
+
+    ``start``: the step that this start of the run went on from.
+    """
+    samples = ", ".join(f'"{text}"' for text in _samples_to_leave_out(settings, run, first, last, start))
     return DivergedError(
         f"{problem}\n  {_where_to_go_on(settings, run, first)}\n"
         "  Change what made it diverge: a lower optim.lr or a longer optim.warmup_steps; or leave out the samples of "
-        f"these steps with --train.skip_samples '[\"{samples}\"]'."
+        f"these steps with --train.skip_samples '[{samples}]'."
     )
+
+
+def _samples_to_leave_out(settings: Settings, run: RunDirectory, first: int, last: int, start: int) -> list[str]:
+    """``train.skip_samples`` with the samples of the steps ``first`` to ``last`` added, and of the step before: its
+    update may have ruined the weights. What comes before the checkpoint to go on from cannot be left out any more."""
+    batch = settings.train.global_batch_size
+    good = last_good(run)
+    made = max(start, first - 2, 0 if good is None else step_of(good))
+    numbers = SampleNumbers(skipped_ranges(settings.train))
+    added = f"{numbers.number(made * batch)}:{numbers.number(last * batch - 1) + 1}"
+    return [*settings.train.skip_samples, added]
 
 
 def _where_to_go_on(settings: Settings, run: RunDirectory, first: int) -> str:

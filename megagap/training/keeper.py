@@ -29,7 +29,11 @@ class CheckpointKeeper:
             self.drop_old()
 
     def save_if_fit(self, batch: Batch, validation: Mapping[str, float]) -> bool:
-        """Write the checkpoint of this step unless :func:`unfit`; whether it was written. All numbers must be known."""
+        """Write the checkpoint of this step unless :func:`unfit`; whether it was written. All numbers must be known.
+
+        Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written.
+        """
+        self.run.require_in_place()
         reason = unfit(self.state, batch, self.skipped, validation)
         if reason is None:
             if self._untried is not None:

@@ -14,7 +14,7 @@ from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.parallel.mesh import Mesh
-from megagap.training.divergence import MOST_SKIPPED, SkippedSteps, diverged
+from megagap.training.divergence import MOST_SKIPPED, PROBLEM, SkippedSteps, diverged
 from megagap.training.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Recorder:
     def __init__(
         self, settings: Settings, mesh: Mesh, run: RunDirectory, step: int, skipped: SkippedSteps | None = None
     ) -> None:
-        self.settings, self.mesh, self.run = settings, mesh, run
+        self.settings, self.mesh, self.run, self.start = settings, mesh, run, step
         self.metrics: MetricsFile | None = None
         self.tensorboard: TensorBoard | None = None
         if run.is_writer:
@@ -114,8 +114,8 @@ class Recorder:
         """The end of a run whose last updates, up to ``step``, were all skipped."""
         count, here = self.skipped.total, self.skipped.in_a_row
         starts = f" ({count - here} of them in earlier starts)" if count > here else ""
-        problem = f"loss or gradients were not finite for {count} steps in a row{starts}, up to step {step}"
-        return diverged(problem, self.settings, self.run, step - here + 1, step)
+        problem = f"{PROBLEM} for {count} steps in a row{starts}, up to step {step}"
+        return diverged(problem, self.settings, self.run, step - here + 1, step, self.start)
 
     def sync(self) -> None:
         """Bring all records so far to the disk."""

@@ -99,7 +99,8 @@ def end_of_diverged(recorder: Recorder, reason: str, last: int) -> DivergedError
     """A run that has made its last step, after which the weights are not fit to be kept."""
     if recorder.skipped.total:
         return recorder.too_many_skipped(last)
-    return diverged(f"after step {last}, the last one, {reason}", recorder.settings, recorder.run, last, last)
+    problem = f"after step {last}, the last one, {reason}"
+    return diverged(problem, recorder.settings, recorder.run, last, last, recorder.start)
 
 
 def tell_stop(run: RunDirectory, asked_by: str, step: int, withheld: str | None) -> None:

@@ -93,8 +93,34 @@ def test_a_checkpoint_that_was_due_in_a_row_of_skipped_steps_is_written_after_it
 def test_the_samples_of_the_skipped_steps_are_named_as_the_setting_that_leaves_them_out(workers, recipe):
     skip = 'train.skip_samples=["10:13"]'
     ((_, message),) = workers.run(1, train_with_skipped, recipe, [skip], set(range(5, 99)))
-    # Steps 5 to 25 of 8 samples each are positions 32 to 199; 3 numbers are left out before.
-    assert "'[\"35:203\"]'" in message
+    # Steps 5 to 25 of 8 samples each, and step 4, whose update came before, are positions 24 to 199; 3 numbers are left
+    # out before, and stay so.
+    assert """'["10:13", "27:203"]'""" in message
+
+
+@pytest.mark.parametrize(("precision", "lr"), [("fp32", 1e6), ("fp32", 1e20), ("bf16-mixed", 1e8)])
+def test_weights_so_large_that_norms_hide_them_are_no_checkpoint_and_no_end(workers, tmp_path, recipe, precision, lr):
+    layout = [f"train.precision={precision}", "optim.schedule=constant", "train.evaluate_every=0"]
+    workers.run(1, train_with_skipped, recipe, [*layout, "train.steps=3"], set())
+    ruinous = [f"optim.lr={lr}", "optim.warmup_steps=0"]
+    for steps in (4, 30):
+        ((kind, _),) = workers.run(1, train_with_skipped, recipe, [*layout, *ruinous, f"train.steps={steps}"], set())
+        assert kind == "failed" and folders(tmp_path / "run") == ["step_00000003"]
+
+
+@pytest.mark.parametrize("end", ["in the row", "at its first step"])
+def test_the_samples_that_a_message_names_can_be_left_out(workers, tmp_path, recipe, end):
+    skipped = range(4, 99) if end == "at its first step" else range(5, 99)
+    ((_, message),) = workers.run(1, train_with_skipped, recipe, ["optim.schedule=constant"], set(skipped))
+    setting = message.split("--train.skip_samples '")[1].split("'")[0]
+    again = ["optim.schedule=constant", f"train.skip_samples={setting}"]
+    assert workers.run(1, train_with_skipped, recipe, again, set()) == [("done", "")]
+
+
+def test_a_run_whose_settings_were_mended_starts_a_new_count(workers, tmp_path, recipe):
+    constant = ["optim.schedule=constant"]
+    assert workers.run(1, train_with_skipped, recipe, constant, set(range(5, 99)))[0][0] == "failed"
+    assert workers.run(1, train_with_skipped, recipe, constant, {8}) == [("done", "")]
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2}], ids=str)
@@ -180,10 +206,10 @@ def test_a_stop_in_a_row_of_skipped_steps_tells_from_where_the_run_goes_on(worke
     assert "step_00000003" in status["message"] and folders(tmp_path / "run") == ["step_00000003"]
 
 
-def test_progress_beyond_the_skipped_steps_ends_the_count(workers, tmp_path, recipe):
+def test_an_update_at_a_step_that_was_skipped_ends_the_count(workers, tmp_path, recipe):
     workers.run(1, train_until_stopped, recipe, set(range(5, 9)), 8)
-    workers.run(1, train_until_stopped, recipe, set(), 12)  # from step 3: all well, beyond step 8
-    assert [event["step"] for event in events(tmp_path / "run", "updates_resumed")] == [9]
+    workers.run(1, train_until_stopped, recipe, set(), 12)  # from step 3: all well
+    assert [event["step"] for event in events(tmp_path / "run", "updates_resumed")] == [5]
     ((kind, message),) = workers.run(1, train_with_skipped, recipe, ["optim.schedule=constant"], set(range(1, 99)))
     assert kind == "failed" and "earlier starts" not in message
 

@@ -15,9 +15,11 @@ from megagap.errors import ConfigError, DataError, DistributedError
 from megagap.observe import run_directory
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.training import trainer
 from megagap.training.launch import chosen_threads
 from megagap.training.requests import Requests
 from tests.recipes import write_recipe
+from tests.training_run import train_recipe
 
 
 def open_directory(rank: int, ranks: int, recipe: Path, shared: bool) -> str:
@@ -211,3 +213,50 @@ def test_threads_that_are_no_number_are_refused(monkeypatch, value):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     with pytest.raises(ConfigError, match=r"OMP_NUM_THREADS=.* must be a number of threads"):
         chosen_threads()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_directory_that_is_gone_ends_the_run_before_it_writes_into_another(tmp_path, how):
+    run = RunDirectory(tmp_path / "run", is_writer=True)
+    run.open()
+    run.require_in_place()
+    if how == "removed":
+        shutil.rmtree(run.path)
+    else:
+        run.path.rename(tmp_path / "elsewhere")
+    other = RunDirectory(tmp_path / "run", is_writer=True)
+    if how == "replaced":
+        other.open()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="run was removed, moved or replaced"):
+        run.require_in_place()
+    run.fail("gone")
+    left = sorted(tmp_path.rglob("*"))
+    assert [path for path in left if path != tmp_path / "elsewhere/lock"] == [
+        path for path in before if path != tmp_path / "elsewhere/lock"
+    ]
+    assert (tmp_path / "run/lock").exists() == (how == "replaced")
+    other.close()
+
+
+def train_without_its_directory(rank, ranks, recipe):
+    """Train, with the run directory removed in the second step; the message of the end."""
+    step = trainer.train_step
+
+    def removing_step(state, batch, poll):
+        if state.step == 1:
+            shutil.rmtree(recipe.parent / "run")
+        return step(state, batch, poll)
+
+    try:
+        with patch.object(trainer, "train_step", removing_step):
+            train_recipe(rank, ranks, recipe, [])
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_whose_directory_is_removed_does_not_finish_without_its_metrics(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train={"steps": 4}, checkpoint={"every": 3}, model={"num_hidden_layers": 1})
+    (message,) = workers.run(1, train_without_its_directory, recipe)
+    assert "run was removed, moved or replaced while" in message and not (tmp_path / "run/checkpoints").exists()

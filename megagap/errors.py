@@ -153,7 +153,7 @@ def file_system_error(error: OSError) -> FileSystemError:
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command-line ``main`` and exit: 0 when done, the error's code (2) and message on a user's fault.
 
-    Anything but a :class:`MegagapError` or OSError is a fault of ours: Python prints its traceback and exits with 1.
+    Anything but a :class:`MegagapError` or OSError is a bug in megagap: Python prints its traceback and exits with 1.
     """
     _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):

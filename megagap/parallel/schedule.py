@@ -133,7 +133,7 @@ def validate(programs: Sequence[Sequence[Action]], microbatches: int, chunks: in
     """Prove that all stages' programs together are complete and cannot deadlock.
 
     Transfers follow NCCL's model: a batch ends when the peers have posted the other side of everything in it, and
-    messages of one ordered pair arrive in the order in which they were sent. Asserts otherwise: a fault of ours.
+    messages of one ordered pair arrive in the order in which they were sent. Asserts otherwise: a bug in megagap.
     """
     for stage, program in enumerate(programs):
         _check_data_flow(stage, program, len(programs), chunks)

@@ -109,8 +109,8 @@ def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
     """Ends the process with the block: 0 when done, an error's code and message on a fault that is not ours, 1 with a
     traceback on one of ours.
 
-    An OSError is no fault of ours: it says what the system refused. Yields a list of functions to be told why the run
-    failed.
+    An OSError is not a bug in megagap: it says what the system refused. Yields a list of functions to be told why the
+    run failed.
     """
     on_failure: list[Callable[[str], None]] = []
     # Until the run's own log is open, faults are printed here only, not by logging's last resort too.

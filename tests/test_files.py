@@ -140,7 +140,7 @@ def test_a_lock_that_is_held_names_its_holder_and_can_be_waited_for(tmp_path):
     Lock(tmp_path / "lock", wait=60).release()
 
 
-def test_lines_are_seen_at_once_and_a_torn_one_swallows_none(tmp_path):
+def test_lines_are_seen_at_once_and_an_unfinished_one_swallows_none(tmp_path):
     (tmp_path / "a").write_text('{"x"')
     lines = LineFile(tmp_path / "a")
     lines.append("é")

@@ -14,13 +14,6 @@ ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Root mean square, as a share of the exact result's."""
 
 
-@pytest.fixture
-def gpu() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double().cpu() - exact).norm() / exact.norm())
 

@@ -24,13 +24,6 @@ MODEL: dict[str, Any] = dict(
 """Heads of 64: every attention kernel takes them."""
 
 
-@pytest.fixture
-def gpu() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def train(recipe: Path, overrides: list[str], device: torch.device) -> list[dict[str, Any]]:
     """As ``python -m megagap.train`` does; the metrics."""
     settings = load_recipe(recipe, overrides, 1)

@@ -32,6 +32,11 @@ def _escaped(surrogate: int) -> str:
     return f"\\x{surrogate - 0xDC00:02x}" if is_byte else f"\\u{surrogate:04x}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """``1 step``, ``2,000 steps``; ``plural``: of a noun that takes more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 class MegagapError(Exception):
     """Base of all errors caused by input, settings or surroundings rather than by a bug of ours."""
 

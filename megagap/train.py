@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from megagap.checkpoint import find_model
 from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
 from megagap.errors import run_tool
 from megagap.observe.run_directory import RunDirectory, log_to, log_to_console
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> None:
     process = Process.from_environment()
     with launch.orderly_exit(process) as on_failure:
         log_to_console(logging.WARNING)
-        settings = load_recipe(recipe, parse_overrides(overrides), process.world_size)
+        settings = load_recipe(recipe, parse_overrides(overrides), process.world_size, find_model=find_model)
         device = launch.start(process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
@@ -46,6 +47,8 @@ def main(arguments: list[str]) -> None:
         run.require_shared(communicator)
         log_to(run.logs, process.rank)
         log.info("run directory %s", run.path)
+        for note in settings.notes:
+            log.info("%s", note)
         train(settings, mesh, run)
         run.close()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from megagap.checkpoint import find_model
 from megagap.config import load_recipe
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory, log_to
@@ -15,7 +16,7 @@ from megagap.training.trainer import train
 
 def train_recipe(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """To be run by :class:`tests.workers.Workers`; returns the metrics on rank 0."""
-    settings = load_recipe(recipe, overrides, ranks)
+    settings = load_recipe(recipe, overrides, ranks, find_model=find_model)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
     run = RunDirectory(Path(settings.run.dir), is_writer=rank == 0)
     run.open()

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megagap.benchmark import benchmark
+from megagap.checkpoint import find_model
 from megagap.config import load_recipe, parse_overrides
 from megagap.errors import run_tool
 from megagap.files import require_writable, write_text, writing
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     process = Process.from_environment()
     with launch.orderly_exit(process):
         log_to_console(logging.WARNING)
-        settings = load_recipe(options.recipe, parse_overrides(rest), process.world_size, needs_data=False)
+        settings = load_recipe(
+            options.recipe, parse_overrides(rest), process.world_size, needs_data=False, find_model=find_model
+        )
         if options.output and process.rank == 0:
             require_writable(options.output / "benchmark.json")  # before the time is spent
         mesh = make_mesh(settings, process, launch.start(process))

@@ -94,10 +94,11 @@ def inspect_dataset(prefix: str, documents: int, tokenizer_spec: str, verify: bo
 
 
 def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: str, as_json: bool) -> None:
+    from megagap.checkpoint import find_model
     from megagap.config import load_recipe, parse_overrides
     from megagap.training.datasets import training_data
 
-    settings = load_recipe(recipe, parse_overrides(arguments))
+    settings = load_recipe(recipe, parse_overrides(arguments), find_model=find_model)
     if step > settings.train.steps:
         raise ConfigError(f"--step {step} is beyond the end: the run's last step is {settings.train.steps}")
     samples = step_samples(training_data(settings), settings.train.global_batch_size, step)
@@ -109,11 +110,12 @@ def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: s
 
 
 def inspect_plan(recipe: str, arguments: list[str], output: str, as_json: bool) -> None:
+    from megagap.checkpoint import find_model
     from megagap.config import load_recipe, parse_overrides
     from megagap.training.datasets import training_data
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    settings = load_recipe(recipe, parse_overrides(arguments))
+    settings = load_recipe(recipe, parse_overrides(arguments), find_model=find_model)
     planned = plan(training_data(settings), settings.train.global_batch_size, settings.train.steps)
     if output:
         draw_plan(planned, output)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from processes import kill_tree
 
-from megagap.checkpoint import load_model
+from megagap.checkpoint import find_model, load_model
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.data.validation import ValidationData
 from megagap.errors import DataError, MegagapError, run_tool
@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         case "run-and-kill":
             run_and_kill(arguments.run, rest)
         case "entropy":
-            print_entropies(load_recipe(arguments.recipe, parse_overrides(rest)))
+            print_entropies(load_recipe(arguments.recipe, parse_overrides(rest), find_model=find_model))
         case "report":
-            report(load_recipe(arguments.recipe, parse_overrides(rest)))
+            report(load_recipe(arguments.recipe, parse_overrides(rest), find_model=find_model))
 
 
 # --------------------------------------------------------------------------------------------------- before training

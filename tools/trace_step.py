@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megagap.checkpoint import find_model
 from megagap.config import load_recipe, parse_overrides
 from megagap.errors import run_tool
 from megagap.planning.devices import known_devices, load_device
@@ -49,7 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--world-size, --product-tflops and --bandwidth-tb must be positive, --sites at least 0")
 
     device = load_device(options.device).with_rates(*rates)
-    settings = load_recipe(options.recipe, parse_overrides(rest), options.world_size, needs_data=False)
+    settings = load_recipe(
+        options.recipe, parse_overrides(rest), options.world_size, needs_data=False, find_model=find_model
+    )
     trace = trace_step(settings, device, options.world_size)
     if options.output:
         output = options.output / "step.png" if options.output.is_dir() else options.output

@@ -8,6 +8,7 @@ from megagap.checkpoint.index import Chunk, Index, StoredFile, StoredTensor, rec
 from megagap.checkpoint.load import find_latest, load_slices, load_tensor, resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
 from megagap.checkpoint.save import Communicator, SingleProcess, prune, save_checkpoint
+from megagap.checkpoint.starting_point import find_model
 
 __all__ = [
     "Chunk",
@@ -18,6 +19,7 @@ __all__ = [
     "StoredFile",
     "StoredTensor",
     "find_latest",
+    "find_model",
     "load_model",
     "load_slices",
     "load_tensor",

@@ -19,7 +19,7 @@ _Count = Annotated[int, Field(ge=0, le=2**60)]
 
 
 class _Part(BaseModel):
-    # What else the state holds (layout, logging, …) says how a run was made, and rules nothing.
+    # What else the state holds (layout, logging, …) says how a run was made, and decides nothing.
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
@@ -36,6 +36,9 @@ class ModelState(_Part):
     """What every checkpoint holds."""
 
     model: Model
+    """As last trained: with the ``rope_theta`` of the phase."""
+    recipe_rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """``model.rope_theta`` of the recipe, which holds in phases that have none of their own."""
     ids: IdsState | None = None
 
 
@@ -90,6 +93,12 @@ def read_model(folder: Path, index: Index) -> Model:
     Raises :class:`CheckpointError` naming the folder and the field.
     """
     return _sound(folder, index, _validated(folder, index, ModelState).model)
+
+
+def read_recipe_model(folder: Path, index: Index) -> Model:
+    """:func:`read_model`, but as the recipe had it: phases may train with another ``rope_theta`` meanwhile."""
+    model, theta = read_model(folder, index), _validated(folder, index, ModelState).recipe_rope_theta
+    return model.model_copy(update={"rope_theta": theta}) if theta else model
 
 
 def read_ids(folder: Path, index: Index) -> Ids | None:

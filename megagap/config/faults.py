@@ -4,13 +4,16 @@ import difflib
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from megagap.config.settings import SECTIONS, SampleRange, Section
+from megagap.config.describe import as_argument, describe, example, plain
+from megagap.config.settings import SECTIONS, Section
+from megagap.errors import counted
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,22 @@ class Fault:
     message: str
 
 
-def from_pydantic(name: str, value: Any, annotation: Any, detail: Any) -> Fault:
-    """What pydantic finds wrong with the ``value`` given for a setting of this annotation, in words of ours."""
+def from_pydantic(name: str, value: Any, annotation: Any, detail: Any, *, typed: bool = False) -> Fault:
+    """What pydantic finds wrong with the ``value`` given for a setting of this annotation, in words of ours.
+
+    ``typed``: the value was given on the command line, and examples are written as they are typed there.
+    """
     if detail["type"] == "extra_forbidden":
         return _unknown_in_table(name, _place(detail["loc"]), detail["input"])
+    whole = annotation
     # Tuples are told as a whole: of one that is too short, pydantic names the item that is not there.
     place = detail["loc"] if detail["type"] != "missing" or isinstance(detail["loc"][-1], str) else detail["loc"][:-1]
     place, value, annotation = _descend(place, value, annotation)
+    # Within a list or table of the command line, the example of a part is TOML, and the whole is what has to be typed.
+    within = typed and bool(place)
+    again = f"; type it as --{name} {as_argument(example(whole))}" if within else ""
     if detail["type"] == "missing" and place == detail["loc"]:
-        return Fault(name + _place(place), None, f"is required: {describe(annotation)}")
+        return Fault(name + _place(place), None, f"is required: {describe(annotation)}{again}")
     context = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in detail.get("ctx", {}).items()}
     messages = {
         "greater_than_equal": "must be at least {ge}",
@@ -40,14 +50,17 @@ def from_pydantic(name: str, value: Any, annotation: Any, detail: Any) -> Fault:
         "multiple_of": "must be a multiple of {multiple_of}",
         "finite_number": "must be a finite number",
         "int_parsing_size": "has too many digits",
+        "too_short": "must not be empty",
         "string_pattern_mismatch": 'must look like "1000:2000"',
-        "literal_error": "possible here: {expected}",
     }
     # Of a choice between types, pydantic tells what each of them lacks.
     template = messages.get(detail["type"]) if place == detail["loc"] else None
     if template is None:
-        return Fault(name + _place(place), value, f"must be {describe(annotation)}{_hint(value, annotation)}")
-    return Fault(name + _place(place), value, template.format(**context))
+        typed = typed and not within
+        message = f"must be {describe(annotation, typed=typed)}{_hint(value, annotation, typed)}"
+    else:
+        message = template.format(**context)
+    return Fault(name + _place(place), value, message + again)
 
 
 def _place(location: Sequence[int | str]) -> str:
@@ -57,7 +70,7 @@ def _place(location: Sequence[int | str]) -> str:
 def _descend(location: Sequence[int | str], value: Any, annotation: Any) -> tuple[tuple[int | str, ...], Any, Any]:
     """Follow ``location`` into the value and its annotation, up to a choice between types: that is told as a whole."""
     for depth, part in enumerate(location):
-        annotation = _plain(annotation)
+        annotation = plain(annotation)
         if get_origin(annotation) in (Union, UnionType):
             return tuple(location[:depth]), value, annotation
         if isinstance(part, int):
@@ -69,74 +82,26 @@ def _descend(location: Sequence[int | str], value: Any, annotation: Any) -> tupl
     return tuple(location), value, annotation
 
 
-def _plain(annotation: Any) -> Any:
-    """Without constraints, and without the None of what may be left out."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
-        if len(kinds) == 1:
-            return _plain(kinds[0])
-    return annotation
-
-
-_KINDS: dict[Any, str] = {
-    int: "a whole number, such as 10",
-    float: "a number, such as 0.001 or 3e-4",
-    bool: "true or false",
-    str: 'text in quotes, such as "name"',
-}
-_EXAMPLES = {
-    "path": '"prefix_text_document"',
-    "sources": '[{path = "prefix_text_document", weight = 1.0}]',
-    "rope_type": '"llama3"',
-}
-
-
-def describe(annotation: Any) -> str:
-    """What a setting must be, with an example as TOML writes it."""
-    annotation = _plain(annotation)
-    if annotation in _KINDS:
-        return _KINDS[annotation]
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(json.dumps, get_args(annotation)))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(map(describe, get_args(annotation)))
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return f"a table, such as {_example(annotation)}"
-    count = f"{len(get_args(annotation))} values" if get_origin(annotation) is tuple else "a list"
-    return f"{count} in brackets, such as {_example(annotation)}"
-
-
-def _example(annotation: Any) -> str:
-    annotation = _plain(annotation) if annotation != SampleRange else annotation
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        fields = {key: field for key, field in annotation.model_fields.items() if key != "name" or field.is_required()}
-        parts = [f"{key} = {_EXAMPLES.get(key) or _example(field.annotation)}" for key, field in fields.items()]
-        return "{" + ", ".join(parts[:4]) + (", …}" if len(parts) > 4 else "}")
-    if get_origin(annotation) is tuple:
-        return "[0.9, 0.95]"
-    if get_origin(annotation) is list:
-        return f"[{_example(get_args(annotation)[0])}]"
-    examples = {int: "2", float: "1.0", bool: "true", str: '"name"', SampleRange: '"1000:2000"'}
-    return examples.get(annotation, '"…"')
-
-
-def _hint(value: Any, annotation: Any) -> str:
-    """How TOML would write what was probably meant."""
-    annotation = _plain(annotation)
+def _hint(value: Any, annotation: Any, typed: bool) -> str:
+    """How to write what was probably meant."""
+    annotation = plain(annotation)
     meant = _meant(value, annotation)
     if type(value) is int and annotation is float:
         return "; this has too many digits"
     if meant is not None:
-        return f"; write {meant}"
+        return f"; write {shlex.quote(meant) if typed else meant}"
+    if get_origin(annotation) is Literal:
+        near = difflib.get_close_matches(str(value), list(map(str, get_args(annotation))), n=1)
+        return f"; did you mean {near[0] if typed else json.dumps(near[0])}?" if near else ""
     if isinstance(value, str):
         if value.strip().lower() in ("none", "null", "nil", ""):
-            return "; leave the setting out to have its default"
+            return "; leave the setting out for its default"
         if re.fullmatch(r"[+-]?[0-9_]{19,}", value):
             return "; this has too many digits"
         if value.count("[") > value.count("]") or value.count("{") > value.count("}"):
             return "; a bracket is not closed"
+        if typed and value.startswith(("[", "{")) and '"' not in value and "'" not in value:
+            return " in single quotes: without them, the shell takes the inner ones away"
     return ""
 
 
@@ -153,7 +118,7 @@ def _meant(value: Any, annotation: Any) -> str | None:
     if isinstance(value, str) and annotation in (int, float):
         return _number(value, annotation)
     if isinstance(value, str) and get_origin(annotation) in (list, tuple):
-        inner = _plain(get_args(annotation)[0])
+        inner = plain(get_args(annotation)[0])
         if isinstance(inner, type) and issubclass(inner, Section):
             known = "path" in inner.model_fields and re.fullmatch(r"[^\[\]{}=,\"']+", value)
             return f"[{{path = {json.dumps(value)}}}]" if known else None
@@ -230,11 +195,11 @@ def nearest_setting(name: str) -> str | None:
 
 
 def syntax_fault(path: Path, text: str, error: ValueError | RecursionError) -> str:
-    """Where ``text`` is not TOML, and why."""
+    """Why ``text`` is not valid TOML, and where."""
     if isinstance(error, RecursionError):
         return f"{path} is not valid TOML: its values are nested too deeply"
     if "\0" in text:
-        return f"{path} is not valid TOML: it holds NUL characters; is it a text file?"
+        return f"{path} is not valid TOML: it has NUL characters; is it a text file?"
     if _looks_like_json(text):
         return f"{path} is not valid TOML: it looks like JSON\n  a recipe has lines such as steps = 100 below [train]."
     lines = text.split("\n")
@@ -250,7 +215,7 @@ def syntax_fault(path: Path, text: str, error: ValueError | RecursionError) -> s
 
 
 _OF_VALUES = ("Invalid value", "Expected newline or end of document after a statement")
-"""tomllib's words for a value that it does not know, or of which it knows the beginning only."""
+"""tomllib's words for a value that it cannot read, or only the beginning of."""
 
 
 def _looks_like_json(text: str) -> bool:
@@ -262,7 +227,7 @@ def _looks_like_json(text: str) -> bool:
 
 
 def _lower(message: str) -> str:
-    known = {"Cannot overwrite a value": "this key is given twice", "Invalid value": "no value that TOML knows"}
+    known = {"Cannot overwrite a value": "this key is given twice", "Invalid value": "not a TOML value"}
     return known.get(message, message[:1].lower() + message[1:])
 
 
@@ -277,7 +242,7 @@ def _line_hint(line: str) -> str:
         meant = json.dumps(value, ensure_ascii=False)
     missing = value.lower() in ("none", "null", "nil")
     if missing:
-        return "\n  leave the line out to have the default"
+        return "\n  leave the line out for the default"
     return f"\n  write {key.strip()} = {meant}" if meant else ""
 
 
@@ -288,8 +253,8 @@ def render(path: Path, faults: Sequence[Fault]) -> str:
         lines.append((fault.setting if shown is None else f"{fault.setting} = {shown}", fault.message))
     lines = list(dict.fromkeys(lines))
     width = min(max(len(left) for left, _ in lines), 48)
-    count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
-    return f"{count} in {path}\n" + "\n".join(f"  {left:<{width}}  {message}" for left, message in lines)
+    listed = "\n".join(f"  {left:<{width}}  {message}" for left, message in lines)
+    return f"{counted(len(lines), 'fault')} in {path}\n{listed}"
 
 
 def _shown(value: Any) -> str:

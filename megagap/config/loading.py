@@ -5,18 +5,20 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from importlib.resources import files
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from megagap.config.describe import annotation_of, as_argument, example, plain
 from megagap.config.faults import Fault, from_pydantic, nearest_setting, render, syntax_fault, unknown
+from megagap.config.model_section import FindModel, apply_preset, find_stored, missing_settings, origin_notes
+from megagap.config.paths import absolute, run_directory, unusable_text
 from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
 from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
-from megagap.errors import ConfigError, system_reason
+from megagap.errors import CheckpointError, ConfigError, system_reason
 from megagap.files import pair_prefix
 
 MAX_RECIPE_BYTES = 1 << 24
@@ -26,35 +28,64 @@ _Section = TypeVar("_Section", bound=Section)
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None, *, needs_data: bool = True
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    *,
+    needs_data: bool = True,
+    find_model: FindModel | None = None,
 ) -> Settings:
     """Read a TOML recipe and ``section.key=value`` overrides into checked, resolved settings.
 
     ``world_size``: the number of processes, if known; the layout is then checked against it. ``needs_data``: whether
-    ``data.sources`` must be given, and the tokenizer be there if one is.
-    Raises :class:`ConfigError` with every fault found.
+    ``data.sources`` must be given, and the tokenizer be there if one is. ``find_model``: where settings of ``[model]``
+    come from that the recipe leaves out; None: it must give them.
+    Raises :class:`ConfigError` with every fault found, and :class:`CheckpointError` if that is the only one.
     """
     path = Path(path)
     tree = _read_toml(path)
     faults = [fault for override in overrides for fault in _apply_override(tree, override)]
+    typed = {override.partition("=")[0] for override in overrides}
     faults += _set_planned_aside(tree)
-    faults += _apply_preset(tree)
-    values, section_faults = _validate(tree)
+    faults += apply_preset(tree)
+    stored, unreadable = None, None
+    try:
+        stored = find_stored(tree, path, find_model) if find_model else None
+    except CheckpointError as error:
+        unreadable = error
+    if stored:
+        tree["model"] = stored.settings.model_dump(mode="json", exclude={"preset"}) | tree.get("model", {})
+    values, section_faults = _validate(tree, typed)
     faults += section_faults
     faults += check_rules(values, world_size, needs_data)
-    folder = _absolute(path.parent, "the recipe's folder")
+    folder = absolute(path.parent, "the recipe's folder")
     faults += _tokenizer_exists(values.get("data.tokenizer"), folder) if needs_data else []
+    if unreadable:
+        if not faults:
+            raise unreadable
+        faults.append(Fault("model", None, f"is to come from a checkpoint: {unreadable.args[0]}"))
+    else:
+        faults += missing_settings(tree, path)
     if faults:
         raise ConfigError(render(path, faults))
-    settings = _resolve(Settings.model_validate(tree), folder, path.stem)
+    given = Settings.model_validate(tree)
+    settings = _resolve(given, folder, path)
     for place in (
         settings.run.dir,
         settings.data.tokenizer,
         *(path for source in _all_sources(settings) for path in source.paths),
     ):
-        if fault := _unusable_text(place):
+        if fault := unusable_text(place):
             raise ConfigError(f"the path {place} {fault}")
-    return settings
+    return settings.with_notes([*origin_notes(stored, given.model), *_ending_notes(given, folder)])
+
+
+def _ending_notes(settings: Settings, folder: Path) -> Iterator[str]:
+    """Of sources that are named by a file of theirs."""
+    for name in dict.fromkeys(path for source in _all_sources(settings) for path in source.paths):
+        ending = Path(name).suffix
+        if ending in (".bin", ".idx") and pair_prefix(folder / name) != str(folder / name):
+            yield f"the source {name} is named by one of its files: leave {ending} out, the prefix names the pair"
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[str]:
@@ -68,7 +99,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[str]:
         argument = remaining.pop()
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or "." not in name:
-            raise ConfigError(_unexpected(argument, name))
+            raise ConfigError(_cut_apart(values, argument) or _unexpected(argument, name))
         if not equals:
             if not remaining or re.match(r"--[A-Za-z_]+[.=]", remaining[-1]):
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE, or --{name}=VALUE")
@@ -76,6 +107,17 @@ def parse_overrides(arguments: Sequence[str]) -> list[str]:
         if values.setdefault(name, value) != value:
             raise ConfigError(f"--{name} is given twice, {values[name]} and {value}: keep one of them")
     return [f"{name}={value}" for name, value in values.items()]
+
+
+def _cut_apart(values: dict[str, str], argument: str) -> str | None:
+    """What an unexpected ``argument`` means after a list that the shell has cut at its blanks."""
+    name = next(reversed(values), "")
+    section, _, key = name.partition(".")
+    field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
+    if argument.startswith("--") or field is None or get_origin(plain(field.annotation)) not in (list, tuple):
+        return None
+    typed = as_argument(example(annotation_of(field)))
+    return f"unexpected argument {argument!r} after --{name} {values[name]}: quote a list as one, --{name} {typed}"
 
 
 def _unexpected(argument: str, name: str) -> str:
@@ -101,7 +143,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         reason = system_reason(error, path) if isinstance(error, OSError) else error
         raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
     if len(content) > MAX_RECIPE_BYTES:
-        raise ConfigError(f"{path} is not valid TOML: a file of more than {MAX_RECIPE_BYTES >> 20} MiB is no recipe")
+        raise ConfigError(f"{path} is not valid TOML: it is larger than {MAX_RECIPE_BYTES >> 20} MiB; is it a recipe?")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -132,7 +174,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> Iterator[Fault]:
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none."""
+    """A TOML value, or the text itself where it is not TOML."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
@@ -141,7 +183,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _set_planned_aside(tree: dict[str, Any]) -> Iterator[Fault]:
-    """Settings to come leave the tree: given their one value they say nothing."""
+    """Remove planned settings from the tree: given their one value, they change nothing."""
     for section, planned in PLANNED.items():
         given = tree.get(section)
         for key, only in planned.items():
@@ -149,24 +191,13 @@ def _set_planned_aside(tree: dict[str, Any]) -> Iterator[Fault]:
                 continue
             value = given.pop(key)
             if value != only or isinstance(value, bool) != isinstance(only, bool):
-                yield Fault(f"{section}.{key}", value, f"not yet supported; only {json.dumps(only)} is")
+                yield Fault(f"{section}.{key}", value, f"not yet supported (planned); only {json.dumps(only)} is")
 
 
-def _apply_preset(tree: dict[str, Any]) -> Iterator[Fault]:
-    model = tree.get("model")
-    name = model.get("preset") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(name, str) or not name:
-        return  # no preset, or one that _validate reports
-    presets = tomllib.loads(files("megagap.model").joinpath("presets.toml").read_text(encoding="utf-8"))
-    if name not in presets:
-        yield Fault("model.preset", name, f"unknown; possible: {', '.join(presets)}")
-        return
-    tree["model"] = presets[name] | model
-
-
-def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+def _validate(tree: dict[str, Any], typed: Collection[str] = ()) -> tuple[dict[str, Any], list[Fault]]:
     """Validate setting by setting, so that rules can run on whatever is sound.
 
+    ``typed``: settings that were given on the command line. What ``[model]`` lacks is no fault here.
     Returns the sound values by dotted name, defaults included, and the faults.
     """
     values: dict[str, Any] = {}
@@ -183,15 +214,14 @@ def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
             name = f"{section}.{key}"
             if key not in given:
                 if field.is_required():
-                    hint = " (or choose a model.preset)" if section == "model" else ""
-                    faults.append(Fault(name, None, f"is required{hint}"))
+                    faults += [Fault(name, None, "is required")] if section != "model" else []
                 else:
                     values[name] = field.get_default(call_default_factory=True)
                 continue
-            if unusable := _unusable_text(given[key]):
+            if unusable := unusable_text(given[key]):
                 faults.append(Fault(name, given[key], unusable))
                 continue
-            annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            annotation = annotation_of(field)
             adapter: TypeAdapter[Any] = TypeAdapter(
                 annotation,
                 config=None if _is_section(field.annotation) else ConfigDict(strict=_is_strict(field.metadata)),
@@ -199,30 +229,11 @@ def _validate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
             try:
                 values[name] = adapter.validate_python(given[key])
             except ValidationError as error:
-                faults += [from_pydantic(name, given[key], annotation, detail) for detail in error.errors()]
+                faults += [
+                    from_pydantic(name, given[key], annotation, detail, typed=name in typed)
+                    for detail in error.errors()
+                ]
     return values, faults
-
-
-def _unusable_text(value: Any) -> str:
-    """What is wrong with a text, or one in a list or table: no file can have such a name, config.toml not hold it."""
-    left = [value]  # not recursive: dotted keys nest as deep as a hostile file likes
-    while left:
-        item = left.pop()
-        if isinstance(item, list | dict):
-            left += item if isinstance(item, list) else item.values()
-        elif isinstance(item, str) and "\0" in item:
-            return "holds a NUL character, which no name or path can"
-        elif isinstance(item, str) and not _is_unicode(item):
-            return "is not valid UTF-8, which config.toml cannot hold; rename the file or folder"
-    return ""
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_section(annotation: Any) -> bool:
@@ -233,25 +244,11 @@ def _is_strict(metadata: Iterable[Any]) -> bool:
     return not any(getattr(item, "strict", None) is False for item in metadata)
 
 
-def _absolute(path: Path, what: str) -> Path:
-    """Raises :class:`ConfigError` naming ``what``."""
-    try:
-        if not path.is_absolute():
-            os.getcwd()
-    except OSError:
-        raise ConfigError(f"{what} {path} cannot be found: the working directory was removed; cd to another") from None
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:  # of Python up to 3.12, RuntimeError is links in a circle
-        reason = system_reason(error) if isinstance(error, OSError) else "its links lead in a circle"
-        raise ConfigError(f"{what} {path} cannot be found: {reason}") from None
-
-
 def _all_sources(settings: Settings) -> list[Source]:
     return [*settings.data.sources, *settings.data.validation, *sum((p.sources for p in settings.data.phases), [])]
 
 
-def _resolve(settings: Settings, folder: Path, name: str) -> Settings:
+def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
     """Fill in what depends on other settings, and make paths absolute."""
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
     plan = spans(data, train, model.rope_theta)
@@ -272,7 +269,7 @@ def _resolve(settings: Settings, folder: Path, name: str) -> Settings:
             validation=[_resolve_source(source, folder) for source in data.validation],
         ),
         train=_with(train, steps=train.steps or tokens or plan[-1].first + plan[-1].steps, tokens=0),
-        run=_with(settings.run, dir=str(_absolute(Path(settings.run.dir or Path("runs") / name), "run.dir"))),
+        run=_with(settings.run, dir=str(run_directory(settings.run.dir, recipe))),
     )
 
 
@@ -311,7 +308,7 @@ def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:
 
 def _tokenizer_exists(spec: str | None, folder: Path) -> Iterator[Fault]:
     if spec and not os.path.exists(place := _find_tokenizer(spec, folder)[1]):
-        yield Fault("data.tokenizer", spec, f"there is no {place}; paths are relative to the recipe")
+        yield Fault("data.tokenizer", spec, f"{place} does not exist; paths are relative to the recipe")
 
 
 def spread_layers(layers: int, stages: int) -> list[int]:

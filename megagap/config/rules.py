@@ -6,6 +6,7 @@ from typing import Any
 from megagap.config.faults import Fault
 from megagap.config.phases import Span, phase_spans, steps_for
 from megagap.config.settings import source_name
+from megagap.errors import counted
 
 Lookup = Callable[[str], Any]
 Rule = Callable[[Lookup], Iterator[Fault]]
@@ -33,7 +34,7 @@ def check_rules(values: dict[str, Any], world_size: int | None, needs_data: bool
 
 
 def divisors(number: int) -> str:
-    """Those that a layout may have; a number of a hostile file can be too large to try all."""
+    """Those that a layout may have, up to 1,024: a malicious file can give a number too large to try all."""
     return ", ".join(str(d) for d in range(1, min(number, 1024) + 1) if number % d == 0)
 
 
@@ -47,23 +48,21 @@ def _heads_share_keys(v: Lookup) -> Iterator[Fault]:
 def _heads_have_a_width(v: Lookup) -> Iterator[Fault]:
     heads, hidden, head_dim = v("model.num_attention_heads"), v("model.hidden_size"), v("model.head_dim")
     if not head_dim and hidden % (2 * heads):
-        yield Fault(
-            "model.hidden_size", hidden, f"is no even multiple of model.num_attention_heads = {heads}; or set head_dim"
-        )
+        message = f"must be an even multiple of model.num_attention_heads = {heads}; or set head_dim"
+        yield Fault("model.hidden_size", hidden, message)
 
 
 def _tp_divides_heads(v: Lookup) -> Iterator[Fault]:
     tp, heads = v("parallel.tp"), v("model.num_attention_heads")
     if heads % tp:
-        yield Fault(
-            "parallel.tp", tp, f"does not divide model.num_attention_heads = {heads}; possible: {divisors(heads)}"
-        )
+        message = f"does not divide model.num_attention_heads = {heads}; possible: {divisors(heads)}"
+        yield Fault("parallel.tp", tp, message)
 
 
 def _tp_fits_key_values(v: Lookup) -> Iterator[Fault]:
     tp, kv = v("parallel.tp"), v("model.num_key_value_heads")
     if kv % tp and tp % kv:
-        yield Fault("parallel.tp", tp, f"neither divides nor is a multiple of model.num_key_value_heads = {kv}")
+        yield Fault("parallel.tp", tp, f"must divide model.num_key_value_heads = {kv}, or be a multiple of it")
 
 
 def _tp_divides_feed_forward(v: Lookup) -> Iterator[Fault]:
@@ -95,32 +94,35 @@ def _tp_divides_sequence(v: Lookup) -> Iterator[Fault]:
     tp, on = v("parallel.tp"), v("parallel.sequence_parallel")
     for setting, length in _lengths(v):
         if on is not False and tp > 1 and length % tp:
-            message = f"is no multiple of parallel.tp = {tp}, as sequence_parallel needs; or switch that off"
+            message = f"must be a multiple of parallel.tp = {tp}; or set parallel.sequence_parallel = false"
             yield Fault(setting, length, message)
 
 
 def _sequence_parallel_needs_tp(v: Lookup) -> Iterator[Fault]:
     if v("parallel.sequence_parallel") and v("parallel.tp") == 1:
-        yield Fault("parallel.sequence_parallel", True, "splits over parallel.tp, which is 1")
+        yield Fault("parallel.sequence_parallel", True, "needs parallel.tp > 1, whose ranks split the sequence")
 
 
 def _stages_have_layers(v: Lookup) -> Iterator[Fault]:
     pp, layers, given = v("parallel.pp"), v("model.num_hidden_layers"), v("parallel.layers_per_stage")
     if pp > layers:
-        yield Fault("parallel.pp", pp, f"is more than model.num_hidden_layers = {layers}: a stage would have none")
+        yield Fault("parallel.pp", pp, f"exceeds model.num_hidden_layers = {layers}: a stage would have no layers")
     elif given is not None and (len(given) != pp or sum(given) != layers):
-        yield Fault(
-            "parallel.layers_per_stage", given, f"must be {pp} numbers (parallel.pp) that add up to {layers} layers"
-        )
+        message = f"must list one layer count per stage ({pp}), summing to {layers}"
+        yield Fault("parallel.layers_per_stage", given, message)
     elif given is not None and 0 in given[1:-1]:
-        yield Fault("parallel.layers_per_stage", given, "leaves a middle stage without layers: it would do nothing")
+        yield Fault(
+            "parallel.layers_per_stage",
+            given,
+            "must give each middle stage at least 1 layer",
+        )
 
 
 def _sequence_fits_model(v: Lookup) -> Iterator[Fault]:
     longest = v("model.max_position_embeddings")
     for setting, length in _lengths(v):
         if length > longest:
-            yield Fault(setting, length, f"is longer than model.max_position_embeddings = {longest}")
+            yield Fault(setting, length, f"exceeds model.max_position_embeddings = {longest}")
 
 
 def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
@@ -132,7 +134,8 @@ def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
 def _one_length(v: Lookup) -> Iterator[Fault]:
     steps, tokens = v("train.steps"), v("train.tokens")
     if bool(steps) == bool(tokens) and (steps or not v("data.phases")):
-        yield Fault("train.steps", steps, "give either train.steps or train.tokens" + (", not both" if steps else ""))
+        message = "set either train.steps or train.tokens" + (", not both" if steps else ", to at least 1")
+        yield Fault("train.steps", steps, message)
 
 
 def _schedule_fits(v: Lookup) -> Iterator[Fault]:
@@ -140,20 +143,21 @@ def _schedule_fits(v: Lookup) -> Iterator[Fault]:
     if v("optim.schedule") == "wsd" and not cooldown:
         yield Fault("optim.cooldown_steps", cooldown, 'must be at least 1 with optim.schedule = "wsd"')
     if v("optim.schedule") != "wsd" and cooldown:
-        yield Fault("optim.cooldown_steps", cooldown, 'has a meaning with optim.schedule = "wsd" only')
+        yield Fault("optim.cooldown_steps", cooldown, 'applies only to optim.schedule = "wsd"')
     steps = _steps(v)
     if steps and warmup + cooldown > steps:
-        yield Fault("optim.warmup_steps", warmup, f"with cooldown_steps = {cooldown} is over the run's {steps} steps")
+        both = f"plus optim.cooldown_steps = {cooldown} " if cooldown else ""
+        yield Fault("optim.warmup_steps", warmup, f"{both}exceeds the run's {counted(steps, 'step')}")
 
 
 def _rates_are_ordered(v: Lookup) -> Iterator[Fault]:
     lr, least = v("optim.lr"), v("optim.min_lr")
     if least > lr:
-        yield Fault("optim.min_lr", least, f"is above optim.lr = {lr}")
+        yield Fault("optim.min_lr", least, f"must not exceed optim.lr = {lr}")
 
 
 def _shares(text: str) -> list[float] | None:
-    """The three shares of ``data.split``; None if it is no such thing."""
+    """The three shares of ``data.split``; None if it is something else."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
@@ -165,9 +169,9 @@ def _split_is_three_shares(v: Lookup) -> Iterator[Fault]:
     text = v("data.split")
     shares = _shares(text)
     if shares is None:
-        yield Fault("data.split", text, 'must be three shares such as "98,1,1"')
+        yield Fault("data.split", text, 'must be three shares in quotes, such as "98,1,1"')
     elif shares[0] == 0:
-        yield Fault("data.split", text, "leaves no documents for training")
+        yield Fault("data.split", text, "must give the first share, of training, more than 0")
 
 
 def _has_sources(v: Lookup, needs_data: bool) -> Iterator[Fault]:
@@ -180,15 +184,19 @@ def _phases_are_a_plan(v: Lookup) -> Iterator[Fault]:
     if not phases:
         return
     if v("data.sources"):
-        yield Fault("data.sources", None, "is given beside data.phases, each of which has sources of its own")
+        yield Fault("data.sources", None, "set either data.sources or data.phases, not both: a phase has its own")
     if v("data.order") == "megatron":
-        yield Fault("data.order", "megatron", "knows no phases: a run in Megatron's order has data.sources")
+        yield Fault("data.order", "megatron", "does not support data.phases; set data.sources instead")
     names = [phase.name for phase in phases]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield Fault("data.phases", name, "names two phases")
+        yield Fault("data.phases", name, "is the name of two phases; rename one")
     held, steps = _plan(v)[-1].first + _plan(v)[-1].steps, _steps(v)
     if steps > held:
-        yield Fault("data.phases", None, f"end after {held:,} steps, the run has {steps:,}; add tokens to the last one")
+        yield Fault(
+            "data.phases",
+            None,
+            f"end after {counted(held, 'step')}, but the run has {steps:,}; add tokens to the last phase",
+        )
 
 
 def _sources_are_one_thing(v: Lookup) -> Iterator[Fault]:
@@ -197,7 +205,7 @@ def _sources_are_one_thing(v: Lookup) -> Iterator[Fault]:
         for source in phase.sources:
             name = source_name(source) if source.paths else ""
             if name and seen.setdefault(name, source.paths) != source.paths:
-                message = f"is other data than in an earlier phase: {', '.join(seen[name])}; name it otherwise"
+                message = f"names other data than in an earlier phase ({', '.join(seen[name])}); use another name"
                 yield Fault(f"data.phases[{i}].sources", name, message)
 
 
@@ -206,11 +214,11 @@ def _sources_are_named(v: Lookup) -> Iterator[Fault]:
     given |= {f"data.phases[{i}].sources": phase.sources for i, phase in enumerate(v("data.phases"))}
     for setting, sources in given.items():
         if any(not source.paths for source in sources):
-            yield Fault(setting, None, "has a source with an empty list of paths")
+            yield Fault(setting, None, "has a source whose path is an empty list")
             continue
         names = [source_name(source) for source in sources]
         for name in sorted({name for name in names if names.count(name) > 1}):
-            yield Fault(setting, name, "names two sources; tell them apart with name = …")
+            yield Fault(setting, name, "is the name of two sources; set name = … in one of them")
 
 
 def _evaluation_has_data(v: Lookup) -> Iterator[Fault]:
@@ -224,12 +232,12 @@ def _skipped_ranges_are_ranges(v: Lookup) -> Iterator[Fault]:
     for text in v("train.skip_samples"):
         start, stop = map(int, text.split(":"))
         if start >= stop:
-            yield Fault("train.skip_samples", text, "is empty: the second number must be above the first")
+            yield Fault("train.skip_samples", text, "is an empty range: the second number must be the larger one")
 
 
 def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
     if v("checkpoint.load_mode") != "continue" and v("checkpoint.load") in ("", "latest"):
-        message = "says what to take from a folder: name it in checkpoint.load"
+        message = "needs a folder to load from: set checkpoint.load to it"
         yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
@@ -244,13 +252,12 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
         return
     tp, pp = v("parallel.tp"), v("parallel.pp")
     if world_size % (tp * pp):
-        yield Fault(
-            "parallel.tp × parallel.pp", tp * pp, f"does not divide the {world_size} processes that were launched"
-        )
+        message = f"does not divide the {counted(world_size, 'process', 'processes')} of this run"
+        yield Fault("parallel.tp × parallel.pp", tp * pp, message)
         return
     dp, batch, micro = world_size // (tp * pp), v("train.global_batch_size"), v("train.micro_batch_size")
     if batch % (dp * micro) and batch % micro == 0:
-        message = f"is no multiple of {dp} data-parallel ranks × micro_batch_size = {micro}"
+        message = f"must be a multiple of {counted(dp, 'data-parallel rank')} × train.micro_batch_size = {micro}"
         yield Fault("train.global_batch_size", batch, message)
 
 

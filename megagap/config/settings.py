@@ -3,8 +3,9 @@
 A setting explains itself in the docstring below it: ``--help`` and error messages come from that text.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,7 +35,7 @@ class RopeScaling(Section):
 
 class Model(Section):
     preset: str = ""
-    """A published shape to start from; `tiny`, `llama3-8b`, `llama3.2-1b`, `gaperon-1b` or `gaperon-8b`."""
+    """A published shape to start from, in place of the required settings; others of [model] override it."""
     hidden_size: Positive
     """Width of the residual stream."""
     num_hidden_layers: Positive
@@ -44,7 +45,7 @@ class Model(Section):
     num_key_value_heads: Positive
     """Key/value heads; must divide num_attention_heads (grouped-query attention)."""
     head_dim: Annotated[int, Field(ge=0, le=2**60, multiple_of=2)] = 0
-    """Width of a head; 0 means hidden_size / num_attention_heads."""
+    """Width of a head, even; 0 means hidden_size / num_attention_heads."""
     intermediate_size: Positive
     """Width of the SwiGLU feed-forward."""
     vocab_size: Positive
@@ -84,7 +85,7 @@ class Parallel(Section):
 
 class Source(Section):
     path: str | list[str]
-    """Prefix of a .bin/.idx pair, or one of its files; a glob or a list stands for shards of one source."""
+    """Prefix of a .bin/.idx pair, without the ending; a glob or a list stands for shards of one source."""
     weight: AboveZero = 1.0
     """Share of the samples, relative to the other sources."""
     name: str = ""
@@ -103,7 +104,7 @@ class Phase(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     """Its mixture, as in `data.sources`."""
     sequence_length: Count = 0
-    """Tokens a sequence; 0 means train.sequence_length."""
+    """Tokens per sequence; 0 means train.sequence_length."""
     rope_theta: NonNegative = 0.0
     """Base of the rotary wavelengths; 0 means model.rope_theta."""
 
@@ -133,17 +134,17 @@ class Train(Section):
     tokens: Count = 0
     """Tokens to train on, rounded up to a whole step; or give `steps`."""
     global_batch_size: Positive
-    """Sequences an update, over all ranks."""
+    """Sequences per update, over all ranks."""
     micro_batch_size: Positive = 1
     """Sequences that one rank computes at a time."""
     sequence_length: Positive
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     precision: Literal["fp32", "bf16-mixed"] = "fp32"
     """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
     skip_samples: list[SampleRange] = []
     """Global sample numbers to leave out, `["lo:hi", …]` without hi: the usual answer to a loss spike."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    """Rules initial weights and the order of samples, whatever the layout."""
+    """Determines initial weights and the order of samples, whatever the layout."""
     evaluate_every: Count = 0
     """Steps between evaluations on the held-out set; 0: never."""
     evaluate_samples: Positive = 64
@@ -185,9 +186,9 @@ class Checkpoint(Section):
     keep: Count = 0
     """Newest checkpoints to keep; 0: all."""
     load: str = "latest"
-    """`latest` goes on from this run's newest checkpoint, a folder seeds an empty run, "" starts afresh."""
+    """`latest`: continue from this run's newest checkpoint; a folder: start a new run from it; "": from scratch."""
     load_mode: Literal["continue", "model"] = "continue"
-    """What to take from the folder that seeds a run; `continue`: everything, `model`: the weights, from step 0."""
+    """What to take from that folder; `continue`: everything, `model`: the weights, from step 0."""
 
 
 class Run(Section):
@@ -209,6 +210,17 @@ class Settings(Section):
     optim: Optim = Optim()
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
+    _notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth a line in the log: settings that were found elsewhere than in the recipe, say."""
+        return self._notes
+
+    def with_notes(self, notes: Sequence[str]) -> Self:
+        noted = self.model_copy()
+        noted._notes = tuple(notes)
+        return noted
 
 
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
@@ -220,21 +232,10 @@ PLANNED: dict[str, dict[str, Any]] = {
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},
 }
-"""Settings to come, each with the one value that it can be given today: what is done without it."""
+"""Planned settings, each with the one value that it can be given today: what is done without it."""
 
 
 def source_name(source: Source) -> str:
     """The given name, or the file's name without folder and Megatron's ``_text_document``."""
     prefix = pair_prefix(Path(source.paths[0]).name)
     return source.name or prefix.removesuffix("_document").removesuffix("_text")
-
-
-def describe_settings() -> str:
-    """Every setting with its default and meaning, for ``--help``."""
-    lines = []
-    for section, kind in SECTIONS.items():
-        lines.append(f"\n[{section}]")
-        for key, field in kind.model_fields.items():
-            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-            lines.append(f"  --{section}.{key}  ({default!r})\n      {field.description or ''}")
-    return "\n".join(lines)

@@ -40,6 +40,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     )
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
+    saved["recipe_rope_theta"] = settings.model.rope_theta
     saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
     if data.ids is not None:
         saved["ids"] = data.ids.record()

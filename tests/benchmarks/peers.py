@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.model.flops import flops_per_token
 from megagap.observe.utilisation import peak_tflops
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", type=Path, help="folder for peers.json")
     options = parser.parse_args()
-    settings = load_recipe(options.recipe, [], 1, needs_data=False)
+    settings = load_recipe(options.recipe, [], 1, needs_data=False, find_model=find_model)
     device = torch.device("cuda")
     flops = flops_per_token(settings.model, settings.train.sequence_length)
     peak = peak_tflops(device)

@@ -4,14 +4,14 @@ set -euo pipefail
 usage() {
     cat <<'END'
 The main job end to end on real text: gather it, train a tokenizer, build token files, train a small Llama with
-tensor, pipeline and data parallelism, be killed and go on, convert to Hugging Face, check, and let it write.
+tensor, pipeline and data parallelism, kill and resume it, convert to Hugging Face, check, and generate text.
 
   ./examples/quickstart.sh                      about 8 minutes on 2 cores after installation
   ./examples/quickstart.sh --quick              about 2 minutes: a smaller vocabulary, fewer steps
   ./examples/quickstart.sh --corpus FILE...     your own text, JSON lines {"text": …}; each file is a source
   ./examples/quickstart.sh --fresh              delete runs/quickstart first
 
-Everything lies under runs/quickstart/. A second call goes on where the first one stopped.
+Everything is in runs/quickstart/. A second call resumes where the first one stopped. --help installs nothing.
 MEGAGAP_VENV=path: another place than .venv; MEGAGAP_PYTHON=python: an environment that already has torch.
 END
 }
@@ -21,6 +21,12 @@ fail() {
     exit 2
 }
 
+for argument; do
+    if [[ $argument == -h || $argument == --help ]]; then
+        usage
+        exit
+    fi
+done
 mode=full fresh=false corpus=()
 while (($#)); do
     case $1 in
@@ -35,10 +41,6 @@ while (($#)); do
         ((${#corpus[@]})) || fail "--corpus needs at least one file of JSON lines"
         twice=$(for file in "${corpus[@]}"; do name=$(basename "$file") && echo "${name%%.*}"; done | sort | uniq -d)
         [[ -z $twice ]] || fail "--corpus: two files are named $twice; each names a source"
-        ;;
-    -h | --help)
-        usage
-        exit
         ;;
     *) fail "unknown argument $1; see --help" ;;
     esac

@@ -4,8 +4,15 @@
 #   ./tests/run.sh                        all tests but those that need a GPU where there is none, and benchmarks
 #   ./tests/run.sh tests/data -k order    some of them; paths are relative to the checkout
 #
+# --help installs and runs nothing; pytest's own: .venv/bin/python -m pytest --help.
 # MEGAGAP_VENV and MEGAGAP_PYTHON choose the environment: see tools/environment.sh.
 set -euo pipefail
+for argument; do
+    if [[ $argument == -h || $argument == --help ]]; then
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit
+    fi
+done
 source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
 cd "$MEGAGAP_ROOT"
 

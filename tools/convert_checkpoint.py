@@ -12,17 +12,19 @@ from tqdm import tqdm
 from megagap.checkpoint import resolve_checkpoint
 from megagap.checkpoint.huggingface import DEFAULT_SHARD_SIZE, DTYPES, export
 from megagap.checkpoint.huggingface_import import import_model
-from megagap.errors import run_tool
+from megagap.checkpoint.import_recipe import recipe_for
+from megagap.errors import DataError, counted, run_tool
+from megagap.files import is_there, require_writable, write_text, writing
 
 EXAMPLES = """
 examples:
-  python tools/convert_checkpoint.py to-hf --checkpoint runs/tiny/checkpoints/step_00000100 --output runs/tiny/hf
-  python tools/convert_checkpoint.py to-hf --checkpoint runs/tiny --output runs/tiny/hf --dtype bfloat16
-      the run's latest checkpoint
-  python tools/convert_checkpoint.py from-hf --input Llama-3.2-1B --output runs/llama-1b
-      a checkpoint to start training from: --checkpoint.load runs/llama-1b --checkpoint.load_mode model
+  python tools/convert_checkpoint.py to-hf --checkpoint runs/quickstart --output runs/quickstart/hf --dtype bfloat16
+      the run's latest checkpoint; for another, --checkpoint runs/quickstart/checkpoints/step_00000100
+  python tools/convert_checkpoint.py from-hf --input Llama-3.2-1B --output runs/llama-1b --recipe llama-1b.toml
+      a checkpoint, and the recipe that continues training from it: fill in its data, then
+      python -m megagap.train llama-1b.toml
 
-After to-hf, with transformers: AutoModelForCausalLM.from_pretrained("runs/tiny/hf")
+After to-hf, with transformers: AutoModelForCausalLM.from_pretrained("runs/quickstart/hf")
 """
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -65,6 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     from_hf.add_argument("--input", required=True, type=Path, metavar="DIR", help="config.json and safetensors")
     from_hf.add_argument("--output", required=True, type=Path, metavar="CHECKPOINT", help="new or empty folder")
+    from_hf.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE.toml",
+        help="write the recipe that continues from the checkpoint there; default: print it",
+    )
     from_hf.set_defaults(convert=convert_from_hugging_face)
     given = parser.parse_args(argv)
     given.convert(given)
@@ -83,24 +91,41 @@ def convert_to_hugging_face(given: argparse.Namespace) -> None:
         )
     if result.tokenizer is None:
         print(
-            "warning: no tokenizer was exported: the run names none that is still there; give one with --tokenizer",
+            "warning: no tokenizer was exported: the run names none that still exists; give one with --tokenizer",
             file=sys.stderr,
         )
     print(
-        f"{given.output}: {result.parameters:,} parameters of {checkpoint} as {result.dtype}, "
-        f"{result.size / 1e6:,.1f} MB in {len(result.files)} file{'s' if len(result.files) > 1 else ''}"
+        f"{given.output}: {counted(result.parameters, 'parameter')} of {checkpoint} as {result.dtype}, "
+        f"{result.size / 1e6:,.1f} MB in {counted(len(result.files), 'file')}"
     )
 
 
 def convert_from_hugging_face(given: argparse.Namespace) -> None:
+    if given.recipe:
+        require_free(given.recipe)
     with progress_bar(given.input.name) as progress:
         result = import_model(given.input, given.output, progress=progress)
     if result.tokenizer is None:
         print(f"warning: {given.input} has no tokenizer; to-hf and generate will need --tokenizer", file=sys.stderr)
-    print(
-        f"{given.output}: {result.parameters:,} parameters of {given.input} as {' and '.join(result.dtypes)}, "
+    summary = (
+        f"{given.output}: {counted(result.parameters, 'parameter')} of {given.input} as {' and '.join(result.dtypes)}, "
         f"{result.size / 1e6:,.1f} MB"
     )
+    if given.recipe:
+        with writing(given.recipe):
+            write_text(given.recipe, recipe_for(result, given.input, given.output, given.recipe.name))
+        print(f"{summary}\nsaved {given.recipe}, the recipe that continues from it: fill in its data.sources")
+        return
+    # A comment, so that the output as a whole is a recipe too.
+    print(f"# {summary}\n")
+    print(recipe_for(result, given.input, given.output), end="")
+
+
+def require_free(recipe: Path) -> None:
+    """Before the weights are written. Raises :class:`DataError` if there is such a file, or none can be written."""
+    if is_there(recipe):
+        raise DataError(f"{recipe} exists already\n  name another file with --recipe, or remove this one.")
+    require_writable(recipe)
 
 
 @contextmanager
@@ -121,7 +146,7 @@ def byte_size(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
     return size
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of, warn_of_other_ids
+from megagap.checkpoint.huggingface_extensions import refuse_extensions
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.output import require_new
@@ -57,6 +58,7 @@ _OPTIONAL = {
 class Imported:
     """What an import has written."""
 
+    model: Model
     parameters: int
     dtypes: tuple[str, ...]
     """Element types of the weights, which are kept as they were, by torch's names."""
@@ -64,6 +66,7 @@ class Imported:
     """Bytes of all weights."""
     tokenizer: str | None
     """Where the checkpoint says that the tokenizer is; None if the folder has none."""
+    is_tokenizer_readable: bool
 
 
 def import_model(
@@ -73,8 +76,8 @@ def import_model(
 
     The files are memory-mapped, so that no more than the system can spare is held in memory. ``progress`` is told the
     bytes done and their total. ``output`` appears when whole, and must not exist or be empty.
-    The tokenizer stays where it is; the checkpoint records the place.
-    Raises :class:`CheckpointError` if ``folder`` is no Llama that we can train, is damaged, or ``output`` cannot be
+    The tokenizer stays where it is; the checkpoint records its path.
+    Raises :class:`CheckpointError` if ``folder`` is not a Llama that we can train, is damaged, or ``output`` cannot be
     written.
     """
     require_new(output)
@@ -98,16 +101,18 @@ def import_model(
 
     progress_of_run = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
     state: dict[str, Any] = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
-    if tokenizer and (loaded := _readable_tokenizer(tokenizer)):
+    loaded = _readable_tokenizer(tokenizer) if tokenizer else None
+    if loaded:
         warn_of_other_ids(None, loaded, model.vocab_size, companions)
         state["ids"] = Ids.of_tokenizer(loaded).record()
     save_checkpoint(output, slices(), progress_of_run | state | companions.state(), progress=one_pass_over)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-    return Imported(sum(map(torch.numel, tensors.values())), tuple(sorted(dtypes)), total, tokenizer)
+    parameters = sum(map(torch.numel, tensors.values()))
+    return Imported(model, parameters, tuple(sorted(dtypes)), total, tokenizer, loaded is not None)
 
 
 def _readable_tokenizer(spec: str) -> Tokenizer | None:
-    """The weights can be had without it, so one that cannot be read is a warning."""
+    """The weights are of use without it, so one that cannot be read is a warning."""
     try:
         return load_tokenizer(spec)
     except DataError as error:
@@ -149,7 +154,7 @@ def read_model_folder(folder: Path) -> tuple[Model, dict[str, Tensor]]:
     tensors = {}
     for name, shape in wanted.items():
         if name not in stored:
-            raise CheckpointError(f"{folder} holds no {name}\n  are files missing? Download the model again.")
+            raise CheckpointError(f"{folder} does not have {name}\n  are files missing? Download the model again.")
         tensor = tensors[name] = stored.pop(name)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
@@ -167,7 +172,7 @@ def read_model_folder(folder: Path) -> tuple[Model, dict[str, Tensor]]:
 
 
 def _refuse_rest(folder: Path, model: Model, tensors: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
-    """Nothing may be left but what older versions of transformers wrote although it follows from the rest."""
+    """Nothing may be left but redundant tensors that older versions of transformers wrote."""
     for name, tensor in rest.items():
         if name.endswith(".rotary_emb.inv_freq"):
             continue
@@ -180,7 +185,7 @@ def _refuse_rest(folder: Path, model: Model, tensors: dict[str, Tensor], rest: d
                 "  set it to false to keep both."
             )
         raise CheckpointError(
-            f"{folder} holds {name}, which a Llama as its {CONFIG} describes has no place for\n"
+            f"{folder} has {name}, which does not belong to a Llama as its {CONFIG} describes it\n"
             "  only plain Llama 2 and 3 models can be read."
         )
 
@@ -197,7 +202,7 @@ def _check_finite(folder: Path, name: str, tensor: Tensor) -> None:
 def read_settings(folder: Path) -> Model:
     """The model's settings from ``config.json``, as transformers 4 or 5 writes it.
 
-    Raises :class:`CheckpointError`, naming the field, if it is no Llama or has features that we lack.
+    Raises :class:`CheckpointError`, naming the field, if it is not a Llama or has features that we lack.
     """
     require_path(folder)
     path = folder / CONFIG
@@ -238,9 +243,9 @@ def _no_hugging_face_model(folder: Path) -> CheckpointError:
         reason, _, cure = str(error.args[0]).partition("\n")
         if not folder.is_dir() or "make it a checkpoint" in cure or "download" in cure:
             return CheckpointError(f"{reason}\n  give the folder of a Hugging Face model, with its {CONFIG}.")
-        return CheckpointError(f"{folder} is no Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
+        return CheckpointError(f"{folder} is not a Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
     return CheckpointError(
-        f"{folder} is no Hugging Face model but a checkpoint of megagap already\n  use it as it is, or make it a "
+        f"{folder} is not a Hugging Face model but already a checkpoint of megagap\n  use it as it is, or make it a "
         f"Hugging Face model: python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output DIR"
     )
 
@@ -255,6 +260,7 @@ def _refuse_others(path: Path, config: dict[str, Any]) -> None:
         raise _unusable(path, "hidden_act", f"is {config['hidden_act']!r}; only 'silu' is supported")
     if config.get("quantization_config"):
         raise _unusable(path, "quantization_config", "is set; quantised weights are not supported")
+    refuse_extensions(path, config)
 
 
 def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
@@ -266,13 +272,13 @@ def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) ->
             continue
         if field in ("rope_scaling", "rope_parameters"):
             if not isinstance(value, dict):
-                raise _unusable(path, field, f"is {value!r}, not an object")
+                raise _unusable(path, field, f"is {value!r}; it must be an object")
         else:
             value = {field: value}
         for key, inner in value.items():
             key = "rope_type" if key == "type" else key
             if merged.setdefault(key, inner) != inner:
-                raise _unusable(path, field, f"says {key} = {inner!r}, elsewhere it is {merged[key]!r}")
+                raise _unusable(path, field, f"says {key} = {inner!r}, but elsewhere it is {merged[key]!r}")
     kind, theta = merged.pop("rope_type", None), merged.pop("rope_theta", 10000.0)
     if merged.pop("partial_rotary_factor", 1.0) != 1:
         raise _unusable(path, "partial_rotary_factor", "is set; only whole heads can be rotated")
@@ -280,6 +286,10 @@ def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) ->
         raise _unusable(path, "rope_scaling", f"says {next(iter(merged))}, but no rope_type")
     kind = kind or "default"
     if kind == "default":
+        ignored = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        for key in merged.keys() - ignored:
+            if merged[key] is not None:
+                raise _unusable(path, "rope_scaling", f"says {key} = {merged[key]!r}, which is not supported")
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "llama3":
         raise _unusable(path, "rope_scaling", f"is of type {kind!r}; only 'llama3' is supported")
@@ -289,7 +299,7 @@ def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) ->
 
 def _no_llama(path: Path, field: str, value: Any) -> CheckpointError:
     return CheckpointError(
-        f"{path.parent} holds no Llama: {path.name} says {field} = {json.dumps(value)}\n"
+        f"{path.parent} is not a Llama model: {path.name} says {field} = {json.dumps(value)}\n"
         '  only models of type "llama" (LlamaForCausalLM: Llama 2 and 3) can be read.'
     )
 
@@ -316,17 +326,17 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / SHARD_INDEX
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{path}: weight_map should name a file for each tensor")
+        raise CheckpointError(f"{path}: weight_map must name a file for each tensor")
     files = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not _FILE_NAME.fullmatch(file):
-            raise CheckpointError(f"{path}: weight_map names {file!r}, which is no safetensors file of this folder")
+            raise CheckpointError(f"{path}: weight_map names {file!r}, which is not a safetensors file in this folder")
         found = _open_file(folder / file)
         for name in found:
             if places.get(name) != file:
                 raise CheckpointError(
-                    f"{folder / file} holds {name}, which {path.name} places in {places.get(name, 'no file')}\n"
+                    f"{folder / file} has {name}, which {path.name} places in {places.get(name, 'no file')}\n"
                     "  the files do not belong together. Download the model again."
                 )
         tensors |= found
@@ -336,14 +346,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _open_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         if path.is_dir() or path.is_symlink():
-            raise CheckpointError(f"{path} is no file\n  download the model again.")
+            raise CheckpointError(f"{path} is not a file\n  download the model again.")
         raise CheckpointError(f"{path} is missing\n  download the model again.")
     require_fetched(path, CheckpointError)
-    # Opened here, since of a file that it may not read the library says that it does not exist; and it takes no names
+    # Opened here, since the library says of a file without read permission that it does not exist; and it refuses names
     # that are not valid UTF-8, which the system's own name of an open file always is.
     with file_errors(f"cannot read {path}", path, CheckpointError):
         opened = path.open("rb")
     own = Path(f"/proc/self/fd/{opened.fileno()}")
-    told = library_errors(f"{path} is no whole safetensors file; download it again", CheckpointError)
+    told = library_errors(f"{path} is not a complete safetensors file; download it again", CheckpointError)
     with opened, told, safe_open(own if own.exists() else path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

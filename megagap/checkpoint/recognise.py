@@ -1,4 +1,4 @@
-"""What lies at a path that is no checkpoint of ours, and how to get from there to one that is."""
+"""What a path that is not a checkpoint of ours holds, and how to get from there to one that is."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ _MEGATRON = re.compile(r"iter_[0-9]{7}|mp_rank_[0-9]+.*")
 
 
 def no_checkpoint(path: Path) -> CheckpointError:
-    """Why ``path`` is no checkpoint, nor a run that has one, and what to do instead."""
+    """Why ``path`` is neither a checkpoint nor a run that has one, and what to do instead."""
     try:
         return CheckpointError(_describe(path))
     except OSError as error:
@@ -25,9 +25,9 @@ def no_checkpoint(path: Path) -> CheckpointError:
 
 
 def require_path(path: Path) -> None:
-    """Raises :class:`CheckpointError` if the system can have no file of this name."""
+    """Raises :class:`CheckpointError` if no file can have this name."""
     if "\0" in str(path):
-        raise CheckpointError(f"{str(path)!r} cannot be the name of a folder: it holds a NUL character")
+        raise CheckpointError(f"{str(path)!r} cannot be the name of a folder: it has a NUL character")
 
 
 def _describe(path: Path) -> str:
@@ -38,9 +38,9 @@ def _describe(path: Path) -> str:
         return _file(path)
     names = sorted(child.name for child in path.iterdir())
     if not names:
-        return f"{path} holds no checkpoint: it is an empty folder\n  {_GIVE}"
+        return f"{path} is an empty folder, not a checkpoint\n  {_GIVE}"
     found = (_unfinished, _run, _hugging_face, _of_others, _runs_within)
-    text = next(filter(None, (kind(path, names) for kind in found)), f"{path} holds no checkpoint")
+    text = next(filter(None, (kind(path, names) for kind in found)), f"{path} is not a checkpoint")
     return text if "\n" in text else f"{text}\n  {_GIVE}"
 
 
@@ -57,7 +57,7 @@ def _missing(path: Path) -> str:
     text += f"\n  {_GIVE}"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.is_dir():
         text += (
-            f"\n  If it is a name of the Hugging Face hub: hf download {path} --local-dir {path.name}, then\n"
+            f"\n  If it is a model on the Hugging Face hub: hf download {path} --local-dir {path.name}, then\n"
             f"  {_import_advice(Path(path.name))}"
         )
     return text
@@ -67,20 +67,20 @@ def _file(path: Path) -> str:
     if path.name == LATEST:
         return f"{path} is the file that names a run's latest checkpoint\n  give its folder: {path.parent}"
     if path.name == INDEX_NAME or _RANK_FILE.fullmatch(path.name):
-        return f"{path} is a file of a checkpoint\n  give its folder: {path.parent}"
+        return f"{path} is one file of a checkpoint\n  give its folder: {path.parent}"
     if path.suffix == ".safetensors" or path.name in (CONFIG, "model.safetensors.index.json"):
-        return f"{path} is a file of a Hugging Face model\n  {_import_advice(path.parent)}"
+        return f"{path} is one file of a Hugging Face model\n  {_import_advice(path.parent)}"
     if path.suffix in _PICKLES:
-        return f"{path} is a file of torch.save, a pickle\n  {_NO_PICKLES}"
-    return f"{path} is no folder\n  {_GIVE}"
+        return f"{path} was written by torch.save: a pickle\n  {_NO_PICKLES}"
+    return f"{path} is not a folder\n  {_GIVE}"
 
 
 def _unfinished(path: Path, names: list[str]) -> str | None:
     if path.name.startswith(UNFINISHED):
-        return f"{path} is a checkpoint that was never finished\n  give one of {path.parent} that is named step_…"
+        return f"{path} is a checkpoint that was never completed\n  give one named step_… in {path.parent}"
     if STEP_FOLDER.fullmatch(path.name) and any(map(_RANK_FILE.fullmatch, names)):
         return (
-            f"{path} is no complete checkpoint: it has no {INDEX_NAME}\n"
+            f"{path} is not a complete checkpoint: it has no {INDEX_NAME}\n"
             "  copy it again with all its files, or give another."
         )
     return None
@@ -97,7 +97,7 @@ def _run(path: Path, names: list[str]) -> str | None:
         state = ""
     return (
         f"{run} is a run without a checkpoint{state}\n"
-        "  give another run, or wait: one is written at its end, every checkpoint.every steps, and for a file "
+        "  give another run, or wait: it writes one at its end, every checkpoint.every steps, and when you make the file "
         f"{run / 'SAVE'}."
     )
 
@@ -105,12 +105,12 @@ def _run(path: Path, names: list[str]) -> str | None:
 def _hugging_face(path: Path, names: list[str]) -> str | None:
     if "adapter_config.json" in names:
         return (
-            f"{path} is a LoRA adapter, no model by itself\n"
+            f"{path} is a LoRA adapter, not a whole model\n"
             "  merge it into its model: with peft, model.merge_and_unload().save_pretrained(DIR); then\n"
             f"  {_import_advice()}"
         )
     if CONFIG in names:
-        return f"{path} is a Hugging Face model, no checkpoint yet\n  {_import_advice(path)}"
+        return f"{path} is a Hugging Face model, not yet a checkpoint\n  {_import_advice(path)}"
     if any(name.endswith(".safetensors") for name in names):
         return (
             f"{path} has safetensors, but neither the {INDEX_NAME} of a checkpoint nor the {CONFIG} of a Hugging Face "
@@ -125,34 +125,34 @@ def _hugging_face(path: Path, names: list[str]) -> str | None:
 def _of_others(path: Path, names: list[str]) -> str | None:
     """Checkpoints of other programs."""
     if any(name == ".metadata" or name.endswith(".distcp") for name in names):
-        return f"{path} is a checkpoint of torch.distributed.checkpoint, whose metadata are a pickle\n  {_NO_PICKLES}"
+        return f"{path} was written by torch.distributed.checkpoint, whose metadata is a pickle\n  {_NO_PICKLES}"
     if "params.json" in names and any(name.startswith("consolidated.") for name in names):
         return (
-            f"{path} is a Llama in Meta's own form\n"
-            "  download its Hugging Face form, or convert it with transformers' convert_llama_weights_to_hf.py; then\n"
+            f"{path} is a Llama in Meta's own format\n"
+            "  download it in Hugging Face's format, or convert it with transformers' convert_llama_weights_to_hf.py; then\n"
             f"  {_import_advice()}"
         )
     if "latest_checkpointed_iteration.txt" in names or any(map(_MEGATRON.fullmatch, [path.name, *names])):
         return (
-            f"{path} is a checkpoint of Megatron-LM\n  export it as a Hugging Face model with Megatron Bridge or "
+            f"{path} is a Megatron-LM checkpoint\n  export it as a Hugging Face model with Megatron Bridge or "
             f"Megatron's tools/checkpoint/convert.py; then\n  {_import_advice()}"
         )
     if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
         return (
-            f"{path} is a checkpoint of DeepSpeed\n  save it as a Hugging Face model with what wrote it; then\n"
+            f"{path} is a DeepSpeed checkpoint\n  save it as a Hugging Face model with the program that wrote it; then\n"
             f"  {_import_advice()}"
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    return f"{path} has {pickles[0]}, a file of torch.save, a pickle\n  {_NO_PICKLES}" if pickles else None
+    return f"{path} has {pickles[0]}, which torch.save wrote: a pickle\n  {_NO_PICKLES}" if pickles else None
 
 
 def _runs_within(path: Path, names: list[str]) -> str | None:
     runs = [name for name in names if any((path / name).glob(f"checkpoints/step_*/{INDEX_NAME}"))]
-    return f"{path} holds runs: {', '.join(runs[:5])}\n  give one of them." if runs else None
+    return f"{path} is a folder of runs: {', '.join(runs[:5])}\n  give one of them." if runs else None
 
 
 def import_command(folder: Path, output: str) -> str:
-    """How a Hugging Face model becomes the checkpoint ``output``."""
+    """The command that makes a Hugging Face model the checkpoint ``output``."""
     return f"python tools/convert_checkpoint.py from-hf --input {shlex.quote(str(folder))} --output {output}"
 
 
@@ -165,6 +165,6 @@ def _import_advice(folder: Path = Path("DIR")) -> str:
 
 
 _NO_PICKLES = (
-    "it can run code when opened and is not read. Save the model as safetensors with what wrote it: with "
+    "pickles can run code when opened and are not read. Save the model as safetensors with the program that wrote it: with "
     f"transformers, model.save_pretrained(DIR); then\n  {_import_advice()}"
 )

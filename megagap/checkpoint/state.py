@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megagap.checkpoint.index import INDEX_NAME, Index, unusable
 from megagap.config import Data, Model, Train, check_rules, spans, tokens_after
 from megagap.data.agreement import Ids
-from megagap.errors import CheckpointError
+from megagap.errors import CheckpointError, counted
 from megagap.model.shapes import model_tensors
 
 _Count = Annotated[int, Field(ge=0, le=2**60)]
@@ -24,7 +24,7 @@ class _Part(BaseModel):
 
 
 class IdsState(_Part):
-    """What was said of the token ids (:class:`megagap.data.agreement.Ids`)."""
+    """What the data said of the token ids (:class:`megagap.data.agreement.Ids`)."""
 
     vocab_size: _Count
     fingerprint: str
@@ -43,7 +43,7 @@ class ModelState(_Part):
 
 
 class Progress(_Part):
-    """How far a run has come."""
+    """How far a run has got."""
 
     step: _Count
     """Updates asked for, skipped ones included."""
@@ -57,19 +57,19 @@ class Progress(_Part):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.updates > self.step:
-            raise ValueError(f"updates = {self.updates} are more than step = {self.step}")
+            raise ValueError(f"updates = {self.updates} exceeds step = {self.step}")
         if (self.last_sample is None) != (self.consumed_samples == 0):
             raise ValueError(f"last_sample = {self.last_sample} after consumed_samples = {self.consumed_samples}")
         return self
 
 
 class RunState(ModelState, Progress):
-    """What a checkpoint holds that a run can go on from."""
+    """What a checkpoint of a run holds, from which the run can continue."""
 
     data: Data
     train: Train
     identities: dict[str, list[dict[str, Any]]] = {}
-    """By source: what told each of its shards from a rebuilt one."""
+    """By source: what distinguishes each of its shards from a rebuilt one."""
 
     @model_validator(mode="after")
     def _counts_steps(self) -> Self:
@@ -77,10 +77,10 @@ class RunState(ModelState, Progress):
             raise ValueError(f"{fault.setting} = {fault.value} {fault.message}")
         samples = self.step * self.train.global_batch_size
         if self.consumed_samples != samples:
-            raise ValueError(f"consumed_samples = {self.consumed_samples}, but {self.step} steps are {samples}")
+            raise ValueError(f"consumed_samples = {self.consumed_samples}, but {counted(self.step, 'step')} made it {samples}")
         tokens = tokens_after(spans(self.data, self.train, 0.0), self.train.global_batch_size, self.step)
         if self.consumed_tokens != tokens:
-            raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {samples} samples are {tokens}")
+            raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {counted(samples, 'sample')} made it {tokens}")
         return self
 
 
@@ -111,10 +111,10 @@ def read_ids(folder: Path, index: Index) -> Ids | None:
 
 
 def read_run(folder: Path, index: Index) -> RunState:
-    """All that a run goes on from. Raises :class:`CheckpointError` naming the folder and the field."""
+    """All that a run continues from. Raises :class:`CheckpointError` naming the folder and the field."""
     if "train" not in index.state:
         raise CheckpointError(
-            f'{folder} holds a model only, no run to go on with\n  start from it with checkpoint.load_mode = "model".'
+            f'{folder} holds only a model, not a run to continue\n  start from it with checkpoint.load_mode = "model".'
         )
     state = _validated(folder, index, RunState)
     return state.model_copy(update={"model": _sound(folder, index, state.model)})
@@ -141,14 +141,14 @@ def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tup
     if model.num_hidden_layers > len(stored):  # before as many names are made
         raise CheckpointError(
             f"{checkpoint}/{INDEX_NAME}: state.model.num_hidden_layers = {model.num_hidden_layers}, "
-            f"but it holds {len(stored)} weights"
+            f"but it holds {counted(len(stored), 'weight')}"
         )
     wanted = model_tensors(model)
     unknown = sorted(set(stored) - set(wanted))
     if unknown:
-        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which its own model settings have no place for")
+        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which does not belong to the model that its settings describe")
     for name, shape in wanted.items():
         found = index.tensor(checkpoint, "weight", name).shape
         if found != shape:
-            raise CheckpointError(f"{checkpoint}: {name} has shape {list(found)}, its settings say {list(shape)}")
+            raise CheckpointError(f"{checkpoint}: {name} has shape {list(found)}, but its settings say {list(shape)}")
     return wanted

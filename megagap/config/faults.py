@@ -91,7 +91,9 @@ def _hint(value: Any, annotation: Any, typed: bool) -> str:
     if meant is not None:
         return f"; write {shlex.quote(meant) if typed else meant}"
     if get_origin(annotation) is Literal:
-        near = difflib.get_close_matches(str(value), list(map(str, get_args(annotation))), n=1)
+        words = list(map(str, get_args(annotation)))
+        near = [word for word in words if value and word.startswith(str(value))]
+        near = near or difflib.get_close_matches(str(value), words, n=1, cutoff=0.75)
         return f"; did you mean {near[0] if typed else json.dumps(near[0])}?" if near else ""
     if isinstance(value, str):
         if value.strip().lower() in ("none", "null", "nil", ""):

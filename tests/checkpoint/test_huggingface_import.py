@@ -243,16 +243,16 @@ def test_a_redundant_lm_head_and_old_rotary_buffers_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, r'no Llama: config\.json says model_type = "mistral"'),
-        ({"model_type": None}, "no Llama.*model_type = null"),
+        ({"model_type": "mistral"}, r'is not a Llama model: config\.json says model_type = "mistral"'),
+        ({"model_type": None}, "not a Llama model.*model_type = null"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is of type 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling\.low_freq_factor"),
-        ({"rope_parameters": "llama3"}, "rope_parameters is 'llama3', not an object"),
-        ({"rope_theta": 5.0}, "rope_parameters says rope_theta = 10000.0, elsewhere it is 5.0"),
+        ({"rope_parameters": "llama3"}, "rope_parameters is 'llama3'; it must be an object"),
+        ({"rope_theta": 5.0}, "rope_parameters says rope_theta = 10000.0, but elsewhere it is 5.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
@@ -260,14 +260,14 @@ def test_a_redundant_lm_head_and_old_rotary_buffers_are_left_out(tmp_path):
         ({"num_key_value_heads": 3}, r"num_key_value_heads is 3: does not divide num_attention_heads = 4"),
         ({"head_dim": None, "hidden_size": 18}, "hidden_size is 18"),
         ({"intermediate_size": 25}, r"shape \[24, 16\], config\.json says \[25, 16\]"),
-        ({"num_hidden_layers": 3}, r"holds no model\.layers\.2"),
-        ({"num_hidden_layers": 1}, r"holds model\.layers\.1.*no place"),
+        ({"num_hidden_layers": 3}, r"does not have model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"has model\.layers\.1.*does not belong"),
         ({"num_hidden_layers": 10**15}, "num_hidden_layers = 10+, but"),
-        ({"attention_bias": True}, r"holds no model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ({"attention_bias": True}, r"does not have model\.layers\.0\.self_attn\.q_proj\.bias"),
     ],
     ids=str,
 )
-def test_what_is_no_llama_that_we_can_train_is_refused_naming_the_field(tmp_path, changes, message):
+def test_a_model_that_is_not_a_plain_llama_is_refused_naming_the_field(tmp_path, changes, message):
     saved(tmp_path / "hf")
     edit(tmp_path / "hf" / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
@@ -283,7 +283,7 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
 
 
 def test_a_folder_without_config_or_none_at_all_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no Hugging Face model.*config\.json"):
+    with pytest.raises(CheckpointError, match=r"not a Hugging Face model.*config\.json"):
         import_model(tmp_path, tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         import_model(tmp_path / "nowhere", tmp_path / "checkpoint")
@@ -321,7 +321,7 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path, keep):
     saved(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
         import_model(tmp_path / "hf", tmp_path / "checkpoint")
 
 
@@ -331,11 +331,17 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path, keep):
         (lambda places: None, "weight_map"),
         (lambda places: ["a"], "weight_map"),
         (lambda places: dict.fromkeys(places, 3), "weight_map"),
-        (lambda places: {name: f"../hf/{file}" for name, file in places.items()}, "no safetensors file of this folder"),
-        (lambda places: {name: f"/tmp/{file}" for name, file in places.items()}, "no safetensors file of this folder"),
+        (
+            lambda places: {name: f"../hf/{file}" for name, file in places.items()},
+            "not a safetensors file in",
+        ),
+        (
+            lambda places: {name: f"/tmp/{file}" for name, file in places.items()},
+            "not a safetensors file in",
+        ),
         (lambda places: dict.fromkeys(places, "gone.safetensors"), "gone.safetensors is missing"),
         (lambda places: places | {NORM: places["lm_head.weight"]}, "which model.safetensors.index.json places in"),
-        (lambda places: {k: v for k, v in places.items() if k != NORM}, f"holds {NORM}.*no file"),
+        (lambda places: {k: v for k, v in places.items() if k != NORM}, f"has {NORM}.*no file"),
     ],
 )
 def test_an_index_of_shards_that_lies_is_refused(tmp_path, change, message):
@@ -375,3 +381,73 @@ def test_a_sentencepiece_tokenizer_comes_in_and_out_again(tmp_path):
     text = "the brown dog é"
     loaded, ours = AutoTokenizer.from_pretrained(tmp_path / "again"), load_tokenizer(tmp_path / "again")
     assert loaded(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+
+
+CHANGING = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 8.0,
+    "logit_scale": 0.0625,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 256,
+    "mup_width_multiplier": 2.0,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcap": 50.0,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "use_qk_norm": True,
+    "qk_layernorm": True,
+    "clip_qkv": 8.0,
+    "post_attention_norm": True,
+    "norm_type": "layernorm",
+    "rope_interleaved": True,
+    "rope_local_base_freq": 10000.0,
+    "rotary_pct": 0.25,
+    "no_rope_layers": [1, 0],
+    "use_rope": False,
+    "alibi": True,
+    "parallel_residual": True,
+    "num_local_experts": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "attention_chunk_size": 8192,
+    "is_causal": False,
+    "use_bidirectional_attention": True,
+    "pruned_heads": {"0": [1]},
+}
+
+
+@pytest.mark.parametrize("key", CHANGING)
+def test_a_setting_beyond_llamas_that_changes_the_results_is_refused_by_name(tmp_path, key):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", **{key: CHANGING[key]})
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is .*would change the results"):
+        read_settings(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_refused(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", auto_map={"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"})
+    with pytest.raises(CheckpointError, match=r"auto_map names code .*modeling_other"):
+        read_settings(tmp_path)
+
+
+def test_settings_beyond_llamas_that_change_nothing_are_ignored(tmp_path):
+    saved(tmp_path)
+    plain = read_settings(tmp_path)
+    harmless = {
+        **dict(embedding_multiplier=1.0, residual_multiplier=1, logits_scaling=1.0, logit_scale=1, scale_emb=1),
+        **dict(final_logit_softcapping=None, sliding_window=4096, use_sliding_window=False, max_window_layers=28),
+        **dict(use_qk_norm=False, rope_interleaved=False, is_llama_config=True, pruned_heads={}, is_causal=True),
+        **dict(layer_types=["full_attention"] * 2, no_rope_layers=[], num_local_experts=0, chunk_size_feed_forward=0),
+        **dict(_attn_implementation="flash_attention_2", _flash_attn_2_enabled=True, use_fused_rms_norm=True),
+        **dict(unsloth_version="2025.1", unsloth_fixed=True, pretraining_tp=2, use_cache=True, torch_dtype="bfloat16"),
+        **dict(max_sequence_length=4096, attention_dropout=0.1, quantization_config=None, auto_map={}),
+        **dict(position_embedding_type="rope", task_specific_params=None, sep_token_id=None, id2label={"0": "a"}),
+    }
+    edit(tmp_path / "config.json", **{key: value for key, value in harmless.items() if value is not None})
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {key: None for key, value in harmless.items() if value is None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_settings(tmp_path) == plain

@@ -1,4 +1,4 @@
-"""What is no checkpoint of ours is told for what it is, with the way to one that is."""
+"""What is not a checkpoint of ours is called what it is, with the way to one that is."""
 
 import json
 from pathlib import Path
@@ -45,12 +45,12 @@ GRID = {
     "nothing": (lambda f: f / "x", ["does not exist"]),
     "a near name": (lambda f: touch(f, "runs/tinny/x") / "runs/tiny", ["runs has tinny"]),
     "a name of the hub": (lambda f: Path("meta-llama/Llama-3.2-1B"), ["hf download meta-llama/Llama-3.2-1B", FROM_HF]),
-    "an empty folder": (lambda f: f, ["it is an empty folder"]),
+    "an empty folder": (lambda f: f, ["is an empty folder"]),
     "Hugging Face": (
         lambda f: touch(f, "config.json", "model.safetensors"),
         ["{path} is a Hugging Face", LOAD],
     ),
-    "its config": (lambda f: touch(f / "m", "config.json") / "config.json", ["a file of a Hugging Face", LOAD]),
+    "its config": (lambda f: touch(f / "m", "config.json") / "config.json", ["one file of a Hugging Face", LOAD]),
     "its weights": (lambda f: touch(f / "m", "model.safetensors") / "model.safetensors", [f"{FROM_HF} {{parent}}"]),
     "weights without config": (lambda f: touch(f, "model.safetensors"), ["neither the index.json"]),
     "a hub cache": (lambda f: touch(f, "refs/main", "snapshots/abc/config.json"), ["snapshots/abc", FROM_HF]),
@@ -58,26 +58,26 @@ GRID = {
     "torch.save": (lambda f: touch(f / "m", "model.pt") / "model.pt", ["a pickle", "safetensors", FROM_HF]),
     "a .bin": (lambda f: touch(f, "pytorch_model.bin"), ["pytorch_model.bin", "a pickle", FROM_HF]),
     "torch's DCP": (lambda f: touch(f, ".metadata", "__0_0.distcp"), ["torch.distributed.checkpoint", FROM_HF]),
-    "Meta's form": (lambda f: touch(f, "params.json", "consolidated.00.pth"), ["Meta's own form", FROM_HF]),
+    "Meta's form": (lambda f: touch(f, "params.json", "consolidated.00.pth"), ["Meta's own format", FROM_HF]),
     "Megatron": (lambda f: touch(f, "latest_checkpointed_iteration.txt", "iter_0000010/x"), ["Megatron-LM", FROM_HF]),
     "its iteration": (lambda f: touch(f / "iter_0000010", "mp_rank_00/model_optim_rng.pt"), ["Megatron-LM", FROM_HF]),
     "DeepSpeed": (lambda f: touch(f, "latest", "global_step10/mp_rank_00_model_states.pt"), ["DeepSpeed", FROM_HF]),
     "a run": (run_without_checkpoints, ["is a run without a checkpoint: it is running, at step 7", "SAVE"]),
-    "its checkpoints": (lambda f: run_without_checkpoints(f) / "checkpoints", ["it is an empty folder"]),
-    "an unfinished one": (lambda f: touch(f / "partial_step_00000001", "rank_00000.safetensors"), ["never finished"]),
-    "one without index": (lambda f: touch(f / "step_00000001", "rank_00000.safetensors"), ["no complete checkpoint"]),
+    "its checkpoints": (lambda f: run_without_checkpoints(f) / "checkpoints", ["is an empty folder"]),
+    "an unfinished one": (lambda f: touch(f / "partial_step_00000001", "rank_00000.safetensors"), ["never completed"]),
+    "one without index": (lambda f: touch(f / "step_00000001", "rank_00000.safetensors"), ["not a complete checkpoint"]),
     "latest": (
         lambda f: save(f / "r/checkpoints/step_00000001").parent / "latest",
         ["names a run's latest checkpoint", "give its folder: {parent}"],
     ),
-    "an index": (lambda f: save(f / "x") / "index.json", ["is a file of a checkpoint", "give its folder: {parent}"]),
+    "an index": (lambda f: save(f / "x") / "index.json", ["is one file of a checkpoint", "give its folder: {parent}"]),
     "a rank's file": (lambda f: save(f / "x") / "rank_00000.safetensors", ["give its folder: {parent}"]),
-    "runs": (lambda f: save(f / "a/checkpoints/step_00000001").parents[2], ["holds runs: a"]),
+    "runs": (lambda f: save(f / "a/checkpoints/step_00000001").parents[2], ["is a folder of runs: a"]),
     "another step": (lambda f: save(f / "step_00000001").with_name("step_00000002"), ["has step_00000001"]),
-    "a NUL": (lambda f: Path("a\0b"), ["holds a NUL character"]),
+    "a NUL": (lambda f: Path("a\0b"), ["has a NUL character"]),
     "bytes": (lambda f: Path(str(f) + "/\udcff"), ["does not exist"]),
-    "a text": (lambda f: touch(f, "notes.txt") / "notes.txt", ["is no folder"]),
-    "a folder of texts": (lambda f: touch(f, "notes.txt"), ["holds no checkpoint"]),
+    "a text": (lambda f: touch(f, "notes.txt") / "notes.txt", ["is not a folder"]),
+    "a folder of texts": (lambda f: touch(f, "notes.txt"), ["is not a checkpoint"]),
 }
 
 
@@ -101,7 +101,7 @@ def test_from_hf_of_a_checkpoint_points_the_other_way(tmp_path):
     for given in (save(tmp_path / "r/checkpoints/step_00000001"), tmp_path / "r"):
         with pytest.raises(CheckpointError) as error:
             import_model(given, tmp_path / "out")
-        assert "is no Hugging Face model but a checkpoint of megagap already" in str(error.value)
+        assert "is not a Hugging Face model but already a checkpoint of megagap" in str(error.value)
         assert f"to-hf --checkpoint {tmp_path / 'r/checkpoints/step_00000001'}" in str(error.value)
 
 

@@ -79,5 +79,5 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         runpy.run_path(str(TOOL))["byte_size"](text)

@@ -71,9 +71,9 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
         prog="python -m megagap.train",
         description="Train a Llama-3 model as a recipe says. Start it under torchrun for more than one process.",
         epilog="examples:\n"
-        "  python -m megagap.train recipe.toml --train.steps 100\n"
-        "  torchrun --nproc-per-node 8 -m megagap.train recipe.toml --parallel.tp 2 --parallel.pp 2\n\n"
-        "settings (default):" + describe_settings(),
+        "  python -m megagap.train examples/recipes/code.toml --train.steps 100 --optim.betas '[0.9, 0.95]'\n"
+        "  torchrun --nproc-per-node 8 -m megagap.train examples/recipes/quickstart.toml --parallel.tp 2\n\n"
+        "settings, which a recipe gives as key = value below its [section]:\n" + describe_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="TOML file with the settings that differ from the defaults")

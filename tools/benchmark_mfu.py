@@ -26,8 +26,8 @@ from megagap.training.rendezvous import Process
 
 EXAMPLES = """examples:
   python tools/benchmark_mfu.py examples/recipes/code.toml --steps 20
-  python tools/benchmark_mfu.py recipe.toml --train.precision bf16-mixed --output runs/benchmark
-  torchrun --nproc-per-node 8 tools/benchmark_mfu.py recipe.toml --parallel.tp 2
+  python tools/benchmark_mfu.py examples/recipes/code.toml --train.precision bf16-mixed --output runs/benchmark
+  torchrun --nproc-per-node 8 tools/benchmark_mfu.py examples/recipes/code.toml --parallel.tp 2
 
 A step is all that the trainer does at one: read the batch, update, record. Where the recipe's data files do not exist,
 tokens are random. MFU (model FLOPs utilisation) is given by two formulas,

@@ -13,11 +13,11 @@ from megagap.generation import Sampling, TextStream, encode_prompt, generate, lo
 
 EXAMPLES = """
 examples:
-  python tools/generate.py --checkpoint runs/tiny --prompt "def main("
+  python tools/generate.py --checkpoint runs/quickstart --prompt "def main("
       the run's latest checkpoint
   python tools/generate.py --checkpoint Llama-3.2-1B --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
       a Hugging Face model
-  python tools/generate.py --checkpoint runs/tiny/checkpoints/step_00000100 --prompt - < prompt.txt
+  python tools/generate.py --checkpoint runs/quickstart/checkpoints/step_00000100 --prompt - < prompt.txt
 
 The prompt and what follows it go to standard output, all else to standard error.
 """

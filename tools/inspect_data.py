@@ -25,8 +25,8 @@ EXAMPLES = """
 examples:
   python tools/inspect_data.py runs/data/fr_text_document --documents 5 --tokenizer runs/data/tokenizer
   python tools/inspect_data.py runs/data/fr_text_document --verify
-  python tools/inspect_data.py examples/recipes/tiny.toml --train.seed 7 --step 100 --json
-  python tools/inspect_data.py examples/recipes/tiny.toml --plan --output plan.png
+  python tools/inspect_data.py examples/recipes/code.toml --train.seed 7 --step 100 --json
+  python tools/inspect_data.py examples/recipes/code.toml --plan --output plan.png
 
 --step N --json prints one line: [{"sample": 0, "source": "fr", "documents": [12, 13], "tokens": [...]}, ...]
 """

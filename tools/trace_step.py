@@ -16,8 +16,8 @@ from megagap.planning.trace import draw, kinds_table, sites_table, summary, titl
 
 EXAMPLES = """examples:
   python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml
-  python tools/trace_step.py recipe.toml --device mi300x --train.micro_batch_size 8 --output step.png
-  python tools/trace_step.py recipe.toml --world-size 8 --parallel.tp 2 --json
+  python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml --device mi300x --output step.png
+  python tools/trace_step.py examples/recipes/code.toml --world-size 8 --parallel.tp 2 --json
 
 The trainer's own step runs over tensors without storage, so no GPU is needed and no value is computed. Every operation
 is costed by the figures of megagap/planning/devices.toml: the slower of its arithmetic and its memory traffic, and its
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sites", type=int, default=20, metavar="N", help="call sites to list (20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--output", type=Path, metavar="FILE", help="image to write, or folder for step.png")
-    what_if = parser.add_argument_group("other figures than those of devices.toml")
+    what_if = parser.add_argument_group("other figures than those of megagap/planning/devices.toml")
     what_if.add_argument("--product-tflops", type=float, metavar="X", help="TFLOP/s of large bf16 matrix products")
     what_if.add_argument("--bandwidth-tb", type=float, metavar="X", help="TB/s of kernels bound by memory")
     options, rest = parser.parse_known_args(arguments)

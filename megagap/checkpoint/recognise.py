@@ -97,7 +97,7 @@ def _run(path: Path, names: list[str]) -> str | None:
         state = ""
     return (
         f"{run} is a run without a checkpoint{state}\n"
-        "  give another run, or wait: it writes one at its end, every checkpoint.every steps, and when you make the file "
+        "  give another run, or wait: it writes one at its end, every checkpoint.every steps, and when you make a file "
         f"{run / 'SAVE'}."
     )
 
@@ -129,8 +129,8 @@ def _of_others(path: Path, names: list[str]) -> str | None:
     if "params.json" in names and any(name.startswith("consolidated.") for name in names):
         return (
             f"{path} is a Llama in Meta's own format\n"
-            "  download it in Hugging Face's format, or convert it with transformers' convert_llama_weights_to_hf.py; then\n"
-            f"  {_import_advice()}"
+            "  get its Hugging Face format, or convert it with transformers' convert_llama_weights_to_hf.py\n"
+            f"  then {_import_advice()}"
         )
     if "latest_checkpointed_iteration.txt" in names or any(map(_MEGATRON.fullmatch, [path.name, *names])):
         return (
@@ -139,7 +139,8 @@ def _of_others(path: Path, names: list[str]) -> str | None:
         )
     if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
         return (
-            f"{path} is a DeepSpeed checkpoint\n  save it as a Hugging Face model with the program that wrote it; then\n"
+            f"{path} is a DeepSpeed checkpoint\n"
+            "  save it as a Hugging Face model with the program that wrote it; then\n"
             f"  {_import_advice()}"
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
@@ -165,6 +166,6 @@ def _import_advice(folder: Path = Path("DIR")) -> str:
 
 
 _NO_PICKLES = (
-    "pickles can run code when opened and are not read. Save the model as safetensors with the program that wrote it: with "
-    f"transformers, model.save_pretrained(DIR); then\n  {_import_advice()}"
+    "pickles can run code when opened and are not read. Save the model as safetensors with the program that wrote it: "
+    f"with transformers, model.save_pretrained(DIR); then\n  {_import_advice()}"
 )

@@ -77,10 +77,11 @@ class RunState(ModelState, Progress):
             raise ValueError(f"{fault.setting} = {fault.value} {fault.message}")
         samples = self.step * self.train.global_batch_size
         if self.consumed_samples != samples:
-            raise ValueError(f"consumed_samples = {self.consumed_samples}, but {counted(self.step, 'step')} made it {samples}")
+            steps = counted(self.step, "step")
+            raise ValueError(f"consumed_samples = {self.consumed_samples}, but {steps} made it {samples}")
         tokens = tokens_after(spans(self.data, self.train, 0.0), self.train.global_batch_size, self.step)
         if self.consumed_tokens != tokens:
-            raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {counted(samples, 'sample')} made it {tokens}")
+            raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {samples} samples made it {tokens}")
         return self
 
 
@@ -146,7 +147,7 @@ def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tup
     wanted = model_tensors(model)
     unknown = sorted(set(stored) - set(wanted))
     if unknown:
-        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which does not belong to the model that its settings describe")
+        raise CheckpointError(f"{checkpoint} holds {unknown[0]}, which does not belong to the model of its settings")
     for name, shape in wanted.items():
         found = index.tensor(checkpoint, "weight", name).shape
         if found != shape:

@@ -65,7 +65,10 @@ GRID = {
     "a run": (run_without_checkpoints, ["is a run without a checkpoint: it is running, at step 7", "SAVE"]),
     "its checkpoints": (lambda f: run_without_checkpoints(f) / "checkpoints", ["is an empty folder"]),
     "an unfinished one": (lambda f: touch(f / "partial_step_00000001", "rank_00000.safetensors"), ["never completed"]),
-    "one without index": (lambda f: touch(f / "step_00000001", "rank_00000.safetensors"), ["not a complete checkpoint"]),
+    "one without index": (
+        lambda f: touch(f / "step_00000001", "rank_00000.safetensors"),
+        ["not a complete"],
+    ),
     "latest": (
         lambda f: save(f / "r/checkpoints/step_00000001").parent / "latest",
         ["names a run's latest checkpoint", "give its folder: {parent}"],

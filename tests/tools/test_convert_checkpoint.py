@@ -1,20 +1,25 @@
 import argparse
 import json
+import math
 import runpy
 import subprocess
 import sys
+import tomllib
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
-from megagap.checkpoint import load_model, save_checkpoint
-from megagap.config import Model
+from megagap.checkpoint import find_model, load_model, save_checkpoint
+from megagap.config import Model, load_recipe
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 from tests.models import SHAPE
+from tests.recipes import write_tokens
+from tests.training_run import train_recipe
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -81,3 +86,55 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         runpy.run_path(str(TOOL))["byte_size"](text)
+
+
+def from_hf(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), "from-hf", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def hugging_face(run: Path) -> Path:
+    """A model with a tokenizer beside it, in a folder whose name has to be quoted."""
+    folder = run.parent / 'my "model"'
+    assert convert("--checkpoint", run, "--output", folder).returncode == 0
+    (run.parent / "text.jsonl").write_text('{"text": "a b"}\n')
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(MODEL["vocab_size"])}, unk_token="w0"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_the_output_of_from_hf_is_a_recipe_that_continues_from_it(hugging_face: Path, tmp_path: Path) -> None:
+    done = from_hf("--input", hugging_face, "--output", tmp_path / "base")
+    assert done.returncode == 0, done.stderr
+    recipe = tomllib.loads(done.stdout)
+    assert "model" not in recipe
+    assert recipe["checkpoint"]["load"] == str(tmp_path / "base") and recipe["checkpoint"]["load_mode"] == "model"
+    assert recipe["data"]["tokenizer"] == str(hugging_face)
+    assert recipe["train"]["sequence_length"] == MODEL["max_position_embeddings"]
+    assert 0 < recipe["optim"]["lr"] <= 1e-4
+
+    path = tmp_path / "recipe.toml"
+    write_tokens(tmp_path / "web_text_document", 0, vocabulary=MODEL["vocab_size"])
+    path.write_text(done.stdout.replace("PREFIX_text_document", "web_text_document"))
+    settings = ["train.steps=2", "train.global_batch_size=2", f"run.dir={tmp_path / 'trained'}", "optim.warmup_steps=0"]
+    losses = [record["loss"] for record in train_recipe(0, 1, path, settings)]
+    assert len(losses) == 2 and losses[0] == pytest.approx(math.log(MODEL["vocab_size"]), rel=1e-3)  # of ones: uniform
+    assert load_recipe(path, settings, find_model=find_model).model.hidden_size == MODEL["hidden_size"]
+
+
+def test_from_hf_writes_the_recipe_to_a_new_file_only(hugging_face: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipes" / "mine.toml"
+    done = from_hf("--input", hugging_face, "--output", tmp_path / "base", "--recipe", path)
+    assert done.returncode == 0 and f"saved {path}" in done.stdout and "[train]" not in done.stdout
+    text = path.read_text()
+    assert tomllib.loads(text)["checkpoint"]["load"] == str(tmp_path / "base") and "megagap.train mine.toml" in text
+    again = from_hf("--input", hugging_face, "--output", tmp_path / "other", "--recipe", path)
+    assert again.returncode == 2 and f"{path} exists already" in again.stderr
+    assert path.read_text() == text and not (tmp_path / "other").exists()
+
+
+def test_a_recipe_of_a_model_without_tokenizer_leaves_it_to_be_filled_in(run: Path, tmp_path: Path) -> None:
+    assert convert("--checkpoint", run, "--output", run / "hf").returncode == 0
+    done = from_hf("--input", run / "hf", "--output", tmp_path / "base")
+    assert "tokenizer" not in tomllib.loads(done.stdout)["data"] and "# tokenizer = " in done.stdout

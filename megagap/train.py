@@ -26,7 +26,7 @@ from megagap.training import launch
 from megagap.training.rendezvous import Process
 from megagap.training.trainer import train
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("megagap.train")  # not __name__: as a program, that is __main__, which no log listens to
 
 
 def main(arguments: list[str]) -> None:

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
+from transformers import AutoModelForCausalLM
 
 from megagap.config import describe_settings, load_recipe, parse_overrides, span_of, spans, spread_layers, tokens_after
-from megagap.config.faults import describe
+from megagap.config.describe import describe
+from megagap.config.presets import presets
 from megagap.config.settings import SECTIONS
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
-from megagap.model.shapes import parameter_count
+from megagap.model.shapes import model_tensors, parameter_count
+from tests.huggingface import reference_config
 
 GOOD = {
     "model": {"preset": "tiny"},
@@ -202,6 +206,17 @@ def test_a_source_may_be_named_by_one_of_its_files(recipe, tmp_path, ending):
     assert french.paths == [str(tmp_path / "fr_text_document")] and french.name == "fr"
 
 
+def test_a_source_named_by_a_file_is_noted_so_that_the_ending_is_left_out(recipe, tmp_path):
+    sources = [{"path": "fr_text_document.bin"}, {"path": ["en_text_document.idx", "de_text_document"]}]
+    for settings in (load_recipe(recipe(data__sources=sources)), load_recipe(recipe(data__validation=sources))):
+        assert settings.notes == (
+            "the source fr_text_document.bin is named by one of its files: leave .bin out, the prefix names the pair",
+            "the source en_text_document.idx is named by one of its files: leave .idx out, the prefix names the pair",
+        )
+    (tmp_path / "odd.bin.idx").touch()  # a pair whose prefix ends so
+    assert load_recipe(recipe(data__sources=[{"path": "odd.bin"}])).notes == ()
+
+
 def test_a_folder_with_brackets_in_its_name_is_no_pattern(recipe, tmp_path):
     for folder in ("e1", "e[1]"):
         (tmp_path / folder).mkdir()
@@ -243,6 +258,35 @@ def test_layers_that_do_not_divide_go_to_earlier_stages():
 def test_presets_have_the_published_parameter_counts(recipe, preset, overrides, parameters):
     model = load_recipe(recipe(model__preset=preset), overrides).model
     assert parameter_count(model) == parameters
+
+
+@pytest.mark.parametrize("preset", [name for name in presets() if name.startswith("llama")])
+def test_presets_have_the_shapes_that_transformers_builds(recipe, preset):
+    model = load_recipe(recipe(model__preset=preset)).model
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(reference_config(model))
+    tied = {"lm_head.weight"} if model.tie_word_embeddings else set()
+    shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items() if name not in tied}
+    assert shapes == model_tensors(model)
+
+
+SCALED = {"llama3.1-8b": 8.0, "llama3.1-70b": 8.0, "llama3.2-1b": 32.0, "llama3.2-3b": 32.0}
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_presets_have_the_published_wavelengths_lengths_and_ties(recipe, preset):
+    model = load_recipe(recipe(model__preset=preset)).model
+    assert (model.rope_scaling.factor if model.rope_scaling else None) == SCALED.get(preset)
+    assert model.tie_word_embeddings == preset.startswith("llama3.2")
+    if model.rope_scaling:
+        bands = (model.rope_scaling.low_freq_factor, model.rope_scaling.high_freq_factor)
+        assert (*bands, model.rope_scaling.original_max_position_embeddings) == (1.0, 4.0, 8192)
+        assert (model.max_position_embeddings, model.rope_theta) == (131072, 500000.0)
+
+
+def test_help_and_errors_name_every_preset(recipe):
+    told = [describe_settings(200), faults_of(recipe(model__preset="llama9"))]
+    assert all(preset in text for preset in presets() for text in told)
 
 
 def test_flops_per_token_follow_the_formula_by_hand(recipe):
@@ -438,7 +482,7 @@ def test_a_folder_an_endless_device_and_a_circle_of_links_are_no_recipes(tmp_pat
     assert "it is a folder" in faults_of(tmp_path)
     (tmp_path / "config.toml").touch()
     assert f"the recipe of that run is {tmp_path}/config.toml" in faults_of(tmp_path)
-    assert "more than 16 MiB" in faults_of("/dev/zero")
+    assert "larger than 16 MiB" in faults_of("/dev/zero")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for place in (tmp_path / "loop", "x" * 5000, tmp_path / "config.toml" / "x"):
         assert "cannot read the recipe" in faults_of(place)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megagap.errors import CheckpointError, ConfigError, DataError, file_system_error, library_errors
+from megagap.errors import CheckpointError, ConfigError, DataError, counted, file_system_error, library_errors
 
 
 class Panic(BaseException):
@@ -107,3 +107,12 @@ def test_a_full_disk_behind_standard_output_is_told():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "text"),
+    [(0, ("step",), "0 steps"), (1, ("step",), "1 step"), (2000, ("step",), "2,000 steps"),
+     (1, ("process", "processes"), "1 process"), (3, ("process", "processes"), "3 processes")],
+)  # fmt: skip
+def test_what_is_counted_has_its_plural(number, words, text):
+    assert counted(number, *words) == text

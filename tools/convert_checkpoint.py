@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megagap.checkpoint import resolve_checkpoint
 from megagap.checkpoint.huggingface import DEFAULT_SHARD_SIZE, DTYPES, export
 from megagap.checkpoint.huggingface_import import import_model
-from megagap.checkpoint.import_recipe import recipe_for
+from megagap.checkpoint.import_recipe import one_line, recipe_for
 from megagap.errors import DataError, counted, run_tool
 from megagap.files import is_there, require_writable, write_text, writing
 
@@ -117,7 +117,7 @@ def convert_from_hugging_face(given: argparse.Namespace) -> None:
         print(f"{summary}\nsaved {given.recipe}, the recipe that continues from it: fill in its data.sources")
         return
     # A comment, so that the output as a whole is a recipe too.
-    print(f"# {summary}\n")
+    print(f"# {one_line(summary)}\n")
     print(recipe_for(result, given.input, given.output), end="")
 
 

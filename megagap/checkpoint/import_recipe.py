@@ -18,10 +18,11 @@ def recipe_for(imported: Imported, source: Path, checkpoint: Path, name: str = "
     tokenizer = f"tokenizer = {_text(imported.tokenizer or '…')}"
     if not imported.is_tokenizer_readable:
         tokenizer = f"# {tokenizer}"
-    spec = shlex.quote(imported.tokenizer) if imported.tokenizer else "SPEC"
+    spec = one_line(shlex.quote(imported.tokenizer)) if imported.tokenizer else "SPEC"
+    name = one_line(shlex.quote(name))
     length = min(SEQUENCE_LENGTH, imported.model.max_position_embeddings)
     return printable(f"""\
-# Continues training {source}, {counted(imported.parameters, "parameter")}.
+# Continues training {one_line(str(source))}, {counted(imported.parameters, "parameter")}.
 # Save this as {name}, fill in data.sources, then:
 #   python -m megagap.train {name}
 #   torchrun --nproc-per-node 8 -m megagap.train {name} --parallel.tp 2
@@ -53,6 +54,11 @@ every = 100
 [run]
 dir = {_text(str(Path("runs") / (checkpoint.resolve().name + "-continued")))}
 """)
+
+
+def one_line(text: str) -> str:
+    """``text`` as a comment of TOML may hold it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _text(text: str) -> str:

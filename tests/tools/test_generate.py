@@ -103,6 +103,6 @@ def test_a_folder_that_is_no_llama_is_refused_by_both_tools(tmp_path):
         start_tool("generate.py", "--checkpoint", tmp_path / "hf", "--prompt", "x"),
     ):
         assert done.returncode == 2
-        assert 'holds no Llama: config.json says model_type = "bert"' in done.stderr.decode()
+        assert 'is not a Llama model: config.json says model_type = "bert"' in done.stderr.decode()
         assert "Traceback" not in done.stderr.decode()
     assert not (tmp_path / "checkpoint").exists()

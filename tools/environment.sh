@@ -19,7 +19,7 @@ megagap_find_python() {
             return
         fi
     done
-    echo "no Python >= 3.11 with the venv module was found (tried python3.11, 3.12, 3.13, python3)" >&2
+    echo "found no Python >= 3.11 with the venv module (tried python3.11, 3.12, 3.13, python3)" >&2
     echo "  install one (Debian: apt-get install python3 python3-venv), or name yours: MEGAGAP_PYTHON=/path/to/python" >&2
     return 1
 }
@@ -47,8 +47,8 @@ megagap_is_ready() {
 
 megagap_install_requirements() {
     local venv=$1 base
-    # Left by a set-up that was killed in mid-installation: what is there cannot be trusted.
-    # Only what was made here is thrown away: MEGAGAP_VENV may name an environment with more in it.
+    # Left by a set-up that was killed during installation: what is there cannot be trusted.
+    # Only what was made here is deleted: MEGAGAP_VENV may name an environment with more in it.
     if [ -s "$venv/.megagap-installing" ]; then
         echo "an earlier set-up of $venv was interrupted: starting again" >&2
         rm -rf "$venv"
@@ -71,7 +71,7 @@ megagap_install_requirements() {
 # What the given Python must have beforehand, as it is not ours to change.
 megagap_check_given_python() {
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "MEGAGAP_PYTHON=$MEGAGAP_PYTHON is no Python >= 3.11" >&2
+        echo "MEGAGAP_PYTHON=$MEGAGAP_PYTHON is not Python 3.11 or later" >&2
         return 1
     fi
     "$PYTHON" "$MEGAGAP_ROOT/tools/missing_packages.py" "$MEGAGAP_ROOT/pyproject.toml"
@@ -114,7 +114,7 @@ megagap_set_up() {
 
 if [ -n "${MEGAGAP_PYTHON:-}" ]; then
     PYTHON=$(command -v "$MEGAGAP_PYTHON") || {
-        echo "MEGAGAP_PYTHON=$MEGAGAP_PYTHON is not to be found" >&2
+        echo "MEGAGAP_PYTHON=$MEGAGAP_PYTHON was not found" >&2
         exit 1
     }
     STAMP=$MEGAGAP_ROOT/build/environment-$(printf %s "$PYTHON" | sha256sum | cut -c1-16).stamp
@@ -126,7 +126,7 @@ else
 fi
 if ! megagap_is_ready; then
     megagap_set_up || {
-        echo "set-up failed; after mending the cause, run the same command again" >&2
+        echo "set-up failed: fix the cause, then run the same command again" >&2
         exit 1
     }
 fi

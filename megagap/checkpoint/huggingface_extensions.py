@@ -18,13 +18,19 @@ _KNOWN = {
 """Keys of ``transformers``' own Llama that the words below would match, and that are read or say nothing."""
 
 _CHANGING = re.compile(
-    r"(^|_)(multipliers?|scale|scales|scaling|scalar|softcap\w*|softcapping|capping|mup|alibi|sinks?|causal|bidirectional)(_|$)"
-    r"|window|(^|_)qk_|q_norm|k_norm|clip_qkv|norm_(type|position|after|before|placement)|(post|pre|sandwich)_\w*norm"
-    r"|rotary|^rope_|_rope(_|$)|use_rope|no_rope|position_embedding_type|parallel_(residual|attn|attention|block)"
-    r"|(^|_)experts?(_|$)|moe|layer_types|chunk_size|global_attn|sparse|attention_(type|window|mask|class)|attn_types?"
-    r"|dim_model_base|lora_rank|pruned_heads|nope"
+    "|".join(
+        (
+            r"(^|_)(multipliers?|scales?|scaling|scalar|mup|dim_model_base)(_|$)",  # factors (Granite, MiniCPM, µP)
+            r"(^|_)(soft)?cap(ping)?(_|$)|clip_qkv",  # bounds (Gemma, OLMo)
+            r"window|chunk_size|sparse|(^|_)sinks?(_|$)|(^|_)(causal|bidirectional)(_|$)|layer_types|global_attn",
+            r"attention_(type|mask|class)|attn_types?|parallel_(residual|attn|attention|block)|pruned_heads",
+            r"(^|_)qk_|[qk]_norm|norm_(type|position|after|before|placement)|(post|pre|sandwich)_\w*norm",
+            r"rotary|^rope_|_rope(_|$)|(^|_)(alibi|nope)(_|$)|position_embedding_type",
+            r"(^|_)(moe|experts?|lora_rank)(_|$)",
+        )
+    )
 )
-"""What keys are called that stand for other arithmetic than Llama's."""
+"""Names of keys that stand for other arithmetic than Llama's."""
 
 _IMPLEMENTATION = re.compile(r"implementation|flash|sdpa|xformers|fused|kernel|cache|parallel_size|dropout|_version$")
 """How something is computed, not what."""

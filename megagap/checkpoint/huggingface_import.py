@@ -74,8 +74,8 @@ def import_model(
 ) -> Imported:
     """Write the Hugging Face model in ``folder`` as the checkpoint ``output``: at step 0, its weights bit for bit.
 
-    The files are memory-mapped, so that no more than the system can spare is held in memory. ``progress`` is told the
-    bytes done and their total. ``output`` appears when whole, and must not exist or be empty.
+    The files are memory-mapped, so that they need not fit in memory. ``progress`` is called with the bytes done and
+    their total. ``output`` appears when whole, and must not exist or be empty.
     The tokenizer stays where it is; the checkpoint records its path.
     Raises :class:`CheckpointError` if ``folder`` is not a Llama that we can train, is damaged, or ``output`` cannot be
     written.

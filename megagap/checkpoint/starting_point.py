@@ -14,7 +14,7 @@ def find_model(run: Path, load: str, load_mode: str) -> StoredModel | None:
     """The model that a run in the directory ``run`` starts from: its own newest checkpoint's, else that of the folder
     ``checkpoint.load``; None for a run that starts from scratch.
 
-    Raises :class:`CheckpointError` if the checkpoint is missing, damaged, or of a version that we cannot read.
+    Raises :class:`CheckpointError` if the checkpoint is missing, damaged, or of another version.
     """
     if not load:
         return None

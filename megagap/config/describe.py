@@ -17,7 +17,7 @@ from megagap.config.presets import presets
 from megagap.config.settings import PLANNED, SECTIONS, SampleRange, Section
 
 _UNBOUNDED = 2**60
-"""Upper bounds from here on only keep integers in range: nobody needs to be told."""
+"""Upper bounds from here on only keep integers in range, and are not shown."""
 
 _EXAMPLES: dict[str, Any] = {
     "path": "prefix_text_document",
@@ -128,8 +128,10 @@ def describe_settings(width: int | None = None) -> str:
     for section, kind in SECTIONS.items():
         lines.append(f"\n[{section}]")
         for key, field in kind.model_fields.items():
-            told = "; ".join(filter(None, (_bounds(field), _default(field))))
-            lines += _wrapped(f"--{section}.{key} {_unbroken(_values(section, key, field), width)}  ({told})", 2, width)
+            shown = "; ".join(filter(None, (_bounds(field), _default(field))))
+            lines += _wrapped(
+                f"--{section}.{key} {_unbroken(_values(section, key, field), width)}  ({shown})", 2, width
+            )
             lines += _wrapped(field.description or "", 6, width)
         for key, value in PLANNED.get(section, {}).items():
             lines += _wrapped(f"--{section}.{key} {as_argument(value)}  (planned: no other value yet)", 2, width)

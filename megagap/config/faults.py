@@ -26,17 +26,17 @@ class Fault:
 
 
 def from_pydantic(name: str, value: Any, annotation: Any, detail: Any, *, typed: bool = False) -> Fault:
-    """What pydantic finds wrong with the ``value`` given for a setting of this annotation, in words of ours.
+    """What pydantic finds wrong with the ``value`` given for a setting of this annotation, in our own words.
 
     ``typed``: the value was given on the command line, and examples are written as they are typed there.
     """
     if detail["type"] == "extra_forbidden":
         return _unknown_in_table(name, _place(detail["loc"]), detail["input"])
     whole = annotation
-    # Tuples are told as a whole: of one that is too short, pydantic names the item that is not there.
+    # A tuple is reported as a whole: of one that is too short, pydantic names the missing item.
     place = detail["loc"] if detail["type"] != "missing" or isinstance(detail["loc"][-1], str) else detail["loc"][:-1]
     place, value, annotation = _descend(place, value, annotation)
-    # Within a list or table of the command line, the example of a part is TOML, and the whole is what has to be typed.
+    # Within a list or table on the command line, the example of a part is TOML; what has to be typed is the whole.
     within = typed and bool(place)
     again = f"; type it as --{name} {as_argument(example(whole))}" if within else ""
     if detail["type"] == "missing" and place == detail["loc"]:
@@ -53,7 +53,7 @@ def from_pydantic(name: str, value: Any, annotation: Any, detail: Any, *, typed:
         "too_short": "must not be empty",
         "string_pattern_mismatch": 'must look like "1000:2000"',
     }
-    # Of a choice between types, pydantic tells what each of them lacks.
+    # For a choice between types, pydantic reports what each of them lacks.
     template = messages.get(detail["type"]) if place == detail["loc"] else None
     if template is None:
         typed = typed and not within
@@ -68,7 +68,7 @@ def _place(location: Sequence[int | str]) -> str:
 
 
 def _descend(location: Sequence[int | str], value: Any, annotation: Any) -> tuple[tuple[int | str, ...], Any, Any]:
-    """Follow ``location`` into the value and its annotation, up to a choice between types: that is told as a whole."""
+    """Follow ``location`` into the value and its annotation, up to a choice between types."""
     for depth, part in enumerate(location):
         annotation = plain(annotation)
         if get_origin(annotation) in (Union, UnionType):

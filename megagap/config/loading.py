@@ -81,7 +81,7 @@ def load_recipe(
 
 
 def _ending_notes(settings: Settings, folder: Path) -> Iterator[str]:
-    """Of sources that are named by a file of theirs."""
+    """On sources that are named by one of their files."""
     for name in dict.fromkeys(path for source in _all_sources(settings) for path in source.paths):
         ending = Path(name).suffix
         if ending in (".bin", ".idx") and pair_prefix(folder / name) != str(folder / name):
@@ -99,7 +99,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[str]:
         argument = remaining.pop()
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or "." not in name:
-            raise ConfigError(_cut_apart(values, argument) or _unexpected(argument, name))
+            raise ConfigError(_split_by_shell(values, argument) or _unexpected(argument, name))
         if not equals:
             if not remaining or re.match(r"--[A-Za-z_]+[.=]", remaining[-1]):
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE, or --{name}=VALUE")
@@ -109,8 +109,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def _cut_apart(values: dict[str, str], argument: str) -> str | None:
-    """What an unexpected ``argument`` means after a list that the shell has cut at its blanks."""
+def _split_by_shell(values: dict[str, str], argument: str) -> str | None:
+    """What an unexpected ``argument`` means after a list that the shell has split at its blanks."""
     name = next(reversed(values), "")
     section, _, key = name.partition(".")
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
@@ -197,7 +197,7 @@ def _set_planned_aside(tree: dict[str, Any]) -> Iterator[Fault]:
 def _validate(tree: dict[str, Any], typed: Collection[str] = ()) -> tuple[dict[str, Any], list[Fault]]:
     """Validate setting by setting, so that rules can run on whatever is sound.
 
-    ``typed``: settings that were given on the command line. What ``[model]`` lacks is no fault here.
+    ``typed``: settings that were given on the command line. What is missing of ``[model]`` is not checked here.
     Returns the sound values by dotted name, defaults included, and the faults.
     """
     values: dict[str, Any] = {}

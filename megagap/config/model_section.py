@@ -22,14 +22,14 @@ class StoredModel:
 FindModel = Callable[[Path, str, str], StoredModel | None]
 """Given a run directory, ``checkpoint.load`` and ``checkpoint.load_mode``: the model of the checkpoint that a run with
 these settings starts from; None if there is none. Raises :class:`CheckpointError` for one that is missing or damaged.
-:func:`megagap.checkpoint.find_model` is the one there is."""
+:func:`megagap.checkpoint.find_model` is what programs pass."""
 
 
 def apply_preset(tree: dict[str, Any]) -> Iterator[Fault]:
     model = tree.get("model")
     name = model.get("preset") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(name, str) or not name:
-        return  # no preset, or one that _validate reports
+        return  # no preset, or one that validation reports
     if name not in presets():
         yield Fault("model.preset", name, f"unknown; possible: {', '.join(presets())}")
         return
@@ -37,7 +37,7 @@ def apply_preset(tree: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _missing(tree: dict[str, Any]) -> list[str]:
-    """The required settings of ``[model]`` that are not given; none where it is no table."""
+    """The required settings of ``[model]`` that are not given; none if it is not a table."""
     given = tree.get("model", {})
     required = [key for key, field in Model.model_fields.items() if field.is_required()]
     return [key for key in required if key not in given] if isinstance(given, dict) else []
@@ -55,7 +55,7 @@ def find_stored(tree: dict[str, Any], path: Path, find_model: FindModel) -> Stor
 
 
 def _names_preset(tree: dict[str, Any]) -> bool:
-    """Whether a preset is named: one that is unknown has been reported, and is no reason to look elsewhere."""
+    """Whether a preset is named: one that is unknown has been reported by :func:`apply_preset`."""
     return bool(tree.get("model", {}).get("preset"))
 
 

@@ -25,7 +25,7 @@ from megagap.training import launch
 from megagap.training.rendezvous import Process
 from megagap.training.trainer import train
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("megagap.train")  # by name: run as a program, this module is called __main__
 
 
 def main(arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """``megagap.train`` that stands still after a step: ``python -m tests.stalling_train STEP[:RANK] RECIPE ...``.
 
-With a RANK only that one does, and the others wait for it in a collective.
+With a RANK only that one does, and the others wait for it in a collective. A file ``stalled`` in the run directory says
+that it does.
 
 A run that is to be killed after a checkpoint and before its end would otherwise win the race against its test now and
 then, on a busy machine.
@@ -27,6 +28,7 @@ def stall_after(place: str) -> None:
 
     def stalling(self: Recorder, step: int, *rest: Any) -> float:
         while step > int(last) and rank in ("", os.environ.get("RANK")):
+            (self.run.path / "stalled").touch()
             time.sleep(1)  # whatever signals arrive
         return step_done(self, step, *rest)
 

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from megagap.checkpoint import find_latest
-from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.training.interrupt import InterruptCounter, watch_interrupts
 from megagap.training.next_start import next_start
@@ -51,18 +50,17 @@ def test_a_second_ctrl_c_is_seen_while_the_main_thread_is_busy():
     assert [name for name in seen if name != "handler"] == ["first", "second"]
 
 
-def stalled(tmp_path, recipe, ranks, place, steps):
-    """A run that stands still after ``steps``, and its process."""
+def launch_stalled(tmp_path, recipe, ranks, place):
+    """A run that stands still there."""
     process = launch(recipe, ranks, stall_after=place)
-    metrics = tmp_path / "run/metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) >= steps - 1, process)
+    wait_until((tmp_path / "run/stalled").exists, process)
     return process
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["with a checkpoint", "without"])
 def test_a_second_ctrl_c_stops_at_once_and_says_what_the_next_start_does(tmp_path, saved):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), checkpoint=dict(every=2 if saved else 0))
-    process = stalled(tmp_path, recipe, 1, "3", 3)
+    process = launch_stalled(tmp_path, recipe, 1, "3")
     checkpoint = find_latest(tmp_path / "run/checkpoints")
     process.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -109,7 +107,8 @@ def test_a_command_in_the_background_ignores_a_ctrl_c_that_is_not_meant_for_it(t
 @pytest.mark.slow
 def test_ctrl_c_on_torchrun_saves_and_stops_all_ranks(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    process = stalled(tmp_path, recipe, 2, "100000", 2)
+    process = launch(recipe, 2)
+    wait_until((tmp_path / "run/metrics.jsonl").exists, process)
     process.send_signal(signal.SIGINT)
     _, output = finish(process)
     status = json.loads((tmp_path / "run/status.json").read_text())
@@ -121,7 +120,7 @@ def test_ctrl_c_on_torchrun_saves_and_stops_all_ranks(tmp_path):
 def test_a_second_ctrl_c_on_torchrun_stops_all_ranks_at_once_even_in_a_collective(tmp_path):
     """Rank 1 stands still after step 3, and rank 0 waits for it."""
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), checkpoint=dict(every=2))
-    process = stalled(tmp_path, recipe, 2, "3:1", 3)
+    process = launch_stalled(tmp_path, recipe, 2, "3:1")
     pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     time.sleep(2)

@@ -176,10 +176,10 @@ def test_lists_of_other_lengths_and_missing_settings_are_whole():
             {"schedule": "wsd", "cooldown_steps": 4},
             10,
             20,
-            "0 at step 10, 0.003 at step 11; its cooldown had begun after",
+            "0 at step 10, 0.003 at step 11; its cooldown",
         ),
         ({"schedule": "wsd", "cooldown_steps": 4}, 8, 20, "0.0015 at step 8, 0.003 at step 9"),
-        ({"schedule": "wsd", "cooldown_steps": 4}, 8, 11, "0.0015 at step 8, 0.0015"),
+        ({"schedule": "wsd", "cooldown_steps": 4}, 8, 11, ""),
         ({"schedule": "wsd", "cooldown_steps": 4}, 6, 20, ""),  # the cooldown has not begun
         ({"schedule": "wsd", "cooldown_steps": 4}, 8, 10, ""),  # nothing changed
         ({"schedule": "cosine"}, 10, 20, "its cosine decay had begun after step 2"),
@@ -195,8 +195,6 @@ def test_a_learning_rate_that_rises_again_is_warned_of(tmp_path, caplog, optim, 
     recipe = write_recipe(tmp_path, optim=optim)
     saved = load_recipe(recipe).model_dump(mode="json")
     settings = load_recipe(recipe, [f"train.steps={steps}"])
-    if told.endswith("0.0015"):
-        told = ""  # from 11 steps on, the next rate is the same as the last one
     with caplog.at_level(logging.WARNING, "megagap"):
         start = Start(step, tmp_path / f"step_{step:08}", saved=saved)
         warn_of_rising_rate(start, settings, RunDirectory(tmp_path, is_writer=False))

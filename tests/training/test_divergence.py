@@ -203,9 +203,8 @@ def test_a_stop_among_skipped_steps_says_from_where_the_next_start_resumes(worke
     workers.run(1, train_until_stopped, recipe, set(range(5, 40)), 8)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted" and "no checkpoint was written there (the updates" in status["message"]
-    assert f"resume from {tmp_path}/run/checkpoints/step_00000003" in status["message"] and folders(
-        tmp_path / "run"
-    ) == ["step_00000003"]
+    assert f"resume from {tmp_path}/run/checkpoints/step_00000003" in status["message"]
+    assert folders(tmp_path / "run") == ["step_00000003"]
 
 
 def test_a_stop_among_skipped_steps_without_a_checkpoint_says_so(workers, tmp_path, recipe):

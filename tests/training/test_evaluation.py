@@ -56,13 +56,13 @@ def test_a_run_that_resumes_does_not_evaluate_first_and_one_that_starts_over_doe
     assert [m["step"] for m in again] == [0, 1, 2, 3]
 
     weights = [f"checkpoint.load={tmp_path / 'run'}", "checkpoint.load_mode=model", f"run.dir={tmp_path / 'new'}"]
-    (new,) = workers.run(1, train_recipe, recipe, [*weights, "train.steps=1"])
+    (new,) = workers.run(1, train_recipe, recipe, [*weights, "train.steps=2"])
     assert new[0]["step"] == 0 and new[0]["validation_loss"] < again[0]["validation_loss"]
 
 
 def test_it_needs_held_out_data(tmp_path):
     recipe = write_recipe(tmp_path, train=FIRST, data={"split": "100,0,0"})
-    with pytest.raises(ConfigError, match="train.evaluate_first = true  needs a held-out set"):
+    with pytest.raises(ConfigError, match=r"train\.evaluate_first = .* needs a held-out set"):
         load_recipe(recipe)
 
 
@@ -178,9 +178,6 @@ def test_tensorboard_gets_every_step_or_those_of_its_setting(workers, tmp_path, 
     (metrics,) = workers.run(1, train_recipe, recipe, [])
     events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    scalars = {e.step: e.value for e in events.Scalars("loss")} | {
-        e.step: e.value for e in events.Scalars("validation_loss")
-    }
-    assert sorted(scalars) == steps
+    assert sorted({e.step for name in ("loss", "validation_loss") for e in events.Scalars(name)}) == steps
     for e in events.Scalars("loss"):
         assert e.value == pytest.approx(metrics[e.step]["loss"], rel=1e-6)

@@ -25,7 +25,7 @@ from megagap.training.datasets import skipped_ranges
 from megagap.training.next_start import newest_checkpoint, start_over
 from megagap.training.step import TrainState, next_step_is_sound
 
-PROBLEM = "loss or gradients were not finite, or all gradients zero,"
+PROBLEM = "loss or gradients were not finite or all gradients were zero"
 """Why steps are skipped, for messages."""
 
 MOST_SKIPPED = 20
@@ -106,7 +106,9 @@ def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Ma
     The same on every rank.
     """
     if skipped.total:
-        return f"the updates of the last {skipped.total} steps were skipped, as {PROBLEM}"
+        count = skipped.total
+        which = "update of the last step was" if count == 1 else f"updates of the last {count} steps were"
+        return f"the {which} skipped: {PROBLEM}"
     if any_not_finite(state.optimizer, state.mesh):
         return "weights or moments are not finite"
     if not next_step_is_sound(state, batch):

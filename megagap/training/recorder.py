@@ -123,7 +123,8 @@ class Recorder:
         """The error that ends a run whose last updates, up to ``step``, were all skipped."""
         count, here = self.skipped.total, self.skipped.in_a_row
         starts = f" ({count - here} of them in earlier starts)" if count > here else ""
-        problem = f"{PROBLEM} for {count} steps in a row{starts}, up to step {step}"
+        length = "1 step" if count == 1 else f"{count} steps in a row"
+        problem = f"{PROBLEM} for {length}{starts}, up to step {step}"
         return diverged(problem, self.settings, self.run, step - here + 1, step, self.start)
 
     def sync(self) -> None:

@@ -1,7 +1,6 @@
 """A run whose updates are skipped keeps its last good checkpoint and ends as failed."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -184,19 +183,7 @@ def test_steps_skipped_in_a_row_are_counted_over_restarts(workers, tmp_path, rec
 
 
 def train_until_stopped(rank, ranks, recipe, skipped, steps):
-    polls = iter(range(1, 10**9))
-    poll = trainer.Requests.poll
-
-    def stop_in_time(self):
-        if next(polls) >= steps:
-            self.reason = signal.Signals.SIGTERM.name
-        return poll(self)
-
-    trainer.Requests.poll = stop_in_time
-    try:
-        return train_with_skipped(rank, ranks, recipe, ["optim.schedule=constant"], skipped)
-    finally:
-        trainer.Requests.poll = poll
+    return train_with_skipped(rank, ranks, recipe, ["optim.schedule=constant", f"run.stop_after={steps}"], skipped)
 
 
 def test_a_stop_among_skipped_steps_says_from_where_the_next_start_resumes(workers, tmp_path, recipe):

@@ -65,7 +65,7 @@ class RunDirectory:
         """A second Ctrl-C is answered in a thread of its own."""
         self._lock: Lock | None = None
         self._folder: os.stat_result | None = None
-        """The directory that was opened, whatever has its name later."""
+        """The directory that was opened; later another one may have its name."""
 
     @property
     def checkpoints(self) -> Path:
@@ -117,7 +117,7 @@ class RunDirectory:
             raise ConfigError(f"run.dir {self.path} cannot be written\n  {error.args[0]}") from None
 
     def is_archived(self, steps: int) -> bool:
-        """Whether a run of so many steps is finished in a directory that cannot be written: there is nothing to do."""
+        """Whether a run of so many steps is finished in a read-only directory, so that there is nothing to do."""
         if not self.path.is_dir() or os.access(self.path, os.W_OK):
             return False
         try:
@@ -184,7 +184,7 @@ class RunDirectory:
         Raises :class:`DistributedError` on all ranks if one of them does not.
         """
         holder = communicator.broadcast(self._lock_holder() if self.is_writer else None)
-        # A shared file system may take a moment to show the file.
+        # A shared file system may need a moment to show the file.
         deadline = time.monotonic() + LOCK_SECONDS
         while not (seen := self._lock_holder() == holder):
             if time.monotonic() > deadline:

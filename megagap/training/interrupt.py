@@ -67,5 +67,5 @@ def watch_interrupts(on_first: Callable[[], None], on_second: Callable[[], None]
     finally:
         signal.set_wakeup_fd(before)
         os.close(writing_end)
-        thread.join()
+        thread.join(timeout=5)  # a terminal that is paused must not keep the process
         os.close(reading_end)

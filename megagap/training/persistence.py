@@ -202,7 +202,7 @@ def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> No
         if changes:
             raise DataError(
                 f"source {name} was rebuilt since {folder} was written: {'; '.join(changes)}\n"
-                "  put the old one back, or start a new run: what was read of it cannot be told from what was not."
+                "  put the old one back, or start a new run: which of its samples were read is no longer known."
             )
 
 

@@ -61,6 +61,7 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, num
     assert 0 < status["step"] == metrics[-1]["step"] < 100_000
     folder = tmp_path / f"run/checkpoints/step_{status['step']:08}"
     assert folder.exists() and f"resume from {folder}" in status["message"]
+    assert f"run directory {tmp_path / 'run'}" in output
     assert ("press it again to stop at once" in output) == (number == signal.SIGINT)
 
 

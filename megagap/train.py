@@ -26,13 +26,13 @@ from megagap.training import launch
 from megagap.training.rendezvous import Process
 from megagap.training.trainer import train
 
-log = logging.getLogger("megagap.train")  # not __name__: as a program, that is __main__, which no log listens to
+log = logging.getLogger("megagap.train")  # by name: run as a program, this module is called __main__
 
 
 def main(arguments: list[str]) -> None:
     recipe, overrides = parse_arguments(arguments)
     process = Process.from_environment()
-    with launch.orderly_exit(process) as on_failure:
+    with launch.orderly_exit(process) as ending:
         log_to_console(logging.WARNING)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size, find_model=find_model)
         device = launch.start(process)
@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> None:
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
         communicator = DistributedCommunicator(mesh)
         if communicator.broadcast(run.is_archived(settings.train.steps)):
-            log.warning("run %s is finished, and cannot be written: nothing is left to do", run.path)
+            log.warning("run %s is finished, and its directory is read-only: nothing is left to do", run.path)
             return
-        on_failure.append(run.fail)
+        ending.run, ending.load = run, settings.checkpoint.load
         run.open(settings.run.tensorboard)
         run.require_shared(communicator)
         log_to(run.logs, process.rank)
@@ -69,7 +69,8 @@ def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mes
 def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m megagap.train",
-        description="Train a Llama-3 model as a recipe says. Start it under torchrun for more than one process.",
+        description="Train a Llama-3 model from a recipe; more than one process under torchrun. Rerun to resume. "
+        "The first Ctrl-C (or SIGTERM) saves and stops, a second one stops at once.",
         epilog="examples:\n"
         "  python -m megagap.train examples/recipes/code.toml --train.steps 100 --optim.betas '[0.9, 0.95]'\n"
         "  torchrun --nproc-per-node 8 -m megagap.train examples/recipes/quickstart.toml --parallel.tp 2\n\n"

@@ -19,10 +19,11 @@ SECONDS = 300.0
 _launched: list[subprocess.Popen[str]] = []
 
 
-def launch(recipe: Path, ranks: int, *overrides: str, stall_after: int = 0) -> subprocess.Popen[str]:
+def launch(recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node RANKS -m megagap.train RECIPE OVERRIDES``; one rank runs without torchrun.
 
-    ``stall_after``: the run stands still once it has made so many steps, to be killed there at leisure.
+    ``stall_after``: the run stands still once it has made so many steps, to be killed there at leisure; with ``N:RANK``
+    that rank only.
     """
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

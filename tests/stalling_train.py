@@ -1,4 +1,7 @@
-"""``megagap.train`` that stands still after a step: ``python -m tests.stalling_train STEP RECIPE ...``.
+"""``megagap.train`` that stands still after a step: ``python -m tests.stalling_train STEP[:RANK] RECIPE ...``.
+
+With a RANK only that one does, and the others wait for it in a collective. A file ``stalled`` in the run directory says
+that it does.
 
 A run that is to be killed after a checkpoint and before its end would otherwise win the race against its test now and
 then, on a busy machine.
@@ -9,8 +12,9 @@ if __name__ == "__main__":
 
     end_with_parent()
 
-import signal
+import os
 import sys
+import time
 from typing import Any
 
 from megagap.errors import run_tool
@@ -18,17 +22,19 @@ from megagap.train import main
 from megagap.training.recorder import Recorder
 
 
-def stall_after(last: int) -> None:
+def stall_after(place: str) -> None:
+    last, _, rank = place.partition(":")
     step_done = Recorder.step_done
 
     def stalling(self: Recorder, step: int, *rest: Any) -> float:
-        if step > last:
-            signal.pause()
+        while step > int(last) and rank in ("", os.environ.get("RANK")):
+            (self.run.path / "stalled").touch()
+            time.sleep(1)  # whatever signals arrive
         return step_done(self, step, *rest)
 
     Recorder.step_done = stalling  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    stall_after(int(sys.argv[1]))
+    stall_after(sys.argv[1])
     run_tool(lambda: main(sys.argv[2:]))

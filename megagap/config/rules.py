@@ -223,9 +223,10 @@ def _sources_are_named(v: Lookup) -> Iterator[Fault]:
 
 def _evaluation_has_data(v: Lookup) -> Iterator[Fault]:
     held_out = v("data.validation") or (_shares(v("data.split")) or [0, 1])[1] > 0
-    if v("train.evaluate_every") and not held_out:
-        message = 'needs a held-out set: data.validation, or a data.split such as "98,2,0"'
-        yield Fault("train.evaluate_every", v("train.evaluate_every"), message)
+    for setting in ("train.evaluate_every", "train.evaluate_first"):
+        if v(setting) and not held_out:
+            message = 'needs a held-out set: data.validation, or a data.split such as "98,2,0"'
+            yield Fault(setting, v(setting), message)
 
 
 def _skipped_ranges_are_ranges(v: Lookup) -> Iterator[Fault]:

@@ -144,11 +144,13 @@ class Train(Section):
     skip_samples: list[SampleRange] = []
     """Global sample numbers to leave out, `["lo:hi", …]` without hi: the usual answer to a loss spike."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    """Determines initial weights and the order of samples, whatever the layout."""
+    """Determines the initial weights and the order of samples, whatever the layout."""
     evaluate_every: Count = 0
-    """Steps between evaluations on the held-out set; 0: never."""
+    """Steps between evaluations on the held-out set; the last step is evaluated too. 0: never."""
+    evaluate_first: bool = False
+    """Evaluate before the first update too, as step 0 of the metrics; a run that resumes does not."""
     evaluate_samples: Positive = 64
-    """Sequences of each validation source in an evaluation, always the same."""
+    """Sequences of each validation source in an evaluation, always the same ones."""
 
 
 class Optim(Section):
@@ -196,8 +198,12 @@ class Run(Section):
     """The run directory, relative to the working directory, not to the recipe; by default runs/ and its name."""
     tensorboard: bool = True
     """Write TensorBoard files into the run directory."""
+    tensorboard_every: Positive = 1
+    """Steps between TensorBoard records; evaluations and the last step are always written."""
     max_minutes: NonNegative = 0
-    """Save and stop like after a signal once this much time has passed; 0: no limit."""
+    """Save and stop, as after SIGTERM, once this start has run for so many minutes; 0: no limit."""
+    stop_after: Count = 0
+    """Save and stop after so many steps of this start (a restart counts anew); the schedule stays as it is. 0: off."""
     log_every: Positive = 10
     """Steps between console lines; metrics.jsonl has every step."""
 

@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a step, in order; cut back to the step from which a run goes on.
+    """metrics.jsonl: one object per step, in order; cut back to the step from which a run resumes.
 
-    Numbers that are not finite, which JSON does not have, become null. Every method raises :class:`DataError` naming
+    A run that starts at step 0 starts the file again: an evaluation before the first step is made again too. Numbers
+    that are not finite, which JSON does not have, become null. Every method raises :class:`DataError` naming
     the file if it cannot be written.
     """
 
@@ -35,7 +36,7 @@ class MetricsFile:
         self._file.append(json.dumps(strict, allow_nan=False))
 
     def sync(self) -> None:
-        """Bring every record to the disk: before a checkpoint after which they would not be written again."""
+        """Sync every record to disk: before a checkpoint, after which they would not be written again."""
         self._file.sync()
 
     def close(self) -> None:
@@ -43,9 +44,10 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records, each with its ``step``; a last line torn by a kill is left out.
+    """All complete records, each with its ``step``; a last line cut short by a kill is left out.
 
-    Raises :class:`DataError` naming the file, and the line that is no record.
+    Step 0, where there is one, is an evaluation before the first update and has no training loss.
+    Raises :class:`DataError` naming the file, and the line that is not a record.
     """
     with file_errors(f"cannot read {path}", path):
         lines = path.read_bytes().splitlines()
@@ -58,7 +60,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 break
             raise DataError(f"{path}:{number} {_not_json(line, error)}\n  {_cure(path, number)}") from None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
-            reason = 'is no record of a step: it should be an object with a number "step"'
+            reason = 'is not the record of a step: it must be an object with a number "step"'
             raise DataError(f"{path}:{number} {reason}\n  {_cure(path, number)}")
         records.append(record)
     return records
@@ -66,23 +68,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _not_json(line: bytes, error: Exception) -> str:
     if b"\0" in line:
-        return "holds NUL bytes, as a power cut or a failed disk leaves them"
-    return f"is no JSON: {error}"
+        return "has NUL bytes, as a power cut or a failed disk leaves them"
+    return f"is not valid JSON: {error}"
 
 
 def _cure(path: Path, number: int) -> str:
-    return f"delete this line of the file, to do without that step: sed -i {number}d {shlex.quote(str(path))}"
+    return f"delete this line, to do without that step: sed -i {number}d {shlex.quote(str(path))}"
 
 
 def _cut_back(path: Path, after_step: int) -> None:
-    kept = [record for record in read_metrics(path) if record["step"] <= after_step]
+    kept = [record for record in read_metrics(path) if record["step"] <= after_step] if after_step else []
     path = Path(os.path.realpath(path))  # a link to another disk stays one
     with writing(path):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class TensorBoard:
-    """The same numbers for TensorBoard, on logging steps.
+    """The same numbers for TensorBoard.
 
     Written here and at once, not by TensorBoard's own writer, whose thread prints a traceback where a disk is full.
     Every method raises :class:`DataError` naming the file if it cannot be written.
@@ -97,8 +99,8 @@ class TensorBoard:
             self._file = self._path.open("ab")
         self._records, self._event = RecordWriter(self._file), Event
         self._write(file_version="brain.Event:2")
-        # What a former run wrote of the steps that are made again is not shown.
-        self._write(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
+        # What a former start wrote of the steps that are made again is not shown.
+        self._write(step=after_step + 1 if after_step else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -118,7 +120,7 @@ class TensorBoard:
 
 
 def console_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> str:
-    """One step for a person."""
+    """One step, for a person."""
     parts = [
         f"step {record['step']:>{len(str(steps))}}/{steps}",
         f"loss {record['loss']:.3f}",

@@ -1,10 +1,11 @@
-"""The run directory: all there is to know of a run, and its one writer.
+"""The run directory: everything there is to know about a run, and its one writer.
 
 RUN/
-  config.toml        as resolved              environment.json   revision, versions, hardware, layout
-  metrics.jsonl      one object a step        tensorboard/       the same, for TensorBoard
+  config.toml        as resolved              environment.json   revision, versions, hardware, layout, MFU's formula
+  metrics.jsonl      one object per step      tensorboard/       the same, for TensorBoard
   logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
   events.jsonl       append-only              status.json        state, step, message
+  config_before_step_00000100.toml            config.toml of the starts before, where a restart changed a setting
 """
 
 import json
@@ -14,7 +15,9 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
+import tomllib
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,18 +27,22 @@ import tomli_w
 import torch
 
 from megagap.checkpoint.save import LATEST
-from megagap.config import Settings
+from megagap.config import Settings, spans
 from megagap.errors import ConfigError, DataError, DistributedError, system_reason
 from megagap.files import (
     LineFile,
     Lock,
     LockedError,
     file_errors,
+    reading,
     require_writable,
     require_writable_folder,
+    write_bytes,
     write_text,
     writing,
 )
+from megagap.model.flops import flops_per_token
+from megagap.observe.utilisation import peak_tflops
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK, STATUS = "config.toml", "environment.json", "events.jsonl", "lock", "status.json"
@@ -53,9 +60,12 @@ class RunDirectory:
         self.step = 0
         """Last step begun or loaded, for the status."""
         self.has_begun = False
+        self._has_ended = False
+        self._writing = threading.RLock()
+        """A second Ctrl-C is answered in a thread of its own."""
         self._lock: Lock | None = None
         self._folder: os.stat_result | None = None
-        """The directory that was opened, whatever has its name later."""
+        """The directory that was opened; later another one may have its name."""
 
     @property
     def checkpoints(self) -> Path:
@@ -79,7 +89,7 @@ class RunDirectory:
         return self._lock is not None
 
     def open(self, tensorboard: bool = False) -> None:
-        """Become the directory's one writer, and try all that will be written. What a former run left stays as it is.
+        """Become the directory's one writer, and try everything that will be written. What is there stays as it is.
 
         ``tensorboard``: whether its files will be written too.
         Raises :class:`ConfigError` if another process is writing it, or if it or something in it cannot be written.
@@ -107,7 +117,7 @@ class RunDirectory:
             raise ConfigError(f"run.dir {self.path} cannot be written\n  {error.args[0]}") from None
 
     def is_archived(self, steps: int) -> bool:
-        """Whether a run of so many steps is finished in a directory that cannot be written: there is nothing to do."""
+        """Whether a run of so many steps is finished in a read-only directory, so that there is nothing to do."""
         if not self.path.is_dir() or os.access(self.path, os.W_OK):
             return False
         try:
@@ -117,12 +127,56 @@ class RunDirectory:
             return False
 
     def begin(self, settings: Settings, mesh: Mesh) -> None:
-        """Describe the run that really starts, or goes on; from here on a failure is this run's."""
+        """Describe the run that now really starts or resumes; from here on a failure is this run's."""
         self.has_begun = True
         if self.is_writer:
             self._write(CONFIG, tomli_w.dumps(settings.model_dump(exclude_none=True)))
-            self._write(ENVIRONMENT, json.dumps(environment(mesh), indent=2) + "\n")
+            described = environment(mesh) | {"mfu": mfu_formula(settings, mesh)}
+            self._write(ENVIRONMENT, json.dumps(described, indent=2) + "\n")
             self.status("running")
+
+    def last_config(self) -> dict[str, Any] | None:
+        """The settings of the run's last start; None before the first.
+
+        Raises :class:`DataError` if the file cannot be read or is not TOML.
+        """
+        path = self.path / CONFIG
+        with reading(path):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                return None
+        try:
+            return tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"cannot read {path}: it is not valid TOML ({error})") from None
+
+    def last_layout(self) -> dict[str, Any] | None:
+        """:func:`layout` of the run's last start, where its environment.json says it."""
+        try:
+            before = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
+            return {"processes": before["processes"], "layout": dict(before["layout"])}
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            return None
+
+    def keep_config(self, step: int) -> str:
+        """Keep the last start's config.toml, which :meth:`begin` replaces, beside it. Returns the copy's name.
+
+        ``step``: the last step that it applied to. Raises :class:`DataError` if it cannot be copied.
+        """
+        source = self.path / CONFIG
+        with reading(source):
+            content = source.read_bytes()
+        name, number = f"config_before_step_{step:08}.toml", 1
+        while (self.path / name).exists():
+            with reading(self.path / name):
+                if (self.path / name).read_bytes() == content:
+                    return name
+            number += 1  # several starts from one step, each with other settings
+            name = f"config_before_step_{step:08}_{number}.toml"
+        with writing(self.path / name):
+            write_bytes(self.path / name, content)
+        return name
 
     def require_shared(self, communicator: DistributedCommunicator) -> None:
         """Every rank must see the same directory: they write one checkpoint together. Collective, after :meth:`open`.
@@ -130,7 +184,7 @@ class RunDirectory:
         Raises :class:`DistributedError` on all ranks if one of them does not.
         """
         holder = communicator.broadcast(self._lock_holder() if self.is_writer else None)
-        # A shared file system may take a moment to show the file.
+        # A shared file system may need a moment to show the file.
         deadline = time.monotonic() + LOCK_SECONDS
         while not (seen := self._lock_holder() == holder):
             if time.monotonic() > deadline:
@@ -148,7 +202,7 @@ class RunDirectory:
     def require_in_place(self) -> None:
         """Raises :class:`DataError`, and writes nothing more, if the directory that was opened was removed or moved.
 
-        What has been written since is lost or elsewhere, and what has its name now may be another run's.
+        What was written since is lost or elsewhere, and what now has its name may be another run's.
         """
         if self._folder is None:
             return
@@ -160,8 +214,8 @@ class RunDirectory:
             self.close()
             raise DataError(
                 f"run.dir {self.path} was removed, moved or replaced while the run was writing it\n"
-                "  put it back where it was if you can, and start the same command again to go on from its last "
-                "checkpoint; without it the command starts afresh."
+                "  put it back where it was and run the same command again: it resumes from the newest checkpoint in "
+                "it, if there is one. Without the directory the command starts from the beginning."
             )
 
     def _lock_holder(self) -> str | None:
@@ -172,8 +226,11 @@ class RunDirectory:
             return None
 
     def status(self, state: State, message: str = "") -> None:
-        """What scripts look at to decide whether to requeue."""
-        if self.is_open:
+        """What scripts read to decide whether to requeue."""
+        if not self.is_open:
+            return
+        with self._writing:
+            self._has_ended = state in ("finished", "preempted")
             text = json.dumps({"state": state, "step": self.step, "message": message, "time": now()}) + "\n"
             try:
                 self._write(STATUS, text)
@@ -186,7 +243,9 @@ class RunDirectory:
 
     def event(self, name: str, **details: Any) -> None:
         """Append what must survive a resume that cuts the metrics back."""
-        if self.is_open:
+        if not self.is_open:
+            return
+        with self._writing:
             file = LineFile(self.path / EVENTS)
             file.append(json.dumps({"time": now(), "event": name, "step": self.step, **details}))
             file.close()
@@ -194,8 +253,10 @@ class RunDirectory:
     def fail(self, message: str) -> None:
         """Record a failure, in each of its two places that can be written.
 
-        A start that was refused leaves the state of the run before as it is.
+        A start that was refused leaves the status of the start before as it is; a run that has ended stays so.
         """
+        if self._has_ended:
+            return
         try:
             if self.has_begun or not (self.path / STATUS).exists():
                 self.status("failed", message)
@@ -228,7 +289,7 @@ def log_to(folder: Path, rank: int) -> None:
 
 
 def log_to_console(level: int | None) -> None:
-    """Send the package's log to the console only, from ``level`` up; None: nowhere."""
+    """Send the package's log to the console only, from ``level`` up; None: to nowhere."""
     logger = logging.getLogger("megagap")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -247,7 +308,7 @@ def log_file(folder: Path, rank: int) -> Path:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written ends the run like any other of its files, instead of a traceback for each line."""
+    """A log that cannot be written ends the run like any other of its files, instead of a traceback per line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -268,10 +329,33 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "torch": torch.__version__,
         "host": socket.gethostname(),
         "device": device,
-        "processes": mesh.world.size,
-        "layout": {axis: mesh.axis(axis).size for axis in ("pp", "dp", "cp", "tp")},
+        **layout(mesh),
         "threads": torch.get_num_threads(),
         "command": sys.argv,
+    }
+
+
+def layout(mesh: Mesh) -> dict[str, Any]:
+    """How many processes there are, and how many along each axis."""
+    axes = {axis: mesh.axis(axis).size for axis in ("pp", "dp", "cp", "tp")}
+    return {"processes": mesh.world.size, "layout": axes}
+
+
+def mfu_formula(settings: Settings, mesh: Mesh) -> dict[str, Any]:
+    """What the ``mfu`` and ``tflops_per_device`` of metrics.jsonl mean in this run."""
+    lengths = sorted({span.sequence_length for span in spans(settings.data, settings.train, settings.model.rope_theta)})
+    peak = peak_tflops(mesh.device)
+    device = torch.cuda.get_device_name(mesh.device) if peak is not None else None
+    return {
+        "formula": "mfu = tflops_per_device / peak_tflops; "
+        "tflops_per_device = flops_per_token * tokens_per_second / processes / 1e12",
+        "flops_per_token": {
+            "formula": "6 * (weights of all matrices but the input embedding) "
+            "+ 12 * num_hidden_layers * num_attention_heads * head_dim * sequence_length (the full attention square)",
+            "by_sequence_length": {str(length): flops_per_token(settings.model, length).full for length in lengths},
+        },
+        "peak_tflops": peak,
+        "peak_of": f"data sheet of {device}: dense bf16 matrix products" if device else None,
     }
 
 

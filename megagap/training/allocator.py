@@ -9,7 +9,7 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what is freed instead of giving it back: activations of one step are the next one's memory.
 
     By default it maps each block above 32 MiB anew and returns it when freed, so that a step touches all its pages for
-    the first time, at a fault each. Returns whether it could be told; another C library has no such default.
+    the first time, with a page fault each. Returns whether it was set; other C libraries have no such default.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

@@ -1,8 +1,8 @@
-"""What a recipe changes of what a checkpoint was trained with: what is refused, and what holds from here on.
+"""What a recipe changes of what a checkpoint was trained with: what is refused, and what applies from here on.
 
 Refused is what would make the result wrong: other weights than the model's, other samples than were counted. What only
 says how the weights are used from here on, the context's length and the rotary wavelengths, may change where the
-recipe asks for it, and the vocabulary may grow.
+recipe asks for it, and the vocabulary may grow. All other settings may change; ``start.py`` lists them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,35 +15,39 @@ from megagap.data.skipping import SampleNumbers
 from megagap.errors import CheckpointError
 from megagap.model.shapes import vocabulary_tensors
 from megagap.training.datasets import skipped_ranges
+from megagap.training.differences import Change, differences
 
-# Beside the model, the settings that say which samples are trained on: they may not change when a run goes on.
+# Beside the model, the settings that say which samples are trained on: they may not change when a run resumes.
 _FIXED: dict[str, tuple[str, ...]] = {
     "data": ("split", "order"),
     "train": ("seed", "global_batch_size", "precision"),
 }
 _FREE = {"preset", "initializer_range", "path"}
 
+_IS_DEFAULT = ", the default: set it to the value that is meant"
+"""Nobody asks for another model by leaving a setting out."""
+
 _FROM_HERE_ON = ("max_position_embeddings", "rope_theta", "rope_scaling")
-"""Settings of the model that another value may be given to, whatever the weights were trained with: what follows is
-computed with it. ``vocab_size`` may grow."""
+"""Settings of the model that may change, whatever the weights were trained with: later steps are computed with the new
+value. ``vocab_size`` may grow."""
 
 
 def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
     """Raises :class:`CheckpointError` listing every setting that says what is trained on what, and differs."""
     same_theta = saved.model.model_copy(update={"rope_theta": settings.model.rope_theta})  # phases tell
     before = saved.model_copy(update={"model": same_theta}).model_dump(mode="json")
-    differences = _refused_model_differences(same_theta, settings.model) + _differences(before, settings, _FIXED)
-    differences += _past_differences(saved, settings)
+    refused = _refused_model_differences(same_theta, settings.model) + _differences(before, settings, _FIXED)
+    refused += _past_differences(saved, settings)
     steps = saved.train.steps, settings.train.steps
     if settings.data.order == "megatron" and steps[0] != steps[1]:
-        differences.append(f"  train.steps was {steps[0]}, is {steps[1]}: Megatron's order depends on it")
+        refused.append(f"{Change('train.steps', *steps)}: Megatron's order depends on it")
     then, now = (_skipped(train, saved.last_sample) for train in (saved.train, settings.train))
     if then != now:
-        differences.append(
-            f"  train.skip_samples: up to {saved.last_sample} it left out {then or 'none'}, now {now or 'none'}; "
+        refused.append(
+            f"train.skip_samples: up to {saved.last_sample} it left out {then or 'none'}, now {now or 'none'}; "
             "only later numbers can be skipped"
         )
-    _refuse(differences, folder, "another run", "restore these settings, or choose another run.dir")
+    _refuse(refused, folder, "another run", "restore these settings, or choose another run.dir")
 
 
 def _refused_model_differences(saved: Model, now: Model) -> list[str]:
@@ -51,13 +55,12 @@ def _refused_model_differences(saved: Model, now: Model) -> list[str]:
     before, after = saved.model_dump(mode="json"), now.model_dump(mode="json")
     refused = []
     for name in after:
-        line = f"  model.{name} was {before[name]}, is {after[name]}"
+        line = str(Change(f"model.{name}", before[name], after[name]))
         if name in _FREE or before[name] == after[name]:
             continue
         if name in _FROM_HERE_ON:
-            # Nobody asks for another model by leaving a setting out.
             if name not in now.model_fields_set:
-                refused.append(f"{line}, the default: set it to the value that is meant")
+                refused.append(f"{line}{_IS_DEFAULT}")
         elif name == "vocab_size":
             if saved.vocab_size > now.vocab_size:
                 refused.append(f"{line}: it can grow only, its last tokens would be lost")
@@ -66,19 +69,17 @@ def _refused_model_differences(saved: Model, now: Model) -> list[str]:
     return refused
 
 
-def model_changes(saved: Model, now: Model, theta: bool = False) -> list[str]:
-    """What is changed of a checkpoint's model from here on, in words. ``theta``: ``rope_theta`` too, which phases rule
-    where a run goes on."""
+def model_changes(saved: Model, now: Model, theta: bool = False) -> list[Change]:
+    """What is changed of a checkpoint's model from here on. ``theta``: ``rope_theta`` too, which the phases determine
+    where a run resumes."""
     names = [name for name in _FROM_HERE_ON if theta or name != "rope_theta"]
     before, after = saved.model_dump(mode="json"), now.model_dump(mode="json")
-    changes = [f"model.{name} was {before[name]}, is {after[name]}" for name in names if before[name] != after[name]]
+    changes = [Change(f"model.{name}", before[name], after[name]) for name in names if before[name] != after[name]]
     if now.vocab_size > saved.vocab_size:
         count = now.vocab_size - saved.vocab_size
         rows = "1 new row" if count == 1 else f"{count} new rows"
-        changes.append(
-            f"model.vocab_size was {saved.vocab_size}, is {now.vocab_size}: {rows} "
-            f"of {' and of '.join(vocabulary_tensors(now))} start from the initial weights of train.seed"
-        )
+        note = f": {rows} of {' and of '.join(vocabulary_tensors(now))} start from the initial weights of train.seed"
+        changes.append(Change("model.vocab_size", saved.vocab_size, now.vocab_size, note))
     return changes
 
 
@@ -87,27 +88,35 @@ def _past_differences(saved: RunState, settings: Settings) -> list[str]:
     then, now = _both_pasts(saved, settings)
     if [phase["steps"] for phase in then] != [phase["steps"] for phase in now]:
         borders = [", ".join(f"{phase['name']} {phase['steps']:,}" for phase in past) for past in (then, now)]
-        return [f"  data.phases: the steps made were {borders[0]}; are now {borders[1]}; only later phases can change"]
+        return [f"data.phases: the steps made were {borders[0]}; are now {borders[1]}; only later phases can change"]
     own = (("sequence_length", "train.sequence_length"), ("sources", "data.sources"))
     refused = [
-        f"  {f'data.phases[{i}].{key}' if settings.data.phases else single} was {old[key]}, is {new[key]}"
+        str(change)
         for i, (old, new) in enumerate(zip(then, now, strict=True))
         for key, single in own
-        if _essence(old[key]) != _essence(new[key])
+        for change in differences(
+            _without_paths(old[key]),
+            _without_paths(new[key]),
+            f"data.phases[{i}].{key}" if settings.data.phases else single,
+        )
     ]
-    return refused + [line for line, asked in _theta_differences(then, now, settings) if not asked]
+    return refused + [str(change) for change, asked in _theta_differences(then, now, settings) if not asked]
 
 
 def _theta_differences(
     then: list[dict[str, Any]], now: list[dict[str, Any]], settings: Settings
-) -> list[tuple[str, bool]]:
-    """How rotary wavelengths of the past differ, and whether that is asked for: what ``model.rope_theta`` says holds
-    from here on, what a phase says of itself holds from its start."""
+) -> list[tuple[Change, bool]]:
+    """How rotary wavelengths of the past differ, and whether that is asked for: what ``model.rope_theta`` says applies
+    from here on, what a phase says of itself applies from its start."""
     asked = "rope_theta" in settings.model.model_fields_set
     return [
         (
-            f"  {f'data.phases[{i}]' if settings.data.phases else 'model'}.rope_theta was {old['rope_theta']}, "
-            f"is {new['rope_theta']}" + ("" if asked else ", the default: set it to the value that is meant"),
+            Change(
+                f"{f'data.phases[{i}]' if settings.data.phases else 'model'}.rope_theta",
+                old["rope_theta"],
+                new["rope_theta"],
+                "" if asked else _IS_DEFAULT,
+            ),
             asked and new["rope_theta"] == settings.model.rope_theta,
         )
         for i, (old, new) in enumerate(zip(then, now, strict=True))
@@ -115,10 +124,9 @@ def _theta_differences(
     ]
 
 
-def past_changes(saved: RunState, settings: Settings) -> list[str]:
-    """The rotary wavelengths that are others from here on, in words."""
-    then, now = _both_pasts(saved, settings)
-    return [line.strip() for line, _ in _theta_differences(then, now, settings)]
+def past_changes(saved: RunState, settings: Settings) -> list[Change]:
+    """The rotary wavelengths that are others from here on."""
+    return [change for change, _ in _theta_differences(*_both_pasts(saved, settings), settings)]
 
 
 def _both_pasts(saved: RunState, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -138,19 +146,20 @@ def _skipped(train: Train, last: int | None) -> list[tuple[int, int]]:
 def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[str, Any]]:
     """The phases of the first ``step`` steps; neighbours that differ in their names only are one."""
 
-    def told(span: Span) -> dict[str, Any]:
-        own = {"sequence_length": span.sequence_length, "rope_theta": span.rope_theta}
-        return own | {"sources": [source.model_dump(mode="json") for source in span.sources]}
+    def described(span: Span) -> dict[str, Any]:
+        shape = {"sequence_length": span.sequence_length, "rope_theta": span.rope_theta}
+        return shape | {"sources": [source.model_dump(mode="json") for source in span.sources]}
 
     past: list[dict[str, Any]] = []
     for span in spans(data, train, rope_theta):
         steps = min(span.steps, step - span.first) if data.phases else step
         if steps <= 0:
             break
-        if past and _essence(told(span)) == {key: _essence(past[-1][key]) for key in told(span)}:
+        own = described(span)
+        if past and _without_paths(own) == {key: _without_paths(past[-1][key]) for key in own}:
             past[-1]["steps"] += steps
         else:
-            past.append({"name": span.name, "steps": steps, **told(span)})
+            past.append({"name": span.name, "steps": steps, **own})
     return past
 
 
@@ -164,23 +173,24 @@ def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None
     )
 
 
-def _refuse(differences: list[str], folder: Path, whose: str, cure: str) -> None:
-    if differences:
-        raise CheckpointError("\n".join([f"{folder} belongs to {whose}:", *differences, f"  {cure}."]))
+def _refuse(refused: list[str], folder: Path, whose: str, cure: str) -> None:
+    if refused:
+        lines = [f"  {line}" for line in refused]
+        raise CheckpointError("\n".join([f"{folder} belongs to {whose}:", *lines, f"  {cure}."]))
 
 
 def _differences(saved: dict[str, Any], settings: Settings, compared: Mapping[str, Sequence[str]]) -> list[str]:
     now = settings.model_dump(mode="json")
     return [
-        f"  {section}.{key} was {saved[section][key]}, is {now[section][key]}"
+        str(Change(f"{section}.{key}", saved[section][key], now[section][key]))
         for section, keys in compared.items()
         for key in keys
-        if _essence(saved[section][key]) != _essence(now[section][key])
+        if saved[section][key] != now[section][key]
     ]
 
 
-def _essence(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     """Sources without their paths: files may move."""
     if isinstance(value, list):
-        return [_essence(item) for item in value]
+        return [_without_paths(item) for item in value]
     return {k: v for k, v in value.items() if k not in _FREE} if isinstance(value, dict) else value

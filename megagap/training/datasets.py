@@ -38,13 +38,13 @@ def training_data(settings: Settings) -> TrainingData:
 
 
 def check_agreement(settings: Settings) -> Ids | None:
-    """What data and tokenizer say of the ids, which all agree on and the model has room for; warnings are logged.
+    """The ids that data and tokenizer agree on and the model has room for; warnings are logged.
 
     Raises :class:`DataError` otherwise.
     """
     data, train = settings.data, settings.train
     named = sources_of(spans(data, train, settings.model.rope_theta))
-    named += data.validation if train.evaluate_every else []
+    named += data.validation if train.evaluate_every or train.evaluate_first else []
     sources: dict[str, list[str]] = {}
     for source in named:
         sources.setdefault(source.name, []).extend(source.paths)
@@ -55,9 +55,9 @@ def check_agreement(settings: Settings) -> Ids | None:
 
 
 def validation_data(settings: Settings) -> ValidationData:
-    """Fixed held-out windows; none where the recipe evaluates never."""
+    """Fixed held-out windows; none if the recipe never evaluates."""
     train, data = settings.train, settings.data
-    if not train.evaluate_every:
+    if not train.evaluate_every and not train.evaluate_first:
         if data.validation:
             log.warning("data.validation is given, but train.evaluate_every = 0: it is never evaluated")
         return ValidationData([], train.sequence_length, train.evaluate_samples)

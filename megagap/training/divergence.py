@@ -1,58 +1,57 @@
 """A run whose updates are skipped: how many in a row, which weights may become a checkpoint, and how the run ends.
 
 A step is skipped where its loss or gradient norm is not finite, or where a loss has no gradient. One such step may be
-due to its data; a row of them means that the weights are ruined. Until an update is made again no checkpoint is written
+due to its data; many in a row mean that the weights are ruined. Until an update is made again no checkpoint is written
 or removed, so that the run keeps the last weights that were known to work.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
-from megagap.checkpoint import find_latest
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import step_folder_name, step_folders, step_of
 from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.data.skipping import SampleNumbers
-from megagap.errors import CheckpointError, DivergedError
+from megagap.errors import DivergedError
 from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training.datasets import skipped_ranges
+from megagap.training.next_start import newest_checkpoint, start_over
 from megagap.training.step import TrainState, next_step_is_sound
 
-PROBLEM = "loss or gradients were not finite, or all gradients zero,"
+PROBLEM = "loss or gradients were not finite or all gradients were zero"
 """Why steps are skipped, for messages."""
 
 MOST_SKIPPED = 20
-"""Steps in a row whose update may be skipped before the run is given up as diverged."""
+"""Steps in a row whose update may be skipped before the run ends as diverged."""
 
 SKIPPED, RESUMED = "skipped_step", "updates_resumed"
 """Events of a step without an update, and of the first one with an update after such steps."""
 
 
 class SkippedSteps:
-    """Counts the steps without an update in a row, over restarts too.
+    """Counts the steps in a row without an update, over restarts too.
 
-    A restart makes the steps after its checkpoint again. What earlier starts have counted therefore stays until one of
-    the steps that they skipped, or a later one, is not skipped any more: a run that is stopped and started again before
-    it has skipped enough steps to be given up still ends, and one whose settings were mended starts a new count.
+    A restart makes the steps after its checkpoint again. What earlier starts counted is therefore kept until one of the
+    steps that they skipped, or a later one, is no longer skipped: a run that is restarted again and again before it has
+    skipped enough steps still ends, and one whose settings were corrected starts a new count.
     """
 
     def __init__(self, before: int = 0, first: int = 0) -> None:
-        """``before``: how many steps earlier starts have skipped in a row, the first of them step ``first``."""
+        """``before``: how many steps earlier starts skipped in a row, the first of them step ``first``."""
         self.before, self.first_before = before, first
         self.in_a_row = 0
         """Of this start."""
 
     @classmethod
     def of_run(cls, run: RunDirectory, step: int, mesh: Mesh) -> "SkippedSteps":
-        """What the run's events tell, for a start after ``step``; the same on every rank."""
+        """From the run's events, for a start after ``step``; the same on every rank."""
         found = DistributedCommunicator(mesh).broadcast(_read_events(run) if run.is_writer else None)
         assert isinstance(found, tuple)
         before, first, last = found
@@ -64,7 +63,7 @@ class SkippedSteps:
         return self.before + self.in_a_row if self.in_a_row else 0
 
     def count(self, step: int, accepted: bool, run: RunDirectory) -> None:
-        """Take note of a step, in order."""
+        """Count a step; they come in order."""
         if not accepted:
             self.in_a_row += 1
             run.event(SKIPPED, step=step, in_a_row=self.total)
@@ -76,9 +75,9 @@ class SkippedSteps:
 
 
 def _read_events(run: RunDirectory) -> tuple[int, int, int]:
-    """Steps skipped in a row as of the last event, the first and the last of them; zeros where the row is over.
+    """Steps skipped in a row as of the last event, the first and the last of them; zeros if updates were made since.
 
-    Events that cannot be read, such as one that a full disk has cut short, are passed over.
+    Events that cannot be read, such as one that a full disk has cut short, are ignored.
     """
     try:
         lines = (run.path / "events.jsonl").read_bytes().splitlines()
@@ -100,14 +99,16 @@ def _read_events(run: RunDirectory) -> tuple[int, int, int]:
 
 
 def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Mapping[str, float]) -> str | None:
-    """Why the weights after a step should not become a checkpoint; None if nothing speaks against it.
+    """Why the weights after a step must not become a checkpoint; None if they may.
 
     ``batch``: this rank's part of the step's batch, part of which the updated weights are tried on: an update can be
     made of finite numbers and yet ruin them. ``validation``: losses of an evaluation after the step, if there was one.
     The same on every rank.
     """
     if skipped.total:
-        return f"the updates of the last {skipped.total} steps were skipped, as {PROBLEM}"
+        count = skipped.total
+        which = "update of the last step was" if count == 1 else f"updates of the last {count} steps were"
+        return f"the {which} skipped: {PROBLEM}"
     if any_not_finite(state.optimizer, state.mesh):
         return "weights or moments are not finite"
     if not next_step_is_sound(state, batch):
@@ -126,13 +127,13 @@ def any_not_finite(optimizer: DistributedOptimizer, mesh: Mesh) -> bool:
 def diverged(
     problem: str, settings: Settings, run: RunDirectory, first: int, last: int, start: int = 0
 ) -> DivergedError:
-    """The end of a run at step ``last``, whose loss, gradients or weights are not finite since step ``first``.
+    """The error that ends a run at step ``last``, whose loss, gradients or weights are not finite since step ``first``.
 
-    ``start``: the step that this start of the run went on from.
+    ``start``: the step that this start of the run began at.
     """
     samples = ", ".join(f'"{text}"' for text in _samples_to_leave_out(settings, run, first, last, start))
     return DivergedError(
-        f"{problem}\n  {_where_to_go_on(settings, run, first)}\n"
+        f"{problem}\n  {_where_to_resume(settings, run, first)}\n"
         "  Change what made it diverge: a lower optim.lr or a longer optim.warmup_steps; or leave out the samples of "
         f"these steps with --train.skip_samples '[{samples}]'."
     )
@@ -140,31 +141,22 @@ def diverged(
 
 def _samples_to_leave_out(settings: Settings, run: RunDirectory, first: int, last: int, start: int) -> list[str]:
     """``train.skip_samples`` with the samples of the steps ``first`` to ``last`` added, and of the step before: its
-    update may have ruined the weights. What comes before the checkpoint to go on from cannot be left out any more."""
+    update may have ruined the weights. What comes before the checkpoint to resume from cannot be left out any more."""
     batch = settings.train.global_batch_size
-    good = last_good(run)
+    good = newest_checkpoint(run)
     made = max(start, first - 2, 0 if good is None else step_of(good))
     numbers = SampleNumbers(skipped_ranges(settings.train))
     added = f"{numbers.number(made * batch)}:{numbers.number(last * batch - 1) + 1}"
     return [*settings.train.skip_samples, added]
 
 
-def _where_to_go_on(settings: Settings, run: RunDirectory, first: int) -> str:
-    good = last_good(run)
+def _where_to_resume(settings: Settings, run: RunDirectory, first: int) -> str:
+    good, load = newest_checkpoint(run), settings.checkpoint.load
     if good is None:
-        seed = settings.checkpoint.load
-        start = f"starts from {seed} again" if seed not in ("", "latest") else "starts it afresh"
-        return f"The run has no checkpoint of its own: the same command {start}."
-    text = f"The last good checkpoint is {good}: the same command goes on from it."
+        return f"The run has no checkpoint of its own: the same command {start_over(load)}."
+    option = "" if load else ", with --checkpoint.load latest,"
+    text = f"The last good checkpoint is {good}: the same command{option} resumes from it."
     older = [folder for folder in step_folders(run.checkpoints) if folder < good and (folder / INDEX_NAME).is_file()]
     if good.name == step_folder_name(first - 1) and older:
-        text += f"\n  If that fails at once again, go on from {older[-1]}: move {good.name} out of {run.checkpoints}."
+        text += f"\n  If that fails at once again, resume from {older[-1]}: move {good.name} out of {run.checkpoints}."
     return text
-
-
-def last_good(run: RunDirectory) -> Path | None:
-    """The run's checkpoint to go on from, if there is one."""
-    try:
-        return find_latest(run.checkpoints)
-    except CheckpointError:
-        return None

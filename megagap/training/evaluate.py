@@ -1,5 +1,7 @@
 """Loss on the fixed held-out windows of each source."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -9,17 +11,38 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute, plan
 from megagap.parallel.schedule import forward_only
-from megagap.training.step import StageOnBatch, TrainState, border, count_targets, targets_of
+from megagap.training.step import BoundStage, TrainState, border, count_targets, counts_loss, targets_of
+
+MICROBATCHES_PER_STAGE = 8
+"""Microbatches computed between two looks for a stop, times the pipeline's stages: the pipeline runs empty there."""
+
+
+class EvaluationStoppedError(Exception):
+    """Some rank was asked to stop during an evaluation, whose losses are incomplete."""
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, data: ValidationData) -> dict[str, float]:
-    """Mean loss over all tokens of each source's windows, by the source's name; the same on every rank."""
+def evaluate(
+    state: TrainState, data: ValidationData, is_stop_asked: Callable[[], bool] | None = None
+) -> dict[str, float]:
+    """Mean loss over all tokens of each source's windows, by the source's name; the same on every rank.
+
+    ``is_stop_asked``: whether this rank is asked to stop, looked at now and then; None: nobody asks.
+    Raises :class:`EvaluationStoppedError`, on every rank, once any rank is.
+    """
+
+    def pause() -> None:
+        if is_stop_asked is not None:
+            asked = torch.tensor(float(is_stop_asked()), device=state.mesh.device)
+            if all_reduce(asked, state.mesh.world) > 0:
+                raise EvaluationStoppedError
+
     state.optimizer.wait_for_parameters()
-    return {name: _source_loss(state, data, name) for name in data.windows}
+    state.stage.use_rope_theta(state.phase.rope_theta)
+    return {name: _source_loss(state, data, name, pause) for name in data.windows}
 
 
-def _source_loss(state: TrainState, data: ValidationData, name: str) -> float:
+def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Callable[[], None]) -> float:
     """Each data rank takes a contiguous part of the windows; where they do not divide, ignored ones fill up."""
     mesh, micro = state.mesh, state.settings.train.micro_batch_size
     windows = len(data.windows[name])
@@ -42,7 +65,12 @@ def _source_loss(state: TrainState, data: ValidationData, name: str) -> float:
         padded = F.pad(positions[:, :-1], missing).view(microbatches, micro, length)
         documents = [Documents.of(part).to(mesh.device) for part in padded]
     scale = 1 / count_targets(targets, mesh)
-    program = plan(forward_only, mesh, microbatches)
-    work = StageOnBatch(state.stage, inputs, targets, scale, documents)
-    execute(program, [work], border(state.stage, inputs), mesh)
-    return float(all_reduce(work.own_loss(), mesh.world))
+    losses = []
+    for begin in range(0, microbatches, MICROBATCHES_PER_STAGE * mesh.pp.size):
+        pause()
+        part = slice(begin, begin + MICROBATCHES_PER_STAGE * mesh.pp.size)
+        work = BoundStage(state.stage, inputs[part], targets[part], scale, documents[part] if documents else None)
+        execute(plan(forward_only, mesh, len(work.inputs)), [work], border(state.stage, inputs), mesh)
+        losses.append(work.sequence_losses)
+    own_loss = torch.cat(losses).sum() * scale * counts_loss(mesh)
+    return float(all_reduce(own_loss, mesh.world))

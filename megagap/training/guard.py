@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def accept_update(loss: Tensor, grad_norm: Tensor) -> Tensor:
-    """A device bool: both numbers, which are the same on all ranks, are finite, and there is something to learn.
+    """A device bool: both numbers, which are the same on all ranks, are finite, and there is a gradient.
 
-    A loss without any gradient comes from weights so large that a norm's squares overflow: x / inf hides it as 0.
+    A loss without a gradient comes from weights so large that a norm's squares overflow: x / inf hides it as 0.
     """
     return torch.isfinite(loss) & torch.isfinite(grad_norm) & ((grad_norm > 0) | (loss == 0))

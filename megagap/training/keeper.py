@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written, and when old ones are dropped."""
+"""When a run's checkpoints are written, and when old ones are removed."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointKeeper:
-    """Writes a run's checkpoints and drops old ones; neither while the weights are not fit to be kept."""
+    """Writes a run's checkpoints and removes old ones; neither while the weights are not fit to be kept."""
 
     def __init__(self, state: TrainState, run: RunDirectory, data: TrainingData, skipped: SkippedSteps) -> None:
         self.state, self.run, self.data, self.skipped = state, run, data, skipped
@@ -24,7 +24,7 @@ class CheckpointKeeper:
         """The step of a checkpoint that no update has followed yet: older ones are kept beside it."""
 
     def step_done(self) -> None:
-        """Drop old checkpoints once an update has followed the newest. Numbers may be known a step late."""
+        """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late."""
         if self._untried is not None and self._untried < self.state.step - 1 and not self.skipped.in_a_row:
             self.drop_old()
 

@@ -4,10 +4,12 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +26,10 @@ from megagap.errors import (
     MegagapError,
     file_system_error,
 )
+from megagap.observe.run_directory import RunDirectory
 from megagap.training.allocator import keep_freed_memory
+from megagap.training.interrupt import watch_interrupts
+from megagap.training.next_start import next_start
 from megagap.training.parent import UNDER_TORCHRUN
 from megagap.training.rendezvous import Process, join, warn_of_several_runs
 
@@ -33,6 +38,9 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 
 LINGER_SECONDS = 5.0
 """How long the other ranks wait before leaving, so that torchrun's SIGTERM does not swallow the message."""
+
+ABORT_SECONDS = 3.0
+"""How long recording an abort may take, as on a file system that hangs, before the process ends without it."""
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +73,7 @@ def start(process: Process) -> torch.device:
 
 
 def _warn_of_invisible_gpus() -> None:
-    """Where the user chose GPUs of which torch sees none, the run would silently be on the CPU."""
+    """If the user chose GPUs but torch sees none, the run would silently be on the CPU."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         chosen = os.environ.get(name, "")
         if chosen not in ("", "-1", "NoDevFiles"):  # the last is Slurm's for none
@@ -80,7 +88,7 @@ def available_cores() -> int:
 def chosen_threads() -> int | None:
     """OMP_NUM_THREADS, if the user set it. torchrun sets it to 1 by itself: what it was started with tells.
 
-    Raises :class:`ConfigError` if it is no number of threads.
+    Raises :class:`ConfigError` if it is not a number of threads.
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
     if not given.strip():
@@ -104,80 +112,124 @@ def _is_the_users() -> bool:
         return True
 
 
-@contextmanager
-def orderly_exit(process: Process) -> Iterator[list[Callable[[str], None]]]:
-    """Ends the process with the block: 0 when done, an error's code and message on a fault that is not ours, 1 with a
-    traceback on one of ours.
+@dataclass
+class Ending:
+    """What the last words of a process need to know of its run."""
 
-    An OSError is not a bug in megagap: it says what the system refused. Yields a list of functions to be told why the
-    run failed.
+    process: Process
+    run: RunDirectory | None = None
+    """Once it is open: failures are recorded there."""
+    load: str = "latest"
+    """The run's ``checkpoint.load``."""
+
+    def next_start(self) -> str:
+        """How to continue, as a sentence; nothing where there is no run."""
+        return next_start(self.run, self.load) if self.run is not None else ""
+
+    def record(self, message: str) -> None:
+        """Record a failure in the run directory, where that is possible."""
+        if self.run is None:
+            return
+        try:
+            self.run.fail(message)
+        except (MegagapError, OSError) as error:  # a full disk, perhaps the cause itself: the message is still printed
+            log.error("cannot record the failure: %s", error)
+
+    def interrupted(self, how: str) -> None:
+        """Record and print that a Ctrl-C ended the process; the first rank of each machine prints."""
+        if self.run is not None and self.run.has_begun:
+            how += f" after step {self.run.step}, without saving"
+        message = "; ".join(filter(None, (how, self.next_start())))
+        log.error(message)
+        self.record(message)
+        if self.process.local_rank == 0:
+            _print(message)
+
+    def announce_stop(self) -> None:
+        """Answer the first Ctrl-C where it asks a run to stop; before, it ends the process by itself."""
+        if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN):
+            with suppress(MegagapError):  # a log on a full disk: the stop will say so
+                log.info("Ctrl-C: saving and stopping after this step; press it again to stop at once, without saving")
+
+    def abort(self) -> None:
+        """Answer the second Ctrl-C: end the process, even where a file system hangs."""
+        deadline = threading.Timer(ABORT_SECONDS, os._exit, (INTERRUPTED,))
+        deadline.daemon = True
+        deadline.start()
+        self.interrupted("aborted by a second Ctrl-C")
+        _exit(INTERRUPTED)
+
+
+@contextmanager
+def orderly_exit(process: Process) -> Iterator[Ending]:
+    """Ends the process with the block: 0 when done, an error's code and message on a user's fault, 1 with a traceback
+    on a bug in megagap. A second Ctrl-C ends it at once.
+
+    An OSError is not a bug in megagap: it says what the system refused. Yields what to complete once there is a run.
     """
-    on_failure: list[Callable[[str], None]] = []
+    ending = Ending(process)
     # Until the run's own log is open, faults are printed here only, not by logging's last resort too.
     logging.getLogger("megagap").addHandler(logging.NullHandler())
-    try:
-        yield on_failure
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while others still need it
-            dist.destroy_process_group()
-        code = 0
-    except BaseException as caught:
-        error = _lost_peer(process, caught) or _refused_by_system(caught) or caught
-        if isinstance(error, MegagapError):
-            _notify(on_failure, str(error))
-            _print_error(process, error)
-            code = error.exit_code
-        elif isinstance(error, KeyboardInterrupt):
-            _notify(on_failure, "interrupted")
-            _print("interrupted: start the same command again to go on from the last checkpoint")
-            code = INTERRUPTED
-        else:
-            _notify(on_failure, f"{type(error).__name__}: {error}")
-            log.exception("rank %d failed", process.rank)
-            traceback.print_exc()
-            code = 1
+    with watch_interrupts(ending.announce_stop, ending.abort):
+        try:
+            yield ending
+            if dist.is_initialized():
+                dist.barrier()  # nobody leaves while others still need it
+                dist.destroy_process_group()
+            code = 0
+        except BaseException as caught:
+            code = _end_with(caught, ending)
     _exit(code)
 
 
-def _lost_peer(process: Process, error: BaseException) -> LostPeerError | None:
+def _end_with(caught: BaseException, ending: Ending) -> int:
+    """Record and print why the process ends; its exit code."""
+    error = _lost_peer(caught, ending) or _refused_by_system(caught) or caught
+    if isinstance(error, MegagapError):
+        ending.record(str(error))
+        _print_error(ending.process, error)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        ending.interrupted("interrupted")
+        return INTERRUPTED
+    ending.record(f"{type(error).__name__}: {error}")
+    log.exception("rank %d failed", ending.process.rank, exc_info=error)
+    traceback.print_exception(error)
+    return 1
+
+
+def _lost_peer(error: BaseException, ending: Ending) -> LostPeerError | None:
     """What a failed collective means: torch reports it by types and texts of its back ends."""
     text = str(error)
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        reason = text.strip().splitlines()[0] if text else repr(error)
         return LostPeerError(
-            f"rank {process.rank} lost contact with another rank: {text.strip().splitlines()[0] if text else error!r}\n"
-            "  the cause stands in that rank's output or log, if it left word. Start the same command again to go on "
-            "from the last checkpoint."
+            f"rank {ending.process.rank} lost contact with another rank: {reason}\n"
+            "  if that rank could report the cause, it is in its output or log.\n"
+            f"  {ending.next_start() or 'Run the same command again'}."
         )
     return None
 
 
 def _refused_by_system(error: BaseException) -> FileSystemError | None:
-    """What an OSError means that no code nearer to it has named; where it was is in the log."""
+    """An OSError that no code nearer to it has explained; the log has where it was."""
     if not isinstance(error, OSError):
         return None
     log.error("refused by the system", exc_info=error)
     return file_system_error(error)
 
 
-def _notify(listeners: list[Callable[[str], None]], message: str) -> None:
-    for listener in listeners:
-        try:
-            listener(message)
-        except (MegagapError, OSError) as error:  # a full disk, perhaps the very fault: the message is still printed
-            log.error("cannot record the failure: %s", error)
-
-
 def _print_error(process: Process, error: MegagapError) -> None:
-    """Print a fault. Most meet all ranks alike: rank 0 speaks at once, the others only if that does not end them.
+    """Print a fault. Most occur on all ranks: rank 0 prints at once, the others only if that does not end them.
 
-    A lost peer may be rank 0 itself: then the first rank of each machine speaks at once.
+    A lost peer may be rank 0 itself: then the first rank of each machine prints at once.
     """
     message = str(error)
     log.error(message)
     is_lost_peer = isinstance(error, LostPeerError)
     if (process.local_rank if is_lost_peer else process.rank) != 0:
         if not is_lost_peer:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's answer to rank 0's end: nothing is left to say
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's answer to rank 0's end: nothing is left to print
         time.sleep(LINGER_SECONDS)
         message = f"rank {process.rank}: {message}"
     _print(message)

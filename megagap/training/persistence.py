@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and which one a run goes on from."""
+"""What a checkpoint of a run holds, and which one a run resumes from."""
 
 import logging
 from dataclasses import replace
@@ -21,7 +21,9 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training.changes import model_changes, past_changes, refuse_another_model, refuse_changes
 from megagap.training.datasets import skipped_ranges
+from megagap.training.differences import Change
 from megagap.training.divergence import any_not_finite
+from megagap.training.start import Start
 from megagap.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
 
 
 def drop_old(settings: Settings, run: RunDirectory) -> None:
-    """Leave the newest ``checkpoint.keep`` checkpoints, once the newest is known to be of use."""
+    """Remove all but the newest ``checkpoint.keep`` checkpoints, once the newest is known to work."""
     if run.is_writer:
         prune(run.checkpoints, settings.checkpoint.keep)
 
@@ -78,8 +80,8 @@ def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
     own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
     if own is not None and not wanted:
         raise ConfigError(
-            f'checkpoint.load = "" starts afresh, but {run.path} has checkpoints already\n'
-            '  choose another run.dir, or checkpoint.load = "latest" to go on.'
+            f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
+            '  choose another run.dir, or checkpoint.load = "latest" to resume.'
         )
     if own is not None:
         if wanted != "latest":
@@ -88,36 +90,38 @@ def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
     return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
 
 
-def resume(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> None:
+def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
     """Load ``source``, which :func:`find_source` found, in whatever layout it was written.
 
     Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
     :class:`DataError` if a data set is not what it was.
     """
     if source is None:
-        return
+        return Start()
     if source.parent == run.checkpoints or state.settings.checkpoint.load_mode == "continue":
-        go_on(state, run, data, source)
-    else:
-        take_weights(state, run, data, source)
+        return resume(state, run, data, source)
+    return load_weights(state, run, data, source)
 
 
-def go_on(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
-    """Take everything: the run goes on from the folder's step."""
+def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
+    """Load everything: the run continues from the folder's step."""
     index = Index.read(folder)
     saved = read_run(folder, index)
     refuse_changes(saved, state.settings, folder)
     refuse_rebuilt_data(saved, data, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings)
-    log_changes(past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model), run, folder)
+    changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
+    log_model_changes(changes, run, folder)
     slices = state.optimizer.slices(owned_only=False)
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates
     state.optimizer.gather_parameters()
     state.step = run.step = saved.step
-    # Steps after the checkpoint were made before, and are cut from the metrics: only this event tells of them.
-    run.event("resume", folder=str(folder), lost_steps=lost_steps(run) if folder.parent == run.checkpoints else 0)
+    # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.
+    is_own = folder.parent == run.checkpoints
+    run.event("resume", folder=str(folder), lost_steps=lost_steps(run) if is_own else 0)
+    return Start(saved.step, folder, "continue", is_own, saved.step, index.state, tuple(changes))
 
 
 def lost_steps(run: RunDirectory) -> int:
@@ -127,13 +131,14 @@ def lost_steps(run: RunDirectory) -> int:
     return sum(record["step"] > run.step for record in read_metrics(run.metrics))
 
 
-def take_weights(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> None:
-    """Take the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
+def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
+    """Load the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
     index = Index.read(folder)
     saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
     refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings, refuse=False)
-    log_changes(model_changes(saved, state.settings.model, theta=True), run, folder)
+    changes = model_changes(saved, state.settings.model, theta=True)
+    log_model_changes(changes, run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
     load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
     if saved.norm_gain_scale != gain_scale:
@@ -143,6 +148,8 @@ def take_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     refuse_not_finite(state, folder)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
+    step = index.state.get("step")
+    return Start(0, folder, "model", False, step if isinstance(step, int) else None, {}, tuple(changes))
 
 
 def compare_ids(before: Ids | None, now: Ids | None, settings: Settings, refuse: bool = True) -> None:
@@ -158,27 +165,27 @@ def compare_ids(before: Ids | None, now: Ids | None, settings: Settings, refuse:
         before = replace(before, fingerprint=now.fingerprint)
     if refuse and before.fingerprint != now.fingerprint:
         raise DataError(
-            f"{differing(before, now)[-1]}\n  go on with data and a tokenizer of the same vocabulary. It may have "
+            f"{differing(before, now)[-1]}\n  resume with data and a tokenizer of the same vocabulary. It may have "
             "tokens added after the others: name it in data.tokenizer."
         )
     for difference in differing(before, now):
         log.warning("%s", difference)
 
 
-def log_changes(changes: list[str], run: RunDirectory, folder: Path) -> None:
-    """Tell what is no longer as it was when the checkpoint was written."""
+def log_model_changes(changes: list[Change], run: RunDirectory, folder: Path) -> None:
+    """Log and record how the model differs from that of the checkpoint."""
     for change in changes:
         log.info("changed since %s: %s", folder.name, change)
     if changes:
-        run.event("model_changed", folder=str(folder), changes=changes)
+        run.event("model_changed", folder=str(folder), changes=list(map(str, changes)))
 
 
 def refuse_not_finite(state: TrainState, folder: Path) -> None:
     """Raises :class:`CheckpointError`, on every rank, if what was loaded from ``folder`` is not finite."""
     if any_not_finite(state.optimizer, state.mesh):
         raise CheckpointError(
-            f"{folder} holds values that are not finite: the run that wrote it had diverged\n"
-            "  go on from an earlier one: name it in checkpoint.load, or remove this folder if it is the run's own."
+            f"{folder} has values that are not finite: the run that wrote it had diverged\n"
+            "  resume from an earlier one: name it in checkpoint.load, or remove this folder if it is the run's own."
         )
 
 
@@ -189,14 +196,14 @@ def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> No
         before = saved.identities.get(name)
         if before is None or not drawn[name]:
             continue  # not recorded, or nothing was read of it yet
-        changes = [f"it had {len(before)} shards, has {len(now)}"] if len(before) != len(now) else []
+        changes = [f"shards: it had {len(before)}, has {len(now)}"] if len(before) != len(now) else []
         for i, pair in enumerate(zip(before, now, strict=False)):
             shard = f"shard {i}: " if len(now) > 1 else ""
             changes += [shard + change for change in differences(*pair)]
         if changes:
             raise DataError(
                 f"source {name} was rebuilt since {folder} was written: {'; '.join(changes)}\n"
-                "  put the old one back, or start a new run: what was read of it cannot be told from what was not."
+                "  put the old one back, or start a new run: which of its samples were read is no longer known."
             )
 
 

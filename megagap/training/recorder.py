@@ -50,7 +50,7 @@ class Recorder:
         self.seconds: list[float] = []
 
     def step_done(self, step: int, result: StepResult) -> float:
-        """Write the step before, and hold this one back until its numbers are there. Returns its seconds."""
+        """Write the step before, and hold this one back until its numbers are known. Returns its seconds."""
         self.flush()
         end = time.perf_counter()
         seconds, self.last_end = end - self.last_end, end
@@ -75,12 +75,15 @@ class Recorder:
         return seconds
 
     def add_validation(self, losses: dict[str, float]) -> None:
-        """Put an evaluation into the record of the step just done."""
-        assert self.pending is not None
+        """Put an evaluation into the record of the step just done; before the first step, into one of step 0."""
         mean = sum(losses.values()) / len(losses)
         record = {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in losses.items()}}
-        self.pending[1].update(record)
-        log.info("validation | %s", " | ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+        if self.pending is not None:
+            self.pending[1].update(record)
+        else:
+            self._write({"step": 0, "consumed_samples": 0, "consumed_tokens": 0, **record})
+        step = self.pending[1]["step"] if self.pending is not None else 0
+        log.info("validation at step %d | %s", step, " | ".join(f"{n} {loss:.3f}" for n, loss in losses.items()))
 
     def flush(self) -> None:
         """Read and write the record held back. Raises :class:`DivergedError` after too many skipped steps."""
@@ -100,25 +103,32 @@ class Recorder:
         self.skipped.count(record["step"], bool(accepted), self.run)
         steps = self.settings.train.steps
         shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
-        if self.metrics is not None:
-            self.metrics.write(record)
-            if self.tensorboard is not None and (shown or "validation_loss" in record):
-                self.tensorboard.write(record)
+        self._write(record)
         if shown or not accepted:
             mean_seconds = sum(self.seconds) / len(self.seconds)
             log.info(console_line(record, steps, (steps - record["step"]) * mean_seconds))
         if self.skipped.total > MOST_SKIPPED:
             raise self.too_many_skipped(record["step"])
 
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
+        last = record["step"] == self.settings.train.steps
+        if self.tensorboard is not None and (
+            due(self.settings.run.tensorboard_every, record["step"], last) or "validation_loss" in record
+        ):
+            self.tensorboard.write(record)
+
     def too_many_skipped(self, step: int) -> DivergedError:
-        """The end of a run whose last updates, up to ``step``, were all skipped."""
+        """The error that ends a run whose last updates, up to ``step``, were all skipped."""
         count, here = self.skipped.total, self.skipped.in_a_row
         starts = f" ({count - here} of them in earlier starts)" if count > here else ""
-        problem = f"{PROBLEM} for {count} steps in a row{starts}, up to step {step}"
+        length = "1 step" if count == 1 else f"{count} steps in a row"
+        problem = f"{PROBLEM} for {length}{starts}, up to step {step}"
         return diverged(problem, self.settings, self.run, step - here + 1, step, self.start)
 
     def sync(self) -> None:
-        """Bring all records so far to the disk."""
+        """Write all records so far and sync them to disk."""
         self.flush()
         if self.metrics is not None:
             self.metrics.sync()
@@ -129,8 +139,10 @@ class Recorder:
         if self.pending is not None:
             self.pending[0].host.wait()  # the device must be done with the step before the clock stops
         start = time.perf_counter()
-        yield
-        self.last_end += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.last_end += time.perf_counter() - start
 
     def close(self) -> None:
         self.flush()

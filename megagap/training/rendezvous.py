@@ -27,12 +27,12 @@ LINGER_SECONDS = 3.0
 """How long rank 0 waits for the others to read what is wrong, before it takes the store with it."""
 
 NOTICE_SECONDS = 10.0
-"""After which it is said what is being waited for."""
+"""After how long a message says what is being waited for."""
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
-# What launchers that are no torchrun tell the processes they start: how many there are.
+# Where launchers other than torchrun put the number of processes that they start.
 _TASK_COUNTS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "SLURM_NTASKS": "Slurm",
@@ -104,7 +104,7 @@ def _numbers(given: Mapping[str, str], environment: Mapping[str, str]) -> list[i
 def _whole(name: str, text: str, least: int, most: int | None, upper: str = "") -> int:
     sign, digits = (text[:1], text[1:]) if text[:1] in ("-", "+") else ("", text)
     if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18:
-        raise ValueError(f"{name}={text} is no whole number")
+        raise ValueError(f"{name}={text} is not a whole number")
     number = int(sign + digits)
     if number < least:
         raise ValueError(f"{name}={number} must be at least {least}")
@@ -227,7 +227,7 @@ class Meeting:
                 if time.monotonic() > until or isinstance(error, UnicodeError):
                     reason = getattr(error, "strerror", None) or error
                     raise DistributedError(
-                        f"MASTER_ADDR={self.address} is no address that this machine knows: {reason}\n"
+                        f"MASTER_ADDR={self.address} is not an address that this machine can find: {reason}\n"
                         "  it must be rank 0's machine, by a name or address that all machines reach."
                     ) from None
                 time.sleep(1)
@@ -245,7 +245,7 @@ class Meeting:
                 wait_for_workers=False,
             )
 
-        # Something that listens at the port but is no rank 0 keeps torch waiting without a limit.
+        # Something else that listens at the port would keep torch waiting without a limit.
         with library_errors(f"rank {process.rank} cannot meet the others at {self}", DistributedError):
             store = _within(HANDSHAKE_SECONDS, make)
         if store is None:
@@ -275,7 +275,7 @@ def call_roll(process: Process, store: Store, deadline: float) -> None:
 
 
 def _judge(process: Process, store: Store, deadline: float) -> str:
-    """Rank 0's part: wait for all ranks and tell them what is wrong, or nothing. Returns that."""
+    """Rank 0's part: wait for all ranks, and send and return what is wrong, or ""."""
     arrived: set[int] = set()
     fault, notice = "", time.monotonic() + NOTICE_SECONDS
     while not fault and len(arrived) < process.world_size:
@@ -302,9 +302,9 @@ def _judge(process: Process, store: Store, deadline: float) -> str:
 
 
 def _await_verdict(process: Process, store: Store, deadline: float) -> str:
-    """Another rank's part: what rank 0 says is wrong, or nothing."""
+    """Another rank's part: what rank 0 says is wrong, or ""."""
     if not _wait_until(lambda: store.check(["verdict"]), deadline + NOTICE_SECONDS - time.monotonic()):
-        return f"rank {process.rank} waited in vain for rank 0 to see all processes arrive"
+        return f"rank {process.rank} got no answer from rank 0 on whether all processes have arrived"
     world, fault = json.loads(store.get("verdict"))
     store.add("told", 1)
     if not fault and world != process.world_size:

@@ -1,4 +1,4 @@
-"""What a run can be asked for while it goes: to stop, or to save. The training loop answers at a step boundary."""
+"""What a run can be asked for while it trains: to stop, or to save. The training loop answers at a step boundary."""
 
 import logging
 import os
@@ -12,29 +12,37 @@ from megagap.observe.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C (SIGINT)"}
+"""What asks to stop, as messages call it: SIGUSR1 is a scheduler's notice."""
 
 
 class Requests:
-    """Looks for requests once a step. SIGTERM, SIGUSR1 (a scheduler's notice) and ``max_minutes`` ask to stop; a file
-    ``save_file`` asks for a checkpoint, and is removed once it is written.
+    """Looks for requests once per step. :data:`STOP_SIGNALS`, ``max_minutes`` and ``stop_after`` ask to stop; a file
+    ``save_file`` asks for a checkpoint, and is removed once that is written.
 
-    ``reason`` tells what asked for the stop on this rank, or is empty.
+    ``reason`` says what asked for the stop on this rank, or is empty.
     """
 
-    def __init__(self, save_file: Path | None = None, max_minutes: float = 0) -> None:
-        """``save_file``: where to look, on one rank only. ``max_minutes`` from now; 0: no limit."""
+    def __init__(self, save_file: Path | None = None, max_minutes: float = 0, last_step: int | None = None) -> None:
+        """``save_file``: where to look, on one rank only. ``max_minutes`` from now; 0: no limit. ``last_step``: of this
+        start; None: no limit."""
         self.reason = ""
         self._save_file = save_file
         self._is_stuck = False
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+        self._last_step = last_step
         for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+            # A shell starts commands in the background with Ctrl-C ignored: it is not meant for them.
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     @classmethod
-    def of_run(cls, settings: Settings, run: RunDirectory) -> "Requests":
-        """What the settings and the run directory, where a file SAVE may appear, can ask for."""
-        return cls(run.path / "SAVE" if run.is_writer else None, settings.run.max_minutes)
+    def of_run(cls, settings: Settings, run: RunDirectory, step: int) -> "Requests":
+        """What the settings and a file SAVE in the run directory can ask for, in a start after ``step``."""
+        limit = settings.run.stop_after
+        return cls(
+            run.path / "SAVE" if run.is_writer else None, settings.run.max_minutes, step + limit if limit else None
+        )
 
     def poll(self) -> tuple[bool, bool]:
         """(stop, save) as seen by this rank."""
@@ -43,6 +51,13 @@ class Requests:
         asks_to_save = self._save_file is not None and os.path.lexists(self._save_file)
         self._is_stuck = self._is_stuck and asks_to_save
         return bool(self.reason), asks_to_save and not self._is_stuck
+
+    def ends_at(self, step: int) -> bool:
+        """Whether ``stop_after`` steps are made with this ``step``: every rank knows without being asked."""
+        is_last = self._last_step is not None and step >= self._last_step
+        if is_last:
+            self.reason = self.reason or "run.stop_after"
+        return is_last
 
     def saved(self) -> None:
         """A checkpoint was written. A request that cannot be removed is not answered again at every step."""
@@ -60,4 +75,4 @@ class Requests:
             self._is_stuck = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.reason = STOP_SIGNALS[signal.Signals(number)]

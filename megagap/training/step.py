@@ -98,15 +98,15 @@ class StepResult:
     """How many ranks made each request."""
     lr: float
     host: HostCopy = field(init=False)
-    """All of these numbers, on their way to the host from the moment they are queued."""
+    """All of these numbers, copied to the host as soon as they are computed."""
 
     def __post_init__(self) -> None:
         numbers = {"loss": self.loss, "grad_norm": self.grad_norm, "accepted": self.accepted}
         object.__setattr__(self, "host", HostCopy(**numbers, source_losses=self.source_losses, requests=self.requests))
 
 
-class StageOnBatch:
-    """A stage with a batch in its hands, as the pipeline executor wants it: the scaled loss on the last stage."""
+class BoundStage:
+    """A stage bound to one step's batch, as the pipeline executor calls it: the scaled loss on the last stage."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class StageOnBatch:
         scale: Tensor,
         documents: list[Documents] | None = None,
     ) -> None:
-        """inputs, targets: [m, b, s]; scale: what a sum over tokens is multiplied with to be a share of the loss."""
+        """inputs, targets: [m, b, s]; scale: factor that turns a sum over tokens into a share of the loss."""
         self.stage, self.inputs, self.targets, self.scale = stage, inputs, targets, scale
         self.documents = documents
         self.queue = stage.queue
@@ -134,14 +134,14 @@ class StageOnBatch:
 
     def own_loss(self) -> Tensor:
         """This rank's share of the loss: summed over the world it is whole."""
-        return self.sequence_losses.sum() * self.scale * speaks_for_loss(self.stage.tensor_parallel.mesh)
+        return self.sequence_losses.sum() * self.scale * counts_loss(self.stage.tensor_parallel.mesh)
 
 
 def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool]]) -> StepResult:
     """One update. ``batch``: this data rank's part, on the device.
 
-    ``poll`` tells what this rank is asked for, such as to stop; that travels with the loss, so that all ranks agree on
-    it at no cost.
+    ``poll`` returns this rank's requests, such as to stop; they travel with the loss, so that all ranks agree on them
+    at no extra cost.
     """
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
     state.step += 1
@@ -160,11 +160,11 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, lr)
 
 
-def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> StageOnBatch:
+def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> BoundStage:
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, optimizer = state.mesh, state.optimizer
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
-    work = StageOnBatch(state.stage, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
+    work = BoundStage(state.stage, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
     optimizer.zero_gradients()
     optimizer.wait_for_parameters()
     execute(program, [work], border(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward)
@@ -179,16 +179,16 @@ def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
-def losses_by_source(work: StageOnBatch, batch: Batch) -> Tensor:
+def losses_by_source(work: BoundStage, batch: Batch) -> Tensor:
     """This rank's share of [sum of the losses, number of targets] of each source: [2, sources]."""
     counts = (work.targets != IGNORED_TARGET).sum(-1, dtype=torch.float32)
     sums = torch.zeros(2, batch.source_count, device=counts.device)
     both = torch.stack([work.sequence_losses.flatten(), counts.flatten()])
     sums.index_add_(1, batch.sources.flatten(), both)
-    return sums * speaks_for_loss(work.stage.tensor_parallel.mesh)
+    return sums * counts_loss(work.stage.tensor_parallel.mesh)
 
 
-def speaks_for_loss(mesh: Mesh) -> bool:
+def counts_loss(mesh: Mesh) -> bool:
     """Whether this rank counts its losses in sums over the world: all tp ranks of the last stage know them."""
     return mesh.is_last_stage and mesh.tp.rank == 0
 

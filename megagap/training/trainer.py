@@ -17,12 +17,14 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data, validation_data
-from megagap.training.divergence import SkippedSteps, diverged, last_good
-from megagap.training.evaluate import evaluate
+from megagap.training.divergence import SkippedSteps, diverged
+from megagap.training.evaluate import EvaluationStoppedError, evaluate
 from megagap.training.keeper import CheckpointKeeper
-from megagap.training.persistence import find_source, resume
+from megagap.training.next_start import next_start
+from megagap.training.persistence import find_source, load
 from megagap.training.recorder import Recorder, due
 from megagap.training.requests import Requests
+from megagap.training.start import Start, record_changes, warn_of_rising_rate
 from megagap.training.step import StepResult, TrainState, build_program, train_step
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     source = find_source(settings, run, mesh)
     data, held_out = training_data(settings), validation_data(settings)
     state = build_state(settings, mesh)
-    resume(state, run, data, source)
+    start = load(state, run, data, source)
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
@@ -41,25 +43,32 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         return
 
     with make_loader(settings, mesh, data) as loader:
-        train_from(state, loader, held_out, run)
+        train_from(start, state, loader, held_out, run)
 
 
-def train_from(state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory) -> None:
+def train_from(
+    start: Start, state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory
+) -> None:
     """Make the steps that are left."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
+    record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
-    describe(settings, mesh, state)
+    log_start(start, state)
+    warn_of_rising_rate(start, settings, run)
     skipped = SkippedSteps.of_run(run, state.step, mesh)
     recorder = Recorder(settings, mesh, run, state.step, skipped)
-    requests = Requests.of_run(settings, run)  # from here on a signal asks to stop; before, it ends the process
+    # From here on a signal asks to stop; before, it ends the process.
+    requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
     stopping = False
     keeper = CheckpointKeeper(state, run, loader.data, skipped)
 
+    if settings.train.evaluate_first and state.step == 0 and held_out.windows:
+        stopping = try_to_evaluate(state, held_out, recorder, requests) is None
     while state.step < steps and not stopping:
         batch = loader.step(state.consumed_samples).to(mesh.device)
-        tell_phase(state, run)
+        log_phase_start(state, run)
         result = train_step(state, batch, requests.poll)
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
@@ -67,18 +76,18 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
         keeper.step_done()
         known = result if mesh.device.type == "cpu" else previous
         stopping, saving = map(bool, known.host.read()["requests"]) if known is not None else (False, False)
+        stopping = requests.ends_at(state.step) or stopping
         previous = result
 
         last = state.step == steps
-        losses: dict[str, float] = {}
+        losses: dict[str, float] | None = {}
         if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
-            with recorder.pause():
-                losses = evaluate(state, held_out)
-                recorder.add_validation(losses)
+            losses = try_to_evaluate(state, held_out, recorder, requests)
+            stopping = stopping or losses is None
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause():
                 recorder.sync()
-                if keeper.save_if_fit(batch, losses):
+                if keeper.save_if_fit(batch, losses or {}):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None
@@ -86,31 +95,46 @@ def train_from(state: TrainState, loader: MicrobatchLoader, held_out: Validation
 
     recorder.close()
     if state.step == steps and keeper.withheld:
-        raise end_of_diverged(recorder, keeper.withheld, state.step)
+        raise diverged_at_end(recorder, keeper.withheld, state.step)
     if state.step < steps:
-        tell_stop(run, requests.reason or "another rank", state.step, keeper.withheld)
+        record_stop(run, requests.reason or "another rank", state, keeper.withheld)
     else:
         keeper.drop_old()
         run.event("finish")
         run.status("finished")
 
 
-def end_of_diverged(recorder: Recorder, reason: str, last: int) -> DivergedError:
-    """A run that has made its last step, after which the weights are not fit to be kept."""
+def try_to_evaluate(
+    state: TrainState, held_out: ValidationData, recorder: Recorder, requests: Requests
+) -> dict[str, float] | None:
+    """Evaluate and record the losses; None, with nothing recorded, where a stop was asked for meanwhile. The same on
+    every rank."""
+    try:
+        with recorder.pause():
+            losses = evaluate(state, held_out, lambda: requests.poll()[0])
+            recorder.add_validation(losses)
+            return losses
+    except EvaluationStoppedError:
+        log.info("the evaluation at step %d was stopped: it has no validation loss", state.step)
+        return None
+
+
+def diverged_at_end(recorder: Recorder, reason: str, last: int) -> DivergedError:
+    """The error that ends a run after its last step, if the weights are not fit to be kept."""
     if recorder.skipped.total:
         return recorder.too_many_skipped(last)
     problem = f"after step {last}, the last one, {reason}"
     return diverged(problem, recorder.settings, recorder.run, last, last, recorder.start)
 
 
-def tell_stop(run: RunDirectory, asked_by: str, step: int, withheld: str | None) -> None:
-    """Leave word of a stop before the last step, and from where the run goes on."""
-    again = "start the same command again to go on"
-    if withheld:
-        again = f"without a checkpoint there: {withheld}; {again} from {last_good(run) or 'the start'}"
+def record_stop(run: RunDirectory, asked_by: str, state: TrainState, withheld: str | None) -> None:
+    """Record a stop before the last step, and from where the next start resumes."""
+    after = f"after step {state.step}" if state.step else "before the first step"
+    unsaved = f"no checkpoint was written there ({withheld}); " if withheld else ""
+    message = f"stopped by {asked_by} {after}; {unsaved}{next_start(run, state.settings.checkpoint.load)}"
     run.event("stop", reason=asked_by)
-    run.status("preempted", f"stopped by {asked_by} after step {step}; {again}")
-    log.info("stopped by %s after step %d; %s", asked_by, step, again)
+    run.status("preempted", message)
+    log.info("%s", message)
 
 
 def make_loader(settings: Settings, mesh: Mesh, data: TrainingData) -> MicrobatchLoader:
@@ -128,8 +152,8 @@ def make_loader(settings: Settings, mesh: Mesh, data: TrainingData) -> Microbatc
     )
 
 
-def tell_phase(state: TrainState, run: RunDirectory) -> None:
-    """Leave word where the step to come is the first of a phase."""
+def log_phase_start(state: TrainState, run: RunDirectory) -> None:
+    """Log when the next step is the first of a phase."""
     phase = span_of(state.phases, state.step + 1)
     if state.settings.data.phases and phase.first == state.step:
         run.event("phase", phase=phase.name, first_step=phase.first + 1, sequence_length=phase.sequence_length)
@@ -151,18 +175,22 @@ def build_state(settings: Settings, mesh: Mesh) -> TrainState:
     return TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
 
 
-def describe(settings: Settings, mesh: Mesh, state: TrainState) -> None:
-    processes = "GPU" if mesh.device.type == "cuda" else "process" if mesh.world.size == 1 else "processes"
+def log_start(start: Start, state: TrainState) -> None:
+    """Log the run's size, its layout, and where its weights come from."""
+    settings, mesh = state.settings, state.mesh
+    processes = "GPU" if mesh.device.type == "cuda" else "process"
+    if mesh.world.size > 1:
+        processes += "s" if processes == "GPU" else "es"
     axes = " · ".join(f"{axis} {mesh.axis(axis).size}" for axis in ("pp", "dp", "cp", "tp"))
-    start = f"from step {state.step}" if state.step else "from scratch"
-    tokens = tokens_after(state.phases, settings.train.global_batch_size, settings.train.steps)
+    steps = settings.train.steps
     log.info(
-        "%s parameters on %s %s (%s), %s steps on %s tokens, %s",
+        "%s parameters on %s %s (%s), %s step%s on %s tokens, %s",
         f"{parameter_count(settings.model):,}",
         mesh.world.size,
         processes,
         axes,
-        f"{settings.train.steps:,}",
-        f"{tokens:,}",
+        f"{steps:,}",
+        "" if steps == 1 else "s",
+        f"{tokens_after(state.phases, settings.train.global_batch_size, steps):,}",
         start,
     )

@@ -61,9 +61,9 @@ def test_durations_read_well(seconds, text):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (b'{"step": 1}\n\0\0\0\n{"step": 2}\n', "holds NUL bytes"),
-        (b'{"step": 1}\nnonsense\n{"step": 2}\n', "is no JSON"),
-        (b'{"step": 1}\n[3]\n{"step": 2}\n', "is no record of a step"),
+        (b'{"step": 1}\n\0\0\0\n{"step": 2}\n', "has NUL bytes"),
+        (b'{"step": 1}\nnonsense\n{"step": 2}\n', "is not valid JSON"),
+        (b'{"step": 1}\n[3]\n{"step": 2}\n', "is not the record of a step"),
     ],
 )
 def test_a_damaged_line_is_told_with_how_to_be_rid_of_it(tmp_path, text, told):

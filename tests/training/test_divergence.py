@@ -1,7 +1,6 @@
 """A run whose updates are skipped keeps its last good checkpoint and ends as failed."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -132,7 +131,7 @@ def test_a_diverged_run_ends_as_failed_on_every_rank(workers, tmp_path, parallel
     ends = workers.run(2, train_with_skipped, recipe, [*layout, *RUINOUS, "train.steps=90"], set())
     assert [kind for kind, _ in ends] == ["failed", "failed"] and len(set(ends)) == 1
     assert folders(tmp_path / "run") == ["step_00000004"]
-    assert "step_00000004: the same command goes on from it" in ends[0][1]
+    assert "step_00000004: the same command resumes from it" in ends[0][1]
 
 
 def test_the_end_of_a_diverged_run_is_told_in_status_and_exit_code(tmp_path, recipe):
@@ -159,7 +158,7 @@ def test_a_validation_loss_that_is_not_finite_withholds_the_checkpoint(workers, 
 
 def train_with_nan_validation(rank, ranks, recipe, overrides):
     evaluate = trainer.evaluate
-    trainer.evaluate = lambda state, data: evaluate(state, data) | {"fr": float("nan")}
+    trainer.evaluate = lambda *arguments: evaluate(*arguments) | {"fr": float("nan")}
     try:
         return train_with_skipped(rank, ranks, recipe, overrides, set())
     finally:
@@ -184,26 +183,21 @@ def test_steps_skipped_in_a_row_are_counted_over_restarts(workers, tmp_path, rec
 
 
 def train_until_stopped(rank, ranks, recipe, skipped, steps):
-    polls = iter(range(1, 10**9))
-    poll = trainer.Requests.poll
-
-    def stop_in_time(self):
-        if next(polls) >= steps:
-            self.reason = signal.Signals.SIGTERM.name
-        return poll(self)
-
-    trainer.Requests.poll = stop_in_time
-    try:
-        return train_with_skipped(rank, ranks, recipe, ["optim.schedule=constant"], skipped)
-    finally:
-        trainer.Requests.poll = poll
+    return train_with_skipped(rank, ranks, recipe, ["optim.schedule=constant", f"run.stop_after={steps}"], skipped)
 
 
-def test_a_stop_in_a_row_of_skipped_steps_tells_from_where_the_run_goes_on(workers, tmp_path, recipe):
+def test_a_stop_among_skipped_steps_says_from_where_the_next_start_resumes(workers, tmp_path, recipe):
     workers.run(1, train_until_stopped, recipe, set(range(5, 40)), 8)
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert status["state"] == "preempted" and "go on from" in status["message"]
-    assert "step_00000003" in status["message"] and folders(tmp_path / "run") == ["step_00000003"]
+    assert status["state"] == "preempted" and "no checkpoint was written there (the updates" in status["message"]
+    assert f"resume from {tmp_path}/run/checkpoints/step_00000003" in status["message"]
+    assert folders(tmp_path / "run") == ["step_00000003"]
+
+
+def test_a_stop_among_skipped_steps_without_a_checkpoint_says_so(workers, tmp_path, recipe):
+    workers.run(1, train_until_stopped, recipe, set(range(1, 40)), 4)
+    message = json.loads((tmp_path / "run/status.json").read_text())["message"]
+    assert message.endswith("the run has no checkpoint yet: the same command starts from the beginning")
 
 
 def test_an_update_at_a_step_that_was_skipped_ends_the_count(workers, tmp_path, recipe):

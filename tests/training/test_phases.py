@@ -143,7 +143,7 @@ def test_a_data_set_that_was_rebuilt_between_starts_is_refused_naming_it(workers
 def test_a_source_of_more_shards_than_it_had_is_refused(workers, tmp_path):
     workers.run(1, train_recipe, write_recipe(tmp_path, train={"steps": 2}), [])
     more = EN | {"path": ["en_text_document", "fr_text_document"]}
-    with pytest.raises(AssertionError, match=r"source en was rebuilt since .*: it had 1 shards, has 2"):
+    with pytest.raises(AssertionError, match=r"source en was rebuilt since .*: shards: it had 1, has 2"):
         workers.run(1, train_recipe, write_recipe(tmp_path, data={"sources": [FR, more]}), [])
 
 

@@ -171,7 +171,7 @@ def test_rank_0_that_is_not_there_is_told(port):
 @pytest.mark.parametrize("address", ["no.such.host.invalid", "a..b", "x" * 300])
 def test_an_address_that_leads_nowhere_is_told(port, monkeypatch, address):
     meeting = Meeting(address, port, rendezvous.time.monotonic() + 2)
-    with pytest.raises(DistributedError, match="is no address that this machine knows"):
+    with pytest.raises(DistributedError, match="is not an address that this machine can find"):
         meeting.reach(Process(1, 2, 0, 1))
 
 

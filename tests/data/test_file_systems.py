@@ -78,7 +78,7 @@ def test_a_folder_that_lets_nothing_be_renamed_is_told_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "replace", refused(errno.EPERM))
-    with pytest.raises(CannotWriteError, match=r"Operation not permitted\n  .*choose another place"):
+    with pytest.raises(CannotWriteError, match=r"Operation not permitted\n  .*choose another location"):
         lock_pair(str(tmp_path / "o"))
     assert not list(tmp_path.iterdir())
 
@@ -203,7 +203,7 @@ def test_shards_are_opened_beyond_the_soft_limit_and_the_hard_one_is_told(shards
     done = run(24)
     assert (
         done.returncode == 2
-        and "Too many open files\n  this process has as many files open as it may: raise the limit, ulimit -n"
+        and "Too many open files\n  this process has reached its limit of open files: raise it with ulimit -n"
         in done.stderr
     )
 

@@ -37,7 +37,7 @@ SAYS = {
     a_pipe: "is a named pipe or a device",
     a_device: "is a named pipe or a device",
     a_link_to_nowhere: "is a link to gone, which does not exist",
-    a_folder: "a folder is in the place of a file",
+    a_folder: "there is a folder where a file is needed",
 }
 odd_files = pytest.mark.parametrize("make", SAYS, ids=lambda make: make.__name__)
 

@@ -52,7 +52,7 @@ def test_the_table_and_the_picture_show_every_phase_and_source(sources: list[Sou
     draw_plan(planned, tmp_path / "new/plan.png")
     assert (tmp_path / "new/plan.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.png"]
-    with pytest.raises(DataError, match="cannot make the folder"):
+    with pytest.raises(DataError, match="cannot create the folder"):
         draw_plan(planned, tmp_path / "new/plan.png/plan.png")
 
 

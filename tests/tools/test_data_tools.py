@@ -179,7 +179,7 @@ def test_step_table_shows_text(folder: Path) -> None:
         (
             "train_tokenizer.py",
             ["--input", __file__, "--output", f"{__file__}/x", "--vocab-size", "300"],
-            "cannot make the folder",
+            "cannot create the folder",
         ),
         ("inspect_data.py", ["absent", "--documents", "-5"], "--documents must be at least 0"),
         ("inspect_data.py", ["absent.toml", "--step", "0"], "counted from 1, not 0"),

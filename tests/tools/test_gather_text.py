@@ -170,7 +170,7 @@ def test_megabytes_are_a_number_above_0(tmp_path, value):
 def test_an_output_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     done = gather("--output", tmp_path / "file" / "out", "--languages", "code")
-    assert done.returncode == 2 and f"cannot make the folder {tmp_path}/file/out" in done.stderr
+    assert done.returncode == 2 and f"cannot create the folder {tmp_path}/file/out" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -56,7 +56,7 @@ def test_resuming_what_is_finished_needs_no_writing(
         patch.setattr(builtins, "open", open_read_only)
         for name in ("unlink", "replace", "mkdir"):
             patch.setattr(os, name, refused(code))
-        assert preprocess(**finished, resume=True).notes == ("all was finished already, from the same inputs",)
+        assert preprocess(**finished, resume=True).notes == ("already finished, from the same inputs",)
         with pytest.raises(CannotWriteError, match=rf"cannot write .*/out/o_text_document.lock: {os.strerror(code)}"):
             preprocess(**finished)
         with pytest.raises(CannotWriteError):
@@ -329,8 +329,8 @@ def test_an_input_that_is_written_while_it_is_read_is_refused_though_its_size_st
     [
         (lambda: preprocess(["-"], "o", "t"), "give /dev/stdin"),
         (lambda: preprocess([""], "o", "t"), "cannot read '': No such file"),
-        (lambda: IndexedDatasetWriter("", "uint16"), "the prefix '' lacks the name of a file"),
-        (lambda: IndexedDatasetWriter("folder/", "uint16"), "the prefix 'folder/' lacks the name of a file"),
+        (lambda: IndexedDatasetWriter("", "uint16"), "the prefix '' does not end in a file name"),
+        (lambda: IndexedDatasetWriter("folder/", "uint16"), "the prefix 'folder/' does not end in a file name"),
     ],
 )
 def test_names_that_name_no_file_are_told(use: Callable[[], Any], message: str) -> None:

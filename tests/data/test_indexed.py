@@ -109,7 +109,7 @@ def test_index_cut_anywhere_is_refused(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (0, b"TNTIDX", "is no token index"),
+        (0, b"TNTIDX", "is not a token index"),
         (9, struct.pack("<Q", 2), "version 2"),
         (17, b"\x09", "unknown dtype code 9"),
         (18, struct.pack("<Q", 2**63), "header promises"),

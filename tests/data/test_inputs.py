@@ -53,7 +53,7 @@ def test_folders_and_patterns_are_read_by_path_and_hidden_files_left_out(tmp_pat
     with pytest.raises(DataError, match=r"no file matches .*\*\.parquet"):
         find_inputs([f"{tmp_path}/*.parquet"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no file to read"):
+    with pytest.raises(DataError, match="empty contains no file to read"):
         find_inputs([tmp_path / "empty"])
 
 
@@ -68,9 +68,9 @@ def test_kinds_are_told_by_content_and_plain_texts_by_name_too(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bz2", b"BZh91AY", "is compressed with bzip2, which is not read"),
+        ("a.bz2", b"BZh91AY", "is compressed with bzip2, which is not supported"),
         ("a.zip", b"PK\x03\x04", "is compressed with zip"),
-        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "is in UTF-16; only UTF-8 is read"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "is in UTF-16; only UTF-8 is supported"),
         ("a.gz", b"\x1f\x8b\x08\x00garbage", "cannot be read beyond line 0"),
         ("a.jsonl.gz", b"", "a.jsonl.gz has only 0 bytes"),
         ("a.parquet", b"PAR", "a.parquet has only 3 bytes"),
@@ -102,7 +102,7 @@ def test_parquet_columns_of_bytes_nulls_and_bad_utf8_are_documents_or_faults_by_
     found = [(unit.line, document) for unit in units for document in documents_of(unit, ["text"])]
     assert [line for line, _ in found] == [1, 2, 3, 4]
     assert [d.reason if isinstance(d, Fault) else d[0] for _, d in found] == [
-        "one", "'text' is no text", "invalid UTF-8", "zwölf",
+        "one", "'text' is not text", "invalid UTF-8", "zwölf",
     ]  # fmt: skip
     with pytest.raises(DataError, match="has no column 'body'; it has 'text'"):
         list(read_units(find_inputs([tmp_path / "a.parquet"]), ["body"], True))
@@ -192,9 +192,9 @@ def test_a_pipe_is_read_but_neither_resumed_nor_shared_out(tmp_path: Path, token
     write_lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
     os.mkfifo(tmp_path / "pipe")
     arguments = ([tmp_path / "pipe"], str(tmp_path / "out"), str(tokenizer_folder))
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         preprocess(*arguments, resume=True)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         preprocess(*arguments, part=(0, 2))
     feeder = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "a.jsonl").read_bytes()))
     feeder.start()
@@ -217,5 +217,5 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     next(units)
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(DataError, match="it changed meanwhile"):
+    with pytest.raises(DataError, match="it changed while it was read"):
         list(units)

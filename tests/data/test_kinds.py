@@ -28,7 +28,7 @@ from megagap.errors import DataError
         ("text\tid\na\t1\n", r"pandas\.read_csv\('{path}', sep='\\t'\)"),
         ("<html><body>", "extract its text"),
         ('<?xml version="1.0"?>\n', "extract its text"),
-        ("Just some prose.\n", r"call a plain text \*\.txt"),
+        ("Just some prose.\n", r"name a plain text \*\.txt"),
         ("1\n2\n", "give one JSON object per line"),
         ("%PDF-1.4", "extract its text first"),
         ("ARROW1\0\0", r"load_from_disk"),
@@ -86,7 +86,7 @@ def test_a_token_file_as_an_input_is_told_from_text(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, ending: str
 ) -> None:
     prefix = preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder)).pairs[0].prefix
-    with pytest.raises(DataError, match=r"a token file, which holds no text\n.* give the text that it was made of"):
+    with pytest.raises(DataError, match=r"a token file, not text\n.* give the text that it was made from"):
         preprocess([prefix + ending], str(tmp_path / "new"), str(tokenizer_folder))
 
 

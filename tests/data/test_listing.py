@@ -103,12 +103,12 @@ def test_a_file_of_text_in_a_folder_is_read_whatever_its_name(folder: Path, name
         ("d.npy", b"\x93NUMPY\x01", "is a numpy array"),
         ("utf16", LINES.decode().encode("utf-16"), "is in UTF-16"),
         ("utf16-without-mark", LINES.decode().encode("utf-16-le"), "is binary or in UTF-16"),
-        ("README.md", b"# About\n\ntext\n", "holds no JSON lines: it starts with '# About'"),
+        ("README.md", b"# About\n\ntext\n", "is not JSON lines: it starts with '# About'"),
         ("data.csv", b"text,id\none,1\n", "looks like CSV"),
         ("data.tsv.gz", gzip.compress(b"text\tid\none\t1\n"), "looks like CSV"),
         ("index.html", b"<!doctype html>\n<p>", "is HTML or XML"),
         ("array.json", b'[{"text": "one"}]', "is a JSON array"),
-        ("pretty.json", b'{\n  "text": "one"\n}\n', "is JSON over several lines"),
+        ("pretty.json", b'{\n  "text": "one"\n}\n', "is JSON spread over several lines"),
         ("dataset_info.json", b'{"builder_name": "json"}', "its first line has no key 'text'"),
         ("tokenizer.json", b'{"version": "1.0", "x": "' + b"y" * 200_000 + b'"}', "its first line has no key 'text'"),
         ("cut.gz", gzip.compress(LINES)[:5], "cannot be read beyond line 0"),
@@ -214,7 +214,7 @@ def test_a_file_that_was_named_twice_is_read_twice_and_told(folder: Path) -> Non
     (folder / "soft.jsonl").symlink_to("a.jsonl")
     listing = list_inputs([folder / "a.jsonl", folder / "a.jsonl", folder / "soft.jsonl"])
     assert names(listing) == ["a.jsonl", "a.jsonl", "soft.jsonl"]
-    assert "2 files are read again, since named more than once" in listing.notes[0]
+    assert "2 files are read again, because named more than once" in listing.notes[0]
 
 
 def test_copies_of_a_file_are_told(folder: Path, tokenizer_folder: Path) -> None:
@@ -298,7 +298,7 @@ def test_the_same_command_works_again_with_its_output_among_the_inputs(folder: P
             names = given or sorted(folder.iterdir())  # as a shell gives them
             summary = preprocess(names, str(folder / "o"), str(tokenizer_folder), resume=resume)
             assert summary.pairs[0].documents == 2
-            assert ("finished already" in "".join(summary.notes)) == resume
+            assert ("already finished" in "".join(summary.notes)) == resume
             manifest = read_manifest(folder / "o_text_document")
             assert manifest and not manifest.unread and [Path(i.path).name for i in manifest.inputs] == before
 
@@ -314,7 +314,9 @@ def test_pairs_of_others_and_a_tokenizer_in_the_folder_are_no_text(folder: Path,
 
 
 def test_a_folder_without_text_says_what_it_holds(tokenizer_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no file to read\n(.|\n)*tokenizer\.json: is JSON over several lines"):
+    with pytest.raises(
+        DataError, match=r"contains no file to read\n(.|\n)*tokenizer\.json: is JSON spread over several lines"
+    ):
         find_inputs([tokenizer_folder])
 
 

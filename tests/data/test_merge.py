@@ -59,7 +59,7 @@ def test_merged_shards_are_what_one_go_gives(made: Write, tmp_path: Path, count:
     one, other = read_manifest(tmp_path / "merged"), read_manifest(whole)
     assert one and other
     assert one.model_dump(exclude={"inputs"}) == other.model_dump(exclude={"inputs"})
-    assert one.left_out.empty == 2 and one.left_out.malformed == {"no JSON object": 2}
+    assert one.left_out.empty == 2 and one.left_out.malformed == {"not a JSON object": 2}
     assert other.documents + other.left_out.duplicate + other.left_out.short == 242
     assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))
 
@@ -69,7 +69,7 @@ def test_shards_that_are_missing_or_out_of_order_are_refused(made: Write, tmp_pa
     other = made("other")
     merge_datasets([other, *shards, other, *shards], str(tmp_path / "fine"))
     for wrong in (shards[:2], shards[1:], [shards[0], shards[2]], [shards[0], other], [*shards[:2], *shards]):
-        with pytest.raises(DataError, match="give all shards in their order"):
+        with pytest.raises(DataError, match="give all shards in order"):
             merge_datasets(wrong, str(tmp_path / "merged"))
     assert not list(tmp_path.glob("merged*"))
 
@@ -85,7 +85,7 @@ def test_shards_of_two_wholes_are_refused(
     other = preprocess(
         corpora[:count], str(tmp_path / "other"), str(tokenizer_folder), [key], True, 1, "skip", part=(1, 2)
     )
-    with pytest.raises(DataError, match="is shard 1/2 of another whole"):
+    with pytest.raises(DataError, match="is shard 1/2 of a different set"):
         merge_datasets([first, other.pairs[0].prefix], str(tmp_path / "merged"))
 
 
@@ -123,7 +123,7 @@ def test_pairs_made_of_the_same_text_are_told(made: Write, tmp_path: Path, caplo
     one, other = made("one"), made("other", workers=2)
     caplog.clear()
     merge_datasets([one, other], str(tmp_path / "merged"))
-    assert f"{one} and {other} hold the same text, of 2 files" in "".join(caplog.messages)
+    assert f"{one} and {other} contain the same text, from 2 files" in "".join(caplog.messages)
     caplog.clear()
     merge_datasets([made("parts", part=(i, 2)) for i in range(2)], str(tmp_path / "parts"))
     assert not caplog.messages

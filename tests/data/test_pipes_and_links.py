@@ -104,10 +104,10 @@ def test_a_link_to_nowhere_does_not_make_another_tokenizer_of_its_folder(
         (("arguments", "shard"), "1", "arguments.shard: .*should be I/N"),
         (("arguments", "shard"), "2/2", "arguments.shard: .*should be I/N"),
         (("arguments", "shard"), "a/b", "arguments.shard: .*should be I/N"),
-        (("dtype",), "words", "dtype: .*is no type of tokens"),
+        (("dtype",), "words", "dtype: .*is not a token dtype"),
         (("documents",), -1, "documents"),
         (("tokenizer", "eod"), "2", "tokenizer.eod"),
-        (("files",), {}, r"should tell of a \.bin and an \.idx"),
+        (("files",), {}, r"should list a \.bin and an \.idx"),
     ],
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(

@@ -189,7 +189,7 @@ def test_a_file_cut_short_is_never_skipped(tmp_path: Path, corpus: Path, tokeniz
 
 def test_inputs_without_documents_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(DataError, match="the inputs hold no documents"):
+    with pytest.raises(DataError, match="the inputs contain no documents"):
         preprocess([tmp_path / "a.jsonl"], str(tmp_path / "new/out"), str(tokenizer_folder))
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match=r"only documents that are empty or too short \(1\)"):
@@ -259,7 +259,7 @@ def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) 
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
-    assert "--resume goes on" in errors
+    assert "--resume continues" in errors
     assert (tmp_path / "out_text_document.partial.journal").exists()
     assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.lock"))
 
@@ -277,7 +277,9 @@ def test_an_id_outside_the_vocabulary_is_refused(
     from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
     monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", lambda self, texts: [[70_000] for _ in texts])
-    with pytest.raises(DataError, match=r"corpus\.jsonl, from line 1 on: .* gave the id 70000, .* vocabulary of 300"):
+    with pytest.raises(
+        DataError, match=r"corpus\.jsonl, from line 1 on: .* returned the id 70000, .* vocabulary of 300"
+    ):
         preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder))
     assert not list(tmp_path.glob("out*"))
 

@@ -43,7 +43,7 @@ def test_sources_made_of_the_same_text_are_told(tmp_path: Path, tokenizer_folder
         for name in ("one", "other", "third")
     }
     _, (warning,) = require_agreement(prefixes, "", 300)
-    assert f"{prefixes['one'][0]} and {prefixes['other'][0]} hold the same text, of 1 file" in warning
+    assert f"{prefixes['one'][0]} and {prefixes['other'][0]} contain the same text, from 1 file" in warning
 
 
 def test_training_tells_of_a_pair_under_two_names(

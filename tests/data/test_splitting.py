@@ -41,7 +41,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, rank_file: Path, bpe_of
 @pytest.mark.parametrize("kind", ["llama3", "tiktoken", "qwen2", "gpt2"])
 def test_pieces_have_the_ids_of_the_whole(tokenizers: dict[str, Path], kind: str) -> None:
     tokenizer = load_tokenizer(tokenizers[kind])
-    assert tokenizer.splits_at_blanks
+    assert tokenizer.splits_at_spaces
 
     @settings(deadline=None, max_examples=400)
     @given(TEXTS, st.integers(1, 5))
@@ -92,12 +92,12 @@ def without(change):  # type: ignore[no-untyped-def]
     ],
 )
 def test_where_nothing_is_proven_nothing_is_split(tmp_path: Path, bpe_of_lines: Path, change) -> None:  # type: ignore[no-untyped-def]
-    assert load_tokenizer(bpe_of_lines).splits_at_blanks
-    assert not load_tokenizer(without(change)(tmp_path, bpe_of_lines)).splits_at_blanks
+    assert load_tokenizer(bpe_of_lines).splits_at_spaces
+    assert not load_tokenizer(without(change)(tmp_path, bpe_of_lines)).splits_at_spaces
 
 
 def test_sentencepiece_texts_are_not_split(sentencepiece_model: Path) -> None:
-    assert not load_tokenizer(sentencepiece_model).splits_at_blanks
+    assert not load_tokenizer(sentencepiece_model).splits_at_spaces
 
 
 @pytest.mark.parametrize("min_tokens", [0, 10, 400])

@@ -106,8 +106,8 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     faults: list[tuple[str | Path, str]] = [
         (tmp_path / "absent", "does not exist"),
         (tmp_path, r"holds no tokenizer: no tokenizer\.json"),
-        (tmp_path / "bad.json", r"bad\.json is no Hugging Face tokenizer"),
-        (f"hf:{tmp_path / 'binary.json'}", r"binary\.json is no Hugging Face tokenizer"),
+        (tmp_path / "bad.json", r"bad\.json is not a Hugging Face tokenizer"),
+        (f"hf:{tmp_path / 'binary.json'}", r"binary\.json is not a Hugging Face tokenizer"),
     ]
     for spec, message in faults:
         with pytest.raises(DataError, match=message):

@@ -64,12 +64,12 @@ def test_what_is_of_no_kind_is_refused_by_name(tmp_path: Path, files: dict[str, 
         (tmp_path / name).write_bytes(content)
     faults = {
         "absent": r"absent does not exist",
-        "noise.model": r"noise\.model is no tokenizer that can be read: neither a .*json, nor a .*, nor a tiktoken",
-        "empty.model": r"empty\.model is no tokenizer that can be read",
-        "text.model": r"text\.model is no tokenizer that can be read",
+        "noise.model": r"noise\.model is not a tokenizer that can be read: neither a .*json, nor a .*, nor a tiktoken",
+        "empty.model": r"empty\.model is not a tokenizer that can be read",
+        "text.model": r"text\.model is not a tokenizer that can be read",
         "pointer.model": r"git lfs pull",
-        "cut.model": r"cut\.model is no sentencepiece model",
-        "pieceless.model": r"pieceless\.model is no sentencepiece model",
+        "cut.model": r"cut\.model is not a sentencepiece model",
+        "pieceless.model": r"pieceless\.model is not a sentencepiece model",
     }
     for name, message in faults.items():
         with pytest.raises(DataError, match=message):

@@ -385,7 +385,7 @@ def _of_classes(bases: dict[str, dict[str, Any]]) -> Iterator[Folder]:
         yield Folder(f"class {i}: {name} {settings}", state, {"tokenizer_class": name} | settings)
     for name in ("T5Tokenizer", "CamembertTokenizer", "CodeLlamaTokenizer", "ByT5Tokenizer", "WhisperTokenizer"):
         yield Folder(f"class: {name}", bpe, {"tokenizer_class": name} | names, refused=f"use its {name}")
-    of_unigram, of_bpe = "holds a Unigram, of which", "holds a BPE, of which"
+    of_unigram, of_bpe = "contains a Unigram model, but", "contains a BPE model, but"
     yield Folder("class: of a Unigram", unigrams, {"tokenizer_class": "GPT2Tokenizer"}, refused=of_unigram)
     yield Folder("class: of a BPE", bpe, {"tokenizer_class": "BertTokenizer"}, refused=of_bpe)
     for model_type in ("gpt2", "qwen2", "mistral", "llama", "phi3", "phi", "olmo2", "gpt_neox"):

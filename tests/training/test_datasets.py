@@ -117,7 +117,7 @@ def test_weights_and_data_of_other_tokenizers_are_told(workers, tmp_path, with_t
             workers.run(1, train_recipe, with_tokenizers, [*loading, *mixed])
         return
     workers.run(1, train_recipe, with_tokenizers, [*loading, *other_data("other")])
-    assert "mean other tokens than those of the tokenizer" in (run / "logs/rank_00000.log").read_text()
+    assert "mean different tokens from those of the tokenizer" in (run / "logs/rank_00000.log").read_text()
     workers.run(
         1, train_recipe, with_tokenizers, [*loading, *other_data("chat"), "model.vocab_size=276", f"run.dir={run}2"]
     )

@@ -60,11 +60,11 @@ read -r own interface is_first <<<"$node"
 if [[ -z ${GLOO_SOCKET_IFNAME:-} && $interface != - ]]; then
     export GLOO_SOCKET_IFNAME=$interface
 fi
-# What torchrun grants its workers to save in after a SIGTERM, in seconds; 30 is too short for a large model.
+# Seconds that torchrun gives its workers to save after a SIGTERM; 30 is too short for a large model.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 echo "launch: $own on ${GLOO_SOCKET_IFNAME:-any interface}, one of $nodes; meeting at $host:$port" >&2
-# exec: torchrun takes this process's place, so that what ends the script ends it, and with it the workers.
+# exec: torchrun replaces this process, so that whatever ends the script ends it, and with it the workers.
 exec "$python" -m torch.distributed.run \
     --nnodes "$nodes" --nproc-per-node "$processes" --local-addr "$own" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id "megagap-$(basename "$1" .toml)" \

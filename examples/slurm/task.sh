@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What srun starts on each node: examples/multi_node/launch.sh with the arguments given here, and signals handed on.
-# Slurm signals the tasks it started, not their children; and SIGUSR1 ends torchrun, so it is handed to the workers.
+# What srun starts on each node: examples/multi_node/launch.sh with the arguments given here, and signals forwarded.
+# Slurm signals the tasks it started, not their children; and SIGUSR1 ends torchrun, so it is forwarded to the workers.
 set -uo pipefail
 
 (
@@ -11,7 +11,7 @@ agent=$!
 trap 'pkill -USR1 --parent "$agent"' USR1
 trap 'kill -TERM "$agent"' TERM
 
-# A signal ends wait before the agent has ended.
+# A signal interrupts wait before the agent has ended.
 while kill -0 "$agent" 2>/dev/null; do
     wait "$agent"
 done

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_leaves_no_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 3}, "holds no weight of model.layers.2"),
+        ({"num_hidden_layers": 3}, "does not contain weight of model.layers.2"),
         ({"num_hidden_layers": 1}, "holds model.layers.1"),
         ({"intermediate_size": 25}, "shape"),
         ({"hidden_size": -1}, "hidden_size"),

@@ -153,7 +153,7 @@ def test_a_run_that_trains_an_imported_model_exports_the_ends_of_its_tokenizers_
 def test_an_index_whose_special_ids_would_overwrite_other_settings_is_refused(tmp_path, ids):
     state = {"hugging_face": {"special_ids": ids, "generation_config": {}}}
     index = Index(files=(), tensors=(), state=state)
-    with pytest.raises(CheckpointError, match="does not hold special_ids and generation_config"):
+    with pytest.raises(CheckpointError, match="does not contain special_ids and generation_config"):
         companions_of(tmp_path, index, None, None)
 
 

@@ -103,7 +103,7 @@ def test_a_state_that_no_run_can_go_on_from_is_refused(tmp_path: Path, field: st
     ("field", "value", "complaint"),
     [
         ("num_hidden_layers", 10**9, "state.model.num_hidden_layers = 1000000000, but it holds 21 weights"),
-        ("num_hidden_layers", 3, "holds no weight of model.layers.2"),
+        ("num_hidden_layers", 3, "does not contain weight of model.layers.2"),
         ("num_hidden_layers", 1, "holds model.layers.1"),
         ("hidden_size", 10**12, "has shape"),
         ("vocab_size", 10**15, "has shape"),

@@ -117,7 +117,7 @@ def test_a_difference_late_in_a_long_file_is_found(tmp_path: Path, bpe_of_lines:
     with open(tmp_path / "long.jsonl", "w") as file:
         for i in range(60_000):
             file.write(json.dumps({"text": f"{'whisky' if i > 55_000 else 'water'} {i}. " * 4}) + "\n")
-    with pytest.raises(DataError, match="gives other ids"):
+    with pytest.raises(DataError, match="gives different ids"):
         preprocess([tmp_path / "long.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 
 
@@ -125,14 +125,14 @@ def test_a_difference_in_what_the_input_does_not_hold_refuses(
     tmp_path: Path, corpus: Path, sentencepiece_model: Path
 ) -> None:
     """gigatoken takes ``</s>``, which HTML has too, for the end of a document."""
-    with pytest.raises(DataError, match="gives other ids"):
+    with pytest.raises(DataError, match="gives different ids"):
         preprocess([corpus], str(tmp_path / "out"), str(sentencepiece_model), fast="on")
 
 
 def test_a_short_file_is_compared_to_its_end(tmp_path: Path, bpe_of_lines: Path, wrong: None) -> None:
     lines = [json.dumps({"text": "water " * 20})] * 9000 + [json.dumps({"text": "whisky"})]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match="gives other ids"):
+    with pytest.raises(DataError, match="gives different ids"):
         preprocess([tmp_path / "short.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 
 

@@ -214,7 +214,7 @@ def test_a_file_that_was_named_twice_is_read_twice_and_told(folder: Path) -> Non
     (folder / "soft.jsonl").symlink_to("a.jsonl")
     listing = list_inputs([folder / "a.jsonl", folder / "a.jsonl", folder / "soft.jsonl"])
     assert names(listing) == ["a.jsonl", "a.jsonl", "soft.jsonl"]
-    assert "2 files are read again, because named more than once" in listing.notes[0]
+    assert "2 files are read again because named more than once" in listing.notes[0]
 
 
 def test_copies_of_a_file_are_told(folder: Path, tokenizer_folder: Path) -> None:

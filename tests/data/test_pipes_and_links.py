@@ -85,7 +85,7 @@ def test_of_a_tokenizers_folder(
 @pytest.mark.parametrize("kind", ["", "hf:", "sentencepiece:", "tiktoken:"])
 def test_of_a_tokenizers_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
     make(tmp_path / "x.model")
-    with pytest.raises(DataError, match=f"{SAYS[make]}|holds no"):
+    with pytest.raises(DataError, match=f"{SAYS[make]}|contains no"):
         load_tokenizer(f"{kind}{tmp_path / 'x.model'}")
 
 

@@ -105,7 +105,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     faults: list[tuple[str | Path, str]] = [
         (tmp_path / "absent", "does not exist"),
-        (tmp_path, r"holds no tokenizer: no tokenizer\.json"),
+        (tmp_path, r"contains no tokenizer: no tokenizer\.json"),
         (tmp_path / "bad.json", r"bad\.json is not a Hugging Face tokenizer"),
         (f"hf:{tmp_path / 'binary.json'}", r"binary\.json is not a Hugging Face tokenizer"),
     ]

@@ -114,7 +114,7 @@ def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_but_
     texts = [line.lstrip() for line in lines]
     assert_agrees(ours, texts, theirs(texts, add_special_tokens=False)["input_ids"])
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
-    assert "other ids to texts that begin with blanks" in caplog.text and "normalises" not in caplog.text
+    assert "different ids to texts that begin with spaces" in caplog.text and "normalises" not in caplog.text
 
 
 def test_the_export_of_a_sentencepiece_model_that_normalises_says_so(

@@ -80,7 +80,7 @@ def test_forcing_another_kind_is_refused(files: dict[str, Path]) -> None:
     for kind, other in (("hf", "tiktoken"), ("sentencepiece", "tiktoken"), ("tiktoken", "hf")):
         with pytest.raises(DataError, match=r"tokenizer\.model is no "):
             load_tokenizer(f"{kind}:{files[other]}")
-        with pytest.raises(DataError, match=f"{other} holds no .*{kind if kind != 'hf' else 'json'}"):
+        with pytest.raises(DataError, match=f"{other} contains no .*{kind if kind != 'hf' else 'json'}"):
             load_tokenizer(f"{kind}:{files[other].parent}")
 
 

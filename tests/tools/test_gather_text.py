@@ -63,7 +63,7 @@ def fake_apt(tmp_path: Path) -> Path:
 def test_packages_that_cannot_be_had_are_named_and_the_rest_is_used(tmp_path, fake_apt):
     done = gather("--output", tmp_path / "out", "--languages", "fr", path=f"{fake_apt}:/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
-    assert "lilypond-doc-html-fr: left out: apt-get: E: no lilypond-doc-html-fr" in done.stderr
+    assert "lilypond-doc-html-fr: skipped: apt-get: E: no lilypond-doc-html-fr" in done.stderr
     (document,) = documents(tmp_path / "out" / "fr.jsonl")  # the copy is left out
     assert document["text"].startswith("LS(1)\n\nNOM\n\nls - afficher")
     assert document["source"].startswith("manpages-fr/usr/share/man/fr/man1/")
@@ -79,7 +79,7 @@ def test_a_second_run_does_not_download_again(tmp_path, fake_apt):
 def test_without_apt_english_comes_from_python_and_french_is_left_out(tmp_path):
     done = gather("--output", tmp_path, "--languages", "en,fr,code", "--megabytes", 0.3)
     assert done.returncode == 0, done.stderr
-    assert "no apt-get" in done.stderr and "fr: no text was found; left out" in done.stderr
+    assert "no apt-get" in done.stderr and "fr: skipped: no text was found" in done.stderr
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["code.jsonl", "en.jsonl"]
     for name in ("en", "code"):
         found = documents(tmp_path / f"{name}.jsonl")

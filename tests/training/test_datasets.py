@@ -146,7 +146,7 @@ def test_to_hf_and_from_hf_and_generation_tell_of_another_tokenizer(workers, tmp
         import_model(tmp_path / "hf", tmp_path / "again")
     told = [record.getMessage() for record in caplog.records]
     assert any("ends a text with id 999" in text for text in told)
-    assert any("eos_token_id = 999 is no id of the model" in text for text in told)
+    assert any("eos_token_id = 999 is not an id of the model" in text for text in told)
 
 
 def test_paths_that_are_not_utf8_go_through_checkpoints_and_exports(workers, tmp_path, with_tokenizers):

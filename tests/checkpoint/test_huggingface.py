@@ -128,7 +128,7 @@ def test_both_forms_of_the_rotary_settings_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole_folder", [True, False])
-def test_the_tokenizer_goes_along_and_encodes_the_same(tmp_path: Path, bpe: Path, whole_folder: bool) -> None:
+def test_the_tokenizer_is_exported_and_encodes_the_same(tmp_path: Path, bpe: Path, whole_folder: bool) -> None:
     model, settings = reference()
     source = bpe if whole_folder else tmp_path / "mine.json"
     if not whole_folder:
@@ -164,7 +164,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, bpe: Path)
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     model, settings = reference()
     checkpoint = save_model(tmp_path / "c", model, settings)
     (tmp_path / "hf").mkdir()
@@ -263,7 +263,7 @@ SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_transformers_makes_the_same_tokenizer_of_the_export_as_of_the_source(
+def test_transformers_makes_the_same_tokenizer_from_the_export_as_from_the_source(
     tmp_path: Path, bpe: Path, case: str
 ) -> None:
     source = tmp_path / "source"

@@ -116,7 +116,7 @@ def test_a_flipped_bit_in_any_byte_is_found(tmp_path: Path) -> None:
     load_slices(folder, Index.read(folder), wanted)
 
 
-def test_the_message_of_a_damaged_chunk_names_file_and_place(tmp_path: Path) -> None:
+def test_the_message_for_a_damaged_chunk_names_file_and_place(tmp_path: Path) -> None:
     wanted = small_checkpoint(tmp_path / "c")
     file = tmp_path / "c" / "rank_00001.safetensors"
     content = bytearray(file.read_bytes())
@@ -137,7 +137,7 @@ def request(name: str = "w", shape: tuple[int, int] = (4, 4), dtype: torch.dtype
     return Slice("weight", Shard(name, shape, (0, 0), shape, shape), 0, 4, torch.zeros(4, dtype=dtype))
 
 
-def test_a_tensor_that_is_not_there_is_refused_by_name(matrix: tuple[Path, Index]) -> None:
+def test_a_missing_tensor_is_refused_by_name(matrix: tuple[Path, Index]) -> None:
     with pytest.raises(CheckpointError, match="does not contain weight of v"):
         load_slices(*matrix, [request("v")])
 

@@ -87,7 +87,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_with_both_numbers(made, tokenizers, case):
+def test_mismatches_are_refused_with_both_numbers(made, tokenizers, case):
     data, spec, vocab_size, wanted = REFUSED[case]
     sources = {f"s{i}": [made(name, **options)] for i, (name, options) in enumerate(data)}
     with pytest.raises(DataError) as error:
@@ -109,7 +109,7 @@ WARNED = {
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_what_may_be_meant_is_a_warning(made, tokenizers, case):
+def test_what_may_be_intended_is_a_warning(made, tokenizers, case):
     data, spec, document_mask, wanted = WARNED[case]
     sources = {f"s{i}": [made(name, **options)] for i, (name, options) in enumerate(data)}
     ids, warnings = require_agreement(sources, str(tokenizers / spec), 300, document_mask)
@@ -143,14 +143,14 @@ def test_ids_outside_the_vocabulary_are_found_at_the_start(tmp_path):
     require_agreement({"web": [prefix]}, "", 301)
 
 
-def test_a_type_that_cannot_hold_the_vocabulary_is_told(tmp_path):
+def test_a_dtype_that_cannot_hold_the_vocabulary_is_reported(tmp_path):
     narrow = write(tmp_path / "a", [[1, 2, 3]] * 40)
     _, (warning,) = require_agreement({"a": [narrow]}, "", 128_256)
     assert "uint16" in warning and "65,535" in warning and "128,256" in warning
     assert require_agreement({"a": [write(tmp_path / "b", [[1, 2, 3]] * 40, "int32")]}, "", 128_256)[1] == []
 
 
-def test_all_faults_are_told_at_once(made, tokenizers):
+def test_all_faults_are_reported_at_once(made, tokenizers):
     sources = {"a": [made("other", **EOD)], "b": [made("base", **EOD)]}
     with pytest.raises(DataError) as error:
         require_agreement(sources, str(tokenizers / "chat"), 268)

@@ -43,7 +43,9 @@ def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
     assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))
 
 
-def test_a_fault_of_the_pipeline_before_is_not_taken_for_one_of_writing(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_an_error_of_the_earlier_pipeline_is_not_mistaken_for_one_of_writing(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     def unreadable() -> Iterator[Document]:
         yield Document("some text", "0")
         raise FileNotFoundError(2, "No such file or directory", "crawl/7.jsonl")

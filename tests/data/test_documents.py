@@ -60,14 +60,14 @@ def test_these_are_documents(line: bytes, text: str) -> None:
         (b"{'text': 'a'}", "invalid JSON"),
     ],
 )
-def test_these_are_faults_of_their_line(line: bytes, reason: str) -> None:
+def test_these_are_faults_with_their_line(line: bytes, reason: str) -> None:
     before, fault, after = documents_in(one('"b"'), line, one('"c"'))
     assert (before, after) == (("b", "x"), ("c", "x"))
     assert isinstance(fault, Fault) and fault.line == 1 and fault.reason == reason
     json.dumps(fault.details).encode()
 
 
-def test_a_number_of_any_length_beside_the_text_is_no_fault():
+def test_a_number_of_any_length_beside_the_text_is_not_a_fault():
     digits = b"9" * 10_000
     assert documents_in(b'{"id": ' + digits + b', "text": "fine", "a b": ""}') == [("fine", "")]
     (fault,) = documents_in(b'{"id": ' + digits + b', "text": "one", "text": "two", "a b": ""}')

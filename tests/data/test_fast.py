@@ -44,7 +44,7 @@ def hard(tokenizer: Tokenizer) -> list[str]:
     return tokens + ["".join(draw.choices(draw.choice(letters), k=draw.randint(2, 40))) for _ in range(20_000)]
 
 
-def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(
+def test_the_word_cache_is_emptied_when_it_takes_too_much_memory(
     rank_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megagap.data.tokenizer.fast.CACHE_BYTES", 1 << 24)
@@ -63,7 +63,7 @@ def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(
     assert np.array_equal(found, reference.encode_flat([letters.tobytes().decode()])[0])
 
 
-def test_very_long_blanks_are_cut_as_the_reference_has_to(rank_file: Path) -> None:
+def test_very_long_white_space_is_cut_as_in_the_reference(rank_file: Path) -> None:
     reference = load_tokenizer(rank_file)
     blanks = " " * 400_002, "\n" * 250_000 + " " * 250_001
     FastEncoder(FastSource.of(reference)).check(reference, ["a", *(f"a{blank}b" for blank in blanks), "", "b"])
@@ -121,7 +121,7 @@ def test_a_difference_late_in_a_long_file_is_found(tmp_path: Path, bpe_of_lines:
         preprocess([tmp_path / "long.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 
 
-def test_a_difference_in_what_the_input_does_not_hold_refuses(
+def test_a_difference_on_text_that_the_input_does_not_contain_refuses(
     tmp_path: Path, corpus: Path, sentencepiece_model: Path
 ) -> None:
     """gigatoken takes ``</s>``, which HTML has too, for the end of a document."""
@@ -136,7 +136,7 @@ def test_a_short_file_is_compared_to_its_end(tmp_path: Path, bpe_of_lines: Path,
         preprocess([tmp_path / "short.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 
 
-def test_without_gigatoken_on_is_refused_and_auto_goes_on(
+def test_without_gigatoken_on_is_refused_and_auto_continues(
     tmp_path: Path, corpus: Path, bpe_of_lines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__

@@ -102,14 +102,14 @@ def written(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", listed())
-def test_what_is_listed_is_honoured(name: str) -> None:
+def test_what_is_listed_is_supported(name: str) -> None:
     state = listed()[name]
     assert unknown_feature(written(state)) is None
     assert differs(state) is None
 
 
 @pytest.mark.parametrize("name", unlisted())
-def test_what_gives_other_ids_is_not_listed(name: str) -> None:
+def test_what_gives_different_ids_is_not_listed(name: str) -> None:
     state = unlisted()[name]
     assert differs(state)
     assert unknown_feature(written(state))

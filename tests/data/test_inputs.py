@@ -57,7 +57,7 @@ def test_folders_and_patterns_are_read_by_path_and_hidden_files_left_out(tmp_pat
         find_inputs([tmp_path / "empty"])
 
 
-def test_kinds_are_told_by_content_and_plain_texts_by_name_too(tmp_path: Path) -> None:
+def test_kinds_are_detected_by_content_and_plain_texts_also_by_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.txt", ["one", "two"])
     pq.write_table(pa.table({"text": ["three", "four"], "id": [1, 2]}), tmp_path / "table")
     (tmp_path / "prose.txt.gz").write_bytes(gzip.compress(b"five\n\nstill five"))
@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_byte_order_mark_at_the_start_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_at_the_start_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
     assert texts_in(find_inputs([tmp_path / "a.jsonl", tmp_path / "b.txt"])) == ["one", "two"]
@@ -108,7 +108,7 @@ def test_parquet_columns_of_bytes_nulls_and_bad_utf8_are_documents_or_faults_by_
         list(read_units(find_inputs([tmp_path / "a.parquet"]), ["body"], True))
 
 
-def test_reading_goes_on_at_any_row(tmp_path: Path) -> None:
+def test_reading_resumes_at_any_row(tmp_path: Path) -> None:
     texts = [f"document {i} " * (i % 9 + 1) for i in range(300)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=70)
     inputs = find_inputs([tmp_path / "a.parquet"])
@@ -126,7 +126,7 @@ def test_reading_goes_on_at_any_row(tmp_path: Path) -> None:
     st.integers(1, 9),
     st.booleans(),
 )
-def test_shards_one_after_the_other_are_exactly_the_whole(
+def test_shards_concatenated_are_exactly_the_whole(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], count: int, last_newline: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
@@ -142,7 +142,7 @@ def test_shards_one_after_the_other_are_exactly_the_whole(
     assert [text for part in parts for text in texts_in(part, 7)] == [text for texts in files for text in texts]
 
 
-def test_json_lines_are_told_from_text_though_the_first_be_long_or_its_frames_short(tmp_path: Path) -> None:
+def test_json_lines_are_distinguished_from_text_even_with_a_long_first_line_or_short_frames(tmp_path: Path) -> None:
     long = "word " * 100_000
     write_lines(tmp_path / "1.txt", [long, "two"])
     lines = json.dumps({"text": "three"}).encode() + b"\n"
@@ -154,7 +154,7 @@ def test_json_lines_are_told_from_text_though_the_first_be_long_or_its_frames_sh
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "string_view", "binary_view"])
-def test_units_of_parquet_texts_that_share_buffers_hold_their_own_alone(tmp_path: Path, kind: str) -> None:
+def test_units_of_parquet_texts_that_share_buffers_contain_only_their_own(tmp_path: Path, kind: str) -> None:
     texts = [f"{i} " * 500 for i in range(1000)]
     column = pa.array(texts)
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pa, kind)())
@@ -188,7 +188,7 @@ def test_faults_in_a_shard_name_the_line_of_the_file(tmp_path: Path, tokenizer_f
         preprocess([tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), part=(3, 4))
 
 
-def test_a_pipe_is_read_but_neither_resumed_nor_shared_out(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_pipe_is_read_but_neither_resumed_nor_sharded(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
     os.mkfifo(tmp_path / "pipe")
     arguments = ([tmp_path / "pipe"], str(tmp_path / "out"), str(tokenizer_folder))

@@ -76,13 +76,13 @@ def test_a_bad_first_line_of_json_lines_is_a_fault_of_that_line(
     assert (summary.skipped, summary.pairs[0].documents) == (1, 1)
 
 
-def test_the_beginning_of_a_pipe_is_not_judged() -> None:
+def test_the_format_of_a_pipes_first_bytes_is_not_judged() -> None:
     assert kind_of("/dev/stdin", b'{"te', 0, False) == "lines"
     assert kind_of("/dev/stdin", b"[", 0, False) == "lines"
 
 
 @pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json"])
-def test_a_token_file_as_an_input_is_told_from_text(
+def test_a_token_file_as_an_input_is_distinguished_from_text(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, ending: str
 ) -> None:
     prefix = preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder)).pairs[0].prefix

@@ -27,7 +27,7 @@ def manifest_of(prefix: str) -> Manifest:
     return manifest
 
 
-def test_it_accounts_for_inputs_documents_and_files(prefix: str, corpus: Path) -> None:
+def test_it_records_inputs_documents_and_files(prefix: str, corpus: Path) -> None:
     manifest = manifest_of(prefix)
     dataset = IndexedDataset(prefix)
     lines = [json.loads(line) for line in corpus.read_text().splitlines() if line]
@@ -66,7 +66,7 @@ def test_the_same_run_gives_the_same_manifest(
     assert Path(f"{again}.json").read_bytes() == Path(f"{prefix}.json").read_bytes()
 
 
-def test_a_pair_that_was_written_otherwise_has_none(prefix: str) -> None:
+def test_a_pair_that_was_not_preprocessed_has_none(prefix: str) -> None:
     with IndexedDatasetWriter(prefix, "uint16") as writer:
         writer.add_document([1])
     assert read_manifest(prefix) is None
@@ -83,7 +83,7 @@ def test_a_pair_that_was_written_otherwise_has_none(prefix: str) -> None:
         (lambda m: m["files"][".bin"].update(size=2), "do not belong together"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(prefix: str, change: Any, message: str) -> None:
+def test_an_invalid_manifest_is_refused(prefix: str, change: Any, message: str) -> None:
     path = Path(f"{prefix}.json")
     content = json.loads(path.read_text())
     change(content)

@@ -54,7 +54,7 @@ def _does_not_wait() -> Iterator[None]:
 
 @odd_files
 @pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
-def test_of_a_pair(write_tokens: WriteTokens, tmp_path: Path, make: Callable[[Path], None], ending: str) -> None:
+def test_a_pairs_files(write_tokens: WriteTokens, tmp_path: Path, make: Callable[[Path], None], ending: str) -> None:
     prefix = write_tokens("a", [[1, 2]])
     Path(prefix + ending).unlink(missing_ok=True)
     make(Path(prefix + ending))
@@ -71,9 +71,7 @@ def test_of_a_pair(write_tokens: WriteTokens, tmp_path: Path, make: Callable[[Pa
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
 )
-def test_of_a_tokenizers_folder(
-    tokenizer_folder: Path, tmp_path: Path, make: Callable[[Path], None], name: str
-) -> None:
+def test_a_tokenizers_folder(tokenizer_folder: Path, tmp_path: Path, make: Callable[[Path], None], name: str) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
@@ -83,13 +81,13 @@ def test_of_a_tokenizers_folder(
 
 @odd_files
 @pytest.mark.parametrize("kind", ["", "hf:", "sentencepiece:", "tiktoken:"])
-def test_of_a_tokenizers_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
+def test_a_tokenizers_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
     make(tmp_path / "x.model")
     with pytest.raises(DataError, match=f"{SAYS[make]}|contains no"):
         load_tokenizer(f"{kind}{tmp_path / 'x.model'}")
 
 
-def test_a_link_to_nowhere_does_not_make_another_tokenizer_of_its_folder(
+def test_a_broken_link_does_not_change_the_tokenizer_of_its_folder(
     tokenizer_folder: Path, rank_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.json").symlink_to("gone")
@@ -110,7 +108,7 @@ def test_a_link_to_nowhere_does_not_make_another_tokenizer_of_its_folder(
         (("files",), {}, r"should list a \.bin and an \.idx"),
     ],
 )
-def test_a_manifest_that_says_what_cannot_be_is_refused(
+def test_a_manifest_with_impossible_values_is_refused(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, place: tuple[str, ...], value: object, says: str
 ) -> None:
     from megagap.data.preprocess import preprocess

@@ -21,7 +21,7 @@ def in_phases(sources: list[Source], skip: list[tuple[int, int]] | None = None) 
 
 @pytest.mark.parametrize("steps", [2, 6, 7])
 @pytest.mark.parametrize("skip", [[], [(3, 9), (50, 55)]])
-def test_the_plan_is_what_is_read(sources: list[Source], steps: int, skip: list[tuple[int, int]]) -> None:
+def test_the_plan_equals_what_is_read(sources: list[Source], steps: int, skip: list[tuple[int, int]]) -> None:
     data = in_phases(sources, skip)
     planned = plan(data, 12, steps)
     read = [(data.sample(n).source, len(data.tokens(n)) - 1) for n in range(12 * steps)]

@@ -168,7 +168,7 @@ def test_files_damaged_after_all_was_read_are_refused(
         preprocess(**arguments, resume=True)
 
 
-def test_the_lock_goes_with_its_process_though_forked_ones_live_on(tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_process_even_if_forked_ones_live_on(tmp_path: Path) -> None:
     program = """
 import os, sys, time
 from megagap.data.partial import lock_pair
@@ -224,7 +224,7 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
     assert summary.skipped == 1 and summary.pairs[0].documents == 200
 
 
-def test_an_interrupted_run_says_that_it_can_go_on(
+def test_an_interrupted_run_says_that_it_can_be_resumed(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
@@ -235,7 +235,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(
         assert caplog.messages == said
 
 
-def test_a_full_disk_names_its_cause_and_resuming_goes_on(
+def test_a_full_disk_is_named_as_the_cause_and_resuming_continues(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path
 ) -> None:
     arguments = dict(inputs=inputs, tokenizer=str(tokenizer_folder), output_prefix=str(tmp_path / "out"))

@@ -78,7 +78,7 @@ def test_a_phase_that_reads_nothing_of_a_source_leaves_no_trace() -> None:
     assert with_pause.place(6).epoch == 0 and with_pause.place(7).epoch == 1
 
 
-def test_a_phase_of_the_same_length_goes_on_in_the_same_order() -> None:
+def test_a_phase_of_the_same_length_continues_in_the_same_order() -> None:
     whole, parted = order_of(1000, [(8, 0)]), order_of(1000, [(8, 37), (8, 20), (8, 0)])
     assert all(whole.place(k) == parted.place(k) for k in range(400))
 

@@ -18,7 +18,7 @@ from tests.data.few import S, WriteTokens, numbered
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 6), max_size=8), min_size=1, max_size=3), st.integers(1, 5))
-def test_windows_are_the_documents_end_to_end_cut_with_one_token_shared(shards: list[list[int]], s: int) -> None:
+def test_windows_are_the_concatenated_documents_cut_with_one_token_shared(shards: list[list[int]], s: int) -> None:
     owners = [d for d, length in enumerate(sum(shards, [])) for _ in range(length)]
     stream = list(range(len(owners)))
     with tempfile.TemporaryDirectory() as folder:

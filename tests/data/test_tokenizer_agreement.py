@@ -99,7 +99,7 @@ def test_an_exported_llama_3_rank_file_gives_the_same_ids_in_transformers(lines:
     assert theirs.convert_tokens_to_ids("<|eot_id|>") == 128_009
 
 
-def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_but_to_blanks_at_the_start(
+def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_except_for_leading_spaces(
     lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sentencepiece import SentencePieceTrainer

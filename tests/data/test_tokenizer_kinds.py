@@ -24,7 +24,7 @@ def files(tmp_path: Path, tokenizer_folder: Path, sentencepiece_model: Path, ran
     return {kind: tmp_path / kind / "tokenizer.model" for kind in sources}
 
 
-def test_kinds_are_told_apart_by_content_not_by_name(files: dict[str, Path]) -> None:
+def test_kinds_are_detected_by_content_not_by_name(files: dict[str, Path]) -> None:
     for kind, file in files.items():
         assert find_tokenizer(file) == find_tokenizer(file.parent) == (kind, file)
         loaded = load_tokenizer(file)
@@ -51,7 +51,7 @@ def test_a_folder_of_several_without_a_usual_name_is_ambiguous(files: dict[str, 
     assert find_tokenizer(f"tiktoken:{tmp_path}") == ("tiktoken", tmp_path / "b.tiktoken")
 
 
-def test_what_is_of_no_kind_is_refused_by_name(tmp_path: Path, files: dict[str, Path]) -> None:
+def test_a_file_of_unknown_kind_is_refused_by_name(tmp_path: Path, files: dict[str, Path]) -> None:
     contents = {
         "noise.model": b"\xff\xfe\x00",
         "empty.model": b"",

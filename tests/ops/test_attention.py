@@ -55,7 +55,7 @@ def eager(q, k, v):
 
 
 @needs_kernels
-def test_in_bf16_blocks_err_no_more_than_eager_attention():
+def test_in_bf16_blocks_are_as_accurate_as_eager_attention():
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 300, n, 32, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
     exact = results(reference, *(x.double() for x in inputs))

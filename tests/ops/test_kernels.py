@@ -174,7 +174,7 @@ def registered() -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("name", registered())
-def test_operation_is_registered_soundly(name):
+def test_operation_is_registered_correctly(name):
     """torch's opcheck: schema, aliasing, fake tensors, autograd, tracing."""
     torch.library.opcheck(getattr(torch.ops.megagap, name).default, registered()[name])
 

@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_those_of_float64_whatever_the_scale(few_tokens
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_in_bf16_the_parts_lose_no_more_than_the_whole(few_tokens, monkeypatch):
+def test_in_bf16_chunks_lose_no_more_than_the_whole(few_tokens, monkeypatch):
     inputs = case(torch.bfloat16)
     wanted = exact(*inputs)
     in_parts = run(*inputs)

@@ -180,4 +180,4 @@ def test_a_page_that_cannot_be_read_is_left_out(tmp_path, fake_apt):
         "--output", tmp_path / "out", "--languages", "fr,code", "--megabytes", 0.01, path=f"{fake_apt}:/usr/bin:/bin"
     )
     assert done.returncode == 0, done.stderr
-    assert "ls.1.gz: left out" in done.stderr and (tmp_path / "out" / "code.jsonl").exists()
+    assert "ls.1.gz: skipped" in done.stderr and (tmp_path / "out" / "code.jsonl").exists()

@@ -98,7 +98,7 @@ def test_no_rows_give_a_zero_weight_gradient(shim: Shim):
     assert torch.equal(shim.rms_norm_backward(x, x, weight, torch.empty(0))[1], torch.zeros(40))
 
 
-def test_rows_at_an_odd_address_are_read_by_elements(shim: Shim):
+def test_unaligned_rows_are_read_by_elements(shim: Shim):
     x, _, grad, _, weight = inputs(4, 64, torch.bfloat16)
     moved = torch.empty(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64).copy_(x)
     whole, apart = shim.rms_norm(x, weight, EPS), shim.rms_norm(moved, weight, EPS)
@@ -112,7 +112,7 @@ def test_rows_at_an_odd_address_are_read_by_elements(shim: Shim):
 
 
 @pytest.mark.parametrize(("rows", "size", "dtype"), [(37, 136, torch.bfloat16), (12, 2056, torch.float32), LONG[0]])
-def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim, rows, size, dtype):
+def test_bits_are_the_same_when_repeated_and_with_threads_in_reverse(shim: Shim, rows, size, dtype):
     x, residual, grad, grad_total, weight = inputs(rows, size, dtype)
 
     def results() -> list[Tensor]:
@@ -125,7 +125,7 @@ def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim, rows, s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_of_16_bits_is_read_and_rounded_as_torch_does(shim: Shim, dtype):
+def test_every_16_bit_number_is_read_and_rounded_as_by_torch(shim: Shim, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256)
     other = x.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(256, 256)
     _, _, total = shim.rms_norm(x, x[0], EPS, residual=other)

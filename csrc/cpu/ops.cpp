@@ -36,7 +36,7 @@ using at::Tensor;
 
 constexpr int64_t kGrain = 16384;             // minimum elements per thread
 constexpr int64_t kStreamedBytes = 16 << 20;  // minimum size of a result that is not expected to stay in the caches
-constexpr int64_t kRowBlocks = 64;            // sums over rows are split into at most this many parts, whatever the number of threads
+constexpr int64_t kRowBlocks = 64;            // at most this many parts of a sum over rows, whatever the number of threads
 
 template <typename T>
 T* data(const Tensor& tensor) {

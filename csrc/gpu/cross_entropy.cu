@@ -1,4 +1,4 @@
-// Cross-entropy over a vocabulary shard: what a row of logits contributes to the loss, and the gradient in place of the row.
+// Cross-entropy over a vocabulary shard: what a row of logits contributes to the loss, and its gradient in place.
 #include "gpu/dispatch.h"
 #include "gpu/elements.h"
 #include "gpu/kernels.h"

@@ -1,4 +1,4 @@
-"""Times causal attention on a GPU by every back end that torch has there, forward and backward, in TFLOP/s.
+"""Times causal attention on a GPU with every back end that torch has there, forward and backward, in TFLOP/s.
 
     python tests/benchmarks/attention.py
     python tests/benchmarks/attention.py --dtypes float32 --documents 16 --output runs/attention

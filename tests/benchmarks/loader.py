@@ -1,4 +1,4 @@
-"""Tokens a second that one process reads: ``python tests/benchmarks/loader.py [--documents N] [--mask]``.
+"""Tokens per second that one process reads: ``python tests/benchmarks/loader.py [--documents N] [--mask]``.
 
 Sequences of 4,096 from two sources of short documents, warm from the page cache, in steps of 64 samples.
 """

@@ -1,4 +1,4 @@
-"""Times the output projection and its loss on a GPU, forward and backward, by the size of its parts.
+"""Times the output projection and its loss on a GPU, forward and backward, by chunk size.
 
     python tests/benchmarks/loss.py
     python tests/benchmarks/loss.py --tokens 8192 --megabytes 64 512 --output runs/loss
@@ -107,7 +107,7 @@ def median_seconds(name: str, run: Callable[[], object], rounds: int) -> float:
     """0 if it cannot run."""
     try:
         run()
-    except Exception as error:  # a rival's fault must not hide the others' times
+    except Exception as error:  # one rival's error must not hide the others' times
         print(f"note: {name} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return 0.0
     seconds = []

@@ -44,7 +44,7 @@ def main() -> None:
     for arm in options.arms:
         try:
             seconds = time_steps(arm, settings, device, options.warmup, options.steps)
-        except Exception as error:  # one peer's fault must not hide the others' times
+        except Exception as error:  # one peer's error must not hide the others' times
             print(f"note: {arm} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue
         tokens = settings.train.micro_batch_size * settings.train.sequence_length / statistics.median(seconds)

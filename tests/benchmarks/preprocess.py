@@ -96,7 +96,7 @@ def encode_line(line: str) -> list[int]:
 
 
 def datatrove(name: str, corpus: Path, folder: Path, cores: int) -> None:
-    """A task for each core, each with a part of the corpus, as it deals out whole files."""
+    """One task per core, each with a part of the corpus, as it distributes whole files."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import MegatronDocumentTokenizer
@@ -186,7 +186,7 @@ def main() -> None:
 
 
 def gather(corpus: Path, size: int) -> None:
-    """Write ``size`` bytes of JSON lines: a document of each language in turn, then Python sources if need be."""
+    """Write ``size`` bytes of JSON lines: a document of each language in turn, then Python sources if needed."""
     folder = corpus.parent / "text"
     gather_text = [sys.executable, str(ROOT / "tools/gather_text.py"), "--output", str(folder)]
     subprocess.run(gather_text, check=True, stdout=sys.stderr)
@@ -215,14 +215,14 @@ def sources() -> Iterator[bytes]:
 
 
 def write_hugging_face(path: Path) -> None:
-    """Llama 3's rank file as Hugging Face has it, for those that read nothing else."""
+    """Llama 3's rank file in Hugging Face's format, for those that read nothing else."""
     from megagap.data.tokenizer.tiktoken import to_hugging_face
 
     to_hugging_face(rank_file()).save(str(path))
 
 
 def time_of(command: list[str], environment: dict[str, str]) -> float:
-    """Seconds that a contestant says, else those that it took."""
+    """Seconds that a contestant reports, else those that it took."""
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -233,7 +233,7 @@ def time_of(command: list[str], environment: dict[str, str]) -> float:
 
 
 def peak_memory(folder: Path, corpus: Path, size: int, cores: int, environment: dict[str, str]) -> int:
-    """The most that the processes of a run hold together; of ``corpus`` up to ``size`` bytes, never the same twice."""
+    """Peak memory of all processes of a run; on up to ``size`` bytes of ``corpus``, never the same twice."""
     path = folder / "memory.jsonl"
     with open(path, "wb") as file:
         for text in new_texts(corpus):
@@ -269,7 +269,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of its own: pages shared with other processes, and of files, count in part or not at all."""
+    """Its private bytes: pages shared with other processes, and of files, count in part or not at all."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

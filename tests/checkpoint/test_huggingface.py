@@ -277,7 +277,7 @@ def test_transformers_makes_the_same_tokenizer_from_the_export_as_from_the_sourc
             (source / f"{name}.json").write_text(json.dumps(content))
     model, settings = reference(vocab_size=310)
     export(save_model(tmp_path / "c", model, settings, tokenizer=str(source)), tmp_path / "hf")
-    # Beside a tokenizer.json alone, the usual names are taken for beginnings and ends.
+    # With a tokenizer.json alone, the usual names are taken as begin- and end-of-text.
     expected, found = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "hf")
     for options in ({"add_special_tokens": False}, {}):
         assert found(WRITTEN, **options)["input_ids"] == expected(WRITTEN, **options)["input_ids"]

@@ -47,7 +47,7 @@ def save_matrix(folder: Path) -> torch.Tensor:
 
 
 def tamper(folder: Path, change: Any) -> None:
-    """Change the index as a knowing attacker would: with a checksum that fits."""
+    """Change the index as an informed attacker would: with a matching checksum."""
     document = json.loads((folder / "index.json").read_text())["body"]
     change(document)
     body = json.dumps(document) + "}\n"
@@ -197,5 +197,5 @@ def test_the_time_to_read_an_index_grows_with_its_chunks_and_not_with_their_squa
             index = Index.read(tmp_path / f"step_{ranks}")
             measured.append(time.process_time() - begin)
             assert sum(len(tensor.chunks) for tensor in index.tensors) == ranks * 110 * 3
-    # 16 times as many chunks: 256 times the time, were each compared with all others of its tensor.
+    # 16 times as many chunks: 256 times the time, if each were compared with all others of its tensor.
     assert min(seconds[32]) < 50 * min(seconds[2])

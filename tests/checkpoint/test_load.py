@@ -81,13 +81,13 @@ def test_replicas_may_ask_for_the_same_elements(tmp_path: Path) -> None:
 
 
 def test_a_scalar_is_stored_and_loaded(tmp_path: Path) -> None:
-    # Shard describes tensors with at least one dimension; one element is the least.
+    # Shard describes tensors with at least one dimension; one element is the minimum.
     save_checkpoint(tmp_path / "c", [Slice("weight", whole("one", (1,)), 0, 1, torch.tensor([3.0]))], {})
     assert load_tensor(tmp_path / "c", Index.read(tmp_path / "c"), "weight", "one").tolist() == [3.0]
 
 
 def small_checkpoint(folder: Path) -> list[Slice]:
-    """Two tensors, three kinds, two ranks; a few hundred bytes a file."""
+    """Two tensors, three kinds, two ranks; a few hundred bytes per file."""
     parts = [
         Slice(kind, shard, start, stop, torch.arange(float(start), float(stop)))
         for kind in ("weight", "exp_avg", "exp_avg_sq")

@@ -1,4 +1,4 @@
-"""What is no checkpoint of ours is told for what it is, with the way to one that is."""
+"""What is not a megagap checkpoint is named for what it is, with how to get one."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_what_is_not_a_checkpoint_is_named_for_what_it_is(tmp_path, kind):
     messages = []
     for load in (resolve_checkpoint, load_model, load_text_model):
         if kind == "Hugging Face" and load is load_text_model:
-            continue  # takes such a folder as it is
+            continue  # accepts such a folder as it is
         with pytest.raises(CheckpointError) as error:
             load(path)
         messages.append(str(error.value))

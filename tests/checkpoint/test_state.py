@@ -1,4 +1,4 @@
-"""An index is untrusted input: what it says of the run is used only if it is typed, and fits itself and the tensors."""
+"""An index is untrusted input: its state is used only if it is typed and consistent with itself and the tensors."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What data, tokenizer and model say of the ids is compared, and what does not fit is told with the cure."""
+"""What data, tokenizer and model declare about the ids is compared, and mismatches are reported with the remedy."""
 
 import json
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_what_may_be_intended_is_a_warning(made, tokenizers, case):
     data, spec, document_mask, wanted = WARNED[case]
     sources = {f"s{i}": [made(name, **options)] for i, (name, options) in enumerate(data)}
     ids, warnings = require_agreement(sources, str(tokenizers / spec), 300, document_mask)
-    warnings = [text for text in warnings if "hold the same text" not in text]  # as all of them do
+    warnings = [text for text in warnings if "contain the same text" not in text]  # as all of them do
     assert len(warnings) == len(wanted) and all(part in text for part, text in zip(wanted, warnings, strict=True))
     assert ids is not None and ids.who == f"the tokenizer {tokenizers / spec}"
 

@@ -1,4 +1,4 @@
-"""The adapter for datatrove: two local tasks and a merge are what preprocessing gives."""
+"""The adapter for datatrove: two local tasks and a merge equal preprocessing."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ from megagap.errors import DataError
 def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
     tmp_path: Path, texts: list[str], tokenizer_folder: Path, workers: int
 ) -> None:
-    for i in range(2):  # datatrove deals whole files out to tasks
+    for i in range(2):  # datatrove distributes whole files over tasks
         lines = [json.dumps({"text": texts[j % 4] + f" {i} {j}"}) for j in range(100)]
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / f"in/{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))

@@ -1,4 +1,4 @@
-"""What parsers of JSON differ on, or fail on, is one document or a fault with its line."""
+"""Whatever JSON parsers differ on, or fail on, is one document or a fault with its line."""
 
 import json
 

@@ -37,7 +37,7 @@ def test_llama_3_ids_are_those_of_the_reference(lines: list[str]) -> None:
 
 
 def hard(tokenizer: Tokenizer) -> list[str]:
-    """Each token by itself, of which some are no result of merges; and words that can be merged in many ways."""
+    """Each token alone, some of which no merges lead to; and words that can be merged in many ways."""
     tokens = [token.decode(errors="replace") for token in tokenizer.vocabulary().values()]
     draw = random.Random(0)
     letters = ("a", "ab", "=-", "*/", " \t", "\n ", "ha", "àé", "的一", "ing", "()", "คก", "0o")
@@ -124,7 +124,7 @@ def test_a_difference_late_in_a_long_file_is_found(tmp_path: Path, bpe_of_lines:
 def test_a_difference_on_text_that_the_input_does_not_contain_refuses(
     tmp_path: Path, corpus: Path, sentencepiece_model: Path
 ) -> None:
-    """gigatoken takes ``</s>``, which HTML has too, for the end of a document."""
+    """gigatoken takes ``</s>``, which also occurs in HTML, as the end of a document."""
     with pytest.raises(DataError, match="gives different ids"):
         preprocess([corpus], str(tmp_path / "out"), str(sentencepiece_model), fast="on")
 

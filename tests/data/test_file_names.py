@@ -1,4 +1,4 @@
-"""Names of files are bytes: they need not be valid UTF-8, and may hold anything but a slash and a NUL."""
+"""File names are bytes: they need not be valid UTF-8, and may contain anything but a slash and a NUL."""
 
 import json
 import os
@@ -38,7 +38,7 @@ NAMES = [
 
 @pytest.fixture(params=NAMES, ids=[f"{name!r}" for name in NAMES])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Called so, with inputs called so, one of whose documents is malformed."""
+    """A folder with such a name, with inputs of such names, one of whose documents is malformed."""
     name = request.param
     folder = tmp_path / name
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What the system refuses is told where it can be at the start, else names the file; nothing half-written is left."""
+"""What the system refuses is reported at the start if possible, else names the file; nothing half-written is left."""
 
 import builtins
 import errno
@@ -113,7 +113,7 @@ def test_another_users_file_in_a_sticky_folder_is_reported_before_any_work(
 
 
 def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.CompletedProcess[str]:
-    """A tool of which the size of files, or the number of open ones, is limited."""
+    """A tool run with a limit on the size of files, or on the number of open ones."""
 
     def limit() -> None:
         for name, value in limits.items():
@@ -130,7 +130,7 @@ def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.Comp
 def test_a_full_disk_at_any_stage_ends_in_a_message_and_leaves_no_final_name(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, bytes_allowed: int, second_pass: tuple[object, ...]
 ) -> None:
-    """A limit of a file's size looks like a full disk: of the lock, the journal, tokens, checksums and buckets."""
+    """A limit on file size looks like a full disk: for the lock, the journal, tokens, checksums and buckets."""
     arguments = ["--input", corpus, "--output-prefix", tmp_path / "o", "--tokenizer", tokenizer_folder, *second_pass]
     arguments += ["--workers", 1, "--resume", "--append-eod"]
     full = run_limited("preprocess_data.py", *arguments, RLIMIT_FSIZE=bytes_allowed)

@@ -1,4 +1,4 @@
-"""Data sets that are rebuilt: what tells them apart, and when it is seen."""
+"""Data sets that are rebuilt: how that is detected, and when."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_a_source_that_is_rebuilt_while_it_is_read_is_refused_naming_it(
 
 
 def test_files_that_are_truncated_in_place_are_refused_before_they_are_read(sources: list[Source]) -> None:
-    """Reading beyond the end of a mapped file would end the process without a word."""
+    """Reading beyond the end of a mapped file would kill the process without a message."""
     loader = MicrobatchLoader(training(sources, 1), 12, 3)
     loader.step(0)
     for ending in (".bin", ".idx"):

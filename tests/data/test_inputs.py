@@ -1,4 +1,4 @@
-"""Which files are read, what they are taken for, and how they are shared out."""
+"""Which files are read, as which kind, and how they are sharded."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ from megagap.errors import DataError
 
 
 def texts_in(inputs: list[Input], unit_bytes: int = 100) -> list[str]:
-    """Each document's text; a plain text is put together from its pieces."""
+    """Each document's text; a plain text is joined from its pieces."""
     found: list[str] = []
     for unit in read_units(inputs, ["text"], True, unit_bytes=unit_bytes):
         if unit.kind != "text":

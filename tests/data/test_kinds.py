@@ -1,4 +1,4 @@
-"""A file that is named as an input and holds no text for training is refused with what it is and what to do."""
+"""A file that is named as an input and is not text for training is refused with what it is and what to do."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Every file among the inputs is read, refused, or named with the reason in the notes and the manifest."""
+"""Every file among the inputs is read, refused, or listed with the reason in the notes and the manifest."""
 
 import bz2
 import gzip
@@ -295,7 +295,7 @@ def test_the_same_command_works_again_with_its_output_among_the_inputs(folder: P
     before = [file.name for file in folder.iterdir()]
     for given in ([folder], [f"{folder}/*"], None):
         for resume in (False, True, False):
-            names = given or sorted(folder.iterdir())  # as a shell gives them
+            names = given or sorted(folder.iterdir())  # as a shell expands them
             summary = preprocess(names, str(folder / "o"), str(tokenizer_folder), resume=resume)
             assert summary.pairs[0].documents == 2
             assert ("already finished" in "".join(summary.notes)) == resume

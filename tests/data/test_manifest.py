@@ -1,4 +1,4 @@
-"""The manifest accounts for what was read and written, and is believed only if it belongs to its files."""
+"""The manifest records what was read and written, and is trusted only if it belongs to its files."""
 
 import json
 from pathlib import Path

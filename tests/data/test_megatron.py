@@ -1,4 +1,4 @@
-"""Megatron's order against a naive program written from its description, and against megatron-core where it imports."""
+"""Megatron's order against a naive program written from its description, and against megatron-core if installed."""
 
 import importlib
 import importlib.util
@@ -173,19 +173,19 @@ def test_megatron_order_equals_megatron_core(
 
 
 def megatron_core() -> types.SimpleNamespace:
-    """Its parts; the test is skipped where it is not installed (``pip install --no-deps megatron-core``)."""
+    """Its parts; the test is skipped if it is not installed (``pip install --no-deps megatron-core``)."""
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")
     names = ("blended_megatron_dataset_builder", "gpt_dataset", "indexed_dataset", "utils")
     try:
         parts = {name: importlib.import_module(f"megatron.core.datasets.{name}") for name in names}
     except ImportError as error:
-        pytest.skip(f"megatron-core does not import here: {error}")
+        pytest.skip(f"megatron-core cannot be imported here: {error}")
     return types.SimpleNamespace(**parts)
 
 
 class _Tokenizer:
-    """As much of one as the data sets ask for."""
+    """As much of one as the data sets need."""
 
     eod = pad = 10**6
     vocab_size = 10**6 + 1

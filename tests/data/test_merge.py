@@ -1,4 +1,4 @@
-"""Shards, merging, shuffling and leaving out repeated documents, against naive references."""
+"""Shards, merging, shuffling and deduplication, against naive references."""
 
 import json
 import resource
@@ -78,7 +78,7 @@ def test_shards_that_are_missing_or_out_of_order_are_refused(made: Write, tmp_pa
 def test_shards_of_two_sets_are_refused(
     made: Write, tmp_path: Path, corpora: list[Path], tokenizer_folder: Path, key: str, count: int
 ) -> None:
-    """Other inputs, cut elsewhere, and another key."""
+    """Other inputs, other cuts, and another key."""
     for path in corpora:
         path.write_text(path.read_text().replace('{"text": ', '{"id": "some words here", "text": '))
     first = made("first", part=(0, 2))
@@ -177,7 +177,7 @@ def test_document_keys_are_splitmix64() -> None:
 def test_begin_of_text_ids_are_compared(
     made: Write, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, prepend_bos: bool
 ) -> None:
-    """Where documents have none, another one is only told."""
+    """If documents have none, a different one is only a warning."""
     other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = json.loads((other / name).read_text())

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a Parquet file or a value in it is told with file and row."""
+"""Whatever is wrong with a Parquet file or a value in it is reported with file and row."""
 
 import io
 import random
@@ -150,7 +150,7 @@ def test_damage_anywhere_is_reported_with_the_file_if_it_is_detectable(tmp_path:
     for _ in range(150):
         damaged = bytearray(whole)
         for _ in range(draw.choice([1, 2, 20])):
-            # Of the footer, which is short and full of meaning, as often as of the rest.
+            # In the footer, which is short but critical, as often as in the rest.
             at = draw.choice([draw.randrange(4, len(damaged)), len(damaged) - 1 - draw.randrange(500)])
             damaged[at] = draw.randrange(256)
         if draw.random() < 0.2:

@@ -1,4 +1,4 @@
-"""Named pipes, devices and links that lead nowhere, where files should be: refused by name, without waiting."""
+"""Named pipes, devices and broken links in place of files: refused by name, without waiting."""
 
 import json
 import os
@@ -44,7 +44,7 @@ odd_files = pytest.mark.parametrize("make", SAYS, ids=lambda make: make.__name__
 
 @pytest.fixture(autouse=True)
 def _does_not_wait() -> Iterator[None]:
-    """Reading a pipe would wait for ever."""
+    """Reading a pipe would wait forever."""
     import signal
 
     signal.alarm(60)

@@ -1,4 +1,4 @@
-"""What a run will read, against what it reads."""
+"""The plan of what a run will read, against what it reads."""
 
 from collections import Counter
 from dataclasses import replace

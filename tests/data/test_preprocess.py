@@ -46,7 +46,7 @@ def test_documents_are_tokens_in_input_order(tmp_path: Path, corpus: Path, token
 def test_files_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So small that many are under way at once.
+    # So small that many are in flight at once.
     cut_into_units_of(500, monkeypatch)
     for workers in (1, 2, 5):
         preprocess([corpus], str(tmp_path / str(workers)), str(tokenizer_folder), workers=workers)

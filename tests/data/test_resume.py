@@ -1,4 +1,4 @@
-"""A run that was killed is continued to the same bytes, or refused with a reason."""
+"""A run that was killed is resumed to the same bytes, or refused with a reason."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
 # Writes a journal entry after each unit, cuts inputs into small ones, and kills itself at the n-th call of those that
-# make something durable or visible: so also between two of them.
+# make something durable or visible, so also between two of them.
 PROGRAM = """
 import json, os, signal, sys
 from functools import partial
@@ -240,7 +240,7 @@ def test_a_full_disk_is_named_as_the_cause_and_resuming_continues(
 ) -> None:
     arguments = dict(inputs=inputs, tokenizer=str(tokenizer_folder), output_prefix=str(tmp_path / "out"))
 
-    def limit() -> None:  # of a file's size, which to a program looks like a full disk
+    def limit() -> None:  # on file size, which to a program looks like a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
 
     full = start(tmp_path, 0, arguments, preexec_fn=limit)
@@ -266,7 +266,7 @@ def test_a_second_writer_is_refused_naming_the_first(tmp_path: Path, corpus: Pat
 def test_interrupted_after_any_unit_the_bytes_are_the_same(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, min_tokens: int
 ) -> None:
-    """Also in the middle of a plain text, too short as yet or not."""
+    """Also in the middle of a plain text, whether too short so far or not."""
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
     arguments: dict[str, Any] = dict(tokenizer=str(tokenizer_folder), min_tokens=min_tokens, append_eod=True)
     arguments["inputs"] = [inputs[2], inputs[1], inputs[2]]

@@ -117,7 +117,7 @@ plans = st.lists(
     max_size=4,
 )
 STEP = 12
-"""Samples a step."""
+"""Samples per step."""
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -165,7 +165,7 @@ def test_each_source_is_consumed_once_per_epoch_in_one_order_over_phases_ranks_a
         seen: set[int] = set()
         for row in rows:
             assert len(set(row)) == len(row) and all(0 <= token - first[name] < usable for token in row)
-            if seen & set(row):  # the source repeats: it was read but for what fills no sequence
+            if seen & set(row):  # the source repeats: it was read except for what does not fill a sequence
                 assert usable - len(seen) < 2 * longest
                 seen = set()
             seen |= set(row)
@@ -182,7 +182,7 @@ def test_a_source_continues_where_it_stopped_when_a_phase_is_longer(sources: lis
 
 
 def test_documents_of_a_sample_joined_from_several_places_end_where_these_do(sources: list[Source]) -> None:
-    """Each token is the one after the token before, unless another document or place begins with it."""
+    """Each token follows the one before, unless another document or place begins with it."""
     en = sources[0]  # documents of 7 tokens, counting up from 0
     data = TrainingData([Phase("short", 12, 4, (en,)), Phase("long", 12, 8, (en,))], seed=1)
     tokens, _, positions = data.read(12, 11, with_positions=True)

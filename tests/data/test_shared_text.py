@@ -1,4 +1,4 @@
-"""What is read more than once without being meant to: pairs and texts that several sources have in common."""
+"""What is read more than once by accident: pairs and texts that several sources have in common."""
 
 import logging
 import shutil

@@ -75,7 +75,7 @@ def test_source_out_of_file_order_is_refused(write_tokens: WriteTokens) -> None:
 
 
 def swap_pointers(prefix: str, one: int, other: int) -> None:
-    """Of two documents of one length: the index is no longer in file order."""
+    """Those of two documents of equal length: the index is no longer in file order."""
     with open(f"{prefix}.idx", "r+b") as file:
         index = bytearray(file.read())
         at = [34 + 4 * int.from_bytes(index[18:26], "little") + 8 * i for i in (one, other)]
@@ -129,7 +129,7 @@ from megagap.data.sources import Source
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 prefix, samples = sys.argv[1], int(sys.argv[2])
-before, begin = resident(), time.process_time()  # of this process: others may keep it waiting
+before, begin = resident(), time.process_time()  # of this process: others may delay it
 sources = (Source("x", (prefix,)),)
 phases = [Phase(name, samples, length, sources) for name, length in (("a", {sequence_length}), ("b", 16))]
 data = TrainingData(phases, 1, vocab_size=10)
@@ -142,7 +142,7 @@ print(seconds, resident() - before, data.sources[0].document_count)
 """
     seconds: dict[str, list[float]] = {"huge": [], "small": []}
     megabytes: dict[str, list[float]] = {"huge": [], "small": []}
-    for _ in range(3):  # in turn, and the best of each: what others do on the machine only adds
+    for _ in range(3):  # alternately, and the best of each: other load on the machine only adds
         for name, samples in (("huge", 10**9), ("small", 10**5)):
             command = [sys.executable, "-c", program, str(tmp_path / name), str(samples)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

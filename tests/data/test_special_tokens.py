@@ -124,7 +124,7 @@ def test_a_finished_run_with_other_settings_beside_the_tokenizer_is_not_mistaken
 
 
 def older(prefix: str) -> None:
-    """As manifests were before there was a choice."""
+    """As in manifests older than this option."""
     manifest = json.loads(Path(f"{prefix}.json").read_text())
     del manifest["arguments"]["special_tokens"], manifest["special_tokens_in_texts"], manifest["tokenizer"]["effective"]
     Path(f"{prefix}.json").write_text(json.dumps(manifest))

@@ -25,7 +25,7 @@ TEXTS = st.lists(st.sampled_from(ALPHABET), max_size=40).map("".join)
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory, rank_file: Path, bpe_of_lines: Path) -> dict[str, Path]:
-    """Each kind of words that is known to end before blanks."""
+    """Each kind of words that is known to end before spaces."""
     folder = tmp_path_factory.mktemp("words")
     found = {"llama3": bpe_of_lines / "tokenizer.json", "tiktoken": rank_file}
     for name, words in (("qwen2", QWEN2_WORDS), ("gpt2", None)):

@@ -1,4 +1,4 @@
-"""Ids are those of each library's own, on 5,000 lines of French, English and code."""
+"""Ids are those of each library itself, on 5,000 lines of French, English and code."""
 
 from base64 import b64decode
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_llama_3_ids_and_special_tokens_are_those_of_its_own_tokenizer(lines: li
 
 
 def exported(source: Path, folder: Path) -> Any:
-    """As ``to-hf`` leaves it beside a model, loaded by transformers."""
+    """As ``to-hf`` writes it beside a model, loaded by transformers."""
     from transformers import AutoTokenizer
 
     folder.mkdir()

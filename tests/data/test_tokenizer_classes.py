@@ -1,4 +1,4 @@
-"""``classes.toml`` says what the installed ``transformers`` makes of names."""
+"""``classes.toml`` says what the installed ``transformers`` makes from names."""
 
 from typing import Any
 

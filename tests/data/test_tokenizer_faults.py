@@ -1,4 +1,4 @@
-"""What is wrong with a tokenizer's files, or makes its library fail on a text, is said in our words, with a place."""
+"""A fault in a tokenizer's files, or of its library on a text, is reported in megagap's words, with a place."""
 
 import json
 from base64 import b64encode

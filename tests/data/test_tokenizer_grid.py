@@ -1,4 +1,4 @@
-"""Ids and end-of-text ids are those of ``transformers``, whatever a tokenizer's folder holds; else it is refused."""
+"""Ids and end-of-text ids are those of ``transformers``, whatever a tokenizer's folder contains; else it is refused."""
 
 import re
 from collections.abc import Iterator
@@ -129,7 +129,7 @@ def test_the_fast_path_gives_the_ids_of_the_library_or_is_not_used(
 
 
 def test_text_has_no_special_tokens(pairs: list[Pair]) -> None:
-    """But for the unknown token, and those that are ordinary words of the vocabulary too."""
+    """Except for the unknown token, and those that are also ordinary words of the vocabulary."""
     for pair in pairs:
         if isinstance(pair.ours, DataError):
             continue

@@ -1,4 +1,4 @@
-"""Which kind of tokenizer a specification means, and what is peculiar to sentencepiece and tiktoken."""
+"""Which kind of tokenizer a specification means, and what is special about sentencepiece and tiktoken."""
 
 import shutil
 from base64 import b64encode
@@ -167,7 +167,7 @@ def test_sentencepiece_names_its_special_tokens(tmp_path: Path, sentencepiece_mo
 @pytest.mark.parametrize("blank", [" ", "\n", " \n", "\t\u00a0"])
 def test_very_long_white_space_does_not_crash_tiktoken(rank_file: Path, blank: str) -> None:
     tokenizer = load_tokenizer(rank_file)
-    # More than its regular expressions can go back over: the library alone panics on blanks.
+    # More than its regular expressions can backtrack over: the library alone panics on white space.
     text = "début" + blank * (1_500_000 // len(blank)) + "fin"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -18,7 +18,7 @@ Compress = Callable[[bytes], bytes]
 
 
 def two_parts(compress: Compress) -> Compress:
-    """As parallel compressors and ``cat`` make them."""
+    """As parallel compressors and ``cat`` create them."""
     return lambda data: compress(data[: len(data) // 3]) + compress(data[len(data) // 3 :])
 
 

@@ -30,7 +30,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds; None: no such file."""
+    """The contents of a folder; None: no such file."""
 
     name: str
     tokenizer: dict[str, Any]
@@ -76,7 +76,7 @@ def byte_level_bpe() -> dict[str, Any]:
 
 
 def space_bpe() -> dict[str, Any]:
-    """As sentencepiece's of Llama 2: words with their blanks, bytes for what is unknown."""
+    """As sentencepiece's of Llama 2: words with their spaces, bytes for what is unknown."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

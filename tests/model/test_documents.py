@@ -1,4 +1,4 @@
-"""Documents packed into sequences are computed as if each were alone."""
+"""Documents packed into sequences are computed as if each were separate."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from megagap.training.step import targets_of
 from tests.models import tiny_model
 
 LENGTHS = [[5, 1, 9, 1], [16], [1, 15]]
-"""Of the documents in each of three sequences of 16 tokens."""
+"""Lengths of the documents in each of three sequences of 16 tokens."""
 
 
 def positions(lengths: list[list[int]]) -> torch.Tensor:

@@ -11,11 +11,11 @@ from megagap.ops.rms_norm import reference
 
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
 SHAPES = [(3, 5, 64), (7, 1), (1, 33), (129, 37), (200, 2, 17), (5,)]
-"""Sizes that no vector length divides, more rows than blocks of the weight gradient, and a single row."""
+"""Sizes that vector lengths do not divide, more rows than blocks of the weight gradient, and a single row."""
 
 
 def in_float64(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y and the gradients by x and weight, from the formulas written out."""
+    """y and the gradients of x and weight, from the formulas written out."""
     x, weight, grad = x.double(), weight.double(), grad.double()
     rstd = 1 / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
     normalised, wanted = x * rstd, grad * weight

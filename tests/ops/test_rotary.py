@@ -128,7 +128,7 @@ def test_in_place_it_rotates_the_first_heads_of_a_packed_projection_and_leaves_t
     if interleaved:
         cos, sin = (table.repeat_interleave(2, -1)[:, :6] for table in (cos, sin))
     leaf = packed.clone().requires_grad_()
-    work = leaf * 1  # in place on what an operation before it has made
+    work = leaf * 1  # in place on the result of an earlier operation
     same = rotary_(work, 6, cos, sin, interleaved=interleaved)
     assert same.data_ptr() == work.data_ptr()
     same.backward(grad)

@@ -1,4 +1,4 @@
-"""Learning rates at the steps where a schedule turns."""
+"""Learning rates at the steps where a schedule changes."""
 
 import pytest
 

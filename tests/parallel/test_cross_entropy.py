@@ -1,4 +1,4 @@
-"""The output projection and its loss, a few tokens at a time. Over several ranks: tests/parallel/test_tensor.py."""
+"""The output projection and its loss, in chunks of tokens. Over several ranks: tests/parallel/test_tensor.py."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_no_temporary_grows_with_tokens_times_vocabulary(monkeypatch, vocabulary
 
 
 class _Largest(TorchDispatchMode):
-    """The largest tensor that any operation gives, in elements, and the operations."""
+    """The largest tensor that any operation returns, in elements, and the operations."""
 
     def __init__(self) -> None:
         super().__init__()

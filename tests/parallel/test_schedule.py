@@ -1,4 +1,4 @@
-"""Schedules are complete, cannot deadlock, and keep the memory they promise."""
+"""Schedules are complete, cannot deadlock, and stay within the memory they promise."""
 
 import pytest
 from hypothesis import given

@@ -37,7 +37,7 @@ def exact_update(
 
 
 def philox(words: list[int], key: tuple[int, int]) -> list[int]:
-    """Philox4x32-10 of a counter of four words, as its authors write it."""
+    """Philox4x32-10 of a counter of four words, as published."""
     low, high = key
     for _ in range(10):
         first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]

@@ -5,7 +5,7 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 SIZES = [1, 7, 1000, 4099, 20008]
-"""Of the vocabulary shard: less than a wave, a rest that no 16 bytes hold, several turns of every thread."""
+"""Columns of the vocabulary shard: less than a wave, not a multiple of 16 bytes, several turns of every thread."""
 
 
 def inputs(size: int, dtype: torch.dtype, rows: int = 6) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 SHAPES = [(1, 1), (1, 4099), (1, 9000), (3, 136), (7, 13), (2, 4100)]
-"""Rows that are split over blocks, with and without a rest that no 16 bytes hold."""
+"""Rows that are split over blocks, whose size is a multiple of 16 bytes or not."""
 
 
 def inputs(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

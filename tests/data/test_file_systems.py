@@ -244,7 +244,7 @@ def test_a_source_cannot_have_a_shard_twice_under_two_names(shards: list[str], t
     for ending in (".bin", ".idx"):
         (tmp_path / f"link{ending}").symlink_to(shards[0] + ending)
     for other in (shards[0] + ".bin", str(tmp_path / "link"), f"{tmp_path}/./shard-000"):
-        with pytest.raises(DataError, match=r"source x has .* 2 times"):
+        with pytest.raises(DataError, match=r"source x lists .* 2 times"):
             TokenSource(Source("x", (shards[0], other)), "100,0,0", 0)
 
 
@@ -262,7 +262,7 @@ def test_leftovers_of_another_user_are_reported_at_the_start(
         lambda: preprocess([corpus], str(tmp_path / "o"), str(tokenizer_folder)),
         lambda: IndexedDatasetWriter(tmp_path / "o_text_document", "uint16"),
     ):
-        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n.*another place"):
+        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n.*another location"):
             use()
         assert not (tmp_path / "o_text_document.lock").exists()
 

@@ -61,7 +61,7 @@ def test_part_too_small_for_a_sequence_says_how_many_tokens_it_has(write_tokens:
 
 def test_a_source_that_names_a_shard_twice_is_refused(write_tokens: WriteTokens) -> None:
     one, other = write_tokens("a", numbered(9)), write_tokens("b", numbered(9))
-    with pytest.raises(DataError, match=r"source x has .*/a 2 times"):
+    with pytest.raises(DataError, match=r"source x lists .*/a 2 times"):
         TokenSource(Source("x", (one, other, one)), "100,0,0", TRAINING)
 
 

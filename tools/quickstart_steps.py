@@ -79,7 +79,7 @@ def sources_as_toml(data: Path) -> str:
     """The setting ``data.sources`` for every token file in a folder, with the quickstart's weights."""
     prefixes = sorted(path.with_suffix("").resolve() for path in data.glob("*_text_document.idx"))
     if not prefixes:
-        raise DataError(f"{data} holds no token files (*_text_document.idx)")
+        raise DataError(f"{data} contains no token files (*_text_document.idx)")
     entries = [
         f'{{path = "{prefix}", weight = {WEIGHTS.get(prefix.name.removesuffix("_text_document"), 1.0)}}}'
         for prefix in prefixes

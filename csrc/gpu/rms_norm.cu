@@ -16,7 +16,7 @@ template <typename T, bool kAligned>
 constexpr int kHeldChunks = kAligned ? 4 : 8 / kVector<T>;
 
 constexpr int kBlock = 256;                        // threads of a block whose rows need no more
-constexpr int kMinimumLanes = 8, kMaximumLanes = 512;  // of a row: 128 contiguous bytes; 128 registers a thread
+constexpr int kMinimumLanes = 8, kMaximumLanes = 512;  // of a row: 128 contiguous bytes; 128 registers per thread
 constexpr int kForwardBound = 768;                 // keeps registers at 80, so that three blocks share a multiprocessor
 constexpr int kColumns = 32, kSlices = 32;         // of the block that sums the parts of a weight's gradient
 constexpr int64_t kColumnParts = 64;               // of the weight's gradient where rows are too long for registers

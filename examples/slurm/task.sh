@@ -4,7 +4,7 @@
 set -uo pipefail
 
 (
-    trap '' USR1 # should it reach torchrun all the same; the workers set a handler of their own
+    trap '' USR1 # in case it still reaches torchrun; the workers set their own handler
     exec examples/multi_node/launch.sh "$@"
 ) &
 agent=$!
@@ -15,5 +15,5 @@ trap 'kill -TERM "$agent"' TERM
 while kill -0 "$agent" 2>/dev/null; do
     wait "$agent"
 done
-wait "$agent" # bash remembers
+wait "$agent" # bash remembers its exit status
 exit $?

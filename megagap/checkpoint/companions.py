@@ -92,17 +92,17 @@ def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer:
     return Companions(absent | ids, {key: value for key, value in ids.items() if value is not None})
 
 
-def warn_of_other_ids(told: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:
+def warn_of_other_ids(recorded: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:
     """Warn if a tokenizer differs from the one that the model was trained with, or does not fit it."""
     own = Ids.of_tokenizer(tokenizer)
     if complaint := too_large(own, vocab_size):
         log.warning("%s", complaint.partition("\n")[0])
-    if told and told.fingerprint != own.fingerprint and is_extension(told, tokenizer):
-        told = replace(told, fingerprint=own.fingerprint)
-    for difference in differing(told, own) if told else ():
+    if recorded and recorded.fingerprint != own.fingerprint and is_extension(recorded, tokenizer):
+        recorded = replace(recorded, fingerprint=own.fingerprint)
+    for difference in differing(recorded, own) if recorded else ():
         log.warning("%s", difference)
     ends = companions.end_ids()
-    if told is None and ends and own.eod is not None and own.eod not in ends:
+    if recorded is None and ends and own.eod is not None and own.eod not in ends:
         log.warning("the model ends a text with id %s, %s with %d", ", ".join(map(str, sorted(ends))), own.who, own.eod)
     for key in SPECIAL_IDS:
         for value in (companions.special_ids.get(key), companions.generation.get(key)):

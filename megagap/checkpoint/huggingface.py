@@ -71,7 +71,7 @@ def export(
     weights that no run has trained.
     ``tokenizer``: a tokenizer's folder or file; None means the one the run was trained with, if it is still there.
     ``max_shard_size``: bytes of a safetensors file, which only a single larger tensor exceeds; one file at a time is
-    held in memory. ``progress`` is told the bytes done and their total.
+    held in memory. ``progress`` is called with the bytes done and their total.
     ``output`` appears when complete, and must not exist or be empty.
     Raises :class:`CheckpointError` if the checkpoint is damaged or not such a model, or ``output`` cannot be written;
     :class:`DataError` if the tokenizer cannot be read or does not fit.

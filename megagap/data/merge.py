@@ -72,7 +72,7 @@ def merge_datasets(
 def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
     """The type of all pairs' tokens. They are opened one at a time: each keeps two files open.
 
-    Raises :class:`DataError` if they are of different types, or cannot be arranged anew.
+    Raises :class:`DataError` if they are of different types, or cannot be rearranged.
     """
     first = IndexedDataset(inputs[0])
     for prefix in inputs:

@@ -109,7 +109,7 @@ class TokenSource:
     def read_documents(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens [start, stop), int64, a copy; and where each of their documents ends, counted from ``start``, int64.
 
-        The last one ends at ``stop``, whether or not it goes on.
+        The last one ends at ``stop``, whether or not it continues.
         """
         parts, ends, at = [], [], 0
         for piece, first, last in self._stretches(start, stop):

@@ -1,4 +1,4 @@
-"""Inputs cut into units of work of about as many bytes, each of which can be parsed and encoded by itself.
+"""Inputs cut into units of work of about equal size, each of which can be parsed and encoded independently.
 
 A unit is whole lines of a JSON-lines file, whole rows of a Parquet file, or a piece of a plain text. How inputs are cut
 depends on nothing but them. Each unit says where the next one starts, so that another run can resume there.

@@ -3,9 +3,9 @@
     python tests/benchmarks/attention.py
     python tests/benchmarks/attention.py --dtypes float32 --documents 16 --output runs/attention
 
-Grouped keys and values are passed as they are where a back end takes them, else repeated ("expanded"). ``--documents``
-packs each sequence from so many documents and compares a mask with variable-length kernels. Counted
-are the operations of the causal half, 2 matrix products forward and 5 backward.
+Grouped keys and values are passed as they are if a back end supports them, else repeated ("expanded"). ``--documents``
+packs each sequence from that many documents and compares a mask with variable-length kernels. The operations of the
+causal half are counted: 2 matrix products forward and 5 backward.
 """
 
 import argparse

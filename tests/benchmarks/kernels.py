@@ -10,7 +10,7 @@ Speed is given in the bytes that the operation must move at least (each input re
 forward and backward; a tensor that both need is read twice), and as a share of the speed of copying as many bytes.
 
 On a GPU each arm is recorded as a CUDA graph and its replays are timed by events, so that launching costs nothing, and
-the forward pass is timed by itself, too. Choose --rows so that tensors are several times as large as the L2 cache.
+the forward pass is also timed separately. Choose --rows so that tensors are several times as large as the L2 cache.
 """
 
 import argparse
@@ -453,5 +453,5 @@ CASES: dict[str, Callable[[int, int, torch.dtype, torch.device], Case]] = {
 
 if __name__ == "__main__":
     if not compiled.AVAILABLE:
-        sys.exit("the compiled kernels are not built: there is nothing of ours to time")
+        sys.exit("the compiled kernels are not built: there is nothing to time")
     main()

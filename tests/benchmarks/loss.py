@@ -4,7 +4,7 @@
     python tests/benchmarks/loss.py --tokens 8192 --megabytes 64 512 --output runs/loss
 
 Rivals: Liger-Kernel's fused linear cross-entropy and quack's, where they are installed. The floor is three matrix
-products (logits, gradient by the input, gradient by the weight) at the rate of one large product measured beside them.
+products (logits, gradient of the input, gradient of the weight) at the rate of one large product measured beside them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument(
-        "--megabytes", type=int, nargs="+", default=[64, 256, 512, 1024, 2048], help="of logits per part"
+        "--megabytes", type=int, nargs="+", default=[64, 256, 512, 1024, 2048], help="megabytes of logits per chunk"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="folder for loss.json")

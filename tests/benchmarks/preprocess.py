@@ -1,12 +1,12 @@
-"""How fast text becomes token files, beside the bare tokenizer, datatrove, and Megatron's way of doing it.
+"""How fast text becomes token files, compared with the bare tokenizer, datatrove, and Megatron's script.
 
     python tests/benchmarks/preprocess.py                        # everything: a quarter of an hour on two cores
     python tests/benchmarks/preprocess.py --megabytes 10 --rounds 1 --skip datatrove,memory
 
 Text: what tools/gather_text.py gathers, and the Python sources of the installed packages, as JSON lines. Tokenizer:
-Llama 3's, from the package llama-models. Contestants take turns; each runs in a process of its own, and the time is
-from its start to its end, with start-up, unless it is a bare tokenizer: for these, texts are in memory, and only the
-encoding counts. Start-up is what three documents take.
+Llama 3's, from the package llama-models. Contestants take turns; each runs in a process of its own, timed from start
+to end, including start-up, except bare tokenizers: for these, texts are in memory, and only the encoding counts.
+Start-up is the time for three documents.
 """
 
 import argparse
@@ -136,10 +136,12 @@ def rank_file() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/benchmark-preprocess", metavar="DIR")
-    parser.add_argument("--megabytes", type=int, default=160, metavar="N", help="of text (default: 160)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the medians count (default: 3)")
+    parser.add_argument("--megabytes", type=int, default=160, metavar="N", help="megabytes of text (default: 160)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds; medians count (default: 3)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
-    parser.add_argument("--skip", default="", metavar="NAME,…", help=f"of {', '.join(CONTESTANTS)}, memory")
+    parser.add_argument(
+        "--skip", default="", metavar="NAME,…", help=f"leave out any of {', '.join(CONTESTANTS)}, memory"
+    )
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -197,7 +199,7 @@ def gather(corpus: Path, size: int) -> None:
             if file.tell() >= size:
                 break
         else:
-            raise SystemExit(f"only {file.tell() / 1e6:.0f} MB of text were found; give --megabytes")
+            raise SystemExit(f"only {file.tell() / 1e6:.0f} MB of text found; give --megabytes")
     partial.rename(corpus)
 
 

@@ -97,7 +97,7 @@ def test_mismatches_are_refused_with_both_numbers(made, tokenizers, case):
 
 
 WARNED = {
-    "nothing to tell": ([("base", EOD), ("base", EOD)], "base", False, []),
+    "nothing to report": ([("base", EOD), ("base", EOD)], "base", False, []),
     "special tokens added": ([("base", EOD)], "began", False, ["begin-of-text id 0, the tokenizer"]),
     "ordinary tokens added": ([("base", EOD)], "more", False, ["has added tokens to"]),
     "an end that is not used": ([("base", {})], "chat", False, ["end-of-text id 1, the tokenizer"]),

@@ -75,7 +75,7 @@ def test_a_tokenizers_folder(tokenizer_folder: Path, tmp_path: Path, make: Calla
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    with pytest.raises(DataError, match=f"{name}(.|\n)*{SAYS[make]}|holds (no|several)"):
+    with pytest.raises(DataError, match=f"{name}(.|\n)*{SAYS[make]}|contains (no|several)"):
         load_tokenizer(folder)
 
 

@@ -1,4 +1,4 @@
-"""Whether gigatoken may stand in for a tokenizer's own library.
+"""Whether gigatoken may replace a tokenizer's own library.
 
 Only for a tokenizer all of whose features it is known to support, and if its ids are the same on this very input.
 """

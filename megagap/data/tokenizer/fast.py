@@ -124,7 +124,7 @@ class FastEncoder:
                     f"{theirs[at : at + 5].tolist()} instead of {ours[at : at + 5].tolist()} at token {at:,} of "
                     f"{text[:40]!r}…"
                 )
-        raise DataError(f"gigatoken {version('gigatoken')} gives different ids in a batch and for each text by itself")
+        raise DataError(f"gigatoken {version('gigatoken')} gives different ids in a batch and for single texts")
 
 
 def _resident_bytes() -> int:

@@ -135,7 +135,7 @@ def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
 
 
 def _hide(model: dict[str, Any], special: Sequence[str]) -> set[str]:
-    """Rename, in the vocabulary of a model, special tokens that it could find in a text by itself; returns them.
+    """Rename, in the vocabulary of a model, special tokens that it could find in a text on its own; returns them.
 
     A word that is in the vocabulary is that token to all models but BPE, whose tokens come from merges, unless
     ``ignore_merges``. The unknown token may stay: it is what unknown text becomes anyway.

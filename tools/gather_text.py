@@ -137,7 +137,7 @@ def gather(output: Path, chosen: tuple[str, ...], limit: float) -> list[Path]:
             note(f"{language}: skipped: no text was found")
             continue
         written.append(path)
-        print(f"{path}: {count:,} documents, {size / 1e6:.1f} MB of text")
+        print(f"{path}: {count:,} document{'s' * (count != 1)}, {size / 1e6:.1f} MB of text")
     return written
 
 

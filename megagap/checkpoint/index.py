@@ -182,7 +182,7 @@ class Index(_Record):
         if tensor is None:
             raise CheckpointError(
                 f"{folder} does not contain {kind} of {name}\n"
-                f"  it has {len(self.names(kind))} tensors of this kind; is it a checkpoint of another model?"
+                f"  tensors of this kind: {len(self.names(kind))}; is it a checkpoint of another model?"
             )
         return tensor
 

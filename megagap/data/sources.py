@@ -80,7 +80,7 @@ class TokenSource:
         first = 0
         for dataset, watch in zip(datasets, self._watches, strict=True):
             if dataset.dtype.kind not in "iu":
-                raise DataError(f"{dataset.index_path} holds {dataset.dtype.name} values, which are not token ids")
+                raise DataError(f"{dataset.index_path} contains {dataset.dtype.name} values, which are not token ids")
             low, high = (min(max(bound - first, 0), len(dataset)) for bound in (start, stop))
             for begin in {0, max(low - 1, 0), max(high - 1, 0)}:
                 _require_row(dataset, begin, min(begin + CHECKED_AT_OPENING, len(dataset)))
@@ -96,8 +96,9 @@ class TokenSource:
         part = "" if self.part is None else f" in its {('training', 'validation', 'test')[self.part]} part of split "
         share = part and f'{part}"{self.split}"'
         start, stop = self.document_range
+        documents = "1 document" if stop - start == 1 else f"{stop - start:,} documents"
         raise DataError(
-            f"source {self.source.name} has {self.token_count:,} tokens in {stop - start:,} documents{share}; "
+            f"source {self.source.name} has {self.token_count:,} tokens in {documents}{share}; "
             f"one sequence needs {sequence_length + 1:,}\n"
             f"  add text to {self.source.prefixes[0]}, change data.split, or lower the sequence length."
         )

@@ -174,7 +174,7 @@ def test_skipping_leaves_bad_documents_out_and_says_where(
 
 
 def test_skipping_every_document_is_a_fault(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"none of the 201 documents can be used(.|\n)*line 1: .* no key 'txt'"):
+    with pytest.raises(DataError, match=r"all documents were skipped \(201\)(.|\n)*line 1: .* no key 'txt'"):
         preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder), ["txt"], on_error="skip")
     assert list(tmp_path.glob("out*")) == []
 

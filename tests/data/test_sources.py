@@ -55,7 +55,7 @@ def test_split_parts_share_no_document(write_tokens: WriteTokens) -> None:
 
 def test_part_too_small_for_a_sequence_says_how_many_tokens_it_has(write_tokens: WriteTokens) -> None:
     source = Source("fr", (write_tokens("fr", numbered(10, 3)),))
-    with pytest.raises(DataError, match=r"source fr has 3 tokens in 1 documents in its validation part.* needs 5"):
+    with pytest.raises(DataError, match=r"source fr has 3 tokens in 1 document in its validation part.* needs 5"):
         TokenSource(source, "90,10,0", 1).require(S)
 
 

@@ -281,9 +281,7 @@ class Run:
         skipped = sum(state.reasons.values())
         left_out = sum(pair.empty + pair.short for pair in state.pairs)
         if skipped:
-            raise DataError(
-                f"none of the {skipped:,} documents can be used; the first fault:\n  {state.first_skipped[0]}"
-            )
+            raise DataError(f"all documents were skipped ({skipped:,}); the first fault:\n  {state.first_skipped[0]}")
         what = f"only documents that are empty or too short ({left_out:,})" if left_out else "no documents"
         raise DataError(f"the inputs contain {what}: {', '.join(file.path for file in self._inputs[:3])}…")
 
@@ -375,7 +373,7 @@ class TextWriter:
                 self._pair.add_tokens(tokens)
             self._state.characters += self._held_characters
             self._state.special += self._held_special
-            self._write_pieces()
+            self._drop_pieces()
         if not unit.ends:
             return
         if self._pair.open_tokens:
@@ -386,9 +384,9 @@ class TextWriter:
             self._state.short += 1
         else:
             self._state.empty += 1
-        self._write_pieces()
+        self._drop_pieces()
 
-    def _write_pieces(self) -> None:
+    def _drop_pieces(self) -> None:
         self._held, self._held_characters, self._held_special = [], 0, 0
 
 

@@ -35,7 +35,7 @@ class FastSource:
     vocab_size: int
     special: tuple[str, ...]
     splits_at_spaces: bool
-    cuts_long_blanks: bool
+    cuts_long_whitespace: bool
     """Whether the tokenizer itself cuts these (:func:`without_long_whitespace`), as tiktoken's has to."""
 
     @classmethod
@@ -76,7 +76,7 @@ class FastEncoder:
         return type(self), (self.source,)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if not self.source.cuts_long_blanks or all(len(text) <= LONGEST_WHITESPACE for text in texts):
+        if not self.source.cuts_long_whitespace or all(len(text) <= LONGEST_WHITESPACE for text in texts):
             return self._encode(texts)
         pieces = [list(without_long_whitespace(text)) for text in texts]
         ids, lengths = self._encode([piece for parts in pieces for piece in parts])

@@ -143,7 +143,7 @@ def test_a_missing_tensor_is_refused_by_name(matrix: tuple[Path, Index]) -> None
 
 
 def test_another_shape_is_refused_naming_both(matrix: tuple[Path, Index]) -> None:
-    with pytest.raises(CheckpointError, match=r"shape \[4, 4\].* wants \[5, 4\]"):
+    with pytest.raises(CheckpointError, match=r"shape \[4, 4\].* this model has \[5, 4\]"):
         load_slices(*matrix, [request(shape=(5, 4))])
 
 

@@ -68,7 +68,7 @@ BOS = {"prepend_bos": True}
 
 REFUSED = {
     "a larger tokenizer": ([("base", EOD)], "base", 269, ["has ids up to 269", "model.vocab_size = 270 (or 320,"]),
-    "without tokenizer": ([("base", EOD)], "", 269, ["has ids up to 269, the model only 269 ids"]),
+    "without tokenizer": ([("base", EOD)], "", 269, ["has ids up to 269, but model.vocab_size is 269"]),
     "added tokens": ([("base", EOD)], "more", 270, ["more has ids up to 270", "model.vocab_size = 271"]),
     "another vocabulary": ([("base", EOD)], "other", 300, ["was made with another tokenizer: ", "base"]),
     "fewer tokens": ([("more", EOD)], "base", 300, ["was made with another tokenizer: "]),

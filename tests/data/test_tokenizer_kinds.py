@@ -78,7 +78,7 @@ def test_a_file_of_unknown_kind_is_refused_by_name(tmp_path: Path, files: dict[s
 
 def test_forcing_another_kind_is_refused(files: dict[str, Path]) -> None:
     for kind, other in (("hf", "tiktoken"), ("sentencepiece", "tiktoken"), ("tiktoken", "hf")):
-        with pytest.raises(DataError, match=r"tokenizer\.model is no "):
+        with pytest.raises(DataError, match=r"tokenizer\.model is not a "):
             load_tokenizer(f"{kind}:{files[other]}")
         with pytest.raises(DataError, match=f"{other} contains no .*{kind if kind != 'hf' else 'json'}"):
             load_tokenizer(f"{kind}:{files[other].parent}")

@@ -159,7 +159,7 @@ def test_without_a_tokenizer_the_special_ids_of_llama_2_are_not_implied(tmp_path
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, bpe: Path) -> None:
     model, settings = reference(vocab_size=100)
     checkpoint = save_model(tmp_path / "c", model, settings)
-    with pytest.raises(DataError, match="but model.vocab_size is 100"):
+    with pytest.raises(DataError, match=r"but model\.vocab_size is 100"):
         export(checkpoint, tmp_path / "hf", tokenizer=str(bpe))
     assert not (tmp_path / "hf").exists()
 

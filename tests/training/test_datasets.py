@@ -136,7 +136,7 @@ def test_to_hf_and_from_hf_and_generation_tell_of_another_tokenizer(workers, tmp
         export(folder, tmp_path / "hf_chat", tokenizer=str(tmp_path / "chat"))
         load_text_model(folder, str(tmp_path / "other"))
     told = [record.getMessage() for record in caplog.records]
-    wanted = ["the end-of-text id of the checkpoint", "the begin-of-text id of the checkpoint", "mean other tokens"]
+    wanted = ["the end-of-text id of the checkpoint", "the begin-of-text id of the checkpoint", "mean different tokens"]
     assert len(told) == 3 and all(part in text for part, text in zip(wanted, told, strict=True))
     caplog.clear()
     config = json.loads((tmp_path / "hf/config.json").read_text())

@@ -114,7 +114,7 @@ def test_more_skipped_samples_than_megatrons_surplus_is_refused_at_once(write: C
     sources, contents = write([1.0])
     held = (sum(map(len, contents[0])) - 1) // 5
     TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 3 + held - 20)], planned=20)
-    with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* holds {held}"):
+    with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* has {held}"):
         TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 10**15)], planned=20)
 
 

@@ -56,7 +56,7 @@ def plan(schedule: Schedule, mesh: Mesh, microbatches: int) -> list[Action]:
 def execute(
     program: Sequence[Action],
     stages: Sequence[Stage],
-    border: Boundary,
+    boundary: Boundary,
     mesh: Mesh,
     before_last_backward: Callable[[], None] = lambda: None,
 ) -> None:
@@ -66,7 +66,7 @@ def execute(
     no gradient changes any more.
     """
     backwards = [index for index, action in enumerate(program) if isinstance(action, Backward | BackwardWeight)]
-    run = _Run(stages, border, mesh, differentiate=bool(backwards))
+    run = _Run(stages, boundary, mesh, differentiate=bool(backwards))
     for index, action in enumerate(program):
         if backwards and index == backwards[-1]:
             before_last_backward()
@@ -77,8 +77,8 @@ def execute(
 class _Run:
     """The live tensors of one execution of a program."""
 
-    def __init__(self, stages: Sequence[Stage], border: Boundary, mesh: Mesh, differentiate: bool) -> None:
-        self.stages, self.border, self.mesh, self.differentiate = stages, border, mesh, differentiate
+    def __init__(self, stages: Sequence[Stage], boundary: Boundary, mesh: Mesh, differentiate: bool) -> None:
+        self.stages, self.boundary, self.mesh, self.differentiate = stages, boundary, mesh, differentiate
         self.last = len(stages) * mesh.pp.size - 1
         self.received: dict[Message, Tensor] = {}
         self.to_send: dict[Message, Tensor] = {}
@@ -131,7 +131,7 @@ class _Run:
             tensor = self.to_send.pop(message).contiguous()
             operations.append(dist.P2POp(dist.isend, tensor, pp.ranks[peer], pp.group))
         for peer, message in transfer.receives:
-            tensor = torch.empty(self.border.shape, dtype=self.border.dtype, device=self.mesh.device)
+            tensor = torch.empty(self.boundary.shape, dtype=self.boundary.dtype, device=self.mesh.device)
             self.received[message] = tensor
             operations.append(dist.P2POp(dist.irecv, tensor, pp.ranks[peer], pp.group))
         works = dist.batch_isend_irecv(operations)

@@ -49,11 +49,11 @@ Compute = Forward | Backward | BackwardInput | BackwardWeight
 @dataclass(frozen=True)
 class Message:
     """One tensor between neighbours: an activation (forward) or its gradient (backward), at the boundary before
-    virtual stage ``border`` (counted along the model: ``chunk · stages + stage``)."""
+    virtual stage ``boundary`` (counted along the model: ``chunk · stages + stage``)."""
 
     kind: Literal["activation", "gradient"]
     microbatch: int
-    border: int
+    boundary: int
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ if $fresh; then
 fi
 mkdir -p "$run"
 
-# What this call trains; a different one must not resume from its files.
+# What this call is about; another one must not go on from its files.
 wanted="$mode${corpus[*]:+ ${corpus[*]}}"
 if [[ -f $run/made-by.txt && $(<"$run/made-by.txt") != "$wanted" ]]; then
     fail "$run holds another quickstart ($(<"$run/made-by.txt")); start over with --fresh"
@@ -117,11 +117,11 @@ settings+=(--parallel.tp "$tp" --parallel.pp "$pp")
 training=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes"
     -m megagap.train "$recipe" "${settings[@]}")
 
-step "train with tp=$tp pp=$pp dp=$((processes / tp / pp)), to be killed mid-run"
+step "train with tp=$tp pp=$pp dp=$((processes / tp / pp)), to be killed in mid-run"
 "$PYTHON" tools/quickstart_steps.py run-and-kill "$run" -- "${training[@]}"
 finished
 
-step "the same command again: it resumes from the last checkpoint"
+step "the same command again: it goes on from the last checkpoint"
 "${training[@]}"
 finished
 

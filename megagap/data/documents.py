@@ -156,7 +156,7 @@ def read_texts(
     Raises :class:`DataError` for a file that cannot be read. So it does for a document that is malformed or lacks its
     text, and plain text that is not UTF-8, unless there is ``skip``, which is then called with the error.
     """
-    # A BPE is trained on words: where a plain text is cut does not matter, nor does the name of its file.
+    # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
     listing = list_inputs(paths, [key], any_text=True)
     for note in listing.notes:
         log.warning("%s", note)

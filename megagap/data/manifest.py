@@ -54,7 +54,7 @@ class InputRecord(_Strict):
 
     path: Text
     size: NonNegativeInt | None
-    """Bytes of the whole file; null for a pipe."""
+    """Bytes of the whole file; null of a pipe."""
     start: NonNegativeInt = 0
     stop: NonNegativeInt | None = None
     checksum: str

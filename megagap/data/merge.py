@@ -36,8 +36,8 @@ def merge_datasets(
     """Write the documents of the pairs ``inputs``, in this order, to ``output_prefix``; the new pair.
 
     The last two arguments are those of :func:`megagap.data.preprocess.preprocess`. There is a manifest if all inputs
-    have one. Raises :class:`DataError` if the inputs have tokens of different types or, as far as manifests say, of
-    different tokenizers, with and without special ids around documents, or not all shards of a set in order.
+    have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests say, of
+    different tokenizers, with and without special ids around documents, or not all shards of a whole in their order.
     """
     inputs, output_prefix = [pair_prefix(name) for name in inputs], pair_prefix(output_prefix)
     if os.path.realpath(output_prefix) in map(os.path.realpath, inputs) or same_pairs([output_prefix], inputs):
@@ -91,7 +91,7 @@ def _warnings(inputs: Sequence[str], manifests: Sequence[tuple[str, Manifest]]) 
     """Raises :class:`DataError` if ids of the pairs mean different things."""
     yield from require_same_ids(manifests)
     if same := same_pairs(inputs, inputs):
-        yield f"merged more than once, as named: {', '.join(dict.fromkeys(same))}"
+        yield f"merged more than once, as it was named so: {', '.join(dict.fromkeys(same))}"
     yield from same_texts(manifests)
 
 
@@ -108,7 +108,7 @@ def _require_same_options(manifests: Sequence[tuple[str, Manifest]]) -> None:
 
 
 def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
-    """Shard 0/n is followed by 1/n and so on to the last: none is missing, none occurs twice.
+    """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice.
 
     Each continues with the same key, where the one before stopped in a file, or with another file.
     """

@@ -56,7 +56,7 @@ class Unit:
     """For a piece of text: whether it is the first of its document."""
     ends: bool = False
     file_checksum: str | None = None
-    """For the last unit of an input: xxh3_64 of all bytes that were read from the file."""
+    """Of the last unit of an input: xxh3_64 of all bytes that were read of the file."""
 
 
 def read_units(

@@ -267,7 +267,7 @@ def test_a_redundant_lm_head_and_old_rotary_buffers_are_left_out(tmp_path):
     ],
     ids=str,
 )
-def test_a_model_that_is_not_a_trainable_llama_is_refused_naming_the_field(tmp_path, changes, message):
+def test_what_is_no_llama_that_we_can_train_is_refused_naming_the_field(tmp_path, changes, message):
     saved(tmp_path / "hf")
     edit(tmp_path / "hf" / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):

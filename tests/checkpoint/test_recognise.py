@@ -1,4 +1,4 @@
-"""What is not a megagap checkpoint is named for what it is, with how to get one."""
+"""What is no checkpoint of ours is told for what it is, with the way to one that is."""
 
 import json
 from pathlib import Path

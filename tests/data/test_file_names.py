@@ -65,7 +65,7 @@ def test_all_data_tools_accept_them(folder: Path, tokenizer_folder: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert printable(folder.name).encode() + b".md" in done.stderr and b"line 2: the value" in done.stderr
     again = run_tool("preprocess_data.py", *arguments, "--resume")
-    assert again.returncode == 0 and b"already finished" in again.stderr
+    assert again.returncode == 0 and b"finished already" in again.stderr
     assert run_tool("preprocess_data.py", *arguments[:-4], "--workers", 1).returncode == 2
     pair = folder / "o_text_document"
     merged = run_tool("merge_datasets.py", "--input", pair, pair, "--output-prefix", folder / "merged")

@@ -56,7 +56,7 @@ def test_resuming_a_finished_run_writes_nothing(
         patch.setattr(builtins, "open", open_read_only)
         for name in ("unlink", "replace", "mkdir"):
             patch.setattr(os, name, refused(code))
-        assert preprocess(**finished, resume=True).notes == ("already finished, from the same inputs",)
+        assert preprocess(**finished, resume=True).notes == ("all was finished already, from the same inputs",)
         with pytest.raises(CannotWriteError, match=rf"cannot write .*/out/o_text_document.lock: {os.strerror(code)}"):
             preprocess(**finished)
         with pytest.raises(CannotWriteError):

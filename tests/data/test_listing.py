@@ -298,7 +298,7 @@ def test_the_same_command_works_again_with_its_output_among_the_inputs(folder: P
             names = given or sorted(folder.iterdir())  # as a shell expands them
             summary = preprocess(names, str(folder / "o"), str(tokenizer_folder), resume=resume)
             assert summary.pairs[0].documents == 2
-            assert ("already finished" in "".join(summary.notes)) == resume
+            assert ("finished already" in "".join(summary.notes)) == resume
             manifest = read_manifest(folder / "o_text_document")
             assert manifest and not manifest.unread and [Path(i.path).name for i in manifest.inputs] == before
 

@@ -174,7 +174,7 @@ def test_skipping_leaves_bad_documents_out_and_says_where(
 
 
 def test_skipping_every_document_is_a_fault(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"all documents were skipped \(201\)(.|\n)*line 1: .* no key 'txt'"):
+    with pytest.raises(DataError, match=r"none of the 201 documents can be used(.|\n)*line 1: .* no key 'txt'"):
         preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder), ["txt"], on_error="skip")
     assert list(tmp_path.glob("out*")) == []
 
@@ -191,7 +191,7 @@ def test_a_file_cut_short_is_never_skipped(tmp_path: Path, corpus: Path, tokeniz
 
 def test_inputs_without_documents_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(DataError, match="the inputs contain no documents"):
+    with pytest.raises(DataError, match="the inputs hold no documents"):
         preprocess([tmp_path / "a.jsonl"], str(tmp_path / "new/out"), str(tokenizer_folder))
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match=r"only documents that are empty or too short \(1\)"):
@@ -261,7 +261,7 @@ def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) 
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
-    assert "--resume continues" in errors
+    assert "--resume goes on" in errors
     assert (tmp_path / "out_text_document.partial.journal").exists()
     assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.lock"))
 

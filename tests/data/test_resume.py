@@ -122,7 +122,7 @@ def test_changed_inputs_are_refused(interrupted: dict[str, Any], inputs: list[st
                 preprocess(**interrupted)
         Path(path).write_bytes(before)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(DataError, match="number of input files was 3 in the interrupted run and is 2 now"):
+    with pytest.raises(DataError, match="had 3 input files, now there are 2"):
         preprocess(**interrupted | {"inputs": inputs[:2]})
     with pytest.raises(DataError, match="was to read"):
         preprocess(**interrupted | {"inputs": inputs[::-1]})
@@ -191,7 +191,7 @@ time.sleep(600)
 
 def test_starting_again_without_resume_removes_what_was_left(interrupted: dict[str, Any], tmp_path: Path) -> None:
     summary = preprocess(**interrupted | {"resume": False})
-    assert "removed the unfinished" in summary.notes[0]
+    assert "removed what an unfinished run left" in summary.notes[0]
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -203,7 +203,7 @@ def test_resuming_a_finished_run_does_nothing_unless_inputs_changed(
     first = preprocess(**arguments)
     written = os.stat(tmp_path / "out_text_document.bin").st_ino
     again = preprocess(**arguments)
-    assert again.pairs == first.pairs and "already finished" in again.notes[0]
+    assert again.pairs == first.pairs and "finished already" in again.notes[0]
     assert os.stat(tmp_path / "out_text_document.bin").st_ino == written
     corpus.write_bytes(corpus.read_bytes().replace(b"quick", b"quack"))
     preprocess(**arguments)
@@ -218,7 +218,7 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
     monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=500))
     arguments: dict[str, Any] = dict(inputs=[tmp_path / "bad.jsonl"], tokenizer=str(tokenizer_folder))
     arguments["output_prefix"] = str(tmp_path / "out")
-    with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume continues"):
+    with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume goes on"):
         preprocess(**arguments)
     summary = preprocess(**arguments, resume=True, on_error="skip")
     assert summary.skipped == 1 and summary.pairs[0].documents == 200
@@ -228,7 +228,7 @@ def test_an_interrupted_run_says_that_it_can_be_resumed(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
-    for count, said in ((0, []), (5, ["What was done is kept: the same command with --resume continues."])):
+    for count, said in ((0, []), (5, ["What was done is kept: the same command with --resume goes on."])):
         monkeypatch.setattr(run, "read_units", lambda *given, n=count: interrupted_after(n, *given))
         with pytest.raises(KeyboardInterrupt):
             preprocess(inputs, str(tmp_path / "out"), str(tokenizer_folder))
@@ -245,7 +245,7 @@ def test_a_full_disk_is_named_as_the_cause_and_resuming_continues(
 
     full = start(tmp_path, 0, arguments, preexec_fn=limit)
     assert full.returncode == 2
-    assert "File too large" in full.stderr and "--resume continues" in full.stderr and "Traceback" not in full.stderr
+    assert "File too large" in full.stderr and "--resume goes on" in full.stderr and "Traceback" not in full.stderr
     done = start(tmp_path, 0, arguments | {"resume": True})
     assert done.returncode == 0, done.stderr
     assert start(tmp_path, 0, arguments | {"output_prefix": str(tmp_path / "whole")}).returncode == 0

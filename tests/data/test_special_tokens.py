@@ -105,7 +105,7 @@ def test_a_finished_run_with_the_other_choice_is_not_mistaken_for_this_one(
 ) -> None:
     arguments: tuple[Any, ...] = ([spelled], str(tmp_path / "out"), str(tokenizer_folder))
     preprocess(*arguments, special_tokens="parse")
-    assert "already finished" in preprocess(*arguments, special_tokens="parse", resume=True).notes[0]
+    assert "finished already" in preprocess(*arguments, special_tokens="parse", resume=True).notes[0]
     preprocess(*arguments, special_tokens="text", resume=True)
     assert manifest_of(str(tmp_path / "out_text_document")).arguments.special_tokens == "text"
 
@@ -119,7 +119,7 @@ def test_a_finished_run_with_other_settings_beside_the_tokenizer_is_not_mistaken
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
     summary = preprocess(*arguments, resume=True)
-    assert not any("already finished" in note for note in summary.notes)
+    assert not any("finished already" in note for note in summary.notes)
     assert manifest_of(summary.pairs[0].prefix).tokenizer.effective != first.tokenizer.effective
 
 
@@ -138,7 +138,7 @@ def test_older_manifests_mean_the_old_default(
     prefix = preprocess(*arguments, special_tokens=was).pairs[0].prefix
     older(prefix)
     assert manifest_of(prefix).special_tokens == was
-    assert "already finished" in preprocess(*arguments, special_tokens=was, resume=True).notes[0]
+    assert "finished already" in preprocess(*arguments, special_tokens=was, resume=True).notes[0]
 
 
 def test_pairs_of_different_choices_are_not_merged(tmp_path: Path, spelled: Path, tokenizer_folder: Path) -> None:

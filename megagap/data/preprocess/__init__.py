@@ -2,9 +2,9 @@
 
 The parent reads files and cuts them into units of about a megabyte (``units``), worker processes parse and encode these
 (``encoder``, ``workers``), the parent writes their tokens in input order. Reading, encoding and writing overlap, and at
-most a few units per worker are in flight, so memory does not grow with the input. From time to time a journal records
-how far the partial files have come (``journal``), so that a run that was killed can be resumed. At the end the
-documents may be put in another order (``arrange``), and a manifest records everything (:mod:`megagap.data.manifest`).
+most a few units a worker are under way, so memory does not grow with the input. Now and then a journal says how far the
+partial files have come (``journal``), so that a run that was killed can be continued. At the end the documents may be
+put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
 """
 
 import logging
@@ -45,7 +45,7 @@ class Pair:
     short: int = 0
     """Documents of too few tokens, left out."""
     duplicate: int = 0
-    """Repeated documents, left out."""
+    """Documents that were there before, left out."""
 
     @classmethod
     def of(cls, prefix: str, manifest: Manifest) -> Self:
@@ -74,7 +74,7 @@ class Summary:
     """Of compressed files, the compressed bytes."""
     seconds: float
     notes: tuple[str, ...] = ()
-    """Further notes for the user."""
+    """What else there is to know."""
 
     def __str__(self) -> str:
         megabytes = self.input_bytes / 1e6
@@ -104,20 +104,20 @@ def preprocess(
     """Write ``{output_prefix}_{key}_document.bin``, ``.idx`` and ``.json`` for each key, in input order.
 
     ``inputs`` are files, folders and patterns (:func:`list_inputs`); ``tokenizer`` is a specification for
-    :func:`load_tokenizer`; ``special_tokens`` says whether special tokens written out in a text are text or tokens.
-    ``append_eod`` and ``prepend_bos`` put its special ids around each document. Documents of fewer than ``min_tokens``
-    tokens are left out, and with ``dedup`` repeated ones; the rest is shuffled with the seed ``shuffle_documents``.
+    :func:`load_tokenizer`, to which ``special_tokens`` written out in a text are text or tokens. ``append_eod`` and
+    ``prepend_bos`` put its special ids around each document. Documents of fewer than ``min_tokens`` tokens are left
+    out, with ``dedup`` those whose tokens were there before; the rest is shuffled by the seed ``shuffle_documents``.
     ``part`` (i, n) makes part i of n, from 0, whose name is ``{output_prefix}-{i}-of-{n}``, with five digits.
-    ``resume`` continues a killed run with the same arguments, and does nothing if it had finished.
+    ``resume`` goes on where a killed run of the same arguments stopped, and does nothing if that had finished.
 
     Raises :class:`DataError` naming file and line of a document that is malformed or lacks a key, unless ``on_error``
-    is ``skip`` and others are fine, and of an input file that is truncated or damaged, in any case. After an error,
-    what was done is kept for ``resume`` if it is worth keeping; no file has its final name then.
+    is ``skip`` and others are fine, and of an input file that is cut short or damaged, in any case. What an error
+    leaves behind is kept for ``resume`` if there is more than a little of it; no file has a final name then.
     """
     assert on_error in get_args(OnError), on_error
     started = time.monotonic()
     if len({*keys}) < len(keys):
-        raise DataError(f"the keys {', '.join(keys)} are not distinct: each becomes a file of its own")
+        raise DataError(f"the keys {', '.join(keys)} are not distinct: each is to be a file of its own")
     require_name(output_prefix)
     listing = list_inputs(inputs, keys, partial(_is_output, output_prefix, keys))
     for note in listing.notes:
@@ -126,8 +126,8 @@ def preprocess(
     if part is not None:
         if dedup or shuffle_documents is not None:
             raise DataError(
-                "a shard sees only its own documents: it can neither leave out repeated ones nor shuffle them all\n"
-                "  give these options to tools/merge_datasets.py instead."
+                "a shard sees only its own documents: neither can repeated ones be left out, nor all be shuffled\n"
+                "  leave that to tools/merge_datasets.py, which has the same options."
             )
         files = shard(files, *part)
         output_prefix = f"{output_prefix}-{part[0]:05}-of-{part[1]:05}"
@@ -182,12 +182,11 @@ def _special_note(manifest: Manifest) -> str | None:
     if not count:
         return None
     became = "these tokens" if manifest.special_tokens == "parse" else "ordinary text"
-    times = "once" if count == 1 else f"{count:,} times"
-    return f"special tokens are written out in the texts of {manifest.key!r} {times}; they became {became}"
+    return f"special tokens are written out in the texts of {manifest.key!r} {count:,} times; they became {became}"
 
 
 def _copies(manifest: Manifest) -> list[str]:
-    """A note on different inputs with the same content; names of one file are noted elsewhere."""
+    """A note on inputs of the same content under other names; those that are one file were told before."""
     first: dict[tuple[object, ...], str] = {}
     copies = []
     for record in manifest.inputs:
@@ -195,8 +194,7 @@ def _copies(manifest: Manifest) -> list[str]:
         if path != record.path and record.size:
             copies.append(f"{record.path} (as {path})")
     shown = ", ".join(copies[:10]) + (" …" if copies[10:] else "")
-    count = "1 input has" if len(copies) == 1 else f"{len(copies):,} inputs have"
-    return [f"{count} the same content as another one: {shown}"] if copies else []
+    return [f"the content of {len(copies):,} inputs is in another one too: {shown}"] if copies else []
 
 
 def _is_output(output_prefix: str, keys: Sequence[str], path: str) -> bool:

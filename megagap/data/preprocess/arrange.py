@@ -1,10 +1,10 @@
 """A second pass over a pair: its documents in a shuffled order, without repeated ones, in bounded memory.
 
 Duplicates are documents of the same token ids, found by 128-bit checksums; the first of each stays. The order is that
-of a 64-bit key for each document, a hash of the seed and its number. Documents are first split into buckets by their
-keys, in file order, then each bucket is sorted in memory. So all reading and writing is sequential, and memory is about
-five times a bucket, which is the larger of 64 MB and 1/200 of the file; one byte per document; and for duplicates
-about 50 bytes for each of at most 16 million documents at a time.
+of a 64-bit key for each document, a hash of the seed and its number. Documents are first dealt out to buckets by their
+keys, in file order, then each bucket is sorted in memory. So all reading and writing is sequential, and memory is some
+five times a bucket, which is the larger of 64 MB and 1/200 of the file; and one byte a document, and for duplicates
+some 50 bytes for each of at most 16 million documents at a time.
 """
 
 import os
@@ -25,16 +25,16 @@ from megagap.files import allow_more_open_files
 
 BUCKET_BYTES = 64 << 20
 MOST_BUCKETS = 200
-"""Two open files each; where the system allows fewer open files, fewer and larger buckets."""
+"""Of two open files each; fewer where the system allows fewer, which are larger then."""
 SPARED_FILES = 16
-"""Open files of this process that are left for other uses."""
+"""Of those that a process may open, for others."""
 DOCUMENTS_AT_A_TIME = 1 << 24
 """Documents whose checksums are compared in memory."""
 STEM = "arranged-"
 
 
 def arrange(prefix: str, dtype: np.dtype[Any], seed: int | None, dedup: bool) -> tuple[Position, int]:
-    """Rewrite the documents of the partial pair; returns what the new one holds, and how many were duplicates.
+    """Write the documents of the partial pair anew; what the new partial pair holds, and how many were duplicates.
 
     The old one stays until :func:`take_over`. ``seed`` None keeps the order. May raise OSError.
     """
@@ -52,7 +52,7 @@ def arrange(prefix: str, dtype: np.dtype[Any], seed: int | None, dedup: bool) ->
 
 
 def take_over(prefix: str) -> None:
-    """Replace the old partial pair by the new one; resumes if interrupted."""
+    """Let the new partial pair stand for the old; goes on where it was interrupted."""
     for part in PARTS:
         if (new := partial_path(prefix, STEM + part)).exists():
             os.replace(new, partial_path(prefix, part))
@@ -66,7 +66,7 @@ def _documents(
     with open(lengths_path, "rb") as lengths_file, open(tokens_path, "rb") as tokens_file:
         while block := lengths_file.read(4 * (BLOCK >> 8)):
             lengths = np.frombuffer(block, "<i4").astype(np.int64)
-            # Whatever the lengths of documents, blocks hold about equally many tokens.
+            # Of documents of all lengths, a block holds about as many tokens.
             cuts = np.flatnonzero(np.diff(np.cumsum(lengths) // BLOCK)) + 1
             for part in np.split(lengths, cuts):
                 yield first, part, np.fromfile(tokens_file, dtype, int(part.sum()))
@@ -74,7 +74,7 @@ def _documents(
 
 
 def _first_of_each(prefix: str, dtype: np.dtype[Any], count: int) -> NDArray[np.bool_]:
-    """[count] Which documents are the first with their content."""
+    """[count] Which documents are the first of their content."""
     path = partial_path(prefix, "checksums")
     with open(path, "wb", buffering=1 << 20) as file:
         for _, lengths, tokens in _documents(partial_path(prefix, "lengths"), partial_path(prefix, "tokens"), dtype):
@@ -125,7 +125,7 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
         tokens, lengths = np.fromfile(path, dtype), head["length"]
         starts = np.cumsum(lengths) - lengths
         order = np.argsort(head["key"], kind="stable")
-        # For each token of the sorted bucket: where its document starts, and its offset in it.
+        # The token at each place of the sorted bucket: where its document starts, and how far on in it it is.
         sorted_lengths = lengths[order]
         places = np.repeat(starts[order] - (np.cumsum(sorted_lengths) - sorted_lengths), sorted_lengths)
         places += np.arange(len(places))
@@ -135,7 +135,7 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
 
 
 def _openable() -> int:
-    """Files that can still be opened, less a reserve; at least the two of one bucket."""
+    """Files that can still be opened, some left for others; at least one bucket's two."""
     allow_more_open_files()
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = 0

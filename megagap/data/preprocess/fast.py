@@ -1,6 +1,6 @@
-"""Whether gigatoken may replace a tokenizer's own library.
+"""Whether gigatoken may stand in for a tokenizer's own library.
 
-Only for a tokenizer all of whose features it is known to support, and if its ids are the same on this very input.
+Only for a tokenizer all of whose features it is known to honour, and if its ids are the same on this very input.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
 Fast = Literal["auto", "on", "off"]
-"""Use gigatoken if possible and its ids are the same, require it, or do not use it."""
+"""Use gigatoken if it can be and its ids are the same, insist on it, or not."""
 
 RARE = (
     "e\u0301",
@@ -26,18 +26,18 @@ RARE = (
     "\ufb01 \uff11 \u200d \ufeff",
     "<s> </s>",
 )
-"""Always compared, as samples may miss them: what normalisation changes, and what may be special."""
+"""Compared whatever the input is, as samples may miss it: what normalisation changes, and what may be special."""
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 17
-"""Bytes of each sample; together they take less than a second."""
+"""Of each sample; together they take less than a second."""
 
 
 def choose_encoder(
     reference: Tokenizer, fast: Fast, inputs: Sequence[Input], keys: Sequence[str]
 ) -> tuple[TextEncoder, str | None]:
-    """``reference``, or a faster one with the same ids on samples of ``inputs``; for ``auto``, why it is not used.
+    """``reference`` or a faster one of the same ids on samples of ``inputs``; for ``auto``, why it is not the latter.
 
-    Raises :class:`DataError` if ``fast`` is ``on`` and it is not possible.
+    Raises :class:`DataError` if ``fast`` is ``on`` and it cannot be.
     """
     if fast == "off":
         return reference, None
@@ -45,7 +45,7 @@ def choose_encoder(
         encoder = FastEncoder(FastSource.of(reference))
         texts = [text for unit in _samples(inputs, keys) for text in _texts(unit, keys)]
         if inputs and not texts:
-            raise DataError("the input has no text to compare gigatoken on")
+            raise DataError("there is no sample of the input to compare gigatoken on")
         encoder.check(reference, [*texts, *RARE, *reference.special])
     except DataError as error:
         if fast == "on":
@@ -69,7 +69,7 @@ def _samples(inputs: Sequence[Input], keys: Sequence[str]) -> Iterator[Unit]:
 
 
 def _texts(unit: Unit, keys: Sequence[str]) -> Iterator[str]:
-    """Those that can be read; the others are reported when they are processed."""
+    """Those that can be read; the others come up when they are to be written."""
     if unit.kind == "text":
         text = text_of(unit)
         if not isinstance(text, Fault):

@@ -1,7 +1,7 @@
-"""The progress of a run, beside its partial files, so that another one can resume it.
+"""How far a run has come, beside its partial files, so that another one can go on there.
 
-One line of JSON per entry, appended and synced: first the run's plan, then, from time to time, how much of it has been
-written. An incomplete last line is ignored.
+A line of JSON for each entry, appended and synced: first what the run is to do, then, now and then, how much of it has
+been written. A last line that was cut short does not count.
 """
 
 import json
@@ -28,7 +28,7 @@ class PairState:
     empty: int = 0
     short: int = 0
     special: int = 0
-    """Number of special tokens written out in the texts."""
+    """Special tokens written out in the texts."""
 
 
 @dataclass
@@ -37,14 +37,14 @@ class State:
 
     pairs: list[PairState]
     mark: Mark = field(default_factory=Mark)
-    """The unit to resume with."""
+    """The unit to go on with."""
     checksums: list[str] = field(default_factory=list)
-    """Checksums of the inputs that were read to their end."""
+    """Of the inputs that were read to their end."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """Number of malformed documents by reason."""
+    """Of the documents that were malformed."""
     first_skipped: list[str] = field(default_factory=list)
     arranged: dict[int, tuple[Position, int]] = field(default_factory=dict)
-    """For pairs whose documents were rearranged: what they hold, and how many duplicates were left out."""
+    """Of pairs whose documents were arranged anew: what they hold, and how many duplicates were left out."""
     is_read: bool = False
     """All inputs were read."""
     is_complete: bool = False
@@ -55,18 +55,18 @@ class Journal:
     """The journal of a run, for appending."""
 
     def __init__(self, path: Path, plan: dict[str, Any] | None) -> None:
-        """``plan`` starts a new journal; None continues the existing one."""
+        """``plan`` starts a new journal; None goes on with the one that is there."""
         if plan is None:
-            _truncate_incomplete_line(path)
+            _cut_torn_line(path)
         self._file = open(path, "w" if plan else "a", encoding="utf-8")  # noqa: SIM115
         self._finished = 0
         self.has_progress = plan is None
-        """Whether there is anything to resume from."""
+        """Whether there is anything to go on from."""
         if plan:
             self._append(plan)
 
     def record(self, state: State) -> None:
-        """Add the current state; all files have been synced."""
+        """Add where the run stands, all files being synced."""
         entry = asdict(state) | {"checksums": state.checksums[self._finished :], "from": self._finished}
         self._append(entry)
         self._finished = len(state.checksums)
@@ -78,11 +78,11 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk would fail here again and hide the first error
+        with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
             self._file.close()
 
 
-def _truncate_incomplete_line(path: Path) -> None:
+def _cut_torn_line(path: Path) -> None:
     with reading(path):
         data = path.read_bytes()
     if not data.endswith(b"\n"):
@@ -90,7 +90,7 @@ def _truncate_incomplete_line(path: Path) -> None:
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], State] | None:
-    """The plan and the state of an interrupted run; None if it left nothing to resume from."""
+    """What an interrupted run was to do, and where it stood; None if it left nothing to go on from."""
     with reading(path):
         try:
             lines = path.read_bytes().split(b"\n")[:-1]
@@ -119,20 +119,20 @@ def _state_of(entry: dict[str, Any]) -> State:
 def check_inputs(before: Sequence[dict[str, Any]], now: Sequence[Input], state: State) -> None:
     """Raises :class:`DataError` unless the inputs are those that the interrupted run began with.
 
-    An input whose modification time differs is compared by its checksum if it was read to its end. One that was read in
-    part is compared when reading resumes.
+    An input whose time of change differs is compared by its checksum if it was read to its end. One that was read in
+    part is compared when reading goes on.
     """
     then = [Input(**file) for file in before]
     for one, other in zip(then, now, strict=False):
         if (one.path, one.start, one.stop) != (other.path, other.start, other.stop):
             raise DataError(
-                f"the interrupted run was to read {one.path}, this one {other.path}\n"
-                "  give the same inputs to resume, or start again without --resume."
+                f"the interrupted run was to read {one.path}, where now stands {other.path}\n"
+                "  give the same inputs to go on, or start again without --resume."
             )
     if len(then) != len(now):
         raise DataError(
-            f"the number of input files was {len(then):,} in the interrupted run and is {len(now):,} now\n"
-            "  give the same inputs to resume, or start again without --resume."
+            f"the interrupted run had {len(then):,} input files, now there are {len(now):,}\n"
+            "  give the same inputs to go on, or start again without --resume."
         )
     for i, (one, other) in enumerate(zip(then, now, strict=True)):
         is_read = i < len(state.checksums)

@@ -1,4 +1,4 @@
-"""A run: from inputs to published pairs, or from where an earlier run was killed."""
+"""A run: from inputs to published pairs, or on from where another run was killed."""
 
 import logging
 import time
@@ -51,13 +51,13 @@ from megagap.files import reading, write_text
 
 log = logging.getLogger(__name__)
 
-KEPT = "What was done is kept: the same command with --resume continues."
+KEPT = "What was done is kept: the same command with --resume goes on."
 
 JOURNAL_SECONDS = 10.0
-"""Seconds between two journal entries: what a kill may cost."""
+"""Between two entries of the journal: what a kill may cost."""
 
 THREADS = 4
-"""Per process, if a tokenizer's library has threads: they share its tables and caches, which makes each faster."""
+"""Of a process, where a tokenizer's library has threads: they share its tables and caches, which makes each faster."""
 
 
 class Run:
@@ -85,13 +85,15 @@ class Run:
         self._dtype = best_dtype(tokenizer.vocab_size)
         self._journal_path = partial_path(prefixes[0], "journal")
         self.notes: list[str] = []
-        """Notes for the user."""
+        """What the user should know."""
 
     def __call__(self, fast: Fast, workers: int, resume: bool, show_progress: bool) -> list[Manifest]:
         """The manifests of the pairs. Raises :class:`DataError`."""
         pipe = next((file.path for file in self._inputs if file.size is None), None)
         if resume and pipe:
-            raise DataError(f"{pipe} is not a regular file: it cannot be read again, so --resume is not possible")
+            raise DataError(
+                f"{pipe} is no regular file: what was read of it cannot be read again, so not with --resume"
+            )
         state = None
         if resume:
             state = self._interrupted()
@@ -101,7 +103,7 @@ class Run:
         if state is None:
             removed = [prefix for prefix in self._prefixes if remove_partial(prefix)]
             if removed and not resume:
-                self.notes.append(f"removed the unfinished {removed[0]} of an earlier run; --resume would have kept it")
+                self.notes.append(f"removed what an unfinished run left of {removed[0]}; --resume would have gone on")
         plan = None if state else self._plan()
         state = state or State([PairState() for _ in self._prefixes])
         journal = None
@@ -125,13 +127,13 @@ class Run:
         return [manifest for prefix in self._prefixes if (manifest := read_manifest(prefix))]
 
     def _remove_partial(self) -> None:
-        """As far as the system allows: nothing depends on it."""
+        """As far as the system lets us: nothing depends on it."""
         for prefix in self._prefixes:
             with suppress(CannotWriteError):
                 remove_partial(prefix)
 
     def _plan(self) -> dict[str, Any]:
-        arguments = self._arguments.model_dump(exclude={"on_error"})  # which may change when resuming
+        arguments = self._arguments.model_dump(exclude={"on_error"})  # which may be changed to go on
         return {
             "arguments": arguments | {"keys": self._keys},
             "tokenizer": self._record.model_dump(exclude={"spec"}),
@@ -139,7 +141,7 @@ class Run:
         }
 
     def _interrupted(self) -> State | None:
-        """The state of an interrupted run. Raises :class:`DataError` if its plan was different."""
+        """Where an interrupted run stood. Raises :class:`DataError` if it was to do something else."""
         found = read_journal(self._journal_path)
         if found is None:
             return None
@@ -150,13 +152,13 @@ class Run:
                 if before[what].get(name) != value:
                     raise DataError(
                         f"the interrupted run had {name.replace('_', ' ')} = {before[what].get(name)!r}, this one has "
-                        f"{value!r}\n  give the same {what} to resume, or start again without --resume."
+                        f"{value!r}\n  give the same {what} to go on, or start again without --resume."
                     )
         check_inputs(before["inputs"], self._inputs, state)
         return state
 
     def finished(self) -> list[Manifest] | None:
-        """The manifests of the pairs, if all exist and were made from the same inputs in the same way.
+        """The manifests of the pairs, if these are all there and made from the same inputs in the same way.
 
         Needs no lock, and writes nothing. Raises :class:`DataError` for an input that cannot be read.
         """
@@ -168,7 +170,7 @@ class Run:
                 return None
             if manifest is None or not all(Path(prefix + ending).exists() for ending in manifest.files):
                 return None
-            # Older manifests without these are trusted.
+            # Manifests from before these were noted are believed.
             effective = manifest.tokenizer.effective or self._record.effective
             same = {"on_error": self._arguments.on_error, "special_tokens": manifest.special_tokens}
             if (
@@ -184,7 +186,7 @@ class Run:
         sums = [record.checksum for record in manifests[0].inputs]
         if not all(map(_has_checksum, self._inputs, sums)):
             return None
-        self.notes.append("already finished, from the same inputs")
+        self.notes.append("all was finished already, from the same inputs")
         return manifests
 
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
@@ -204,7 +206,7 @@ class Run:
             publish_pair(prefix)
 
     def _check(self, state: State) -> None:
-        """Refuse partial files that were damaged since all inputs were read."""
+        """Refuse partial files that were damaged since all was read."""
         for i, prefix in enumerate(self._prefixes):
             if i in state.arranged:
                 take_over(prefix)
@@ -234,7 +236,7 @@ class Run:
             ExitStack() as stack,
             tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name, disable=not show_progress) as bar,
         ):
-            stack.enter_context(closing(results))  # stops the workers at once on failure
+            stack.enter_context(closing(results))  # ends the workers at once if we fail
             writers = []
             for prefix, pair_state in zip(self._prefixes, state.pairs, strict=True):
                 position = pair_state.position if journal.has_progress else None
@@ -256,14 +258,14 @@ class Run:
         journal.record(state)
 
     def _take(self, state: State, unit: Unit, result: EncodedUnit, writers: Sequence["TextWriter"]) -> None:
-        """Write the result of a unit."""
+        """Write what came of a unit."""
         is_piece = unit.kind == "text" and not (unit.begins and unit.ends)
         if unit.kind == "text" and len(writers) > 1:
-            raise DataError(f"{unit.path} is a plain text, which has a single text: give only one of --json-keys")
+            raise DataError(f"{unit.path} is a plain text, which has one text: give one of --json-keys")
         if result.faults:
             faults = result.faults[: REPORTED - len(state.first_skipped)]
             stops = self._arguments.on_error == "stop" or is_piece
-            if faults or stops:  # only then, as it reads the whole file up to there
+            if faults or stops:  # only then, as it reads all of the file that is before
                 before = lines_before(self._inputs[unit.input])
             if stops:
                 raise fault_in(unit, result.faults[0], before)
@@ -281,9 +283,11 @@ class Run:
         skipped = sum(state.reasons.values())
         left_out = sum(pair.empty + pair.short for pair in state.pairs)
         if skipped:
-            raise DataError(f"all documents were skipped ({skipped:,}); the first fault:\n  {state.first_skipped[0]}")
+            raise DataError(
+                f"none of the {skipped:,} documents can be used; the first fault:\n  {state.first_skipped[0]}"
+            )
         what = f"only documents that are empty or too short ({left_out:,})" if left_out else "no documents"
-        raise DataError(f"the inputs contain {what}: {', '.join(file.path for file in self._inputs[:3])}…")
+        raise DataError(f"the inputs hold {what}: {', '.join(file.path for file in self._inputs[:3])}…")
 
     def _arrange(self, state: State, journal: Journal) -> None:
         seed, dedup = self._arguments.shuffle_documents, self._arguments.dedup
@@ -338,13 +342,13 @@ class TextWriter:
         self._around = [np.array([] if i is None else [i], pair.dtype) for i in (bos, eod)]
         self._min_tokens = max(min_tokens, 1)
         self._held: list[NDArray[Any]] = []
-        """Pieces of a plain text that is shorter than ``min_tokens`` so far."""
+        """Pieces of a plain text that is too short so far."""
         self._held_characters = 0
         self._held_special = 0
 
     @property
     def can_stop(self) -> bool:
-        """Whether the state and the file are all there is to resume from."""
+        """Whether the state and the file say all."""
         return not self._held
 
     def sync(self) -> None:
@@ -373,7 +377,7 @@ class TextWriter:
                 self._pair.add_tokens(tokens)
             self._state.characters += self._held_characters
             self._state.special += self._held_special
-            self._drop_pieces()
+            self._let_go()
         if not unit.ends:
             return
         if self._pair.open_tokens:
@@ -384,9 +388,9 @@ class TextWriter:
             self._state.short += 1
         else:
             self._state.empty += 1
-        self._drop_pieces()
+        self._let_go()
 
-    def _drop_pieces(self) -> None:
+    def _let_go(self) -> None:
         self._held, self._held_characters, self._held_special = [], 0, 0
 
 

@@ -121,7 +121,7 @@ def test_mismatched_buffers_are_refused(change, message):
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_rounded_copy_of_the_master_is_written_in_the_same_update(monkeypatch, kernels):
-    monkeypatch.setattr(compiled, "fits", lambda *tensors: kernels and compiled.AVAILABLE)
+    monkeypatch.setattr(compiled, "supports", lambda *tensors: kernels and compiled.AVAILABLE)
     state, rounded = fresh(torch.randn(1003)), torch.zeros(1003, dtype=torch.bfloat16)
     update(state, torch.randn(1003), rounded=rounded)
     assert torch.equal(rounded, state[0].bfloat16())

@@ -100,7 +100,7 @@ def test_order_of_documents_is_always_the_same_and_not_that_of_folders(tmp_path)
 def test_no_text_at_all_is_an_error_with_a_way_out(tmp_path):
     done = gather("--output", tmp_path, "--languages", "fr")
     assert done.returncode == 2
-    assert "data error: no text at all" in done.stderr and "Traceback" not in done.stderr
+    assert "data error: no text was found" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_unknown_language_names_the_possible_ones(tmp_path):

@@ -91,9 +91,7 @@ class Run:
         """The manifests of the pairs. Raises :class:`DataError`."""
         pipe = next((file.path for file in self._inputs if file.size is None), None)
         if resume and pipe:
-            raise DataError(
-                f"{pipe} is no regular file: what was read of it cannot be read again, so not with --resume"
-            )
+            raise DataError(f"{pipe} is not a regular file and can be read only once: --resume does not apply to it")
         state = None
         if resume:
             state = self._interrupted()

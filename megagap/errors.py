@@ -1,6 +1,6 @@
 """The errors that a user can cause, each with a message that says what, where, and what to do.
 
-Faults of ours raise anything else and keep their traceback.
+A bug in megagap raises anything else and keeps its traceback.
 """
 
 import errno
@@ -13,16 +13,16 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 OPS_SWITCH = "MEGAGAP_OPS"
-"""Environment variable to find out whether a kernel is to blame: ``plain`` computes with plain torch, always."""
+"""Environment variable for ruling out the kernels as a cause: ``plain`` always computes with plain torch."""
 
 
 def printable(text: str) -> str:
-    r"""``text`` with the bytes of file names that are not valid UTF-8, which Python holds as surrogates, as ``\xe9``.
+    r"""``text`` with bytes of file names that are not valid UTF-8 (surrogates in Python) written as ``\xe9``.
 
-    Such a text can be printed, and stored in UTF-8.
+    The result can be printed, and encoded as UTF-8.
     """
     return re.sub("[\ud800-\udfff]", lambda found: _escaped(ord(found[0])), text)
 
@@ -38,7 +38,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 class MegagapError(Exception):
-    """Base of all errors caused by input, settings or surroundings rather than by a bug of ours."""
+    """Base of all errors caused by input, settings or surroundings rather than by a bug in megagap."""
 
     kind = "error"
     exit_code = 2
@@ -84,7 +84,7 @@ class DivergedError(MegagapError):
 
 
 class FileSystemError(MegagapError):
-    """The system refused to use a file, a folder or a stream, where no code nearer to it says what it was for."""
+    """The system refused to use a file, folder or stream, and no more specific error was raised for it."""
 
     kind = "system error"
 
@@ -94,29 +94,27 @@ def system_reason(error: OSError, path: str | os.PathLike[str] | None = None) ->
     if path is not None and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
         with suppress(OSError, ValueError):
             if os.path.islink(path) and not os.path.exists(path):
-                return (
-                    f"it is a link to {os.readlink(path)}, which does not exist\n  remove the link, or make its target"
-                )
+                return f"it is a link to {os.readlink(path)}, which does not exist\n  remove it, or create its target"
     reason, cure = error.strerror or str(error) or type(error).__name__, _CURES.get(error.errno or 0)
     return f"{reason}\n  {cure}." if cure else reason
 
 
-_NOT_YOURS = "this user may not: change its owner or mode, or choose another place"
+_NOT_YOURS = "you lack the permission: change its owner or mode, or choose another location"
 _CURES = {
-    errno.ENOSPC: "its disk is full: make room there, or choose another place",
-    errno.EDQUOT: "your quota there is used up: make room, or choose another place",
-    errno.EFBIG: "larger than its file system or ulimit -f allows: choose another place",
+    errno.ENOSPC: "its disk is full: free some space, or choose another location",
+    errno.EDQUOT: "your disk quota is exceeded: free some space, or choose another location",
+    errno.EFBIG: "larger than its file system or ulimit -f allows: choose another location",
     errno.EACCES: _NOT_YOURS,
     errno.EPERM: _NOT_YOURS,
-    errno.EROFS: "its file system is mounted read-only: choose another place",
-    errno.EISDIR: "a folder is in the place of a file: remove or rename it",
-    errno.ENOTDIR: "a file is in the place of a folder: remove or rename it",
-    errno.EEXIST: "a file is in the place of a folder: remove or rename it",
+    errno.EROFS: "its file system is mounted read-only: choose another location",
+    errno.EISDIR: "there is a folder where a file is needed: remove or rename it",
+    errno.ENOTDIR: "there is a file where a folder is needed: remove or rename it",
+    errno.EEXIST: "there is a file where a folder is needed: remove or rename it",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its links lead in a circle: remove them",
-    errno.EMFILE: "this process has as many files open as it may: raise the limit, ulimit -n",
-    errno.EIO: "its disk or network file system fails: look at the system's log",
-    errno.ESTALE: "the network file system has lost it: mount it again",
+    errno.ELOOP: "its symbolic links form a loop: remove them",
+    errno.EMFILE: "this process has reached its limit of open files: raise it with ulimit -n",
+    errno.EIO: "its disk or network file system is failing: see the system log",
+    errno.ESTALE: "its handle on the network file system is stale: remount the file system",
 }
 
 
@@ -124,17 +122,17 @@ def ops_choice() -> str:
     """What :data:`OPS_SWITCH` chooses, ``auto`` or ``plain``. Raises :class:`ConfigError` if it is neither."""
     choice = os.environ.get(OPS_SWITCH, "auto")
     if choice not in ("auto", "plain"):
-        raise ConfigError(f"{OPS_SWITCH}={choice} in the environment: possible are auto and plain")
+        raise ConfigError(f"{OPS_SWITCH}={choice} in the environment: must be auto or plain")
     return choice
 
 
 @contextmanager
 def library_errors(what: str, kind: type[MegagapError] = DataError) -> Iterator[None]:
-    """For a call into a library on something that a user gave: whatever it raises becomes ``kind``, ``what: reason``.
+    """For a library call on user input: whatever it raises becomes ``kind``, with the message ``what: reason``.
 
-    The one place where the exceptions of tokenizers, safetensors, pyarrow, zstandard and others become ours. Keep the
-    block to that call: in our own code an exception is a bug and must stay one. Panics of libraries in Rust
-    (``pyo3_runtime.PanicException``) are no ``Exception``, and are caught too.
+    The one place where exceptions of tokenizers, safetensors, pyarrow, zstandard and others become megagap's. Keep the
+    block to that call: in megagap's own code an exception is a bug and must stay one. Panics of libraries in Rust
+    (``pyo3_runtime.PanicException``) are not an ``Exception``, and are caught too.
     """
     try:
         yield
@@ -148,7 +146,7 @@ def library_errors(what: str, kind: type[MegagapError] = DataError) -> Iterator[
 
 
 def file_system_error(error: OSError) -> FileSystemError:
-    """What an OSError means that reached the top: a full disk, a folder taken away, rather than a bug."""
+    """The error for an OSError that nothing else handled: a full disk or a removed folder, rather than a bug."""
     named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     named += [str(name) for name in (error.filename,) if isinstance(name, os.PathLike)]
     what = f"cannot use {' and '.join(named)}: " if named else ""
@@ -163,27 +161,27 @@ def run_tool(main: Callable[[], None]) -> None:
     _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = _StandardOutput(sys.stdout)
-    with suppress(AttributeError, OSError):  # messages may hold what the terminal's encoding has not
+    with suppress(AttributeError, OSError):  # the terminal's encoding may lack some characters
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         ops_choice()
         main()
-        sys.stdout.flush()  # at exit Python would only complain
+        sys.stdout.flush()  # at exit Python would only print a warning
     except MegagapError as error:
-        _leave(str(error), error.exit_code)
+        _exit(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED)
-    except (_ReaderGoneError, BrokenPipeError):  # the reader of our output has seen enough (… | head)
+        _exit("interrupted", INTERRUPTED)
+    except (_ReaderGoneError, BrokenPipeError):  # the reader closed the pipe (… | head)
         _drop_output()
         sys.exit(0)
     except OSError as error:
-        _leave(str(file_system_error(error)), FileSystemError.exit_code)
+        _exit(str(file_system_error(error)), FileSystemError.exit_code)
 
 
 def _open_missing_streams() -> None:
-    """Have streams that are closed (``>&-``, or a daemon's) lead nowhere.
+    """Open /dev/null in place of closed standard streams (``>&-``, or a daemon's).
 
-    Else the next files that are opened would take their places, and what libraries print would be written into them.
+    Otherwise the next files opened would take their descriptors, and libraries would print into them.
     """
     for descriptor in range(3):
         try:
@@ -195,14 +193,14 @@ def _open_missing_streams() -> None:
                 os.close(nowhere)
             else:
                 os.set_inheritable(descriptor, True)
-    # Python has none for a stream that was closed when it started; its descriptor may be another file's by now.
+    # For a stream that was closed at startup Python has None; its descriptor may belong to another file by now.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    with suppress(OSError):  # as on a full disk, too
+def _exit(message: str, code: int) -> NoReturn:
+    with suppress(OSError):  # a full disk, for example
         print(message, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
@@ -212,18 +210,18 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _drop_output() -> None:
-    """Have what is left in standard output's buffer go nowhere: Python would complain about it as it ends."""
+    """Discard what is left in standard output's buffer: Python would print a warning about it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ReaderGoneError(Exception):
-    """Nobody reads standard output any more. No OSError: of a BrokenPipeError, rich would make exit code 1."""
+    """Nobody reads standard output any more. Not an OSError: rich turns a BrokenPipeError into exit code 1."""
 
 
 class _StandardOutput(io.TextIOWrapper):
-    """Standard output to which names of files can be printed, valid UTF-8 or not.
+    """Standard output that can print any file name, valid UTF-8 or not.
 
-    Raises :class:`FileSystemError` where it cannot be written, as to a file on a full disk.
+    Raises :class:`FileSystemError` if it cannot be written to, such as a file on a full disk.
     """
 
     def __init__(self, output: io.TextIOWrapper) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when whole."""
+"""Files that appear under their final name only when complete."""
 
 import errno
 import fcntl
@@ -37,15 +37,15 @@ def publish(partial: Path, path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` in UTF-8 to ``path``, replacing what was there in one step.
+    """Write ``text`` as UTF-8 to ``path``, replacing the old file atomically.
 
-    Bytes of file names that are not valid UTF-8, which Python holds as surrogates, become ``\\udcff`` written out.
+    Bytes of file names that are not valid UTF-8 (surrogates in Python) are escaped as ``\\udcff``.
     """
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, replacing what was there in one step."""
+    """Write ``content`` to ``path``, replacing the old file atomically."""
     partial = partial_name(path)
     try:
         with open(partial, "wb") as file:
@@ -61,11 +61,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def written_by_library(
     path: str | Path, kind: type[MegagapError] = DataError, shown: str | Path | None = None
 ) -> Iterator[Path]:
-    """For a library that writes a file by name: yields another name, whose file then replaces ``path`` in one step.
+    """For a library that writes a file by name: yields a temporary name, whose file then replaces ``path`` atomically.
 
-    The file gets the mode that the umask gives, whatever the library chose (some write through files that only their
-    owner may read). Raises ``kind`` naming ``path``, or ``shown`` where that is what the user knows it by, for all that
-    the block raises: the library call only.
+    The file's mode follows the umask, whatever the library chose (some write files that only their owner may read).
+    Raises ``kind`` naming ``path``, or ``shown`` if that is the name the user knows, for anything raised in the block,
+    which should be the library call only.
     """
     partial = partial_name(path)
     try:
@@ -80,7 +80,7 @@ def written_by_library(
 
 
 def write_together(contents: dict[Path, bytes]) -> None:
-    """Write several files that belong together, and only then give them their names: a full disk replaces none."""
+    """Write several files that belong together before renaming any: on a full disk none is replaced."""
     partials = {path: partial_name(path) for path in contents}
     try:
         for path, content in contents.items():
@@ -96,7 +96,7 @@ def write_together(contents: dict[Path, bytes]) -> None:
 
 
 def _remove_partial(partial: Path) -> None:
-    """Where even that is refused, what was refused before says why."""
+    """A failure here is ignored: the error before it says why."""
     with suppress(OSError):
         partial.unlink(missing_ok=True)
 
@@ -109,13 +109,13 @@ def _umask() -> int:
 
 
 def require_name(name: str | Path, kind: type[MegagapError] = DataError) -> None:
-    """Raises ``kind`` for what no file can be called: where the system is not asked, it would be a ValueError."""
+    """Raises ``kind`` for an impossible file name, which would otherwise be a ValueError later."""
     if "\0" in str(name):
-        raise kind(f"no file can be called {str(name)!r}: there is a NUL in it")
+        raise kind(f"{str(name)!r} is not a valid file name: it contains a NUL character")
 
 
 def pair_prefix(name: str | Path) -> str:
-    """The prefix of a ``.bin``/``.idx`` pair that was named by it, or by one of its files."""
+    """The prefix of a ``.bin``/``.idx`` pair, given that prefix or the name of one of its files."""
     require_name(name)
     prefix = str(name)
     for ending in (".bin", ".idx", ".json"):
@@ -129,8 +129,8 @@ def pair_prefix(name: str | Path) -> str:
 def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
     """For a block that opens or reads a file that a user named, as bytes or as UTF-8.
 
-    Raises ``kind`` naming the file where the system refuses that, it is not valid UTF-8, or no file can have such a
-    name (one with a NUL). Who has an answer to a missing file catches FileNotFoundError within the block.
+    Raises ``kind`` naming the file if the system refuses, it is not valid UTF-8, or the name is impossible (contains a
+    NUL). To handle a missing file, catch FileNotFoundError within the block.
     """
     try:
         yield
@@ -143,7 +143,7 @@ def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[
 
 
 def is_there(path: str | Path, kind: type[MegagapError] = DataError) -> bool:
-    """Whether anything bears this name, if only a link that leads nowhere. Raises ``kind`` if the system won't tell."""
+    """Whether anything has this name, even a broken link. Raises ``kind`` if the system refuses to say."""
     with reading(path, kind):
         try:
             os.lstat(path)
@@ -153,10 +153,10 @@ def is_there(path: str | Path, kind: type[MegagapError] = DataError) -> bool:
 
 
 def read_regular(path: str | Path, kind: type[MegagapError] = DataError) -> bytes:
-    """The content of a file that a user named or that stands beside one.
+    """The content of a file that a user named, or of one beside it.
 
     Raises ``kind`` as :func:`reading` does, and for a named pipe or a device, which may have no end or no writer.
-    FileNotFoundError where there is nothing; a link that leads nowhere is refused.
+    FileNotFoundError if there is no such file; a broken link raises ``kind``.
     """
     if not is_there(path, kind):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -172,21 +172,21 @@ def require_regular(path: str | Path, kind: type[MegagapError] = DataError) -> N
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise kind(f"cannot read {path}: it is a named pipe or a device, not a file\n  give a file in its place.")
+        raise kind(f"cannot read {path}: it is a named pipe or a device, not a regular file\n  give a regular file.")
 
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the small text starts that Git LFS leaves in place of a file that it has not fetched."""
+"""Start of the small text file that Git LFS leaves in place of one it has not fetched."""
 GIT_LFS_FAULT = (
     "is a Git LFS pointer, not the file itself",
-    "fetch the file: git lfs pull, in the folder of the clone.",
+    "fetch the file: run git lfs pull in the clone.",
 )
 """What is wrong with such a file, and what to do."""
 
 
 def require_fetched(path: str | Path, kind: type[MegagapError] = DataError) -> None:
-    """Raises ``kind`` if ``path`` is the pointer that Git LFS leaves in place of a file; one that cannot be read
-    passes, for its reader to say why."""
+    """Raises ``kind`` if ``path`` is the pointer that Git LFS leaves in place of a file. An unreadable file passes:
+    whoever reads it reports why."""
     try:
         with open(path, "rb") as file:
             start = file.read(len(GIT_LFS_POINTER))
@@ -198,7 +198,7 @@ def require_fetched(path: str | Path, kind: type[MegagapError] = DataError) -> N
 
 
 def allow_more_open_files() -> bool:
-    """Raise this process's limit of open files as far as the system lets it; whether that changed anything."""
+    """Raise this process's limit of open files as far as the system allows; returns whether it changed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return False
@@ -210,16 +210,16 @@ def allow_more_open_files() -> bool:
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make a folder that a user named, and those above it. Raises :class:`DataError` if that cannot be done."""
-    with file_errors(f"cannot make the folder {folder}", folder):
+    """Create a folder that a user named, and its parents. Raises :class:`DataError` if that fails."""
+    with file_errors(f"cannot create the folder {folder}", folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """For a block that writes a file that a user named: its folder is made.
+    """For a block that writes a file that a user named: its folder is created.
 
-    Raises :class:`DataError` naming the file where the system refuses that, or the block.
+    Raises :class:`DataError` naming the file if the system refuses that, or what the block does.
     """
     make_folder(Path(path).parent)
     with file_errors(f"cannot write {path}", path):
@@ -228,7 +228,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def file_errors(what: str, path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
-    """For a block that opens or writes ``path``: what the system refuses becomes ``kind``, ``what: reason``."""
+    """For a block that opens or writes ``path``: an OSError becomes ``kind``, ``what: reason``."""
     try:
         yield
     except OSError as error:
@@ -240,23 +240,23 @@ def file_errors(what: str, path: str | Path, kind: type[MegagapError] = DataErro
 
 
 def require_writable(path: str | Path, kind: type[MegagapError] = DataError) -> None:
-    """Try now what will be written later: to add to the file ``path``, or to make it; it is left as it is.
+    """Check early that the file ``path`` can be appended to or created later; it is left unchanged.
 
-    Raises ``kind`` naming it if a folder is in its place, it is a link that leads nowhere, or the system refuses.
+    Raises ``kind`` naming it if it is a folder or a broken link, or the system refuses.
     """
     path = Path(path)
     with file_errors(f"cannot write {path}", path, kind):
         if os.path.lexists(path):
-            # Not O_CREAT: a link that leads nowhere is refused. O_NONBLOCK: a named pipe without a reader is, too.
+            # Not O_CREAT: a broken link is refused. O_NONBLOCK: a named pipe without a reader is, too.
             os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
     if not os.path.lexists(path):
         require_writable_folder(path.parent, kind)
 
 
 def require_writable_folder(folder: str | Path, kind: type[MegagapError] = DataError) -> None:
-    """Make ``folder`` if need be, and write and remove a file in it. Raises ``kind`` naming the folder."""
+    """Create ``folder`` if needed, then write and remove a file in it. Raises ``kind`` naming the folder."""
     folder = Path(folder)
-    with file_errors(f"cannot make the folder {folder}", folder, kind):
+    with file_errors(f"cannot create the folder {folder}", folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
     probe = partial_name(folder / "probe")
     with file_errors(f"cannot write into the folder {folder}", folder, kind):
@@ -269,8 +269,8 @@ def require_writable_folder(folder: str | Path, kind: type[MegagapError] = DataE
 class LineFile:
     """A text file that whole lines are added to, each visible to readers as soon as it is written.
 
-    A line that a former writer left unfinished is ended first, so that it does not swallow the next. Where a line does
-    not fit on the disk, what was written of it is taken back. Every method raises :class:`DataError` naming the file.
+    A line left unfinished by an earlier writer is terminated first, so that it does not swallow the next. If a line
+    does not fit on the disk, the part written is removed again. Every method raises :class:`DataError` naming the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -282,7 +282,7 @@ class LineFile:
                 self.append("")
 
     def append(self, line: str) -> None:
-        """Add a line, given without its end."""
+        """Add a line, given without its newline."""
         left = memoryview((line + "\n").encode(errors="backslashreplace"))
         with self._errors():
             before = os.fstat(self._file.fileno()).st_size
@@ -295,7 +295,7 @@ class LineFile:
                 raise
 
     def sync(self) -> None:
-        """Bring every line to the disk."""
+        """Flush every line to the disk (fsync)."""
         with self._errors():
             os.fsync(self._file.fileno())
 
@@ -318,10 +318,10 @@ class LockedError(Exception):
 class Lock:
     """An advisory lock on a file that names its holder, held until :meth:`release` or the end of the process.
 
-    Processes that are forked from it do not hold it: they may outlive it for a while.
+    Forked child processes do not hold it: they may outlive the parent for a while.
 
     Raises :class:`LockedError` if another holds it for ``wait`` seconds, and OSError if the file cannot be written.
-    Where the file system cannot lock, as some on clusters, it warns and goes on.
+    If the file system does not support locks, like some on clusters, it logs a warning and continues.
     """
 
     def __init__(self, path: str | Path, wait: float = 0.0) -> None:
@@ -356,24 +356,24 @@ class Lock:
             # services, EPERM, EACCES, EINVAL and EIO of FUSE and remote servers. A held lock is none of them.
             except OSError as error:
                 log.warning(
-                    "%s: its file system cannot lock files (%s); make sure that nobody else writes there",
+                    "%s: its file system cannot lock files (%s); make sure that no other process writes there",
                     self._path,
                     error.strerror or error,
                 )
-            # The holder before may have removed the file after we opened it.
+            # The previous holder may have removed the file after we opened it.
             if self._is_in_place():
                 return True
             self._file.close()
 
     def _is_in_place(self) -> bool:
-        """Whether the name still leads to the file that was opened."""
+        """Whether the name still refers to the file that was opened."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        """Remove the file, where that is allowed and it is still ours, and let others have the lock."""
+        """Remove the file, if that is permitted and it is still ours, and release the lock."""
         if not self._file.closed:
             with suppress(OSError):
                 if self._is_in_place():
@@ -381,17 +381,17 @@ class Lock:
             with suppress(OSError):
                 self._file.close()
 
-    def let_go(self) -> None:
-        """In a forked process: leave it to the parent."""
+    def abandon(self) -> None:
+        """In a forked process: leave the lock to the parent."""
         self._file.close()
 
 
 _held: "WeakSet[Lock]" = WeakSet()
 
 
-def _let_go_of_all() -> None:
+def _abandon_all() -> None:
     for lock in _held:
-        lock.let_go()
+        lock.abandon()
 
 
-os.register_at_fork(after_in_child=_let_go_of_all)
+os.register_at_fork(after_in_child=_abandon_all)

@@ -47,7 +47,7 @@ def test_the_folder_of_a_file_is_made_or_named(tmp_path: Path) -> None:
     with writing(tmp_path / "x" / "y" / "a"):
         write_text(tmp_path / "x" / "y" / "a", "")
     for make in (make_folder, lambda folder: writing(folder / "b").__enter__()):
-        with pytest.raises(DataError, match=f"cannot make the folder {tmp_path}/x/y/a"):
+        with pytest.raises(DataError, match=f"cannot create the folder {tmp_path}/x/y/a"):
             make(tmp_path / "x" / "y" / "a")
 
 
@@ -189,10 +189,10 @@ def pipe(path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (folder, "a folder is in the place of a file"),
+        (folder, "there is a folder where a file is needed"),
         (dangling, "it is a link to /nowhere-at-all/x, which does not exist"),
         (circle, "symbolic links"),
-        (no_folder, "a file is in the place of a folder"),
+        (no_folder, "there is a file where a folder is needed"),
         (pipe, "No such device"),
     ],
 )

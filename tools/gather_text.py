@@ -1,8 +1,8 @@
-"""Gather real text on this machine for a first training run: one JSON-lines file a language.
+"""Gather real text on this machine for a first training run: one JSON-lines file per language.
 
 code is Python's own standard library. English and French are manual pages, Debian's handbook and reference, and the
 documentation of Python and LilyPond, from Debian packages that are downloaded and unpacked without being installed.
-Licences vary by document: use it, do not pass it on.
+Licences vary by document: use it, but do not redistribute it.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Package:
     """A Debian package and the files in it that are text of one language."""
 
     names: tuple[str, ...]
-    """The first that can be had is taken: names change with the release."""
+    """The first one available is used: names change with the release."""
     files: str
     """Glob within the unpacked package."""
 
@@ -66,7 +66,7 @@ PACKAGES = {
 LANGUAGES = ("en", "fr", "code")
 
 SHORTEST = 200
-"""Characters that make a document; what has fewer is a stub or a page of links."""
+"""Minimum characters of a document; shorter ones are stubs or pages of links."""
 
 NO_PROSE = re.compile(r"genindex|py-modindex|search\.html|contents\.html|_toc\.|_abt\.|-index\.|/index\.")
 """Pages that list other pages."""
@@ -98,12 +98,12 @@ def main(argv: list[str] | None = None) -> None:
         type=megabytes,
         default=float("inf"),
         metavar="N",
-        help="of each language, at most (default: all)",
+        help="at most this many megabytes per language (default: all)",
     )
     given = parser.parse_args(argv)
     written = gather(given.output, given.languages, given.megabytes * 1e6)
     if not written:
-        raise DataError(f"no text at all was found for {', '.join(given.languages)}\n  give your own files instead.")
+        raise DataError(f"no text was found for {', '.join(given.languages)}\n  give your own files instead.")
 
 
 def languages(text: str) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def languages(text: str) -> tuple[str, ...]:
 def megabytes(text: str) -> float:
     number = float(text)
     if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return number
 
 
@@ -130,14 +130,14 @@ def gather(output: Path, chosen: tuple[str, ...], limit: float) -> list[Path]:
         files = list(python_library()) if language == "code" else list(package_files(packages, PACKAGES[language]))
         count, size = write(path, select(read_all(shuffled(files), language), limit))
         if not count and language == "en":
-            note("en: taking the documentation within Python's standard library instead")
+            note("en: using the documentation in Python's standard library instead")
             count, size = write(path, select(python_docstrings(), limit))
         if not count:
             path.unlink()
-            note(f"{language}: no text was found; left out")
+            note(f"{language}: skipped: no text was found")
             continue
         written.append(path)
-        print(f"{path}: {count:,} documents, {size / 1e6:.1f} MB of text")
+        print(f"{path}: {count:,} document{'s' * (count != 1)}, {size / 1e6:.1f} MB of text")
     return written
 
 
@@ -156,12 +156,12 @@ class DebianPackages:
         self._updated = False
 
     def unpacked(self, names: tuple[str, ...]) -> Path | None:
-        """The folder of the first package that can be had; None, and a note, if none can."""
+        """The folder of the first package that is available; None, and a note, if none is."""
         for name in names:
             if (self.folder / name).is_dir():
                 return self.folder / name
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-            note(f"{names[0]}: left out, as this machine has no apt-get")
+            note(f"{names[0]}: skipped: this machine has no apt-get")
             return None
         reasons = []
         for name in names:
@@ -169,7 +169,7 @@ class DebianPackages:
             if not reason:
                 return self.folder / name
             reasons.append(reason)
-        note(f"{names[0]}: left out: {reasons[0]}")
+        note(f"{names[0]}: skipped: {reasons[0]}")
         return None
 
     def _fetch(self, name: str) -> str:
@@ -211,7 +211,7 @@ def package_files(packages: DebianPackages, wanted: tuple[Package, ...]) -> Iter
     for package in tqdm(wanted, desc="packages", unit="package", leave=False, disable=None):
         folder = packages.unpacked(package.names)
         if folder is not None:
-            # Some files are links to others: identical texts fall out later.
+            # Some files are links to others: duplicate texts are dropped later.
             yield from sorted(path for path in folder.glob(package.files) if path.is_file())
 
 
@@ -256,7 +256,7 @@ def read_all(files: list[Path], language: str) -> Iterator[Document]:
             try:
                 text = read_text(path)
             except (OSError, EOFError, zlib.error) as error:
-                note(f"{path}: left out: {error}")
+                note(f"{path}: skipped: {error}")
                 continue
             yield Document(text, source_of(path))
 
@@ -275,7 +275,7 @@ def read_text(path: Path) -> str:
 
 
 def source_of(path: Path) -> str:
-    """Where a document is from, without the folder that it was unpacked to."""
+    """Where a document comes from, without the folder that it was unpacked to."""
     text = printable(str(path))
     return text.partition("/downloads/")[2] or text
 
@@ -297,7 +297,7 @@ def select(documents: Iterator[Document], limit: float) -> Iterator[Document]:
 
 
 def write(path: Path, documents: Iterator[Document]) -> tuple[int, int]:
-    """Write JSON lines of ``text`` and ``source``; the number of documents, and the bytes of text."""
+    """Write JSON lines of ``text`` and ``source``; returns the number of documents and the bytes of text."""
     temporary = partial_name(path)
     count = size = 0
     try:

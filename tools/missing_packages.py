@@ -1,4 +1,4 @@
-"""Says which of megagap's packages this Python lacks: fails for those that it needs, warns for those of an extra.
+"""Reports which of megagap's packages this Python lacks: fails for required ones, warns about those of an extra.
 
 Runs before anything is installed, so it uses the standard library alone.
 """
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def missing(requirements: list[str]) -> list[str]:
-    """The requirements of which no version is installed. Versions are not compared: a cluster's may be patched."""
+    """The requirements of which no version is installed. Versions are not compared: a cluster may patch its own."""
     return [requirement for requirement in requirements if not _is_installed(requirement)]
 
 
@@ -38,7 +38,7 @@ def main(pyproject: str) -> int:
         return 2
     for extra, requirements in project["optional-dependencies"].items():
         if absent := missing(requirements):
-            print(f"warning: without {', '.join(absent)}, megagap[{extra}] is not complete", file=sys.stderr)
+            print(f"warning: without {', '.join(absent)}, megagap[{extra}] is incomplete", file=sys.stderr)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Processes and all that they have started."""
+"""Processes and their descendants."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The parts of examples/quickstart.sh that are longer than a line of shell. Of no use by themselves."""
+"""The parts of examples/quickstart.sh that are longer than a line of shell. Not meant to be run by hand."""
 
 import argparse
 import json
@@ -18,16 +18,16 @@ from megagap.observe.metrics import read_metrics
 from megagap.training.datasets import validation_data
 
 LARGEST_DIFFERENCE = 1e-5
-"""Of logits between megagap and transformers in fp32, relative to the largest: additions have different orders."""
+"""Of logits between megagap and transformers in fp32, relative to the largest: they add up in different orders."""
 
 WEIGHTS = {"en": 0.4, "fr": 0.4, "code": 0.2}
 PROMPTS = {"en": "The function returns", "fr": "Cette fonction renvoie", "code": "def __init__(self,"}
 OTHER_PROMPT = "The"
-"""For sources of the user's own."""
+"""For the user's own sources."""
 
 
 class StepFailed(MegagapError):
-    """The quickstart did not show what it promises."""
+    """A step of the quickstart did not give the expected result."""
 
     kind = "quickstart"
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def layout(gpus: int) -> tuple[int, int, int]:
-    """Processes, tp and pp: eight processes on a CPU, else one for each GPU, as far as powers of two go."""
+    """Processes, tp and pp: eight processes on a CPU, else the largest power of two of GPUs, one process each."""
     processes = 8 if gpus == 0 else min(8, 2 ** (gpus.bit_length() - 1))
     return processes, 2 if processes >= 2 else 1, 2 if processes >= 4 else 1
 
@@ -79,7 +79,7 @@ def sources_as_toml(data: Path) -> str:
     """The setting ``data.sources`` for every token file in a folder, with the quickstart's weights."""
     prefixes = sorted(path.with_suffix("").resolve() for path in data.glob("*_text_document.idx"))
     if not prefixes:
-        raise DataError(f"{data} holds no token files (*_text_document.idx)")
+        raise DataError(f"{data} contains no token files (*_text_document.idx)")
     entries = [
         f'{{path = "{prefix}", weight = {WEIGHTS.get(prefix.name.removesuffix("_text_document"), 1.0)}}}'
         for prefix in prefixes
@@ -110,9 +110,9 @@ def print_entropies(settings: Settings) -> None:
 
 
 def run_and_kill(run: Path, command: list[str]) -> None:
-    """Run a training command until it has a checkpoint and is some steps beyond, then SIGKILL all its processes.
+    """Run a training command until it has a checkpoint and is a few steps further, then SIGKILL all its processes.
 
-    A run that has a checkpoint to begin with was interrupted before, or is finished: nothing is done.
+    A run that already has a checkpoint was interrupted before, or is finished: nothing is done.
     """
     if _checkpointed_step(run):
         return
@@ -149,7 +149,7 @@ def _last_step(run: Path) -> int:
 
 
 def report(settings: Settings) -> None:
-    """Check the exported model against ``transformers``, let it write, compare its losses with unigram entropy.
+    """Check the exported model against ``transformers``, generate with it, compare its losses with unigram entropy.
 
     Raises :class:`StepFailed` where logits differ, or a held-out loss is not below the entropy.
     """
@@ -169,7 +169,7 @@ def check_logits(run: Path, data: ValidationData) -> None:
         ours = load_model(run)(tokens)
         theirs = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval()(tokens).logits
     difference = float((ours - theirs).abs().max())
-    print(f"logits of megagap and of transformers differ by {difference:.1e} at most (of up to {ours.abs().max():.0f})")
+    print(f"logits of megagap and of transformers differ by at most {difference:.1e} (largest: {ours.abs().max():.0f})")
     if not difference < LARGEST_DIFFERENCE * float(ours.abs().max()):
         raise StepFailed(f"the logits of {run / 'hf'} should agree within {LARGEST_DIFFERENCE} of the largest")
 
@@ -179,7 +179,7 @@ def write_continuations(model_folder: Path, sources: list[str]) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    print("\nwhat it writes, the likeliest token each time (transformers):")
+    print("\ngreedy continuations of prompts (transformers):")
     for name in sources:
         prompt = tokenizer(PROMPTS.get(name, OTHER_PROMPT), return_tensors="pt", add_special_tokens=False)
         written = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
@@ -202,7 +202,7 @@ def compare_losses(run: Path, entropies: dict[str, float]) -> None:
             too_high.append(name)
     print("  nats per token")
     if too_high:
-        raise StepFailed(f"the loss on {', '.join(too_high)} should end below its unigram entropy; train for longer")
+        raise StepFailed(f"the loss on {', '.join(too_high)} should end below its unigram entropy; train longer")
 
 
 if __name__ == "__main__":

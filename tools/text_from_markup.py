@@ -1,4 +1,4 @@
-"""Readable text from HTML pages and from manual pages in roff: a paragraph a line, preformatted parts as they are."""
+"""Readable text from HTML pages and roff manual pages: one paragraph per line, preformatted parts as they are."""
 
 import re
 from collections.abc import Iterator
@@ -200,7 +200,7 @@ class _Page:
         self.parts.append("\n\n")
 
     def _table(self, rest: Iterator[str]) -> None:
-        """Cells of tbl(1), a row a line; layout is dropped."""
+        """Cells of tbl(1), one row per line; layout is dropped."""
         self.flush()
         separator, in_format = "\t", True
         block: list[str] | None = None
@@ -232,7 +232,7 @@ class _Page:
 
 
 def _skip_braces(line: str, rest: Iterator[str]) -> None:
-    """A conditional request: what it guards is layout in the pages that we read."""
+    """A conditional request: what it guards is layout in the pages that are read here."""
     depth = line.count(r"\{") - line.count(r"\}")
     while depth > 0 and (following := next(rest, None)) is not None:
         depth += following.count(r"\{") - following.count(r"\}")

@@ -1,9 +1,9 @@
 // AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat buffers in one pass, as torch.optim.AdamW orders it. A
 // parameter in half precision has no other master: it is rounded to the nearest, or stochastically (Gupta et al. 2015,
-// section 3.1), which keeps updates below half a unit alive on average.
+// section 3.1), which preserves updates below half a unit on average.
 
 // Philox4x32-10 (Salmon et al. 2011): one random word for each of W consecutive elements, a pure function of seed, step
-// and element, so that neither threads nor slices play a part.
+// and element, so that it depends on neither threads nor slices.
 MEGAGAP_INLINE UVec random_words(uint64_t seed, uint32_t step, uint64_t first) {
   LVec element;
   for (int64_t lane = 0; lane < W; ++lane) {
@@ -27,7 +27,7 @@ MEGAGAP_INLINE UVec random_words(uint64_t seed, uint32_t step, uint64_t first) {
   return c0;
 }
 
-// Up or down with the probabilities that make the mean value itself; values that are not finite stay as they are.
+// Up or down with probabilities such that the mean is the value itself; values that are not finite are unchanged.
 MEGAGAP_INLINE Vec stochastically_rounded(Vec value, UVec random) {
   const UVec bits = bits_as<UVec>(value);
   const UVec is_finite = bits_as<UVec>((bits & 0x7f800000) != 0x7f800000);
@@ -37,7 +37,7 @@ MEGAGAP_INLINE Vec stochastically_rounded(Vec value, UVec random) {
 template <typename T>
 void adamw(T* parameter, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first, int64_t size,
            const AdamW& given) {
-  const AdamW form = given;  // a copy: stores to the buffers might change the one given, for all that the compiler knows
+  const AdamW form = given;  // a copy: as far as the compiler knows, stores to the buffers might change the one given
   const float step_size = form.lr / form.first_correction, second_root = std::sqrt(form.second_correction);
   const float kept = 1.0f - form.lr * form.weight_decay;
   for_each_vector(size, [&](int64_t offset, auto count) {

@@ -1,4 +1,4 @@
-// Softmax statistics of a row of logits, of which a rank may hold only some columns, and the gradient in their place:
+// Softmax statistics of a row of logits, of which a rank may hold only some columns, and the gradient in place of it:
 // (exp(logit - log_sum_exp) - [column == target]) * scale.
 
 template <typename T>

@@ -1,5 +1,5 @@
-// What the kernels need of others, included before an isa_*.cpp changes the instruction set: an inline function of the
-// standard library that was compiled for AVX-512 might be the one that the linker keeps for all.
+// Headers that the kernels need, included before an isa_*.cpp changes the instruction set: otherwise the linker might
+// keep an inline function of the standard library that was compiled for AVX-512, for all machines.
 #pragma once
 
 #include <cmath>

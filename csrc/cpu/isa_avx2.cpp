@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 #define MEGAGAP_WIDTH 8
-#define MEGAGAP_AVX2  // the macros of the compiler do not follow its pragmas
+#define MEGAGAP_AVX2  // the compiler's macros do not follow its pragmas
 #define MEGAGAP_ISA isa_avx2
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

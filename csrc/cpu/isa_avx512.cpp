@@ -1,9 +1,9 @@
-// The kernels for AVX-512, as far as torch asks for it: the F, BW, DQ and VL parts.
+// The kernels for AVX-512, with the extensions that torch requires: F, BW, DQ and VL.
 #include "cpu/headers.h"
 
 #if defined(__x86_64__)
 #define MEGAGAP_WIDTH 16
-#define MEGAGAP_AVX512  // the macros of the compiler do not follow its pragmas
+#define MEGAGAP_AVX512  // the compiler's macros do not follow its pragmas
 #define MEGAGAP_ISA isa_avx512
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)

@@ -11,7 +11,7 @@
 
 namespace megagap {
 
-// Half precisions as their bits: arithmetic is in float.
+// Half-precision types as their bits: arithmetic is in float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -52,7 +52,7 @@ MEGAGAP_INLINE Half from_float<Half>(float value) {
   return {c10::detail::fp16_ieee_from_fp32_value(value)};
 }
 
-// Numbers of an AdamW update; adamw.h has the formula.
+// The scalars of an AdamW update; adamw.h has the formula.
 struct AdamW {
   float lr, beta1, beta2, eps, weight_decay;
   float first_correction, second_correction;  // 1 - beta^step
@@ -62,7 +62,7 @@ struct AdamW {
   uint32_t step;
 };
 
-// Where a rotary kernel finds its numbers, in elements. Tables are [rows, 2 * half] floats.
+// Where a rotary kernel finds its inputs, in elements. Tables are [rows, 2 * half] floats.
 struct RotaryRows {
   int64_t heads, half;
   int64_t head_stride_in, head_stride_out;
@@ -76,7 +76,7 @@ struct Kernels {
   // rms_norm.h. residual and total: null, or the residual stream that is added first, and the sum.
   void (*rms_norm)(const T* x, int64_t x_stride, const T* residual, const T* weight, T* y, T* total, float* rstd,
                    int64_t rows, int64_t size, float eps, float gain_scale, bool streaming);
-  // grad_total: null, or the gradient by the sum. Adds the rows' gradient by the gain to grad_weight [size].
+  // grad_total: null, or the gradient of the sum. Adds the rows' gradient of the gain to grad_weight [size].
   void (*rms_norm_backward)(const T* grad, const T* grad_total, const T* x, int64_t x_stride, const T* weight,
                             const float* rstd, T* grad_x, float* grad_weight, int64_t rows, int64_t size,
                             float gain_scale, bool streaming);
@@ -94,7 +94,7 @@ struct Kernels {
                 const AdamW& form);
 };
 
-// Those for the instruction set that torch has chosen (ATEN_CPU_CAPABILITY overrules, as for torch's own).
+// Those for the instruction set that torch has chosen (ATEN_CPU_CAPABILITY overrides it, as for torch's own).
 template <typename T>
 const Kernels<T>& kernels();
 

@@ -34,9 +34,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 16384;             // elements that are worth a thread of their own
-constexpr int64_t kStreamedBytes = 16 << 20;  // of a result that is not expected to stay in the caches
-constexpr int64_t kRowBlocks = 64;            // sums over rows are made in at most this many parts, whatever the threads
+constexpr int64_t kGrain = 16384;             // minimum elements per thread
+constexpr int64_t kStreamedBytes = 16 << 20;  // minimum size of a result that is not expected to stay in the caches
+constexpr int64_t kRowBlocks = 64;            // at most this many parts of a sum over rows, whatever the number of threads
 
 template <typename T>
 T* data(const Tensor& tensor) {
@@ -61,7 +61,7 @@ void for_dtype(const Tensor& x, const Body& body) {
 
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each)); }
 
-// x [..., size] as rows at a constant distance: itself where it is laid out so, else a copy.
+// x [..., size] as rows at a constant stride: x itself if it is laid out so, else a copy.
 struct Rows {
   explicit Rows(const Tensor& given) {
     size = given.size(-1);
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& grad_given, const Tensor&
   }
   TORCH_CHECK_VALUE(rstd.scalar_type() == at::kFloat && rstd.sizes() == x.sizes().slice(0, x.dim() - 1),
                     "rms_norm: rstd does not belong to x");
-  // The blocks depend on the shape alone, so the sum has the same order of additions on any number of threads.
+  // The blocks depend on the shape alone, so the order of additions is the same on any number of threads.
   const int64_t block = std::max<int64_t>(1, (rows.count + kRowBlocks - 1) / kRowBlocks);
   const int64_t blocks = (rows.count + block - 1) / block;
   Tensor grad_x = new_like(x), grad_weight = at::empty_like(weight);

@@ -1,4 +1,4 @@
-// The operations on CPU tensors. Their meaning: the schemas in bindings.cpp and the plain forms in megagap/ops/.
+// The operations on CPU tensors. The schemas in bindings.cpp and the plain forms in megagap/ops/ define them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

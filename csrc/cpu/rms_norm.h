@@ -1,7 +1,7 @@
 // RMSNorm (Zhang & Sennrich 2019): y = gain * round(x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), with the roundings of
 // transformers' LlamaRMSNorm. gain = round(gain_scale * weight): Gaperon's trick for training in bfloat16 throughout.
 
-// Lanes of the vectors in which torch adds up floats; on x86 its sums use no AVX-512.
+// Lanes of the vectors in which torch adds up floats; on x86 its sums do not use AVX-512.
 #if defined(__x86_64__)
 constexpr int64_t kSumLanes = 8;
 #else
@@ -9,7 +9,7 @@ constexpr int64_t kSumLanes = W;
 #endif
 
 // The sum of f over a row as torch adds up a row of floats, bit for bit: four vectors of kSumLanes in turn, whose sums
-// are handed on to a next level now and then (ATen/native/cpu/SumKernel.cpp), so that roundings grow with log(size).
+// are passed to the next level periodically (ATen/native/cpu/SumKernel.cpp), so that rounding errors grow with log(size).
 template <typename F>
 MEGAGAP_INLINE float cascade_sum(int64_t size, const F& f) {
   constexpr int kLevels = 4, kTurns = 4, kStep = kTurns * kSumLanes, kVectors = kStep / W;
@@ -121,7 +121,7 @@ void rms_norm_rows(const T* x, int64_t x_stride, const T* residual, const T* wei
     T* out = y + row * size;
     const T* next = x + (row + 1 < rows ? row + 1 : row) * x_stride;
     for_each_vector(size, [&](int64_t i, auto count) {
-      __builtin_prefetch(next + i);  // memory is read while results are written
+      __builtin_prefetch(next + i);  // reads memory while results are written
       put<kStream>(out + i, load(gain + i, count) * rounded(load(normed + i, count) * scale, T{}), count);
     });
   }
@@ -145,7 +145,7 @@ void rms_norm_rows_backward(const T* grad, const T* grad_total, const T* x, int6
                             float gain_scale) {
   const Gains<T> gains(weight, size, gain_scale);
   const float* gain = gains.values();
-  constexpr int64_t kTogether = 4;  // rows that stay in the caches between the two passes
+  constexpr int64_t kTogether = 4;  // rows that stay in cache between the two passes
   for (int64_t first = 0; first < rows; first += kTogether) {
     const int64_t together = rows - first < kTogether ? rows - first : kTogether;
     Vec dots[kTogether] = {};

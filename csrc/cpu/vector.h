@@ -34,7 +34,7 @@ MEGAGAP_INLINE To bits_as(From from) {
 
 // ---- load and store
 
-// gcc makes two halves of these conversions, which the instruction sets have whole.
+// gcc splits these conversions in two, although the instruction sets have them as one.
 MEGAGAP_INLINE UVec widened(HVec half) {
 #if defined(MEGAGAP_AVX512)
   return reinterpret_cast<UVec>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half)));
@@ -119,8 +119,8 @@ MEGAGAP_INLINE void store(T* to, Vec value, int count) {
   std::memcpy(to, part, count * sizeof(T));
 }
 
-// Past the caches, for results that would not stay in them: spares reading what is overwritten. to is aligned to the
-// vector. Whoever streams calls finish_streams() at the end.
+// Non-temporal stores, for results that would not stay in cache: saves reading what is overwritten. to is aligned to
+// the vector. Callers that stream call finish_streams() at the end.
 template <typename T>
 MEGAGAP_INLINE void stream(T* to, Vec value) {
   T part[W];
@@ -158,13 +158,13 @@ MEGAGAP_INLINE void put(T* to, Vec value, Count count) {
   }
 }
 
-// Whether every row of a buffer starts at a vector's border.
+// Whether every row of a buffer starts at a vector boundary.
 template <typename T>
 MEGAGAP_INLINE bool can_stream(const T* rows, int64_t stride) {
   return reinterpret_cast<uintptr_t>(rows) % (W * sizeof(T)) == 0 && stride % W == 0;
 }
 
-// value as T and back: what is left of it after rounding.
+// value converted to T and back: rounded to T.
 MEGAGAP_INLINE Vec rounded(Vec value, float) { return value; }
 MEGAGAP_INLINE Vec rounded(Vec value, BFloat16) { return bits_as<Vec>(bfloat16_bits(value) << 16); }
 MEGAGAP_INLINE Vec rounded(Vec value, Half) {

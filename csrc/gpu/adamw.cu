@@ -34,7 +34,7 @@ MEGAGAP_DEVICE uint32_t philox(uint64_t seed, uint32_t step, uint64_t element) {
   return c0;
 }
 
-// Rounded away from zero with the probability that the cut-off bits stand for: 16 random bits are added to them.
+// Rounded away from zero with the probability that the truncated bits represent: 16 random bits are added to them.
 MEGAGAP_DEVICE float round_at_random(float value, uint32_t random) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return value;

@@ -1,4 +1,4 @@
-// Gives the GPU kernels tensors and registers them for operations that csrc/bindings.cpp declares.
+// Calls the GPU kernels with tensors and registers them for the operations that csrc/bindings.cpp declares.
 //
 // No header of CUDA or HIP is needed, so the same file serves both (torch calls its ROCm devices CUDA) and is itself
 // tested on CPU tensors, with the kernels of the CPU shim (MEGAGAP_SHIM).

@@ -1,4 +1,4 @@
-// Every kernel and launcher of this folder, to be called with pointers to ordinary memory. The tests compile it.
+// Every kernel and launcher of this folder, to be called with pointers to host memory. The tests compile it.
 #include "gpu/adamw.cu"
 #include "gpu/cross_entropy.cu"
 #include "gpu/rms_norm.cu"

@@ -1,12 +1,12 @@
-// Runs the kernels of this folder on the CPU, so that their very text is tested where there is no GPU.
+// Runs the kernels of this folder on the CPU, so that the same source is tested without a GPU.
 //
 // Blocks run one after another; the threads of a block are fibres with stacks of their own. A fibre runs until it ends
 // or waits: at a barrier for all threads of its block, at a shuffle for all threads of its wave. What a GPU leaves
 // undefined ends the process with a message here: a barrier or shuffle that some threads do not reach, or reach at
 // another place, and a shuffle from a thread that does not exist.
 //
-// One translation unit includes it: -DMEGAGAP_SHIM -DMEGAGAP_WAVE=32 (or 64) -U_FORTIFY_SOURCE, which takes jumps between
-// stacks for an attack.
+// One translation unit includes it: -DMEGAGAP_SHIM -DMEGAGAP_WAVE=32 (or 64) -U_FORTIFY_SOURCE, which mistakes jumps
+// between stacks for an attack.
 #pragma once
 
 #include <setjmp.h>
@@ -41,7 +41,7 @@ struct alignas(8) uint2 {
   uint32_t x, y;
 };
 
-// Of the fibre that runs.
+// State of the running fibre.
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 static inline float __uint_as_float(uint32_t bits) {
@@ -94,7 +94,7 @@ inline Block& block() {
   std::abort();
 }
 
-// From the fibre that runs to the scheduler. (Jumps, because swapcontext calls the kernel for the signal mask.)
+// From the running fibre to the scheduler. (Jumps, because swapcontext calls the kernel for the signal mask.)
 inline void leave(State state) {
   Fibre& fibre = block().fibres[block().current];
   fibre.state = state;
@@ -168,7 +168,7 @@ inline void pass_barrier() {
   for (unsigned i = 0; i < all.threads; ++i) all.fibres[i].state = State::kRuns;
 }
 
-// Runs each wave from one barrier to the next before another begins, so that what a barrier too few lets happen does.
+// Runs each wave from one barrier to the next before another begins, so that a missing barrier shows in the results.
 inline void run_block() {
   Block& all = block();
   for (unsigned i = 0; i < all.threads; ++i) {

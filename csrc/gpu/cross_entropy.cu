@@ -1,4 +1,4 @@
-// Cross-entropy over a vocabulary shard: what a row of logits contributes to the loss, and its gradient in place of it.
+// Cross-entropy over a vocabulary shard: what a row of logits contributes to the loss, and its gradient in place.
 #include "gpu/dispatch.h"
 #include "gpu/elements.h"
 #include "gpu/kernels.h"
@@ -46,7 +46,7 @@ struct Running {
   }
 };
 
-// A block a row. Every thread keeps a running maximum and sum; they meet at the end.
+// One block per row. Every thread keeps a running maximum and sum, combined at the end.
 template <typename T>
 __global__ void __launch_bounds__(kRowBlock)
     cross_entropy_rows_kernel(const T* __restrict__ logits, const int64_t* __restrict__ targets,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kRowBlock)
                               int64_t rows, int size, int64_t stride, bool whole) {
   __shared__ float shared[2][kMaxWaves];
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int vectors = whole ? size / kVector<T> : 0;  // what they leave is read element by element
+  const int vectors = whole ? size / kVector<T> : 0;  // the rest is read element by element
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* x = logits + row * stride;
     Running<T> running;

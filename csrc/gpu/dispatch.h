@@ -1,4 +1,4 @@
-// What the launchers share: from a type's code to its kernels, and whether these may read 16 bytes at once.
+// Shared by the launchers: from a type's code to its kernels, and whether these may read 16 bytes at once.
 #pragma once
 
 #include "gpu/elements.h"

@@ -77,7 +77,7 @@ MEGAGAP_DEVICE Half from_float<Half>(float value) {
 #endif
 }
 
-// The value that is left when x is stored as a T.
+// The value of x rounded to T.
 template <typename T>
 MEGAGAP_DEVICE float rounded(float x) {
   return to_float(from_float<T>(x));

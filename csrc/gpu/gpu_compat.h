@@ -1,4 +1,4 @@
-// What differs between CUDA, HIP and the CPU shim. Everything else in this folder is one text for all three.
+// What differs between CUDA, HIP and the CPU shim. Everything else in this folder is the same source for all three.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace megagap::gpu {
 
-// More blocks than this are walked through by a loop in the kernel. HIP allows less than 2^32 threads in a launch.
+// Beyond this many blocks, the kernel loops. HIP allows less than 2^32 threads in a launch.
 #if defined(MEGAGAP_SHIM)
 constexpr int64_t kGridLimit = 5;  // so that tests of small inputs reach the loop
 #else
@@ -66,7 +66,7 @@ inline const char* error_text(int code) {
 #endif
 }
 
-// Threads that run in lockstep: 32, or 64 on AMD's CDNA. Known to the compiler of the kernels only; hosts never ask.
+// Threads that run in lockstep: 32, or 64 on AMD's CDNA. Only known when compiling kernels; host code never uses it.
 MEGAGAP_DEVICE int wave_size() {
 #if defined(MEGAGAP_SHIM)
   return MEGAGAP_WAVE;
@@ -77,11 +77,11 @@ MEGAGAP_DEVICE int wave_size() {
   return __AMDGCN_WAVEFRONT_SIZE;  // deprecated where the builtin is
 #endif
 #else
-  return 32;  // and where hipcc reads the kernels for the host, which never runs them
+  return 32;  // also where hipcc compiles the kernels for the host, which never runs them
 #endif
 }
 
-// A few units in the last place off, at a fraction of the instructions.
+// Accurate to a few units in the last place, at a fraction of the instructions.
 MEGAGAP_DEVICE float fast_exp(float x) {
 #if defined(MEGAGAP_SHIM)
   return expf(x);
@@ -98,7 +98,7 @@ MEGAGAP_DEVICE float fast_divide(float a, float b) {
 #endif
 }
 
-#if !defined(MEGAGAP_SHIM)  // which has its own of the following
+#if !defined(MEGAGAP_SHIM)  // the shim has its own versions of the following
 
 // The value of the thread whose number in the wave differs by the bits of mask. All threads of the wave must call it.
 MEGAGAP_DEVICE float shuffle_xor(float value, int mask) {

@@ -15,8 +15,8 @@ struct Maximum {
 };
 
 // Every group of `lanes` neighbouring threads, a power of two, gets its own result. All threads of the block call it,
-// and blocks are made of whole waves. `shared` has kMaxWaves floats, which were not used since the last barrier but one:
-// callers alternate between two.
+// and blocks are made of whole waves. `shared` has kMaxWaves floats, not used since the last barrier but one: callers
+// alternate between two.
 template <typename Operation>
 MEGAGAP_DEVICE float reduce_group(float value, int lanes, float* shared) {
   const int wave = wave_size(), thread = static_cast<int>(threadIdx.x);

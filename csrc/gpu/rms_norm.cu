@@ -16,7 +16,7 @@ template <typename T, bool kAligned>
 constexpr int kHeldChunks = kAligned ? 4 : 8 / kVector<T>;
 
 constexpr int kBlock = 256;                        // threads of a block whose rows need no more
-constexpr int kMinimumLanes = 8, kMaximumLanes = 512;  // of a row: 128 contiguous bytes; 128 registers a thread
+constexpr int kMinimumLanes = 8, kMaximumLanes = 512;  // of a row: 128 contiguous bytes; 128 registers per thread
 constexpr int kForwardBound = 768;                 // keeps registers at 80, so that three blocks share a multiprocessor
 constexpr int kColumns = 32, kSlices = 32;         // of the block that sums the parts of a weight's gradient
 constexpr int64_t kColumnParts = 64;               // of the weight's gradient where rows are too long for registers
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kMaximumLanes, 1)
     const int length = row < rows ? size : 0;
     const int64_t offset = row * size;
     const float scale = row < rows ? rstd[row] : 0;
-    Chunk<T, kVector<T>> held[kHeld], above[kHeld], added[kHeld];  // the weight waits in the nearest cache
+    Chunk<T, kVector<T>> held[kHeld], above[kHeld], added[kHeld];  // the weight stays in the L1 cache
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       held[k] = load_part<kAligned>(x + offset, k * step, lane, lanes, length);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kMaximumLanes, 1)
   }
 }
 
-// The gradient by x of rows that are too long for registers: read twice, element by element.
+// The gradient of x for rows that are too long for registers: read twice, element by element.
 template <typename T>
 __global__ void __launch_bounds__(1024)
     rms_norm_long_rows_kernel(const T* __restrict__ grad, const T* __restrict__ grad_total, const T* __restrict__ x,
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// And their weight's: a thread sums a column over every parts-th row.
+// And of their weight: a thread sums a column over every parts-th row.
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
     rms_norm_columns_kernel(const T* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ rstd,
@@ -305,7 +305,7 @@ int rms_norm(const T* x, const T* residual, const T* weight, T* y, T* total, flo
                 size, lanes, eps, gain_scale);
 }
 
-// Enough blocks to keep the device busy, and no more: each costs a row of the workspace, written and read.
+// Just enough blocks to keep the device busy: each costs a row of the workspace, written and read.
 template <typename T>
 int64_t rms_norm_parts(int64_t rows, int64_t size) {
   if (size > kMaximumLanes * elements_held<T>(true)) return rows < kColumnParts ? rows : kColumnParts;

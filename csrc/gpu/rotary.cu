@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kRotaryBlock)
   for (int64_t token = blockIdx.x * together + threadIdx.z; token < tokens; token += gridDim.x * together) {
     const int64_t batch = token / length, place = token - batch * length;
     const int64_t row = positions ? positions[token] : token % table_rows;
-    const bool known = row >= 0 && row < table_rows;  // else NaN, nothing in silence
+    const bool known = row >= 0 && row < table_rows;  // else NaN, never a silent error
     const int64_t entry = known ? row * size : 0;
     for (int piece = static_cast<int>(threadIdx.x) * kWidth; piece < half; piece += static_cast<int>(blockDim.x) * kWidth) {
       const int first = kInterleaved ? 2 * piece : piece, second = kInterleaved ? first + kWidth : piece + half;

@@ -7,13 +7,13 @@ Train on several machines: start the same command on each of them, in any order,
 
   ./examples/multi_node/launch.sh --first HOST[:PORT] --nodes N RECIPE.toml [--section.key value ...]
 
-  --first HOST[:PORT]   one of the machines, by a name or IPv4 address that all of them reach; port 29400 if not given
+  --first HOST[:PORT]   one of the machines, by a name or IPv4 address that all of them can reach; default port: 29400
   --nodes N             how many machines
-  --processes N         processes on each machine: its GPUs if not given, or its cores where it has none
-  --address IP          this machine's address for the others, if not the one on its way to HOST
+  --processes N         processes on each machine; default: its number of GPUs, or of cores if it has none
+  --address IP          this machine's address for the others; default: the one on its route to HOST
 
-MEGAGAP_VENV=path: another place than .venv; MEGAGAP_PYTHON=python: an environment that already has torch.
-GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: network interfaces, where the choice made for you is wrong. See README.md here.
+MEGAGAP_VENV=path: a virtual environment other than .venv; MEGAGAP_PYTHON=python: an environment that already has torch.
+GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: network interfaces, if the automatic choice is wrong. See README.md here.
 USAGE
 }
 
@@ -60,11 +60,11 @@ read -r own interface is_first <<<"$node"
 if [[ -z ${GLOO_SOCKET_IFNAME:-} && $interface != - ]]; then
     export GLOO_SOCKET_IFNAME=$interface
 fi
-# What torchrun grants its workers to save in after a SIGTERM, in seconds; 30 is too short for a large model.
+# Seconds that torchrun gives its workers to save after a SIGTERM; 30 is too short for a large model.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 echo "launch: $own on ${GLOO_SOCKET_IFNAME:-any interface}, one of $nodes; meeting at $host:$port" >&2
-# exec: torchrun takes this process's place, so that what ends the script ends it, and with it the workers.
+# exec: torchrun replaces this process, so that whatever ends the script ends it, and with it the workers.
 exec "$python" -m torch.distributed.run \
     --nnodes "$nodes" --nproc-per-node "$processes" --local-addr "$own" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id "megagap-$(basename "$1" .toml)" \

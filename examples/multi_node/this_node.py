@@ -23,8 +23,8 @@ def main(first_host: str, address: str | None = None) -> str:
         address = address_towards(first)
         if is_loopback(first):
             sys.exit(
-                f"--first {first_host} is {first} here, which leads each machine to itself\n"
-                "  give the address by which the others reach the first machine."
+                f"--first {first_host} is {first} here, which on each machine is the machine itself\n"
+                "  give the address at which the others reach the first machine."
             )
     elif not is_mine(address):
         sys.exit(f"--address {address} is not an address of this machine")
@@ -32,12 +32,12 @@ def main(first_host: str, address: str | None = None) -> str:
 
 
 def address_towards(host: str) -> str:
-    """This machine's address on its way to ``host``; that itself, on the machine whose address it is."""
+    """This machine's address on its route to ``host``; ``host`` itself, on the machine whose address it is."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # looks the route up; nothing is sent
         except OSError as error:
-            sys.exit(f"no way from here to the first machine {host}: {error.strerror}")
+            sys.exit(f"no route to the first machine {host}: {error.strerror}")
         return str(probe.getsockname()[0])
 
 
@@ -55,7 +55,7 @@ def is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str:
-    """The name of the interface with this address; ``-`` where it is not the first of any interface."""
+    """The name of the interface with this address; ``-`` if it is not the first address of any interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())

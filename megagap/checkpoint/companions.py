@@ -1,4 +1,4 @@
-"""What a Hugging Face model has beside its weights and its shape: special ids, settings of generation, a tokenizer."""
+"""What a Hugging Face model has besides weights and shape: special ids, generation settings, a tokenizer."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ REPLACED = (
     *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"),
     *("auto_map", "fast_tokenizer_files", "init_inputs"),
 )
-"""In ``tokenizer_config.json``, what a ``tokenizer.json`` that says all by itself makes superfluous."""
+"""Keys of ``tokenizer_config.json`` that a self-contained ``tokenizer.json`` makes redundant."""
 
 _STATE = "hugging_face"
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Companions:
-    """Special ids and settings of generation."""
+    """Special ids and generation settings."""
 
     special_ids: dict[str, Any]
     """Those of :data:`SPECIAL_IDS` that ``config.json`` has: an id, a list of ids, or None."""
@@ -56,12 +56,12 @@ class Companions:
         return set() if value is None else {*value} if isinstance(value, list) else {value}
 
     def state(self) -> dict[str, Any]:
-        """To be kept in a checkpoint's index, for :func:`companions_of`."""
+        """As stored in a checkpoint's index, for :func:`companions_of`."""
         return {_STATE: {"special_ids": self.special_ids, "generation_config": self.generation}}
 
 
 def read_companions(folder: Path) -> Companions:
-    """Of a Hugging Face folder. Raises :class:`CheckpointError` if its files hold no such things."""
+    """Those of a Hugging Face folder. Raises :class:`CheckpointError` if its files are not valid."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     ids = _checked(folder / CONFIG, {key: config[key] for key in SPECIAL_IDS if key in config})
     path = folder / GENERATION_CONFIG
@@ -70,9 +70,9 @@ def read_companions(folder: Path) -> Companions:
 
 
 def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer: Tokenizer | None) -> Companions:
-    """Of a checkpoint: what was imported with it, else what its tokenizer's folder says, else the tokenizer's own.
+    """Those of a checkpoint: what was imported with it, else what its tokenizer's folder says, else the tokenizer's.
 
-    ``source``: where ``tokenizer`` came from. Raises :class:`CheckpointError` if that holds no such things.
+    ``source``: where ``tokenizer`` came from. Raises :class:`CheckpointError` if its files are not valid.
     """
     imported = index.state.get(_STATE)
     if imported is not None:
@@ -80,35 +80,35 @@ def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer:
             imported.get(key) if isinstance(imported, dict) else None for key in ("special_ids", "generation_config")
         )
         if not isinstance(ids, dict) or not isinstance(generation, dict) or ids.keys() - {*SPECIAL_IDS}:
-            raise CheckpointError(f"{checkpoint}: state.{_STATE} does not hold special_ids and generation_config")
+            raise CheckpointError(f"{checkpoint}: state.{_STATE} does not contain special_ids and generation_config")
         return Companions(_checked(checkpoint, ids), _checked(checkpoint, generation))
     if source and (folder := find_tokenizer(source)[1].parent) and (folder / GENERATION_CONFIG).is_file():
         beside = read_companions(folder)
         if beside.special_ids:
             return beside
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} if tokenizer else {}
-    # Written out in config.json even where there is none: the defaults of transformers are Llama 2's.
+    # Written to config.json even if there is none: the defaults of transformers are Llama 2's.
     absent = {"bos_token_id": None, "eos_token_id": None}
     return Companions(absent | ids, {key: value for key, value in ids.items() if value is not None})
 
 
-def warn_of_other_ids(told: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:
-    """Say where a tokenizer is another one than that which the model was trained with, or does not fit it."""
+def warn_of_other_ids(recorded: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:
+    """Warn if a tokenizer differs from the one that the model was trained with, or does not fit it."""
     own = Ids.of_tokenizer(tokenizer)
     if complaint := too_large(own, vocab_size):
         log.warning("%s", complaint.partition("\n")[0])
-    if told and told.fingerprint != own.fingerprint and is_extension(told, tokenizer):
-        told = replace(told, fingerprint=own.fingerprint)
-    for difference in differing(told, own) if told else ():
+    if recorded and recorded.fingerprint != own.fingerprint and is_extension(recorded, tokenizer):
+        recorded = replace(recorded, fingerprint=own.fingerprint)
+    for difference in differing(recorded, own) if recorded else ():
         log.warning("%s", difference)
     ends = companions.end_ids()
-    if told is None and ends and own.eod is not None and own.eod not in ends:
+    if recorded is None and ends and own.eod is not None and own.eod not in ends:
         log.warning("the model ends a text with id %s, %s with %d", ", ".join(map(str, sorted(ends))), own.who, own.eod)
     for key in SPECIAL_IDS:
         for value in (companions.special_ids.get(key), companions.generation.get(key)):
             foreign = [i for i in (value if isinstance(value, list) else [value]) if i and not 0 <= i < vocab_size]
             if foreign:
-                log.warning("%s = %d is no id of the model, which has %d", key, foreign[0], vocab_size)
+                log.warning("%s = %d is not an id of the model, whose vocabulary is %d", key, foreign[0], vocab_size)
 
 
 def tokenizer_of(folder: Path) -> str | None:
@@ -127,12 +127,12 @@ def recorded_tokenizer(index: Index) -> str | None:
 
 
 def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
-    """The tokenizer as files that ``transformers`` loads, with the settings and chat template beside it, if any.
+    """The tokenizer as files that ``transformers`` loads, with settings and chat template, if any.
 
     ``max_length``: tokens of the longest text that the model takes. A rank file becomes a ``tokenizer.json`` that gives
     the same ids; a sentencepiece model is left for ``transformers`` to convert. A minimal ``tokenizer_config.json`` is
-    written where there is none. Where ``transformers`` would make another tokenizer of the copies than of the source,
-    as ``config.json`` beside them is another one, a ``tokenizer.json`` that needs nothing else takes their place.
+    written if there is none. If ``transformers`` would make a different tokenizer from the copies than from the source,
+    because ``config.json`` beside them differs, a self-contained ``tokenizer.json`` takes their place.
     """
     kind, file = find_tokenizer(source)
     if kind == "tiktoken":
@@ -143,8 +143,8 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
         _copy(file, folder / ("tokenizer.json" if kind == "hf" else "tokenizer.model"))
     if kind == "sentencepiece":
         normalises = cast("SentencePieceTokenizer", tokenizer).normalises
-        others = "that begin with blanks, or that the model normalises" if normalises else "that begin with blanks"
-        log.warning("transformers converts %s by itself, and gives other ids to texts %s", source, others)
+        others = "that begin with spaces, or that the model normalises" if normalises else "that begin with spaces"
+        log.warning("transformers converts %s itself, and gives different ids to texts %s", source, others)
     for name in BESIDE_TOKENIZER:
         if file.with_name(name).is_file():
             _copy(file.with_name(name), folder / name)
@@ -161,7 +161,7 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
 
 
 def _keep_ids(tokenizer: Tokenizer, folder: Path) -> None:
-    """See to it that the tokenizer in an exported ``folder`` is ``tokenizer``."""
+    """Ensure that the tokenizer in an exported ``folder`` is ``tokenizer``."""
     from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
     wanted = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
@@ -183,7 +183,7 @@ def _keep_ids(tokenizer: Tokenizer, folder: Path) -> None:
     write_json(path, {**kept, "tokenizer_class": "PreTrainedTokenizerFast", **special, "split_special_tokens": splits})
     for name in ("special_tokens_map.json", "added_tokens.json"):
         (folder / name).unlink(missing_ok=True)
-    log.info("the tokenizer was written as one that needs no files beside it")
+    log.info("the tokenizer was written as a self-contained tokenizer.json")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -199,12 +199,12 @@ def read_json(path: Path) -> dict[str, Any]:
     with file_errors(f"cannot read {path}", path, CheckpointError):
         content = path.read_bytes()
     try:
-        # As strict as a checkpoint's index, which takes some of it up: no NaN, no half characters, no endless nesting.
+        # As strict as a checkpoint's index, which stores some of it: no NaN, no lone surrogates, no deep nesting.
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object")
+        raise CheckpointError(f"{path} should contain a JSON object")
     return value
 
 

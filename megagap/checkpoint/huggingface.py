@@ -1,8 +1,8 @@
 """A checkpoint as a Hugging Face model: ``config.json``, safetensors shards, tokenizer. The way back is in
 ``huggingface_import``.
 
-Our tensors bear Hugging Face's names and our rotary embedding is the half-split one of ``transformers``, so weights
-are copied as they are.
+megagap's tensors have Hugging Face's names and its rotary embedding is the half-split one of ``transformers``, so
+weights are copied as they are.
 """
 
 from collections.abc import Callable
@@ -71,12 +71,12 @@ def export(
     weights that no run has trained.
     ``tokenizer``: a tokenizer's folder or file; None means the one the run was trained with, if it is still there.
     ``max_shard_size``: bytes of a safetensors file, which only a single larger tensor exceeds; one file at a time is
-    held in memory. ``progress`` is told the bytes done and their total.
-    ``output`` appears when whole, and must not exist or be empty.
-    Raises :class:`CheckpointError` if the checkpoint is damaged or no such model, or ``output`` cannot be written;
+    held in memory. ``progress`` is called with the bytes done and their total.
+    ``output`` appears when complete, and must not exist or be empty.
+    Raises :class:`CheckpointError` if the checkpoint is damaged or not such a model, or ``output`` cannot be written;
     :class:`DataError` if the tokenizer cannot be read or does not fit.
     """
-    require_new(output)  # before the time is spent
+    require_new(output)  # before spending time
     index = Index.read(checkpoint)
     model = read_model(checkpoint, index)
     names = check_tensors(checkpoint, index, model)
@@ -132,7 +132,7 @@ def plan_shards(tensors: dict[str, tuple[int, ...]], itemsize: int, max_size: in
 
 
 def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dict[str, Any]:
-    """``config.json``, with the rotary settings and the dtype as both transformers 4 and 5 look for them."""
+    """``config.json``, with the rotary settings and the dtype where transformers 4 and 5 look for them."""
     scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
     return {
         "architectures": ["LlamaForCausalLM"],

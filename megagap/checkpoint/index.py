@@ -3,11 +3,11 @@
 A checkpoint is a folder:
 
     step_00000100/
-      rank_00000.safetensors …   what each rank owned, every rectangle a tensor of its own
+      rank_00000.safetensors …   what each rank owned, one tensor per rectangle
       index.json                 {"checksum": of all that follows, "body": files, tensors with their chunks, state}
 
 The index is untrusted input: ``read`` checks every number against the others and against the files' sizes before a
-byte of theirs is used. Each byte of the folder is covered by an xxh3_64 checksum: chunk by chunk, each file's
+byte of them is used. Each byte of the folder is covered by an xxh3_64 checksum: chunk by chunk, each file's
 header, and the index itself.
 """
 
@@ -51,7 +51,7 @@ class _Record(BaseModel):
 class StoredFile(_Record):
     """A safetensors file of the folder."""
 
-    # A plain name: no way out of the folder.
+    # A plain name: no path out of the folder.
     name: Annotated[str, Field(pattern=r"^rank_[0-9]{5,9}\.safetensors$")]
     size: _Length
     """Bytes."""
@@ -61,7 +61,7 @@ class StoredFile(_Record):
 
 
 class Chunk(_Record):
-    """A rectangle of a tensor, row by row in bytes ``[begin, end)`` of a file."""
+    """A rectangle of a tensor, stored row by row in bytes ``[begin, end)`` of a file."""
 
     offsets: tuple[_Count, ...]
     sizes: tuple[_Length, ...]
@@ -94,13 +94,13 @@ class StoredTensor(_Record):
 
 
 class Index(_Record):
-    """What ``index.json`` holds."""
+    """The content of ``index.json``."""
 
     format: Literal[1] = 1
     files: tuple[StoredFile, ...]
     tensors: tuple[StoredTensor, ...]
     state: dict[str, Any]
-    """Small things: steps, data positions, settings. JSON values only; ``state.py`` reads and checks them."""
+    """Small values: steps, data positions, settings. JSON only; ``state.py`` reads and checks them."""
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
@@ -109,7 +109,7 @@ class Index(_Record):
             raw = (folder / INDEX_NAME).read_bytes()
         except FileNotFoundError:
             raise CheckpointError(
-                f"{folder} is no complete checkpoint: it has no {INDEX_NAME}\n"
+                f"{folder} is not a complete checkpoint: it has no {INDEX_NAME}\n"
                 "  give a folder such as RUN/checkpoints/step_00000100."
             ) from None
         except OSError as error:
@@ -149,7 +149,7 @@ class Index(_Record):
                 if chunk.file not in files:
                     raise damaged(folder, f"{where}: file {chunk.file!r} is not among the files")
                 if len(chunk.offsets) != len(tensor.shape) or len(chunk.sizes) != len(tensor.shape):
-                    raise damaged(folder, f"{where}: a chunk has not as many dimensions as the tensor")
+                    raise damaged(folder, f"{where}: a chunk and the tensor differ in their number of dimensions")
                 if chunk.end - chunk.begin != prod(chunk.sizes) * item or chunk.begin % item:
                     raise damaged(folder, f"{where}: bytes [{chunk.begin}, {chunk.end}) do not fit {chunk.sizes}")
             fault = _coverage_fault(tensor)
@@ -177,12 +177,12 @@ class Index(_Record):
         return [tensor.name for tensor in self.tensors if tensor.kind == kind]
 
     def tensor(self, folder: Path, kind: str, name: str) -> StoredTensor:
-        """Raises :class:`CheckpointError` if the checkpoint, which lies in ``folder``, does not hold it."""
+        """Raises :class:`CheckpointError` if the checkpoint, whose folder is ``folder``, does not contain it."""
         tensor = self._by_name.get((kind, name))
         if tensor is None:
             raise CheckpointError(
-                f"{folder} holds no {kind} of {name}\n"
-                f"  it has {len(self.names(kind))} tensors of this kind; is it a checkpoint of another model?"
+                f"{folder} does not contain {kind} of {name}\n"
+                f"  tensors of this kind: {len(self.names(kind))}; is it a checkpoint of another model?"
             )
         return tensor
 
@@ -197,7 +197,7 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _escaped(text: str) -> str:
-    """Bytes of paths that are not valid UTF-8, which Python holds as surrogates and JSON has not, written out."""
+    """Bytes of paths that are not valid UTF-8, which are surrogates in Python and impossible in JSON, written out."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -239,7 +239,7 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 def check_size(folder: Path, file: StoredFile) -> None:
-    """Raises :class:`CheckpointError` unless the file is there with all its bytes."""
+    """Raises :class:`CheckpointError` unless the file exists with all its bytes."""
     try:
         size = (folder / file.name).stat().st_size
     except OSError as error:
@@ -249,24 +249,24 @@ def check_size(folder: Path, file: StoredFile) -> None:
 
 
 def unusable(folder: Path, error: ValidationError, *within: str) -> CheckpointError:
-    """An index that is not damaged, yet holds something else than we would have written ``within`` a field."""
+    """The error for an intact index that has something in the field ``within`` that megagap does not write."""
     first = error.errors(include_url=False, include_input=False)[0]
     field = ".".join(map(str, (*within, *first["loc"]))) or "body"
     return CheckpointError(
         f"{folder}/{INDEX_NAME}: {field}: {first['msg'].removeprefix('Value error, ')}\n"
-        "  it was written by another version of megagap, is no checkpoint of a training run, or was tampered with."
+        "  it was written by another version of megagap, is not a checkpoint of a training run, or was tampered with."
     )
 
 
 def damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{folder} is damaged: {what}\n"
-        "  copy it again, or remove or rename the folder to go on from the checkpoint before it."
+        "  copy it again, or remove or rename the folder to resume from the checkpoint before it."
     )
 
 
 def _coverage_fault(tensor: StoredTensor) -> str | None:
-    """What keeps the chunks from covering each element exactly once; None if nothing does.
+    """Why the chunks do not cover each element exactly once; None if they do.
 
     Boxes that lie inside, do not overlap and add up to the volume leave no gap.
     """
@@ -275,7 +275,7 @@ def _coverage_fault(tensor: StoredTensor) -> str | None:
         return f"a chunk reaches beyond the shape {tensor.shape}"
     stored, whole = sum(prod(chunk.sizes) for chunk in tensor.chunks), prod(tensor.shape)
     if stored != whole:
-        return f"{stored:,} elements are stored of {whole:,}"
+        return f"{stored:,} elements are stored, the tensor has {whole:,}"
     if len(tensor.chunks) < 2:
         return None
     # Sort along the dimension that separates the chunks best, then compare each with its 1st, 2nd, … successor until

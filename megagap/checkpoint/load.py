@@ -1,4 +1,4 @@
-"""Reading a checkpoint: intersect what is wanted with what is listed, whatever layout wrote it.
+"""Reading a checkpoint: intersect what is requested with what is listed, whatever layout wrote it.
 
 Files are memory-mapped; of each, the header and the chunks that are used are verified against their checksums.
 """
@@ -31,7 +31,7 @@ from megagap.parallel.shard import Slice, whole
 
 
 def find_latest(checkpoints: Path) -> Path | None:
-    """The checkpoint to go on from in a run's folder of checkpoints; None if it has none.
+    """The checkpoint to resume from in a run's folder of checkpoints; None if it has none.
 
     That is the one ``latest`` names, or else the newest complete one.
     Raises :class:`CheckpointError` if there are checkpoints but none is complete.
@@ -68,8 +68,8 @@ def load_slices(
 ) -> None:
     """Fill the tensors of ``wanted`` in place from the checkpoint ``folder`` with this ``index``.
 
-    ``cast``: convert to the wanted dtype instead of refusing another one. ``may_grow``: names of parameters of which
-    more rows may be wanted than are stored; the rows beyond are left as they are.
+    ``cast``: convert to the requested dtype instead of refusing another one. ``may_grow``: names of parameters of which
+    more rows may be requested than are stored; the rows beyond are left as they are.
     Raises :class:`CheckpointError` if a tensor is missing, has another shape or dtype, or is damaged.
     """
     copies: dict[str, dict[Chunk, list[tuple[StoredTensor, tuple[slice, ...], Tensor]]]] = {}
@@ -115,17 +115,17 @@ def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool, may
     if stored.shape != part.shard.shape and not grown:
         raise CheckpointError(
             f"{folder}: {stored.kind} of {stored.name} has shape {list(stored.shape)}, "
-            f"this model wants {list(part.shard.shape)}\n  load it with the model settings it was trained with."
+            f"this model has {list(part.shard.shape)}\n  load it with the model settings it was trained with."
         )
     if stored.torch_dtype != part.tensor.dtype and not cast:
         raise CheckpointError(
             f"{folder}: {stored.kind} of {stored.name} is stored as {stored.torch_dtype}, "
-            f"wanted as {part.tensor.dtype}\n  load it with the precision it was trained with."
+            f"not as {part.tensor.dtype}\n  load it with the precision it was trained with."
         )
 
 
 def _intersect(stored: StoredTensor, part: Slice) -> Iterator[tuple[Chunk, tuple[slice, ...], Tensor]]:
-    """For every chunk that meets the slice: where in the chunk, and the view of the slice's tensor to fill."""
+    """For every chunk that overlaps the slice: where in the chunk, and the view of the slice's tensor to fill."""
     chunk_first, chunk_end = stored.boxes
     position = 0
     for offsets, sizes in rectangles(part.shard.sizes, part.start, part.stop):
@@ -144,7 +144,7 @@ def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[slice, ...]:
 
 
 def _map(folder: Path, file: StoredFile) -> mmap.mmap:
-    """A file's bytes, its header verified. The mapping ends with the last reference to it."""
+    """A file's bytes, with its header verified. The mapping ends with the last reference to it."""
     check_size(folder, file)
     try:
         with open(folder / file.name, "rb") as handle:

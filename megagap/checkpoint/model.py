@@ -19,21 +19,21 @@ from megagap.parallel.shard import Slice
 
 
 class SingleProcessModel(nn.Module):
-    """``model(tokens [b, s]) -> logits [b, s, vocab]``; ``model.settings`` tells its shape."""
+    """``model(tokens [b, s]) -> logits [b, s, vocab]``; ``model.settings`` has its shape."""
 
     def __init__(self, stage: LlamaStage) -> None:
         super().__init__()
         self.stage, self.settings = stage, stage.model
 
     def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """With ``caches`` of the tokens before, ``tokens`` [b, s] are added to them and the logits are the last
-        token's only, [b, 1, vocab]. Once the caches hold any, tokens come one by one: s = 1."""
+        """With ``caches`` of earlier tokens, ``tokens`` [b, s] are added to them and the logits are the last token's
+        only, [b, 1, vocab]. Once the caches are not empty, tokens must come one at a time: s = 1."""
         before = caches[0].length if caches else 0
         return self.stage.logits(self.stage(tokens, before + tokens.shape[1], caches))
 
     def empty_caches(self, positions: int, batch: int = 1) -> list[KeyValueCache]:
-        """One a layer, with room for ``positions`` tokens of each of ``batch`` sequences."""
-        self.stage.rotary_tables(positions)  # once, not longer and longer ones token by token
+        """One per layer, with room for ``positions`` tokens of each of ``batch`` sequences."""
+        self.stage.rotary_tables(positions)  # once, instead of growing them token by token
         shape = (batch, positions, self.settings.num_key_value_heads, self.settings.head_dim)
         like = self.stage.output
         return [
@@ -58,7 +58,7 @@ def load_model(path: str | Path, device: torch.device | None = None) -> SinglePr
 
 
 def build_model(settings: Model, dtype: torch.dtype, device: torch.device | None = None) -> SingleProcessModel:
-    """A model in eval mode whose weights are yet to be filled."""
+    """A model in eval mode whose weights are not set yet."""
     stage = build_stage(
         settings, [settings.num_hidden_layers], Mesh.single(device), sequence_parallel=False, dtype=dtype
     )
@@ -66,16 +66,16 @@ def build_model(settings: Model, dtype: torch.dtype, device: torch.device | None
 
 
 def stored_dtype(folder: Path, index: Index) -> torch.dtype:
-    """That of the weights; where they have several, the one that holds the values of all.
+    """The dtype of the weights; if they have several, the one that can represent all values.
 
     Raises :class:`CheckpointError` if there are none.
     """
     dtypes = {tensor.torch_dtype for tensor in index.tensors if tensor.kind == "weight"}
     if not dtypes:
-        raise CheckpointError(f"{folder} holds no weights\n  is it a checkpoint of a training run?")
+        raise CheckpointError(f"{folder} contains no weights\n  is it a checkpoint of a training run?")
     return widest(dtypes)
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that holds the values of all ``dtypes``, of which there is at least one."""
+    """The narrowest dtype that can represent the values of all ``dtypes``, of which there is at least one."""
     return reduce(torch.promote_types, dtypes)

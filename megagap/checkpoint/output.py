@@ -1,4 +1,4 @@
-"""Folders that a tool writes for a user: new, and there whole or not at all."""
+"""Folders that a tool writes for a user: new, and either complete or absent."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from megagap.files import file_errors, partial_name, publish, require_writable_f
 
 
 def require_new(output: Path) -> None:
-    """Raises :class:`CheckpointError` if ``output`` is there and no empty folder, or cannot be made where it is."""
+    """Raises :class:`CheckpointError` if ``output`` exists and is not an empty folder, or cannot be created."""
     if "\0" in str(output):
-        raise CheckpointError(f"{str(output)!r} cannot be the name of a folder: it holds a NUL character")
+        raise CheckpointError(f"{str(output)!r} cannot be the name of a folder: it contains a NUL character")
     with file_errors(f"cannot write {output}", output, CheckpointError):
         if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
             raise CheckpointError(f"{output} exists and is not empty\n  choose another output, or remove it first.")
@@ -22,9 +22,9 @@ def require_new(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which becomes ``output`` with the end of the block, or is removed.
+    """Yields a folder to write into, which becomes ``output`` at the end of the block, or is removed on an error.
 
-    Raises :class:`CheckpointError` naming ``output`` for what the system refuses.
+    Raises :class:`CheckpointError` naming ``output`` if the system refuses.
     """
     require_new(output)
     partial = partial_name(output)

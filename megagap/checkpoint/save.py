@@ -1,8 +1,8 @@
-"""Writing a checkpoint, so that it is there whole or not at all.
+"""Writing a checkpoint, so that it is either complete or absent.
 
 Each rank writes and syncs a file of what it owns into a temporary folder; rank 0 gathers what was written, checks that
-every element is there exactly once, writes the index, renames the folder, and points ``latest`` at it. A fault of one
-rank becomes the fault of all: nobody waits for it, nothing is committed.
+every element is there exactly once, writes the index, renames the folder, and points ``latest`` at it. If one
+rank fails, all fail: none waits for it, and nothing is committed.
 """
 
 import json
@@ -34,12 +34,12 @@ from megagap.files import publish, write_text
 from megagap.parallel.shard import Shard, Slice
 
 LATEST = "latest"
-"""Text file beside the checkpoints: the folder name of the one to go on from."""
+"""Text file beside the checkpoints: the folder name of the one to resume from."""
 
 STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 
 UNFINISHED = "partial_"
-"""How the name of a folder starts that is being written or removed."""
+"""Prefix of the name of a folder that is being written or removed."""
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Communicator(Protocol):
 
 
 class SingleProcess:
-    """The communicator of a process by itself."""
+    """The communicator of a single process."""
 
     rank = 0
     size = 1
@@ -83,7 +83,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one rank has to report: its file and chunks, or its fault."""
+    """What one rank reports: its file and chunks, or its fault."""
 
     file: StoredFile | None = None
     entries: tuple[_Entry, ...] = ()
@@ -100,9 +100,9 @@ def save_checkpoint(
 ) -> None:
     """Write ``folder``, a checkpoint of all ranks' slices and rank 0's ``state``. Every rank calls it.
 
-    ``slices``: what this rank owns; over all ranks every element of every tensor comes exactly once.
-    ``state``: small things, JSON values only. ``communicator``: None for a process by itself.
-    ``progress`` is told the bytes of each piece that this rank has written.
+    ``slices``: what this rank owns; over all ranks every element of every tensor occurs exactly once.
+    ``state``: small values, JSON only. ``communicator``: None for a single process.
+    ``progress`` is called with the bytes of each piece that this rank has written.
     An existing checkpoint of this name is replaced, and its parent's stale unfinished ones are removed.
     Raises :class:`CheckpointError` on every rank, and leaves nothing behind, if any rank fails.
     """
@@ -120,7 +120,7 @@ def save_checkpoint(
     cause: Exception | None = None
     try:
         outcome = _write_rank(partial / f"rank_{communicator.rank:05}.safetensors", slices, progress)
-    # Whatever it is, the others must hear of it instead of waiting.
+    # Whatever it is, the other ranks must be told instead of waiting.
     except Exception as error:
         cause = error
         outcome = _Outcome(fault=f"rank {communicator.rank}: {_describe(error)}")
@@ -155,7 +155,7 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A folder with all in it; of a link (a checkpoint moved to another disk, say) the link only."""
+    """A folder with its contents; for a link (a checkpoint moved to another disk, for example) only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -163,7 +163,7 @@ def _remove(path: Path) -> None:
 
 
 def step_folder_name(step: int) -> str:
-    """What the checkpoint after ``step`` steps is called."""
+    """The name of the checkpoint after ``step`` steps."""
     return f"step_{step:08}"
 
 
@@ -200,7 +200,7 @@ def _make_empty(partial: Path) -> None:
 
 def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], object]) -> _Outcome:
     """Write and sync one rank's safetensors file, in which every rectangle of every slice is a tensor."""
-    # Wider elements first keep every tensor aligned, as the format asks.
+    # Wider elements first keep every tensor aligned, as the format requires.
     ordered = sorted(slices, key=lambda part: -part.tensor.dtype.itemsize)
     pieces: list[list[Rectangle]] = [_global_rectangles(part) for part in ordered]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -313,7 +313,7 @@ def _describe(error: Exception) -> str:
 def _raise_everywhere(
     folder: Path, fault: str | None, communicator: Communicator, cause: Exception | None = None
 ) -> None:
-    """Tell every rank rank 0's verdict, and raise it there if there is a fault."""
+    """Send rank 0's verdict to every rank, and raise it there if it is a fault."""
     verdict = communicator.broadcast(fault)
     if verdict is not None:
         raise CheckpointError(f"{folder} was not written\n  {verdict}") from cause

@@ -1,7 +1,7 @@
 """The last stage of a datatrove pipeline: documents to token files (optional extra ``megagap[curate]``).
 
 Each task of an executor (local, Slurm, Ray) writes one pair, ``PREFIX-{rank}-of-{tasks}_text_document``, which
-``tools/merge_datasets.py`` puts together::
+``tools/merge_datasets.py`` merges::
 
     LocalPipelineExecutor(
         pipeline=[JsonlReader("crawl/"), GopherQualityFilter(), TokenFileWriter("web", "llama3/tokenizer.model")],
@@ -42,9 +42,9 @@ BATCH_CHARACTERS = 1 << 20
 class TokenFileWriter(PipelineStep):
     """Writes the texts of documents, and passes the documents on.
 
-    ``tokenizer`` is a specification for :func:`load_tokenizer`, to which ``special_tokens`` written out in a text are
-    text or tokens. A task that fails leaves no file; datatrove runs it
-    again. Raises :class:`DataError` as preprocessing does.
+    ``tokenizer`` is a specification for :func:`load_tokenizer`; ``special_tokens`` says whether special tokens that
+    are written out in a text are text or tokens. A task that fails leaves no file; datatrove runs it again. Raises
+    :class:`DataError` as preprocessing does.
     """
 
     name = "megagap token files"
@@ -72,7 +72,7 @@ class TokenFileWriter(PipelineStep):
             self.tokenizer, self.special_tokens
         )  # here, as an executor sends this object to its tasks
         if (self.append_eod and tokenizer.eod is None) or (self.prepend_bos and tokenizer.bos is None):
-            raise DataError(f"the tokenizer {self.tokenizer} lacks the special token to put around documents")
+            raise DataError(f"the tokenizer {self.tokenizer} lacks the special token to add to each document")
         bos, eod = (tokenizer.bos if self.prepend_bos else None), (tokenizer.eod if self.append_eod else None)
         encoder = Encoder(tokenizer, ["text"], bos, eod, self.min_tokens)
         prefix = f"{self.output_prefix}-{rank:05}-of-{world_size:05}_text_document"
@@ -139,7 +139,7 @@ class TokenFileWriter(PipelineStep):
 
 
 def _require_text(document: "Document") -> None:
-    """Raises :class:`DataError` naming a document whose text is none."""
+    """Raises :class:`DataError` naming a document whose text is not valid."""
     try:
         document.text.encode()
     except (AttributeError, UnicodeEncodeError) as error:

@@ -1,4 +1,4 @@
-"""What units hold: the texts of documents, and what is wrong with documents that have none."""
+"""What units contain: the texts of documents, and what is wrong with documents that have none."""
 
 import json
 import logging
@@ -31,14 +31,14 @@ class Fault:
     """A document that cannot be used."""
 
     line: int
-    """Of its unit, from 0."""
+    """Line or row within its unit, from 0."""
     reason: str
-    """In a few words, the same for all faults of a kind."""
+    """A few words, the same for all faults of a kind."""
     details: str
 
 
 def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | Fault]:
-    """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines hold none."""
+    """The texts of each document of a unit of lines or rows, one for each of ``keys``; blank lines contain none."""
     for number, read in _records(unit, keys):
         try:
             yield _texts_of(read(), keys)
@@ -47,7 +47,8 @@ def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | 
 
 
 Record = tuple[int, Callable[[], Any]]
-"""The number of a line or row in its unit, from 0, and what gives its document or raises :class:`BadDocument`."""
+"""The number of a line or row in its unit, from 0, and a function that returns its document or raises
+:class:`BadDocument`."""
 
 
 def record_numbers(unit: Unit) -> list[int]:
@@ -63,13 +64,13 @@ def _lines(data: bytes, keys: Sequence[str]) -> Iterator[Record]:
     quoted = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass") for key in keys]
     for number, line in enumerate(data.split(b"\n")):
         if line and not line.isspace():
-            # A key that comes twice is written twice; what else may be is told by a slower parser.
+            # A key that occurs twice is written twice; a slower parser decides what else it may be.
             may_repeat = any(line.count(key) > 1 for key in quoted)
             yield number, partial(_parse_strictly, line, keys) if may_repeat else partial(_parse, line)
 
 
 def _parse_strictly(line: bytes, keys: Sequence[str]) -> Any:
-    """As :func:`_parse`, but for a document that has one of ``keys`` more than once: parsers differ in what they take.
+    """As :func:`_parse`, but for a document that has one of ``keys`` more than once: parsers differ in which they take.
 
     Raises :class:`BadDocument`.
     """
@@ -111,24 +112,24 @@ def _parse(line: bytes) -> Any:
         return orjson.loads(line)
     except ValueError:
         pass
-    # What the fast parser refuses, Python's may take (NaN, say), and its messages say where.
+    # What the fast parser refuses, Python's may accept (NaN, for example), and its messages say where.
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadDocument("invalid UTF-8", f"not valid UTF-8, so not valid JSON: {error}") from None
     try:
-        # A whole number of more than 4,300 digits would be refused; no number's value is used.
+        # An integer of more than 4,300 digits would be refused; no number's value is used.
         return json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
         raise BadDocument("invalid JSON", f"not valid JSON at character {error.pos + 1}: {error.msg}") from None
     except RecursionError:
-        raise BadDocument("invalid JSON", "lists or objects within each other are nested too deeply") from None
+        raise BadDocument("invalid JSON", "lists or objects are nested too deeply") from None
 
 
 def _texts_of(document: Any, keys: Sequence[str]) -> tuple[str, ...]:
     """Raises :class:`BadDocument`."""
     if not isinstance(document, dict):
-        raise BadDocument("no JSON object", 'not a JSON object such as {"text": "…"}')
+        raise BadDocument("not a JSON object", 'not a JSON object such as {"text": "…"}')
     return tuple(_text_of(document, key) for key in keys)
 
 
@@ -138,12 +139,12 @@ def _text_of(document: dict[str, Any], key: str) -> str:
         raise BadDocument(f"no key {key!r}", details)
     text = document[key]
     if not isinstance(text, str):
-        raise BadDocument(f"{key!r} is no text", f"the value of {key!r} is {type(text).__name__}, not text")
+        raise BadDocument(f"{key!r} is not text", f"the value of {key!r} is {type(text).__name__}, not text")
     if not text.isascii():
         try:
-            text.encode()  # JSON may escape half of a surrogate pair, which is no text
+            text.encode()  # JSON may escape half of a surrogate pair, which is not valid text
         except ValueError as error:
-            raise BadDocument(f"{key!r} is no text", f"the value of {key!r} is no text: {error}") from None
+            raise BadDocument(f"{key!r} is not text", f"the value of {key!r} is not valid text: {error}") from None
     return text
 
 
@@ -172,7 +173,7 @@ def read_texts(
 
 
 def fault_in(unit: Unit, fault: Fault, lines_before: int = 0) -> DataError:
-    """Names file and line, or row; ``lines_before`` those that are not read, of a part of a file."""
+    """Names the file and line, or row; ``lines_before``: lines of the file before the part that is read."""
     number = unit.line + fault.line + lines_before
     return DataError(f"{unit.path}, {'row' if unit.kind == 'rows' else 'line'} {number}: {fault.details}")
 

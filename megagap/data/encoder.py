@@ -18,11 +18,11 @@ from megagap.data.units import Unit
 from megagap.errors import DataError
 
 REPORTED = 5
-"""Documents that cannot be used, of which file, line and fault are reported; the rest is counted."""
+"""Unusable documents that are reported with file, line and fault; further ones are only counted."""
 
 PIECE = 1 << 20
-"""Characters from which on a text is encoded in pieces, where that provably changes nothing: libraries take many times
-the memory of a text, and some more than linear time."""
+"""Texts of this many characters or more are encoded in pieces, where that provably changes nothing: libraries need many
+times the memory of a text, and some more than linear time."""
 TEXT_CUT = re.compile(r"[!-~](?= )")
 
 
@@ -36,7 +36,7 @@ class EncodedTexts:
     empty: int = 0
     short: int = 0
     special: int = 0
-    """Special tokens that are written out in them."""
+    """Number of special tokens written out in them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EncodedUnit:
     texts: list[EncodedTexts]
     """In the order of the keys."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Of the documents that cannot be used."""
+    """Unusable documents by reason."""
     faults: list[Fault] = field(default_factory=list)
     """The first of them."""
 
@@ -54,7 +54,7 @@ class Encoder:
     """Encodes units.
 
     ``bos`` and ``eod`` are put around each document, unless None. Documents of fewer than ``min_tokens`` tokens,
-    without counting these two, are left out, as are those of none.
+    not counting these two, are left out, as are empty ones.
     """
 
     tokenizer: TextEncoder
@@ -66,7 +66,7 @@ class Encoder:
     def __call__(self, unit: Unit) -> EncodedUnit:
         """A text that the tokenizer fails on is a fault. Raises :class:`DataError` for ids outside the vocabulary."""
         if unit.kind == "text":
-            # A piece of a document: whether it is too short, and where it ends, is seen by who puts it together.
+            # A piece of a document: whoever joins the pieces sees whether it is too short and where it ends.
             text = text_of(unit)
             if isinstance(text, Fault):
                 return EncodedUnit([], Counter([text.reason]), [text])
@@ -110,7 +110,7 @@ class Encoder:
         return [self._texts(unit, [document[i] for document in documents]) for i in range(len(self.keys))]
 
     def _fault_of(self, texts: Sequence[str], line: int) -> Fault | None:
-        """Of a document with these texts, what the tokenizer's library says if it fails on one."""
+        """For a document with these texts: what the tokenizer's library says if it fails on one."""
         try:
             self._ids(texts)
         except DataError as error:
@@ -142,7 +142,7 @@ class Encoder:
 
     def _ids(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """As of :meth:`TextEncoder.encode_flat`."""
-        if not (self.tokenizer.splits_at_blanks and any(len(text) > PIECE for text in texts)):
+        if not (self.tokenizer.splits_at_spaces and any(len(text) > PIECE for text in texts)):
             return self.tokenizer.encode_flat(texts)
         pieces = [list(pieces_of(text)) for text in texts]
         tokens, lengths = self.tokenizer.encode_flat([piece for parts in pieces for piece in parts])
@@ -154,14 +154,14 @@ class Encoder:
             wrong = int(tokens.max() if tokens.max() >= self.tokenizer.vocab_size else tokens.min())
             where = f"{unit.path}, from line {unit.line} on: " if unit else ""
             raise DataError(
-                f"{where}the tokenizer {self.tokenizer.spec} gave the id {wrong}, which is outside its "
+                f"{where}the tokenizer {self.tokenizer.spec} returned the id {wrong}, which is outside its "
                 f"vocabulary of {self.tokenizer.vocab_size:,}"
             )
         return tokens.astype(best_dtype(self.tokenizer.vocab_size), copy=False), lengths
 
 
 def pieces_of(text: str, size: int = PIECE) -> Iterator[str]:
-    """``text`` cut between visible ASCII characters and blanks into pieces of ``size`` characters or a little more."""
+    """``text`` cut between visible ASCII characters and spaces into pieces of ``size`` characters or a little more."""
     start = 0
     while found := TEXT_CUT.search(text, start + size - 1):
         yield text[start : found.end()]

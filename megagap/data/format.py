@@ -23,7 +23,7 @@ UINT16_VOCABULARY = 65_500
 
 LONGEST_SEQUENCE = 2**31 - 1
 BLOCK = 1 << 20
-"""Entries that full passes look at in one go, so that their memory stays flat."""
+"""Entries that full passes handle at a time, which bounds their memory."""
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:

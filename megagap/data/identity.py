@@ -1,4 +1,4 @@
-"""What tells a token file from another one built in its place, without reading it all."""
+"""Detects that a token file was rebuilt, without reading all of it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _WORDS = {"checksum": "checksum of sampled blocks", "manifest": "checksums of th
 
 
 def identify(prefix: str) -> Identity:
-    """Reads at most some 130 KB of a pair. Raises :class:`DataError` if it cannot be read."""
+    """Reads at most about 130 KB of a pair. Raises :class:`DataError` if it cannot be read."""
     dataset = IndexedDataset(prefix)
     digest = xxhash.xxh3_64()
     for path in (dataset.index_path, dataset.tokens_path):
@@ -45,7 +45,7 @@ def identify(prefix: str) -> Identity:
 
 
 def _stated_checksums(prefix: str) -> list[str] | None:
-    """Of ``.bin`` and ``.idx``, as ``PREFIX.json`` states them; None if there is none that does."""
+    """Those of ``.bin`` and ``.idx`` in ``PREFIX.json``; None if it is missing or has none."""
     try:
         files = json.loads(read_regular(f"{prefix}.json"))["files"]
         return [str(files[ending]["checksum"]) for ending in (".bin", ".idx")]
@@ -54,7 +54,7 @@ def _stated_checksums(prefix: str) -> list[str] | None:
 
 
 def differences(before: Identity, now: Identity) -> list[str]:
-    """What changed, in words. A manifest that was added or taken away changes nothing."""
+    """What changed, in words. Adding or removing a manifest is not a change."""
     return [
         f"{_WORDS.get(key, key)} was {before.get(key)}, is {now[key]}"
         for key in now
@@ -64,7 +64,7 @@ def differences(before: Identity, now: Identity) -> list[str]:
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What the file system says of a file, and changes when it is written."""
+    """File-system metadata that changes when a file is written."""
 
     device: int
     inode: int
@@ -73,7 +73,7 @@ class _Stamp:
 
 
 class Watch:
-    """Knows whether a pair is still what it was when this was made."""
+    """Detects whether a pair has changed since this was created."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -91,10 +91,10 @@ class Watch:
         if changes or [s and s.size for s in stamps] != [s and s.size for s in self._stamps]:
             raise DataError(
                 f"source {source} was rebuilt while the run reads it: {self.prefix}: {'; '.join(changes)}\n"
-                "  leave data sets alone while they are trained on. Put the old one back to go on from a checkpoint, "
+                "  do not change data sets during training. Restore the old one to resume from a checkpoint, "
                 "or start a new run."
             )
-        self._stamps = stamps  # the same content: a touch, or a copy put in its place
+        self._stamps = stamps  # the same content: touched, or replaced by a copy
 
     def _look(self) -> list[_Stamp | None]:
         stamps: list[_Stamp | None] = []
@@ -102,7 +102,7 @@ class Watch:
             try:
                 found = os.stat(self.prefix + ending)
             except (OSError, ValueError):
-                stamps.append(None)  # opening it says why
+                stamps.append(None)  # opening it reports why
             else:
                 stamps.append(_Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
         return stamps

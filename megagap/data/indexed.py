@@ -39,7 +39,7 @@ __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 class IndexedDataset(Sequence[NDArray[Any]]):
     """The sequences of a ``.bin``/``.idx`` pair, memory-mapped: ``ds[i]`` is a read-only view of the file.
 
-    It is named by its prefix, or by one of its files. While it is open, each of both counts as an open file.
+    It is given by its prefix, or by one of its files. While it is open, both files count as open files.
 
     Opening checks the header and the sizes of both files against each other, in constant time; :meth:`verify` looks
     at every entry. Raises :class:`DataError` for files that are missing, cut short, or of another format.
@@ -65,19 +65,19 @@ class IndexedDataset(Sequence[NDArray[Any]]):
         if index_size < HEADER.size:
             raise DataError(
                 f"{self.index_path} is {index_size:,} bytes, shorter than the {HEADER.size} bytes of a header\n"
-                "  the file was cut short, or is no token index. Preprocess the text again."
+                "  the file was cut short, or is not a token index. Preprocess the text again."
             )
         index = _map(self.index_path)
         magic, version, code, sequences, document_entries = HEADER.unpack_from(index)
         if magic != MAGIC:
             raise DataError(
-                f"{self.index_path} is no token index: it starts with {bytes(magic)!r} instead of {MAGIC!r}\n"
+                f"{self.index_path} is not a token index: it starts with {bytes(magic)!r} instead of {MAGIC!r}\n"
                 "  give the prefix of a .bin/.idx pair written by tools/preprocess_data.py or by Megatron."
             )
         if version != VERSION:
             raise DataError(f"{self.index_path} is of format version {version}; only version {VERSION} can be read")
         if code not in DTYPE_OF_CODE:
-            raise DataError(f"{self.index_path} has the unknown dtype code {code}; known are 1 to {len(DTYPE_OF_CODE)}")
+            raise DataError(f"{self.index_path} has the unknown dtype code {code}; known: 1 to {len(DTYPE_OF_CODE)}")
         self.dtype = DTYPE_OF_CODE[code]
         promised = HEADER.size + sequences * (4 + 8) + document_entries * 8
         if index_size != promised:
@@ -104,7 +104,7 @@ class IndexedDataset(Sequence[NDArray[Any]]):
             )
         if tokens_size % self.dtype.itemsize:
             raise DataError(
-                f"{self.tokens_path} is {tokens_size:,} bytes, no multiple of {self.dtype.itemsize} bytes a token"
+                f"{self.tokens_path} is {tokens_size:,} bytes, not a multiple of {self.dtype.itemsize} bytes per token"
             )
         self.tokens = np.frombuffer(_map(self.tokens_path) if tokens_size else b"", self.dtype)
 
@@ -215,7 +215,7 @@ def _size_of(path: str) -> int:
     prefix = path[: -len(".bin")]
     there = [ending for ending in (".bin", ".idx") if os.path.exists(prefix + ending)]
     if there:
-        hint = f"its {there[0]} is there: the pair is incomplete. Copy the other file too, or preprocess again."
+        hint = f"its {there[0]} exists: the pair is incomplete. Copy the other file too, or preprocess again."
     elif os.path.isdir(prefix):
         hint = f"{prefix} is a folder: give the prefix of a .bin/.idx pair in it."
     else:
@@ -228,7 +228,7 @@ def _map(path: str) -> mmap.mmap:
         try:
             return _map_once(path)
         except OSError as error:
-            # A memory map keeps its file open, so many shards are many open files.
+            # A memory map keeps its file open, so many shards mean many open files.
             if error.errno != errno.EMFILE or not allow_more_open_files():
                 raise
             return _map_once(path)
@@ -248,7 +248,7 @@ def _likely_cause(size: int, promised: int) -> str:
 class IndexedDatasetWriter:
     """Writes a ``.bin``/``.idx`` pair; a context manager.
 
-    The files appear under their names only when whole, the index last, on leaving the context without an exception.
+    The files appear under their names only when complete, the index last, on leaving the context without an exception.
     An existing pair is replaced, and what a killed writer left behind is removed. Memory does not grow with the number
     of documents. Raises :class:`DataError` for tokens that do not fit ``dtype``, and if the prefix has another writer.
     """

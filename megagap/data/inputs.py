@@ -1,4 +1,4 @@
-"""Files to be read, whole or in parts, and their content, decompressed. Which files: ``listing``."""
+"""Files to be read, whole or in part, and their content, decompressed. ``listing`` finds the files."""
 
 import gzip
 import io
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTANDARD_SKIPPED = tuple(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16))
-"""What a frame without content starts with; pzstd writes one before each other."""
+"""Start of a frame without content; pzstd writes one before every other frame."""
 ZSTANDARD_INPUT = 1 << 14
-"""Compressed bytes handed over at a time; what comes of them is held in memory."""
+"""Compressed bytes decompressed at a time; the result is held in memory."""
 ZSTANDARD_WINDOW = 1 << 31
-"""Bytes that a file may ask to look back; the most that ``zstd --long=31`` writes."""
+"""Largest window in bytes that a file may use; the most that ``zstd --long=31`` writes."""
 BUFFER = 1 << 18
 GLANCE = 1 << 14
-"""Bytes that are read of a file to see whether it can be read."""
+"""Bytes read from a file to check that it can be read."""
 
 READING_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""What reading :class:`Content` raises where a file is cut short or damaged."""
+"""What reading :class:`Content` raises for a truncated or damaged file."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Input:
 
     path: str
     size: int | None
-    """Bytes; None of a pipe, which can be read only once and in one go."""
+    """Bytes; None for a pipe, which can be read only once, from start to end."""
     modified: int = 0
-    """In ns, as the file system tells."""
+    """Modification time in ns."""
     start: int = 0
     stop: int | None = None
     """None for the end of the file."""
@@ -55,7 +55,7 @@ class Input:
 
     @property
     def share(self) -> int:
-        """Bytes that are to be read of it."""
+        """Bytes to be read from it."""
         return 0 if self.size is None else (self.size if self.stop is None else self.stop) - self.start
 
 
@@ -67,7 +67,7 @@ def shard(inputs: Sequence[Input], index: int, count: int) -> list[Input]:
     """
     assert 0 <= index < count, (index, count)
     if pipe := next((file.path for file in inputs if file.size is None), None):
-        raise DataError(f"{pipe} is no regular file: it cannot be shared out")
+        raise DataError(f"{pipe} is not a regular file: it cannot be split into shards")
     total = sum(file.share for file in inputs)
     first, last = total * index // count, total * (index + 1) // count
     part = []
@@ -101,7 +101,7 @@ def lines_before(file: Input) -> int:
 
 
 class Content:
-    """What a file holds, decompressed; a context manager. Reading raises :data:`READING_ERRORS`."""
+    """A file's content, decompressed; a context manager. Reading raises :data:`READING_ERRORS`."""
 
     def __init__(self, path: str, any_text: bool, buffer: int) -> None:
         self._file = _Summing(path)
@@ -110,7 +110,7 @@ class Content:
             decompressed = _decompressed(path, buffered)
             self.is_compressed = decompressed is not None
             self._stream = buffered if decompressed is None else io.BufferedReader(decompressed, buffer)
-            # A pipe gives what has come so far, which tells less.
+            # A pipe returns what has arrived so far, which says less.
             looked_at = min(buffer, LOOKED_AT) if self._file.is_regular else 0
             self.kind = kind_of(path, self._stream.peek(LOOKED_AT), looked_at, any_text)
             if self.kind == "rows" and (self.is_compressed or not self._file.is_regular):
@@ -128,13 +128,13 @@ class Content:
         return self._stream.readline(limit)
 
     def skip_to(self, position: int) -> None:
-        """Go on at a byte of a file that is not compressed."""
+        """Continue at a byte of a file that is not compressed."""
         assert not self.is_compressed
         self._stream.seek(position)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file that were read so far, perhaps ahead."""
+        """Bytes of the file read so far, perhaps ahead."""
         return self._file.count
 
     @property
@@ -152,8 +152,8 @@ class Content:
 def open_content(path: str, any_text: bool = False, buffer: int = BUFFER) -> Content:
     """Open a file; ``any_text`` as in :class:`Input`. ``buffer`` bytes are read at a time.
 
-    Raises :class:`NotTextError` if it is something else than text for training, or compressed in a way that is not
-    known, and :class:`DataError` if it is damaged already.
+    Raises :class:`NotTextError` if it is something other than text for training, or compressed in an unknown format,
+    and :class:`DataError` if its start is damaged.
     """
     try:
         return Content(path, any_text, buffer)
@@ -162,18 +162,18 @@ def open_content(path: str, any_text: bool = False, buffer: int = BUFFER) -> Con
 
 
 def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
-    if isinstance(error, OSError) and error.errno:  # the system's, not that of a library
+    if isinstance(error, OSError) and error.errno:  # from the system, not from a library
         place = f" beyond line {line:,}" if line else ""
         return DataError(f"cannot read {path}{place}: {system_reason(error)}")
-    fault = "its compressed data ends before their end marker" if isinstance(error, EOFError) else str(error)
+    fault = "its compressed data ends before the end marker" if isinstance(error, EOFError) else str(error)
     return DataError(
         f"{path} cannot be read beyond line {line:,}: {fault}\n"
-        "  the file is cut short or damaged (disk full? copy interrupted?). Copy or make it again."
+        "  the file is cut short or damaged (disk full? copy interrupted?). Copy or create it again."
     )
 
 
 class _Summing(io.RawIOBase):
-    """A file that counts and sums what is read of it."""
+    """A file that counts and checksums what is read from it."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -203,12 +203,12 @@ class _Summing(io.RawIOBase):
 
 
 def _decompressed(path: str, file: "io.BufferedReader[_Summing]") -> io.RawIOBase | None:
-    """What a compressed file holds; None for one that is not compressed."""
+    """The content of a compressed file; None if it is not compressed."""
     start = file.peek(8)
     if len(start) < 4 and path.lower().endswith((*COMPRESSED_ENDINGS, ".parquet")):
         raise DataError(
-            f"{path} has only {len(start)} bytes, too few for what its name says\n"
-            "  the file is cut short (disk full? copy interrupted?). Copy or make it again."
+            f"{path} has only {len(start)} bytes, too few for the format that its name implies\n"
+            "  the file is cut short (disk full? copy interrupted?). Copy or create it again."
         )
     if start.startswith(GZIP_MAGIC):
         return cast(io.RawIOBase, gzip.GzipFile(fileobj=file))  # a BufferedIOBase, which serves as well
@@ -220,7 +220,7 @@ def _decompressed(path: str, file: "io.BufferedReader[_Summing]") -> io.RawIOBas
 class _ZstandardFile(io.RawIOBase):
     """The content of a Zstandard file: its frames one after the other.
 
-    The library's own reader takes a file that is cut short for one that has ended.
+    The library's own reader mistakes a truncated file for a complete one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -233,7 +233,7 @@ class _ZstandardFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        # Filled, though frames be short, for a file's kind is told by what the first call gives.
+        # Fill the buffer even if frames are short: a file's kind is determined from the first call's result.
         target, filled = memoryview(buffer), 0
         while filled < len(target) and (self._content or self._decompress()):
             count = min(len(target) - filled, len(self._content))

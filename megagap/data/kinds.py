@@ -1,6 +1,6 @@
-"""What a file holds, told by how it starts: JSON lines, plain text, Parquet, or something else that is refused by name.
+"""What a file contains, by how it starts: JSON lines, plain text, Parquet, or another format that is refused by name.
 
-Content decides, not the name, but for one thing: a file is plain text only if it is called ``*.txt`` and does not start
+Content decides, not the name, with one exception: a file is plain text only if it is named ``*.txt`` and does not start
 with a line that is a JSON object.
 """
 
@@ -19,11 +19,11 @@ Kind = Literal["lines", "text", "rows"]
 
 TEXT_ENDING = ".txt"
 ENDINGS = (".jsonl", ".ndjson", ".jsonlines", TEXT_ENDING, ".parquet")
-"""A file with one of these names, in small or capital letters, is meant to be text for training."""
+"""A file with one of these name endings, in lower or upper case, is meant to be text for training."""
 COMPRESSED_ENDINGS = (".gz", ".gzip", ".zst", ".zstd")
 
 LOOKED_AT = 1 << 16
-"""Bytes at the start of a file by which its kind is told."""
+"""Bytes at the start of a file that determine its kind."""
 
 AS_JSON_LINES = 'write its texts as JSON lines, one object per line: {"text": "…"}'
 FROM_ARROW = "write it as JSON lines first: datasets.load_from_disk(FOLDER).to_json('text.jsonl')"
@@ -40,7 +40,7 @@ UNREAD_COMPRESSION = {
     b"Rar!\x1a": "RAR",
 }
 OTHER_FORMATS = {
-    MAGIC: ("is the index of a token file, which holds no text", "train on it, or give the text that it was made of."),
+    MAGIC: ("is the index of a token file, not text", "train on it, or give the text that it was made from."),
     ENCRYPTED_PARQUET_MAGIC: ("is an encrypted Parquet file", "write it again without encryption."),
     b"ARROW1": ("is an Arrow file", FROM_ARROW),
     b"\xff\xff\xff\xff": ("is an Arrow file, such as datasets.save_to_disk writes", FROM_ARROW),
@@ -52,7 +52,7 @@ OTHER_FORMATS = {
     GIT_LFS_POINTER: GIT_LFS_FAULT,
     b"WARC/1.": ("is a web archive (WARC)", "extract the text of its pages first, such as with datatrove."),
 }
-"""By what they start with: what they are, and what to do."""
+"""By their first bytes: what they are, and what to do."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
@@ -63,7 +63,7 @@ OBJECT_ON_A_LINE = re.compile(rb"^\s*\{", re.MULTILINE)
 
 
 class NotTextError(DataError):
-    """A file holds something else than text for training; ``what`` says what, in a few words after its name."""
+    """A file is something other than text for training; ``what`` says what, in a few words after its name."""
 
     what: str = ""
 
@@ -89,8 +89,8 @@ def _without_compression(path: str) -> str:
 def kind_of(path: str, start: bytes, looked_at: int, any_text: bool) -> Kind:
     """The kind of a file whose content starts with ``start``.
 
-    ``looked_at`` is how many bytes that is at least, unless they are all; 0 if it may be fewer, as of a pipe.
-    ``any_text`` takes every file for plain text that does not start like JSON. Raises :class:`NotTextError`.
+    ``looked_at``: at least that many bytes, unless the file is shorter; 0 if it may be fewer, as from a pipe.
+    ``any_text`` takes every file that does not start like JSON as plain text. Raises :class:`NotTextError`.
     """
     if start.startswith(PARQUET_MAGIC):
         return "rows"
@@ -98,7 +98,7 @@ def kind_of(path: str, start: bytes, looked_at: int, any_text: bool) -> Kind:
     head = start.removeprefix(BYTE_ORDER_MARK).lstrip()
     line, end, _ = head.partition(b"\n")
     if _without_compression(path).endswith(TEXT_ENDING):
-        if not end and looked_at and len(start) >= looked_at:  # a long line, of which we see the beginning
+        if not end and looked_at and len(start) >= looked_at:  # only the start of a long line
             return "lines" if STARTS_AN_OBJECT.match(line) else "text"
         return "lines" if isinstance(parse_line(line), dict) else "text"
     if any_text and not head.startswith(b"{") and not re.match(rb"\[\s*\{", head):
@@ -111,13 +111,13 @@ def kind_of(path: str, start: bytes, looked_at: int, any_text: bool) -> Kind:
 def _refuse_other_formats(path: str, start: bytes) -> None:
     for magic, name in UNREAD_COMPRESSION.items():
         if start.startswith(magic):
-            what = f"is compressed with {name}, which is not read; known are gzip and Zstandard"
+            what = f"is compressed with {name}, which is not supported; gzip and Zstandard are"
             raise NotTextError.of(path, what, "decompress it, or compress it with one of these.")
     for magic, (what, advice) in OTHER_FORMATS.items():
         if start.startswith(magic):
             raise NotTextError.of(path, what, advice)
     if start.startswith(UTF16_MARKS):
-        raise NotTextError.of(path, "is in UTF-16; only UTF-8 is read", "convert it: iconv -f UTF-16 -t UTF-8")
+        raise NotTextError.of(path, "is in UTF-16; only UTF-8 is supported", "convert it: iconv -f UTF-16 -t UTF-8")
     if start[TAR_MAGIC_AT:].startswith(TAR_MAGIC):
         raise NotTextError.of(path, "is a tar archive", "unpack it, and give the files.")
     seen = start[:4096]
@@ -130,7 +130,7 @@ def _refuse_other_formats(path: str, start: bytes) -> None:
 
 
 def _refuse_other_texts(path: str, head: bytes) -> None:
-    """``head`` is how a file starts that should hold JSON lines: no blank first."""
+    """``head``: the start of a file that should be JSON lines, without leading white space."""
     line, end, rest = head.partition(b"\n")
     first = parse_line(line)
     if isinstance(first, dict) or (isinstance(first, list) and rest.strip()):
@@ -138,11 +138,11 @@ def _refuse_other_texts(path: str, head: bytes) -> None:
     if isinstance(first, list) or STARTS_AN_ARRAY.match(line.strip()):
         what = "is a JSON array, not JSON lines: one object per line"
         raise NotTextError.of(path, what, f"convert it: jq -c '.[]' {quote(path)} > {quote(_stem(path))}.jsonl")
-    if end and line.startswith(b"{") and _goes_on_below(line, rest):
+    if end and line.startswith(b"{") and _continues_below(line, rest):
         if b'"manifest_version"' in head:
-            what = "is the manifest of a token file, which holds no text"
-            raise NotTextError.of(path, what, "give the text that it was made of.")
-        what = "is JSON over several lines, not JSON lines: one object per line"
+            what = "is the manifest of a token file, not text"
+            raise NotTextError.of(path, what, "give the text that it was made from.")
+        what = "is JSON spread over several lines, not JSON lines: one object per line"
         raise NotTextError.of(path, what, f"convert it: jq -c . {quote(path)} > {quote(_stem(path))}.jsonl")
     if not head or OBJECT_ON_A_LINE.search(head):
         return
@@ -155,24 +155,24 @@ def _refuse_other_texts(path: str, head: bytes) -> None:
     shown = line[:40].decode("utf-8", "backslashreplace")
     if path.lower().endswith((".parquet", *COMPRESSED_ENDINGS)):
         what = f"is not what its name says: it starts with {shown!r}"
-        raise NotTextError.of(path, what, "the file is damaged, or has another's name. Copy or make it again.")
+        raise NotTextError.of(path, what, "the file is damaged or misnamed. Copy or create it again.")
     raise NotTextError.of(
         path,
-        f"holds no JSON lines: it starts with {shown!r}",
-        'give one JSON object per line, {"text": "…"}, or call a plain text *.txt.',
+        f"is not JSON lines: it starts with {shown!r}",
+        'give one JSON object per line, {"text": "…"}, or name a plain text *.txt.',
     )
 
 
 def parse_line(line: bytes) -> object:
-    """What a line holds as JSON; None if it does not."""
+    """A line parsed as JSON; None if it is not valid."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
 
 
-def _goes_on_below(line: bytes, rest: bytes) -> bool:
-    """Whether an object begins on this line and ends on a later one: what is there is right, but not all."""
+def _continues_below(line: bytes, rest: bytes) -> bool:
+    """Whether an object begins on this line and ends on a later one: valid so far, but incomplete."""
     text = line.decode("utf-8", "replace").rstrip()
     try:
         json.loads(text)

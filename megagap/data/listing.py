@@ -1,8 +1,8 @@
-"""Which files the names that a user gave mean. Each file is read, refused, or left unread with a reason that is told.
+"""Which files a user's inputs refer to. Each file is read, refused, or left unread with a reason that is reported.
 
-A file that was named is read or refused. Of those found in a folder or by a pattern, files that hold text for training
-are read, whatever their names, and others are not; but one that is named like text (``*.jsonl``) and does not hold any
-is refused, and so is a folder that cannot be looked into.
+A file that was named is read or refused. Of those found in a folder or by a pattern, files that contain text for
+training are read, whatever their names, and others are not; but one that is named like text (``*.jsonl``) and is not
+is refused, and so is a folder that cannot be listed.
 """
 
 import os
@@ -21,11 +21,11 @@ from megagap.errors import DataError, printable
 from megagap.files import reading
 
 NAMED = 10
-"""Files of a kind that a note names; the manifest names all."""
+"""Files per reason that a note lists; the manifest lists all."""
 LONGEST_LINE = 1 << 26
-"""Bytes of a first line that are looked at to find its keys."""
+"""Bytes of a first line that are read to find its keys."""
 UNFINISHED = re.compile(r"\.partial(\.[a-z]|-\d+$)")
-"""In the names of files that a tool of ours is writing, or left unfinished."""
+"""In the names of files that a megagap tool is writing, or left unfinished."""
 
 FileId = tuple[int, int]
 """Device and inode: the same for all names of a file."""
@@ -33,7 +33,7 @@ FileId = tuple[int, int]
 
 @dataclass(frozen=True)
 class Unread:
-    """A file, or a folder with all that it holds, that is not read."""
+    """A file, or a folder with all its contents, that is not read."""
 
     path: str
     reason: str
@@ -44,9 +44,9 @@ class Listing:
     inputs: list[Input]
     unread: list[Unread]
     again: list[str]
-    """Files that are read once, though more than one name stands for them."""
+    """Files that are read once, though given by more than one name."""
     twice: list[str]
-    """Files that are read more than once, as they were named so."""
+    """Files that are read more than once, because they were named more than once."""
 
     @property
     def notes(self) -> list[str]:
@@ -61,7 +61,7 @@ class Listing:
         if self.again:
             notes.append(f"{_count(self.again)} read once, though named more than once: {_some(self.again)}")
         if self.twice:
-            notes.append(f"{_count(self.twice)} read again, since named more than once: {_some(self.twice)}")
+            notes.append(f"{_count(self.twice)} read again because named more than once: {_some(self.twice)}")
         if empty := [file.path for file in self.inputs if file.size == 0]:
             notes.append(f"{_count(empty)} empty: {_some(empty)}")
         return notes
@@ -89,9 +89,9 @@ def list_inputs(
 ) -> Listing:
     """The files that ``names`` mean, in their order: files, folders and glob patterns (all that these find, by path).
 
-    Links are followed. ``is_output`` tells what is written by this very command, which is passed over in silence.
+    Links are followed. ``is_output``: whether a file is output of this same command, which is skipped silently.
     ``keys`` are those of texts; ``any_text`` is that of :class:`Input`. Raises :class:`DataError` for a name without
-    files to read, and for a file that cannot be read or holds no text.
+    files to read, and for a file that cannot be read or is not text.
     """
     lister = _Lister(keys, is_output, any_text)
     for name in names:
@@ -111,7 +111,7 @@ class _Lister:
         self._is_output = is_output
         self._any_text = any_text
         self._folders: dict[FileId, str] = {}
-        """That were looked into for the name at hand."""
+        """Folders listed for the current name."""
         self._files: dict[FileId, str] = {}
         self._named: set[FileId] = set()
 
@@ -130,7 +130,7 @@ class _Lister:
         count = sum([self._add_found(path) for path in found])
         if count:
             return
-        what = f"the folder {name} holds no file to read" if is_folder else f"no file matches {name}"
+        what = f"the folder {name} contains no file to read" if is_folder else f"no file matches {name}"
         if found and is_pattern:
             what = f"no file that matches {name} can be read"
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in [*self.unread.items()][before:][:NAMED])
@@ -143,11 +143,11 @@ class _Lister:
         except DataError:
             if os.path.exists(f"{path}.idx"):
                 raise DataError(
-                    f"{path} is the prefix of a token file, which holds no text\n"
-                    "  train on it, or give the text that it was made of."
+                    f"{path} is the prefix of a token file, not text\n"
+                    "  train on it, or give the text that it was made from."
                 ) from None
             if path == "-":
-                raise DataError("there is no file -\n  to read standard input, give /dev/stdin.") from None
+                raise DataError("no such file: -\n  to read standard input, give /dev/stdin.") from None
             raise
         if self._is_output(path):
             return
@@ -175,12 +175,12 @@ class _Lister:
             status = os.stat(path)
         except OSError as error:
             target = f"a link to {os.readlink(path)}: " if os.path.islink(path) else ""
-            return self._leave(path, f"{target}{error.strerror}")
+            return self._skip(path, f"{target}{error.strerror}")
         if not stat.S_ISREG(status.st_mode):
             self._note_unread(path, "not a regular file")
             return False
         if UNFINISHED.search(os.path.basename(path)):
-            self._note_unread(path, "an unfinished file of megagap's")
+            self._note_unread(path, "an unfinished file of megagap")
             return False
         identity = (status.st_dev, status.st_ino)
         if identity in self._files:
@@ -195,7 +195,7 @@ class _Lister:
         self._take(path, status)
         return True
 
-    def _leave(self, path: str, reason: str) -> bool:
+    def _skip(self, path: str, reason: str) -> bool:
         if is_named_like_text(path):
             raise DataError(f"cannot read {path}: {reason}")
         self._note_unread(path, reason)
@@ -205,13 +205,13 @@ class _Lister:
         with open_content(path, self._any_text, GLANCE) as content:
             if content.kind == "rows":
                 with parquet.open_table(path, self._keys):
-                    pass  # what it lacks is told now, not when it is its turn
+                    pass  # a missing column is reported now, not when its turn comes
         self._files.setdefault((status.st_dev, status.st_ino), path)
-        self.unread.pop(path, None)  # found before as one to leave, and now named
+        self.unread.pop(path, None)  # found earlier as one to skip, and now named
         self.inputs.append(Input(path, status.st_size, status.st_mtime_ns, any_text=self._any_text))
 
     def _reason_against(self, path: str) -> str | None:
-        """Why a file that is not named like text is not read; None if it holds some."""
+        """Why a file that is not named like text is not read; None if it is text."""
         try:
             with open_content(path, buffer=GLANCE) as content:
                 if content.kind != "lines":
@@ -228,7 +228,7 @@ class _Lister:
             return "damaged or cut short"
         document = parse_line(line)
         if not isinstance(document, dict):
-            return "its first line is no JSON object" if line else "it has only blank lines"
+            return "its first line is not a JSON object" if line else "it has only blank lines"
         if not any(key in document for key in self._keys):
             return f"its first line has no key {' or '.join(map(repr, self._keys))}"
         return None
@@ -247,7 +247,7 @@ class _Lister:
         for name in self._entries(folder):
             path = os.path.join(folder, name)
             is_folder = os.path.isdir(path)
-            if name.startswith((".", "_")):  # as Spark and others name what is no data
+            if name.startswith((".", "_")):  # how Spark and others name files that are not data
                 self._note_hidden(path)
             elif is_folder:
                 yield from self._walk(path)
@@ -259,7 +259,7 @@ class _Lister:
             self._note_unread(os.path.join(path, "") if os.path.isdir(path) else path, "hidden")
 
     def _entries(self, folder: str) -> list[str]:
-        """The names in a folder; none if it was looked into under another name, as links may have it."""
+        """The names in a folder; none if it was already listed under another name, as through a link."""
         with reading(f"the folder {folder}"):
             status = os.stat(folder or ".")
             first = self._folders.setdefault((status.st_dev, status.st_ino), folder)
@@ -278,7 +278,7 @@ class _Lister:
         """The files below a folder that the parts of a pattern match, and those in the folders that they match."""
         part, *rest = parts
         if part == "**":
-            # Itself stands for no folder, or for each one here and the same below it.
+            # ** matches no folder, or each folder here and the same below it.
             yield from self._match(folder, rest or ["*"])
             following = parts
         else:

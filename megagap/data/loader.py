@@ -24,12 +24,12 @@ class Batch:
     """Index of each sequence's source, int64 [m, b]."""
     source_count: int
     positions: torch.Tensor | None = None
-    """With a document mask: the place of each token in its document, int64 [m, b, s + 1]."""
+    """With a document mask: the position of each token in its document, int64 [m, b, s + 1]."""
     documents: list[Documents] | None = None
     """The same of the inputs, for each microbatch."""
 
     def to(self, device: torch.device) -> "Batch":
-        """On a GPU without waiting for it, from pinned memory."""
+        """To a GPU asynchronously, from pinned memory."""
 
         def moved(part: torch.Tensor) -> torch.Tensor:
             return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
@@ -48,8 +48,8 @@ class MicrobatchLoader:
 
     The rank's part is contiguous: the batch in rank order is the batch in sample order. ``global_batch_size`` must be
     a multiple of ``micro_batch_size * dp_size``. ``workers`` threads read the steps that follow ahead, up to position
-    ``end`` if given; none: each step is read when it is asked for. What they meet is raised at the step that it spoils.
-    A context manager, which ends them.
+    ``end`` if given; with 0, each step is read when it is asked for. A worker's exception is raised at the step that it
+    affects. A context manager, which stops them.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class MicrobatchLoader:
     def step(self, first_sample: int) -> Batch:
         """This rank's part of the samples at positions ``first_sample … + global_batch_size``."""
         batch = self._read(first_sample) if self._pool is None else self._next(first_sample)
-        self._tell_epochs(first_sample)
+        self._log_epochs(first_sample)
         return batch
 
     def close(self) -> None:
-        """End the workers; what they have read ahead is dropped."""
+        """Stop the workers; what they have read ahead is dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead = {}
@@ -124,7 +124,7 @@ class MicrobatchLoader:
             documents,
         )
 
-    def _tell_epochs(self, first: int) -> None:
+    def _log_epochs(self, first: int) -> None:
         """Log which sources begin another epoch within the step."""
         position, before = self._epochs or (-1, [])
         if position != first:

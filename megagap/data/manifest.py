@@ -1,4 +1,4 @@
-"""``PREFIX.json`` beside a ``.bin``/``.idx`` pair: what it was made of and with, so that it can be accounted for."""
+"""``PREFIX.json`` beside a ``.bin``/``.idx`` pair: what it was made from and how."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
 OnError = Literal["stop", "skip"]
-"""What to do about a document that is malformed or lacks a text: end with its error, or leave it out."""
+"""What to do about a document that is malformed or lacks a text: stop with an error, or leave it out."""
 
 PACKAGES = ("megagap", "numpy", "orjson", "tokenizers", "tiktoken", "sentencepiece", "pyarrow", "gigatoken")
 
@@ -37,7 +37,7 @@ def _shard(value: str) -> str:
 
 def _dtype(value: str) -> str:
     if value not in {dtype.name for dtype in DTYPE_OF_CODE.values()}:
-        raise ValueError("is no type of tokens")
+        raise ValueError("is not a token dtype")
     return value
 
 
@@ -62,7 +62,7 @@ class InputRecord(_Strict):
 
 
 class UnreadRecord(_Strict):
-    """A file, or a folder with all that it holds, that was found among the inputs and was not read."""
+    """A file, or a folder with all its contents, that was found among the inputs and was not read."""
 
     path: Text
     reason: Text
@@ -72,11 +72,11 @@ class TokenizerRecord(_Strict):
     spec: Text
     kind: str
     fingerprint: str
-    """Of what its ids mean (:func:`megagap.data.tokenizer.fingerprint`)."""
+    """Checksum of what its ids mean (:func:`megagap.data.tokenizer.fingerprint`)."""
     checksum: str
     """xxh3_64 of its file."""
     effective: str | None = None
-    """xxh3_64 of the ``tokenizer.json`` that gives the same ids without files beside it; null of other kinds."""
+    """xxh3_64 of the ``tokenizer.json`` that gives the same ids without files beside it; null for other kinds."""
     vocab_size: NonNegativeInt
     bos: int | None
     eod: int | None
@@ -94,7 +94,7 @@ class Arguments(_Strict):
     """I/N: part I of N, from 0."""
     on_error: OnError
     special_tokens: SpecialTokens | None = None
-    """What those written out in a text became; null of manifests from before there was a choice."""
+    """What those written out in a text became; null in manifests older than this option."""
 
 
 class LeftOut(_Strict):
@@ -118,11 +118,11 @@ class FileRecord(_Strict):
 
 
 class Manifest(_Strict):
-    """All there is to know of a pair."""
+    """All there is to know about a pair."""
 
     manifest_version: Literal[1] = 1
     key: Text
-    """Of JSON or Parquet documents, the name of the text."""
+    """For JSON or Parquet documents, the key of the text."""
     dtype: Annotated[str, AfterValidator(_dtype)]
     documents: NonNegativeInt
     tokens: NonNegativeInt
@@ -135,7 +135,7 @@ class Manifest(_Strict):
     arguments: Arguments
     inputs: list[InputRecord]
     unread: list[UnreadRecord] = []
-    """Files among the inputs that hold no text for training."""
+    """Files among the inputs that are not text for training."""
     files: dict[str, FileRecord]
     """``.bin`` and ``.idx``."""
     versions: dict[str, str]
@@ -151,7 +151,7 @@ class Manifest(_Strict):
             with reading(prefix + ending):
                 checksum = checksum_of(prefix + ending)
             if checksum != file.checksum:
-                raise DataError(f"{prefix}{ending} is damaged: it has another checksum than its manifest says")
+                raise DataError(f"{prefix}{ending} is damaged: its checksum is not the one in its manifest")
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -161,7 +161,7 @@ def manifest_path(prefix: str | Path) -> Path:
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """The manifest of a pair; None if it has none.
 
-    Raises :class:`DataError` if it cannot be read, is no manifest, or belongs to files of other sizes.
+    Raises :class:`DataError` if it cannot be read, is not a manifest, or belongs to files of other sizes.
     """
     path = manifest_path(prefix)
     try:
@@ -174,19 +174,19 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         named = ((".".join(map(str, fault["loc"])) or "all of it", fault["msg"]) for fault in error.errors())
         faults = "\n".join(f"  {place}: {message}" for place, message in named)
         raise DataError(
-            f"{path} is no manifest of a token file that this version can read:\n{faults}\n"
+            f"{path} is not a token-file manifest that this version can read:\n{faults}\n"
             "  if it is something else, give it another name; without a manifest the pair can still be used."
         ) from None
     if manifest.files.keys() != {".bin", ".idx"}:
-        raise DataError(f"{path} should tell of a .bin and an .idx, not of {', '.join(manifest.files) or 'nothing'}")
+        raise DataError(f"{path} should list a .bin and an .idx, not {', '.join(manifest.files) or 'nothing'}")
     for ending, file in manifest.files.items():
         try:
             size = Path(f"{prefix}{ending}").stat().st_size
         except OSError:
-            continue  # whoever opens the pair says that it is incomplete
+            continue  # whoever opens the pair reports that it is incomplete
         if size != file.size:
             raise DataError(
-                f"{prefix}{ending} is {size:,} bytes, and {path} tells of one of {file.size:,}\n"
+                f"{prefix}{ending} is {size:,} bytes, but {path} says {file.size:,}\n"
                 "  they do not belong together: the pair was damaged or replaced. Preprocess the text again."
             )
     return manifest
@@ -211,7 +211,7 @@ def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages, as far as they are there, that tokens may depend on."""
+    """Versions of Python and of the installed packages that tokens may depend on."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:

@@ -1,8 +1,8 @@
 """Megatron's order of samples, index for index, for runs that move between the two systems.
 
 Verified against megatron-core. Unlike the shuffled order it changes with the planned number of samples, and what it
-needs grows with the data: 8 bytes a document, 12 bytes a document and epoch, 4 bytes a sample, 2 bytes a sample of a
-mixture. Nothing is cached: a cumulative sum and a binary search stand for Megatron's index files.
+needs grows with the data: 8 bytes per document, 12 per document and epoch, 4 per sample, 2 per sample of a mixture.
+Nothing is cached: a cumulative sum and a binary search replace Megatron's index files.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ SURPLUS = 0.005
 """Megatron builds each source of a mixture for so many more samples than it plans to draw."""
 
 LAST_EPOCH_SHARE = 0.80
-"""A last epoch of which less than this is wanted is shuffled by itself, so that the earlier ones are read whole."""
+"""A last epoch of which less than this is needed is shuffled separately, so that the earlier ones are read whole."""
 
 COUNTED_EVERY = 1 << 14
-"""Samples of a mixture between two counts that are kept."""
+"""Samples of a mixture between two stored counts."""
 
 
 class DocumentShuffle:
@@ -78,8 +78,8 @@ class DocumentShuffle:
 class MegatronOrder:
     """A run of ``planned`` samples; of one source alone, or of a mixture.
 
-    Of ``drawn`` samples, where the run leaves some out: what lies beyond the plan comes from what it builds too much.
-    Raises :class:`DataError` if that does not suffice.
+    With ``drawn`` samples, where the run skips some: those beyond the plan come from its surplus.
+    Raises :class:`DataError` if that is too small.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class MegatronOrder:
             DocumentShuffle(source.document_lengths(), count, sequence_length, seed)
             for source, count in zip(sources, built, strict=True)
         ]
-        # One more than all hold tells that it does not suffice.
+        # One more than all sources have shows that the surplus is too small.
         self.planned = max(sum(wanted), min(drawn, sum(map(len, self.shuffles)) + 1))
         self._choice = blend(shares.tolist(), self.planned) if len(sources) > 1 else np.zeros(self.planned, np.int16)
         counts = [np.zeros(len(sources), np.int64)]
@@ -110,8 +110,8 @@ class MegatronOrder:
             if count > len(shuffle):
                 raise DataError(
                     f"train.skip_samples: without what is left out, the run needs at least {count:,} samples of "
-                    f"source {source.source.name}, and Megatron's order for train.steps holds {len(shuffle):,}\n"
-                    "  leave out fewer."
+                    f"source {source.source.name}, but Megatron's order for train.steps has {len(shuffle):,}\n"
+                    "  skip fewer samples."
                 )
         self._sources = sources
 
@@ -141,7 +141,7 @@ class MegatronOrder:
         return self.shuffles[source].place(k)
 
     def progress(self, source: int, k: int) -> tuple[int, int]:
-        """The epoch that k samples come to, and what they are over it in tokens: epochs are mixed in this order."""
+        """The epoch that k samples reach, and the tokens read of it: epochs are mixed in this order."""
         shuffle = self.shuffles[source]
         return divmod(k * shuffle.length, shuffle.tokens)
 

@@ -1,4 +1,4 @@
-"""Several token files laid end to end into one, in constant memory: what preprocessing all their inputs would give."""
+"""Several token files concatenated into one, in constant memory: what preprocessing all their inputs would give."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ def merge_datasets(
     manifests = [read_manifest(prefix) for prefix in inputs]
     known = [(prefix, manifest) for prefix, manifest in zip(inputs, manifests, strict=True) if manifest]
     warnings = list(_warnings(inputs, known))
-    _require_same_making(known)
+    _require_same_options(known)
     _require_whole_shards(known)
     for warning in warnings:
         log.warning("%s", warning)
@@ -70,16 +70,16 @@ def merge_datasets(
 
 
 def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
-    """The type of all pairs' tokens. They are opened one after the other: each would keep two files open.
+    """The type of all pairs' tokens. They are opened one at a time: each keeps two files open.
 
-    Raises :class:`DataError` if they are of different types, or cannot be arranged anew.
+    Raises :class:`DataError` if they are of different types, or cannot be rearranged.
     """
     first = IndexedDataset(inputs[0])
     for prefix in inputs:
         dataset = IndexedDataset(prefix)
         if dataset.dtype != first.dtype:
             raise DataError(
-                f"{first.prefix} holds tokens of type {first.dtype.name}, {prefix} of type {dataset.dtype.name}\n"
+                f"{first.prefix} has tokens of type {first.dtype.name}, {prefix} of type {dataset.dtype.name}\n"
                 "  they come from different tokenizers; preprocess one of them again."
             )
         if arranged and len(dataset) != dataset.document_count:
@@ -95,7 +95,7 @@ def _warnings(inputs: Sequence[str], manifests: Sequence[tuple[str, Manifest]]) 
     yield from same_texts(manifests)
 
 
-def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
+def _require_same_options(manifests: Sequence[tuple[str, Manifest]]) -> None:
     for prefix, other in manifests[1:]:
         first, one = manifests[0]
         for name, ours, theirs in (
@@ -110,27 +110,25 @@ def _require_same_making(manifests: Sequence[tuple[str, Manifest]]) -> None:
 def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
     """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice.
 
-    Each goes on with the same key, where the one before stopped in a file, or with another file.
+    Each continues with the same key, where the one before stopped in a file, or with another file.
     """
     expected, count, key, seam = 0, 0, "", 0
     for prefix, manifest in manifests:
         found = manifest.arguments.shard
         index, of = map(int, found.split("/")) if found else (0, 1)
         if index != expected or (index and of != count):
-            wanted = f"shard {expected}/{count}" if expected else "the first shard of a whole"
-            raise DataError(
-                f"{prefix} is shard {index}/{of}, where {wanted} should be\n  give all shards in their order."
-            )
+            wanted = f"shard {expected}/{count}" if expected else "the first shard of a set"
+            raise DataError(f"{prefix} is shard {index}/{of}, where {wanted} should be\n  give all shards in order.")
         inputs = manifest.inputs
         if index and (manifest.key != key or (inputs and inputs[0].start != seam)):
             raise DataError(
-                f"{prefix} is shard {index}/{of} of another whole than the one before\n  give all shards of one whole."
+                f"{prefix} is shard {index}/{of} of a different set than the one before\n  give all shards of one set."
             )
         expected, count, key = (index + 1) % of, of, manifest.key
         if inputs or not index:
             seam = (inputs[-1].stop or 0) if inputs else 0
     if expected:
-        raise DataError(f"shard {expected}/{count} is missing\n  give all shards in their order.")
+        raise DataError(f"shard {expected}/{count} is missing\n  give all shards in order.")
 
 
 def _merged(

@@ -25,7 +25,7 @@ MODULUS = 2**64
 class Mixture:
     """Sources drawn in proportion to ``weights``, which need not add up to 1.
 
-    ``offset`` shifts the rotation, 0 ≤ offset < 2^64. Raises :class:`DataError` for weights that are no weights.
+    ``offset`` shifts the rotation, 0 ≤ offset < 2^64. Raises :class:`DataError` for invalid weights.
     """
 
     def __init__(self, weights: Sequence[float], offset: int = 0) -> None:

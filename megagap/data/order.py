@@ -1,4 +1,4 @@
-"""What orders of samples are made of: keyed stateless permutations, windows, and splits of documents."""
+"""The building blocks of sample orders: keyed stateless permutations, windows, and splits of documents."""
 
 import hashlib
 import json

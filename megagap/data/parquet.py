@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 PLAIN_TYPES = {"string_view": "large_string", "binary_view": "large_binary"}
-"""What views are turned into, by the names of pyarrow's types."""
+"""What view types are converted to, by the names of pyarrow's types."""
 
 
 class Table:
@@ -53,7 +53,7 @@ class Table:
         if found != expected:
             raise DataError(
                 f"{self._path} is damaged: row group {group} should end with row {expected:,} and ends with {found:,}\n"
-                "  copy or make it again."
+                "  copy or create it again."
             )
 
     def _next(self, batches: Iterator[Any], first: int) -> Any:
@@ -87,11 +87,11 @@ def open_table(path: str, columns: Sequence[str]) -> Iterator[Table]:
             if column not in names:
                 raise DataError(f"{path} has no column {column!r}; it has {', '.join(map(repr, names))}")
             if names.count(column) > 1:
-                raise DataError(f"{path} has {names.count(column)} columns {column!r}: which of them is meant?")
+                raise DataError(f"{path} has {names.count(column)} columns {column!r}: which one is ambiguous")
         if sum(rows) != file.metadata.num_rows:
             raise DataError(
                 f"{path} is damaged: it should have {file.metadata.num_rows:,} rows and has {sum(rows):,}\n"
-                "  copy or make it again."
+                "  copy or create it again."
             )
         yield Table(path, file, columns)
 
@@ -104,7 +104,7 @@ def _errors_in(path: str, row: int) -> Iterator[None]:
     except DataError as error:
         raise DataError(
             f"{error.args[0]}\n"
-            "  if the file is cut short or damaged (disk full? copy interrupted?), copy or make it again."
+            "  if the file is cut short or damaged (disk full? copy interrupted?), copy or create it again."
         ) from None
 
 
@@ -134,14 +134,14 @@ def row_of(batch: Any, number: int) -> dict[str, Any]:
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         with library_errors(f"the value of {name!r} cannot be read"):
             value = column[number]
-            # Of text the bytes, to tell invalid UTF-8 from what else may be wrong.
+            # For text its bytes, to distinguish invalid UTF-8 from other errors.
             value = value.as_buffer() if hasattr(value, "as_buffer") else value.as_py()
         values[name] = str(value, "utf-8") if hasattr(value, "to_pybytes") else value
     return values
 
 
 def _compact(rows: Any) -> Any:
-    """``rows`` with texts of their own: of dictionaries and views, each slice would carry along the whole."""
+    """``rows`` with their own copies of texts: each slice of a dictionary or view would carry along the whole."""
     import pyarrow
 
     for i, column in enumerate(rows.columns):

@@ -1,7 +1,7 @@
 """A ``.bin``/``.idx`` pair while it is being written: how it is locked, continued after a kill, and published.
 
 ``PREFIX.partial.*`` are its files: ``tokens`` (the ``.bin`` to be), ``lengths`` and ``documents`` (the parts of the
-``.idx``, on disk so that memory does not grow with the number of documents), ``index``, ``manifest``, and what else its
+``.idx``, on disk so that memory does not grow with the number of documents), ``index``, ``manifest``, and what else the
 writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
 """
 
@@ -23,9 +23,9 @@ from megagap.errors import DataError, system_reason
 from megagap.files import Lock, LockedError, make_folder, partial_name, publish
 
 PARTS = ("tokens", "lengths", "documents")
-"""What a pair is written to."""
+"""The files that a pair is written to."""
 COPIED_BYTES = 1 << 23
-"""Read at a time when a whole file is passed over."""
+"""Bytes read at a time in a pass over a whole file."""
 
 
 class CannotWriteError(DataError):
@@ -35,11 +35,11 @@ class CannotWriteError(DataError):
 def lock_pair(prefix: str) -> Lock:
     """The right to write the pair, until it is released.
 
-    Raises :class:`DataError` naming the holder, and :class:`CannotWriteError` where the pair's files could not be
-    written and given their names.
+    Raises :class:`DataError` naming the holder, and :class:`CannotWriteError` if the pair's files could not be
+    written and renamed.
     """
     if not os.path.basename(prefix):
-        raise DataError(f"the prefix {prefix!r} lacks the name of a file")
+        raise DataError(f"the prefix {prefix!r} does not end in a file name")
     make_folder(Path(prefix).parent)
     try:
         lock = Lock(f"{prefix}.lock")
@@ -61,7 +61,7 @@ def lock_pair(prefix: str) -> Lock:
 
 
 def _require_publishable(prefix: str) -> None:
-    """What would else fail when all is done fails now: writing and renaming, and replacing what has the final names.
+    """What would otherwise fail at the end fails now: writing, renaming, and replacing files with the final names.
 
     Raises OSError.
     """
@@ -89,7 +89,7 @@ def _require_publishable(prefix: str) -> None:
 
 
 def _require_mutable(path: str) -> None:
-    """Of a file without write permission the name can be given to another file; of an immutable one (chattr) not."""
+    """A file without write permission can be replaced by renaming; an immutable one (chattr) cannot."""
     try:
         os.close(os.open(path, os.O_WRONLY))
     except OSError as error:
@@ -114,7 +114,7 @@ def partial_path(prefix: str, part: str) -> Path:
 def making_pair(prefix: str) -> Iterator[None]:
     """For a block that makes a pair in one go: it has the lock, and what it leaves unfinished is removed.
 
-    Raises :class:`DataError` if another one has the lock.
+    Raises :class:`DataError` if another process has the lock.
     """
     lock = lock_pair(prefix)
     try:
@@ -156,7 +156,7 @@ class Position:
     sequences: int = 0
     documents: int = 0
     open: int = 0
-    """Tokens, counted in ``tokens``, of a sequence that has not ended."""
+    """Tokens, included in ``tokens``, of a sequence that has not ended."""
     checksum: str = ""
     """xxh3_64 of the tokens' bytes."""
 
@@ -173,7 +173,7 @@ class Written:
 class PartialPair:
     """Appends to the partial files of ``prefix``, whose lock the caller holds; from ``position`` on if one is given.
 
-    ``stem`` begins the names of its parts, where a prefix has two. Raises :class:`DataError` if the files do not hold
+    ``stem`` begins the names of its parts, if a prefix has two. Raises :class:`DataError` if the files do not contain
     what ``position`` says. All writing may raise OSError.
     """
 
@@ -200,16 +200,16 @@ class PartialPair:
         for part, size in zip(PARTS, sizes, strict=True):
             file = self._files[part]
             if file.seek(0, os.SEEK_END) < size:
-                raise DataError(f"{file.name} holds less than was written to it: it cannot be continued")
+                raise DataError(f"{file.name} is shorter than what was written to it: it cannot be resumed")
             file.truncate(size)
             file.seek(size)
         lengths = sum(int(np.frombuffer(b, "<i4").sum(dtype=np.int64)) for b in blocks_of(self._paths["lengths"]))
         if lengths != position.tokens - position.open:
-            raise DataError(f"{self._files['lengths'].name} does not hold what was written to it: it was damaged")
+            raise DataError(f"{self._files['lengths'].name} does not contain what was written to it: it is damaged")
         for block in blocks_of(self._paths["tokens"]):
             self._hash.update(block)
         if self._hash.hexdigest() != position.checksum:
-            raise DataError(f"{self._files['tokens'].name} does not hold what was written to it: it was damaged")
+            raise DataError(f"{self._files['tokens'].name} does not contain what was written to it: it is damaged")
 
     @property
     def tokens(self) -> int:
@@ -288,7 +288,7 @@ class PartialPair:
 
     def close(self) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # a full disk would fail here again, in place of the error that says so
+            with suppress(OSError):  # a full disk would fail here again and hide the first error
                 file.close()
 
     def __enter__(self) -> Self:
@@ -329,9 +329,9 @@ def _index(prefix: str, dtype: np.dtype[Any], position: Position) -> Iterator[by
 
 
 def publish_pair(prefix: str) -> None:
-    """Give complete partial files their names; goes on where it was interrupted. The caller holds the lock."""
+    """Give complete partial files their names; resumes if interrupted. The caller holds the lock."""
     if partial_path(prefix, "tokens").exists():
-        # An old index or manifest must not stand beside new tokens, should we be killed in between.
+        # An old index or manifest must not remain beside new tokens if this is killed in between.
         for ending in (".idx", ".json"):
             Path(prefix + ending).unlink(missing_ok=True)
         publish(partial_path(prefix, "tokens"), f"{prefix}.bin")

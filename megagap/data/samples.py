@@ -2,7 +2,7 @@
 
 Training sample n comes from the source that the mixture of its phase draws for n, and is that source's k-th sample in
 the shuffled order, k being how often the source was drawn before, in whatever phase. Ranks, workers and the length of
-the run play no part.
+the run have no influence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ class Phase:
 
     name: str
     samples: int
-    """How many; of the last phase, that does not matter."""
+    """How many; ignored for the last phase."""
     sequence_length: int
     sources: tuple[Source, ...]
 
@@ -59,10 +59,10 @@ class Order(Protocol):
 
 
 class TrainingData:
-    """The series of training samples that ``phases`` and ``seed`` give, without the numbers in ``skip``.
+    """The sequence of training samples given by ``phases`` and ``seed``, without the numbers in ``skip``.
 
-    A phase holds as many samples as it says, skipped ones not counted: positions are what is counted, numbers are what
-    a sample is known by. The last phase has no end. ``planned``, for Megatron's order: how many samples that plans for.
+    A phase has as many samples as it says, not counting skipped ones: positions are counted, numbers identify samples.
+    The last phase has no end. ``planned``: for how many samples Megatron's order is planned.
     The order within a source depends on its name, not on its path; the mixture on weights and order of the sources.
     """
 
@@ -77,7 +77,7 @@ class TrainingData:
     ) -> None:
         self.phases, self.seed, self.numbers = list(phases), seed, SampleNumbers(skip)
         self.ids: Ids | None = None
-        """What their tokenizer says of the ids, if it is known."""
+        """What their tokenizer declares about the ids, if known."""
         self._positions = list(accumulate((phase.samples for phase in phases[:-1]), initial=0))
         named: dict[str, Source] = {}
         for phase in phases:
@@ -113,7 +113,7 @@ class TrainingData:
 
     @property
     def names(self) -> list[str]:
-        """Of the sources of all phases, in the order of their first appearance."""
+        """Names of the sources of all phases, in the order of their first appearance."""
         return [source.source.name for source in self.sources]
 
     def sample(self, position: int) -> Sample:
@@ -135,7 +135,7 @@ class TrainingData:
     def read(
         self, first: int, count: int, *, with_positions: bool = False
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
-        """All there is to train on at positions ``first … first + count - 1``.
+        """The training data at positions ``first … first + count - 1``.
 
         Tokens, int64 [count, s + 1]; each sample's index into :attr:`sources`, int64 [count]; and if asked for how far
         each token lies behind its document's start, or the sample's, int64 [count, s + 1]. Raises :class:`DataError` if
@@ -145,7 +145,7 @@ class TrainingData:
         spans: dict[int, list[tuple[int, int]]] = {}
         for _, i, place in places:
             spans.setdefault(i, []).extend(place.stretches)
-        self._require_unchanged(spans)  # a file that was cut short would end the process where it is read
+        self._require_unchanged(spans)  # reading a truncated memory-mapped file kills the process
         samples = [self._read_documents(i, place) for _, i, place in places]
         self._require_unchanged(spans)
         tokens = np.stack([sample for sample, _ in samples])
@@ -165,7 +165,7 @@ class TrainingData:
         return [self.order.progress(i, max(k - 1, 0))[0] for i, k in enumerate(self.drawn(position))]
 
     def identities(self) -> dict[str, list[Identity]]:
-        """By source: what tells its shards from rebuilt ones."""
+        """By source: the identities of its shards, which detect rebuilt ones."""
         return {source.source.name: source.identities() for source in self.sources}
 
     def _places(self, first: int, last: int) -> Iterator[tuple[int, int, Place]]:
@@ -194,8 +194,8 @@ class TrainingData:
 
 
 def require_distinct_names(sources: Sequence[Source]) -> None:
-    """Raises :class:`DataError` if two sources have one name."""
+    """Raises :class:`DataError` if two sources have the same name."""
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"two sources are named {name}: tell them apart with name = …")
+            raise DataError(f"two sources are named {name}: give each a name of its own with name = …")

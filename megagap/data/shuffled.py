@@ -1,11 +1,12 @@
 """The shuffled order: which tokens a source's k-th sample reads, for any k, whatever lengths the samples have.
 
-A pass over a source is shared by some thousand readers. Each has a stretch of its own and reads on from where it is, a
-sequence at a visit; rounds visit all of them, each round in an order of its own drawn from (seed, source, epoch,
+A pass over a source is shared by a few thousand readers. Each has a stretch of its own and continues where it stopped,
+one sequence per visit; rounds visit all of them, each round in an order of its own drawn from (seed, source, epoch,
 round). So neighbouring samples come from far apart, and what a pass has yet to read stays in long stretches: when a
-phase changes the length of sequences, the readers simply go on with the new one. A reader's last tokens that fill no
-sequence any more are put together with those of others when all have read their whole ones; the last of these, less
-than one sequence, are left out of the pass. A source of fewer windows than readers is a permutation of its windows.
+phase changes the sequence length, the readers simply continue with the new one. Tokens at the end of a reader's stretch
+that do not fill a sequence are joined with those of other readers once all have read their whole sequences; what is
+left then, less than one sequence, is not read in this pass. A source of fewer windows than readers is a permutation of
+its windows.
 """
 
 from bisect import bisect_right
@@ -20,7 +21,7 @@ from megagap.data.mixture import Mixture
 from megagap.data.order import permute, stable_key, window_count
 
 READERS = 4096
-"""Most readers of a source. More would mix better, and leave shorter stretches."""
+"""Maximum number of readers of a source. More would mix better, and leave shorter stretches."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,20 @@ class Place:
     """Where a sample lies in its source."""
 
     epoch: int
-    """From 0: how often the source was read as a whole before."""
+    """From 0: how many times the whole source was read before."""
     stretches: list[tuple[int, int]]
     """Token indices [start, stop) in reading order, sequence_length + 1 in all."""
 
 
 class _Pass:
-    """What is left to read of a source, in stretches [low, high) of its inputs, as sequences of one length."""
+    """The rest of a source, in stretches [low, high) of its inputs, read as sequences of one length."""
 
     def __init__(self, low: NDArray[np.int64], high: NDArray[np.int64], length: int) -> None:
         self.low, self.high, self.length = low, high, length
         self.visits = (high - low) // length
         """Whole sequences of each reader."""
         self._order = np.argsort(-self.visits, kind="stable")  # the readers of a round come first
-        # Between two levels of rounds the number of readers is the same.
+        # Between two levels, rounds have the same number of readers.
         ends = np.unique(self.visits[self.visits > 0])
         self._rounds = np.concatenate(([0], ends[:-1])) if len(ends) else np.zeros(0, np.int64)
         self._readers = np.array([(self.visits > level).sum() for level in self._rounds], np.int64)
@@ -55,7 +56,7 @@ class _Pass:
         """Where sequence k lies, its last target included."""
         assert 0 <= k < self.sequences, (k, self.sequences)
         if k >= self.visited:
-            return self._gleaned(k - self.visited)
+            return self._leftover_sequence(k - self.visited)
         turn, index, order = self._round_of(k, key)
         start = int(self.low[order[index]]) + turn * self.length
         return [(start, start + self.length + 1)]
@@ -81,8 +82,8 @@ class _Pass:
         turn += int(self._rounds[level])
         return turn, index, self._order[_round_order((*key, turn), readers)]
 
-    def _gleaned(self, j: int) -> list[tuple[int, int]]:
-        """The j-th sequence of what the readers left, put together in their order."""
+    def _leftover_sequence(self, j: int) -> list[tuple[int, int]]:
+        """The j-th sequence joined from what the readers left over, in their order."""
         at, stop = j * self.length, (j + 1) * self.length
         reader = int(np.searchsorted(self._tail_ends, at, side="right"))
         found: list[tuple[int, int]] = []
@@ -90,7 +91,7 @@ class _Pass:
             end = int(self._tail_ends[reader])
             begin = int(self.high[reader]) - (end - at)
             count = min(stop, end) - at
-            if found and found[-1][1] == begin:  # the text goes on
+            if found and found[-1][1] == begin:  # the text continues
                 found[-1] = (found[-1][0], begin + count)
             elif count:
                 found.append((begin, begin + count))
@@ -135,7 +136,7 @@ class SourceOrder:
 
     def set_length(self, k: int, length: int) -> None:
         """From sample k on, not below that of the call before, samples have ``length`` tokens."""
-        if self._starts and self._starts[-1] == k:  # of the length before nothing is read: it leaves no trace
+        if self._starts and self._starts[-1] == k:  # nothing was read at the previous length: it leaves no trace
             self._starts.pop()
             self._legs.pop()
         if not self._legs:
@@ -171,7 +172,7 @@ class SourceOrder:
 
 @dataclass(frozen=True)
 class PhaseDraws:
-    """Samples from number ``first`` on: of which sources (indices), in which shares, how long."""
+    """Samples from number ``first`` on: from which sources (indices), in which shares, how long."""
 
     first: int
     sequence_length: int
@@ -185,7 +186,7 @@ class ShuffledOrder:
     def __init__(self, phases: Sequence[PhaseDraws], names: Sequence[str], tokens: Sequence[int], seed: int) -> None:
         self.phases = phases
         self._firsts = [phase.first for phase in phases]
-        # One rotation for all phases: where one ends and the next goes on with the same weights, nothing shows.
+        # One rotation for all phases: if the next one has the same weights, the boundary makes no difference.
         self.mixtures = [Mixture(phase.weights, stable_key("mixture", seed)) for phase in phases]
         self.orders = [SourceOrder(name, seed, count) for name, count in zip(names, tokens, strict=True)]
         self._drawn = [[0] * len(names)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 class SampleNumbers:
     """The numbers 0, 1, 2, … without the half-open ranges ``skip``, which may overlap and come in any order.
 
-    The n-th sample trained on is then number ``number(n)``; leaving out later numbers moves no earlier ones.
+    The n-th sample trained on is then number ``number(n)``; skipping later numbers does not move earlier ones.
     """
 
     def __init__(self, skip: Sequence[tuple[int, int]] = ()) -> None:

@@ -1,8 +1,8 @@
-"""Sources: what stands in token files, as one row of tokens for each part of a split.
+"""Sources: the contents of token files, as one row of tokens for each part of a split.
 
-Opening costs the same whatever the number of documents. What an index says of the documents is checked where they are
-read: the sequences that hold the tokens must follow each other without gaps, in the order of the index and within the
-part. So no token is given that is not where the index has it; ``tools/inspect_data.py PREFIX --verify`` checks all.
+Opening costs the same whatever the number of documents. What an index says about documents is checked where they are
+read: the sequences that contain the tokens must follow each other without gaps, in the order of the index and within
+the part. So every token returned is where the index says; ``tools/inspect_data.py PREFIX --verify`` checks all.
 """
 
 import os
@@ -24,12 +24,12 @@ TRAINING, VALIDATION, WHOLE = 0, 1, None
 """Which part of a source's split to read."""
 
 CHECKED_AT_OPENING = 1024
-"""Entries of an index that are looked at before anything is read of them: at its start, and around the part's ends."""
+"""Index entries that are checked on opening: at the start, and around the part's ends."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of tokens; several prefixes are shards that are read one after the other."""
+    """A source of tokens; several prefixes are shards that are read one after another."""
 
     name: str
     prefixes: tuple[str, ...]
@@ -63,7 +63,7 @@ class TokenSource:
         self.source, self.split, self.part, self.vocab_size = source, split, part, vocab_size
         if same := same_pairs(source.prefixes, source.prefixes):
             count = same.count(same[0]) + 1
-            raise DataError(f"source {source.name} has {same[0]} {count} times: an epoch would read it as often")
+            raise DataError(f"source {source.name} lists {same[0]} {count} times: an epoch would read it that often")
         self._watches = [Watch(prefix) for prefix in source.prefixes]
         datasets = [IndexedDataset(prefix) for prefix in source.prefixes]
         self._datasets = datasets
@@ -80,7 +80,7 @@ class TokenSource:
         first = 0
         for dataset, watch in zip(datasets, self._watches, strict=True):
             if dataset.dtype.kind not in "iu":
-                raise DataError(f"{dataset.index_path} holds {dataset.dtype.name} values, which are no token ids")
+                raise DataError(f"{dataset.index_path} contains {dataset.dtype.name} values, which are not token ids")
             low, high = (min(max(bound - first, 0), len(dataset)) for bound in (start, stop))
             for begin in {0, max(low - 1, 0), max(high - 1, 0)}:
                 _require_row(dataset, begin, min(begin + CHECKED_AT_OPENING, len(dataset)))
@@ -90,14 +90,15 @@ class TokenSource:
             first += len(dataset)
 
     def require(self, sequence_length: int) -> None:
-        """Raises :class:`DataError` if there is not one sequence."""
+        """Raises :class:`DataError` if the part is shorter than one sequence."""
         if window_count(self.token_count, sequence_length):
             return
         part = "" if self.part is None else f" in its {('training', 'validation', 'test')[self.part]} part of split "
         share = part and f'{part}"{self.split}"'
         start, stop = self.document_range
+        documents = "1 document" if stop - start == 1 else f"{stop - start:,} documents"
         raise DataError(
-            f"source {self.source.name} has {self.token_count:,} tokens in {stop - start:,} documents{share}; "
+            f"source {self.source.name} has {self.token_count:,} tokens in {documents}{share}; "
             f"one sequence needs {sequence_length + 1:,}\n"
             f"  add text to {self.source.prefixes[0]}, change data.split, or lower the sequence length."
         )
@@ -109,7 +110,7 @@ class TokenSource:
     def read_documents(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens [start, stop), int64, a copy; and where each of their documents ends, counted from ``start``, int64.
 
-        The last one ends at ``stop``, whether or not it goes on.
+        The last one ends at ``stop``, whether or not it continues.
         """
         parts, ends, at = [], [], 0
         for piece, first, last in self._stretches(start, stop):
@@ -118,7 +119,7 @@ class TokenSource:
             at += last - first
         tokens = parts[0].astype(np.int64) if len(parts) == 1 else np.concatenate(parts).astype(np.int64)
         if self.vocab_size is not None and (tokens.max() >= self.vocab_size or tokens.min() < 0):
-            self._report_foreign_token(start, stop)
+            self._report_token_out_of_range(start, stop)
         return tokens, ends[0] if len(ends) == 1 else np.concatenate(ends)
 
     def documents(self, start: int, stop: int) -> list[int]:
@@ -146,7 +147,7 @@ class TokenSource:
         return self.read(index * sequence_length, (index + 1) * sequence_length + 1)
 
     def identities(self) -> list[Identity]:
-        """What tells each shard from a rebuilt one."""
+        """The identity of each shard, which detects a rebuilt one."""
         return [watch.identity for watch in self._watches]
 
     def require_unchanged(self, spans: Sequence[tuple[int, int]]) -> None:
@@ -167,12 +168,12 @@ class TokenSource:
                 yield piece, piece.start + offset, piece.start + offset + count
             start, i = start + count, i + 1
 
-    def _report_foreign_token(self, start: int, stop: int) -> None:
+    def _report_token_out_of_range(self, start: int, stop: int) -> None:
         for piece, first, last in self._stretches(start, stop):
             tokens = piece.dataset.tokens[first:last]
-            foreign = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
-            if foreign.size:
-                at = first + int(foreign[0])
+            outside = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
+            if outside.size:
+                at = first + int(outside[0])
                 document = piece.dataset.sequences_between(at, at + 1)[0]
                 raise DataError(
                     f"token id {piece.dataset.tokens[at]} in source {self.source.name}, document "
@@ -183,7 +184,7 @@ class TokenSource:
 
 
 def same_pairs(prefixes: Sequence[str], others: Sequence[str]) -> list[str]:
-    """What of ``prefixes`` are also among ``others``, at another place if these are the same list; links are followed.
+    """Which of ``prefixes`` are also among ``others``, at another index if these are the same list; links are followed.
 
     Pairs that do not exist are left out: opening them says so.
     """
@@ -201,14 +202,14 @@ def same_pairs(prefixes: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def shared_pairs(sources: Sequence[Source]) -> list[str]:
-    """Which of them have a pair in common, in words: each reads it by itself, as if it were text of its own."""
+    """Which sources have a pair in common, in words: each reads it independently, as if it were different text."""
     seen: dict[tuple[int, int], str] = {}
     found = []
     for source in sources:
         files = {file: prefix for prefix in source.prefixes if (file := _file_of(prefix))}
         found += [
-            f"sources {seen[file]} and {source.name} read the same files: {prefix}; each goes through them by "
-            "itself, so text comes up more often than the epochs of either say"
+            f"sources {seen[file]} and {source.name} read the same files: {prefix}; each reads them "
+            "independently, so text repeats more often than the epochs of either say"
             for file, prefix in files.items()
             if file in seen
         ]
@@ -226,7 +227,7 @@ def _file_of(prefix: str) -> tuple[int, int] | None:
 
 
 def positions_in(ends: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
-    """The place of each token in its document, int64 [n, length], of n samples whose documents end at ``ends``."""
+    """The position of each token in its document, int64 [n, length], for n samples whose documents end at ``ends``."""
     if not ends:
         return np.zeros((0, length), np.int64)
     stops = np.concatenate([i * length + stops for i, stops in enumerate(ends)])
@@ -237,7 +238,7 @@ def positions_in(ends: Sequence[NDArray[np.int64]], length: int) -> NDArray[np.i
 def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np.int64]]:
     """The first sequence with a token in [first, last) of the shard, and where it and those after it end, at most last.
 
-    Raises :class:`DataError` if the index does not have these tokens in a row.
+    Raises :class:`DataError` if the index does not have these tokens contiguously.
     """
     dataset = piece.dataset
     item = dataset.dtype.itemsize
@@ -257,9 +258,9 @@ def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np
     in_a_row = (dataset.pointers[begin:stop] == starts * item) & (lengths >= 0)
     if sequence < piece.low or not beyond.size or starts[0] > first or not in_a_row[: beyond[0] + 1].all():
         raise DataError(
-            f"{dataset.index_path}: the sequences around number {begin} do not hold tokens {first:,} to {last:,} in a "
-            "row\n  the index is damaged or not in file order. Check it with tools/inspect_data.py PREFIX --verify, "
-            "and preprocess the text again."
+            f"{dataset.index_path}: the sequences around number {begin} do not contain tokens {first:,} to {last:,} "
+            "contiguously\n  the index is damaged or not in file order. Check it with tools/inspect_data.py PREFIX "
+            "--verify, and preprocess the text again."
         )
     return sequence, np.minimum(ends[: beyond[0] + 1], last)
 

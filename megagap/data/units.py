@@ -1,7 +1,7 @@
-"""Inputs cut into units of work of about as many bytes, each of which can be parsed and encoded by itself.
+"""Inputs cut into units of work of about equal size, each of which can be parsed and encoded independently.
 
 A unit is whole lines of a JSON-lines file, whole rows of a Parquet file, or a piece of a plain text. How inputs are cut
-depends on nothing but them. Each unit says where the next one starts, so that reading can go on there in another run.
+depends on nothing but them. Each unit says where the next one starts, so that another run can resume there.
 """
 
 import os
@@ -23,7 +23,7 @@ UNIT_BYTES = 1 << 20
 ROWS_AT_A_TIME = 1000
 
 TEXT_CUT = re.compile(rb"[!-~](?= )")
-"""Where a text may be cut: between a visible ASCII character and a blank (``Tokenizer.splits_at_blanks``)."""
+"""Where a text may be cut: between a visible ASCII character and a space (``Tokenizer.splits_at_spaces``)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Mark:
     """Where a unit starts."""
 
     input: int = 0
-    """Number of the input; that of all inputs for the end."""
+    """Number of the input; the number of inputs at the end."""
     offset: int = 0
     """Bytes of its content, or rows, that come before, counted from where the reading of this input begins."""
     line: int = 1
@@ -53,7 +53,7 @@ class Unit:
     """Bytes of the file that were read for it."""
     next: Mark
     begins: bool = False
-    """Of a piece of text: it is the first of its document."""
+    """For a piece of text: whether it is the first of its document."""
     ends: bool = False
     file_checksum: str | None = None
     """Of the last unit of an input: xxh3_64 of all bytes that were read of the file."""
@@ -66,10 +66,10 @@ def read_units(
     start: Mark | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> Iterator[Unit]:
-    """The units of ``inputs`` from ``start`` on. ``columns`` are read of Parquet files.
+    """The units of ``inputs`` from ``start`` on. ``columns`` are read from Parquet files.
 
-    A plain text is cut at :data:`TEXT_CUT` if ``splits_texts``, else it is one unit. Raises :class:`DataError` where a
-    file cannot be read on, has changed since it was listed, or, before ``start``, since then.
+    A plain text is cut at :data:`TEXT_CUT` if ``splits_texts``, else it is one unit. Raises :class:`DataError` if a
+    file cannot be read further, or has changed since it was listed or, before ``start``, since it was read.
     """
     mark = start or Mark()
     for number in range(mark.input, len(inputs)):
@@ -99,7 +99,7 @@ def _require_unchanged(file: Input, checksum: str | None) -> None:
         status = os.stat(file.path)
         if status.st_size != file.size:
             raise DataError(
-                f"{file.path} had {file.size:,} bytes at the start and has {status.st_size:,} now: it changed meanwhile"
+                f"{file.path} had {file.size:,} bytes at first, {status.st_size:,} now: it changed while it was read"
             )
         if status.st_mtime_ns == file.modified:
             return
@@ -117,7 +117,7 @@ def _read_bytes(file: Input, content: Content, at: Mark, splits_texts: bool, uni
         offset = at.offset
         counted = 0
         pending: list[bytes] = []
-        """What was read, but for want of a place to cut is not yet in a unit."""
+        """What was read, but is not yet in a unit for lack of a place to cut."""
         while True:
             wanted = unit_bytes if left is None else min(unit_bytes, max(left - offset - sum(map(len, pending)), 0))
             block = content.read(wanted)
@@ -144,7 +144,7 @@ def _read_bytes(file: Input, content: Content, at: Mark, splits_texts: bool, uni
             )
             offset, line, counted = unit.next.offset, unit.next.line, content.bytes_read
             if is_last:
-                # Of a part of a file, what was read ahead counts too; the sum of its lines is what can be checked.
+                # For a part of a file, read-ahead would count too; the checksum of its lines is what can be checked.
                 checksum = content.file_checksum if file.is_whole else hash_.hexdigest()
                 yield replace(unit, next=Mark(at.input + 1), file_checksum=checksum)
                 return
@@ -164,7 +164,7 @@ def _begin(file: Input, content: Content) -> int | None:
 
 
 def _skip(file: Input, content: Content, at: Mark, hash_: "xxhash.xxh3_64") -> None:
-    """Read over what an earlier run has dealt with."""
+    """Skip what an earlier run has processed."""
     left = at.offset
     while left and (block := content.read(min(left, UNIT_BYTES))):
         hash_.update(block)
@@ -175,7 +175,7 @@ def _skip(file: Input, content: Content, at: Mark, hash_: "xxhash.xxh3_64") -> N
 
 def changed(path: str) -> DataError:
     return DataError(
-        f"{path} has changed since the interrupted run read it\n  restore it to go on, or start again without --resume."
+        f"{path} has changed since the interrupted run read it\n  restore it to resume, or start without --resume."
     )
 
 
@@ -209,7 +209,7 @@ def _read_rows(file: Input, at: Mark, columns: Sequence[str], unit_bytes: int) -
 
 
 def _slices(rows: Any, unit_bytes: int) -> Iterator[Any]:
-    """``rows`` in parts of about ``unit_bytes``, whatever the batches of the reader: halved until small enough."""
+    """``rows`` in parts of about ``unit_bytes``, whatever the reader's batches: halved until small enough."""
     if rows.nbytes <= unit_bytes or rows.num_rows < 2:
         yield rows
         return

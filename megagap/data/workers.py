@@ -1,4 +1,4 @@
-"""A function over items in worker processes, in order; a worker that raises or dies ends it with its error."""
+"""Maps a function over items in worker processes, in order; stops with the error of a worker that raises or dies."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SECONDS_TO_DIE = 5.0
-"""Between the end of a worker's pipe and that of its process."""
+"""Seconds between the end of a worker's pipe and that of its process."""
 UNDER_WAY = 3
-"""Items for each worker: one in work, one waiting, one done and waiting for an earlier one."""
+"""Items per worker: one in progress, one queued, one done and waiting for an earlier one."""
 
 
 def map_in_order(
@@ -38,8 +38,8 @@ def map_in_order(
 
     ``threads`` is how many threads libraries in Rust may use in each of them. If it is one, ``function`` must work in a
     forked process: it may have no threads, nor locks that threads of this process could hold.
-    At most a few items a worker are under way, so memory does not grow with their number. Raises what a worker raised,
-    and :class:`DataError` if one died or ran out of memory, naming it and what it worked on (``describe``).
+    At most a few items per worker are in flight, so memory does not grow with their number. Raises what a worker
+    raises, and :class:`DataError` if one died or ran out of memory, naming it and what it worked on (``describe``).
     """
     # Forked workers share what the function has loaded. A library's threads do not survive a fork, so with these
     # workers are spawned, and so they are on macOS, whose own libraries may have some; the function is pickled then.
@@ -49,7 +49,7 @@ def map_in_order(
     idle: SimpleQueue[tuple[BaseProcess, Connection]] = SimpleQueue()
 
     def call(item: Item) -> Result:
-        # Each worker has a pipe of its own: of one that they share, a worker that dies while it sends blocks the rest.
+        # Each worker has its own pipe: with a shared one, a worker that dies while sending would block the rest.
         worker, connection = idle.get()
         try:
             connection.send(item)
@@ -57,7 +57,7 @@ def map_in_order(
         except (EOFError, OSError):
             raise DataError(
                 f"a worker process died ({_cause_of_death(worker)}) on {describe(item)}\n"
-                "  try again with fewer --workers, or with --workers 1 to see its fault."
+                "  try again with fewer --workers, or with --workers 1 to see its error."
             ) from None
         finally:
             idle.put((worker, connection))
@@ -82,7 +82,7 @@ def map_in_order(
                     f"cannot start a worker process: {system_reason(error)}\n  use fewer --workers."
                 ) from None
             processes.append(process)
-            theirs.close()  # the worker alone has it, so that its death is the end of what we read
+            theirs.close()  # only the worker has it, so that its death ends our reading
             idle.put((process, ours))
         pool = ThreadPoolExecutor(workers)  # only now: threads do not survive a fork
         for item in items:
@@ -117,7 +117,7 @@ def _first_of(under_way: "deque[tuple[Item, Future[Result]]]") -> tuple[Item, Re
 def _work(connection: Connection, threads: int, function: Callable[[Any], Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers cleanly
     Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):  # the parent is gone
         while True:

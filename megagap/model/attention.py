@@ -12,7 +12,7 @@ from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, Ten
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens before, for generation: one layer's, [b, positions, heads, d], filled in order."""
+    """One layer's keys and values of earlier tokens, for generation: [b, positions, heads, d], filled in order."""
 
     keys: Tensor
     values: Tensor
@@ -20,7 +20,7 @@ class KeyValueCache:
     """Positions filled."""
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the tokens that follow, [b, new, heads, d]. Returns all, [b, length, heads, d]."""
+        """Append those of the next tokens, [b, new, heads, d]. Returns all, [b, length, heads, d]."""
         start, self.length = self.length, self.length + k.shape[1]
         self.keys[:, start : self.length] = k
         self.values[:, start : self.length] = v
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream.
 
-        A ``cache`` that is not empty holds the tokens before, and x must then be a single token.
+        A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token.
         """
         x = self.tensor_parallel.enter(x)
         q, k, v = (

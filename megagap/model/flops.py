@@ -1,4 +1,4 @@
-"""The one formula for a model's floating-point operations a token."""
+"""The one formula for a model's floating-point operations per token."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class FlopsPerToken:
     """Forward and backward operations for one token, without recomputation and vocabulary padding."""
 
     full: int
-    """Counting the whole attention square, as most systems quote it."""
+    """Counting the full attention matrix, as most systems report it."""
     causal: int
-    """Counting the half of it below the diagonal, which is all that causal attention needs."""
+    """Counting only the causal half of it, which is all that causal attention needs."""
 
 
 def flops_per_token(model: Model, sequence_length: int) -> FlopsPerToken:

@@ -18,7 +18,7 @@ from megagap.parallel.shard import Shard, ShardedParameter
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ELEMENTS_AT_A_TIME = 1 << 22
-"""Elements drawn at once: bounds the float64 temporaries to some hundreds of MB."""
+"""Elements drawn at once: bounds the float64 temporaries to a few hundred MB."""
 
 
 def initialise(parameters: list[ShardedParameter], model: Model, seed: int) -> None:
@@ -64,7 +64,7 @@ def standard_normal(counters: Tensor, key: int) -> Tensor:
 
 
 def _splitmix64(counters: Tensor, key: int) -> Tensor:
-    """64 random bits each, as int64: products wrap around, as the algorithm wants."""
+    """64 random bits each, as int64: products wrap around, as the algorithm requires."""
     z = (counters + 1) * _signed(_GAMMA) + _signed(key)
     z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
     z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
@@ -72,7 +72,7 @@ def _splitmix64(counters: Tensor, key: int) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64's own repeats the sign."""
+    """Logical shift: that of int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

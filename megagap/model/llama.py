@@ -83,7 +83,7 @@ class Layer(nn.Module):
         cache: KeyValueCache | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x: residual stream [b, s or s / tp, h]; update: what the layer before adds to it. Returns both anew."""
+        """x: residual stream [b, s or s / tp, h]; update: what the previous layer adds to it. Returns both, updated."""
         normalised, x = self.input_layernorm.after_adding(update, x)
         mixed = self.self_attn(normalised, cos, sin, cache, documents)
         normalised, x = self.post_attention_layernorm.after_adding(mixed, x)
@@ -93,7 +93,7 @@ class Layer(nn.Module):
 class LlamaStage(nn.Module):
     """The layers of one pipeline stage; the first has the token embedding, the last the norm and output projection.
 
-    Input: tokens [b, s] on the first stage, else the residual stream [b, s or s / tp, h] from the stage below.
+    Input: tokens [b, s] on the first stage, else the residual stream [b, s or s / tp, h] from the previous stage.
     Output: the residual stream, on the last stage normalised, for :meth:`loss` or :meth:`logits`.
     """
 
@@ -131,11 +131,11 @@ class LlamaStage(nn.Module):
         caches: list[KeyValueCache] | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """``length``: tokens of a whole sequence, which under sequence parallelism x does not show.
+        """``length``: tokens of a full sequence, which under sequence parallelism is not the length of x.
 
-        ``caches``, one a layer, are for generation by a single process: they hold the tokens before x, which
-        ``length`` counts too, and take those of x; the output is the last token's only, [b, 1, h]. With ``documents``,
-        whose sequences are packed from them, attention stays within them and positions count from their starts.
+        ``caches``, one per layer, are for generation by a single process: they hold the tokens before x, which
+        ``length`` counts too, and x is appended to them; the output is the last token's only, [b, 1, h]. With
+        ``documents``, packed into the sequences, attention stays within each and positions count from its start.
         """
         cos, sin = self.rotary_tables(length)
         if caches:
@@ -171,7 +171,7 @@ class LlamaStage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype it computes in."""
         return next(self.parameters()).dtype
 
     def sharded_parameters(self) -> list[ShardedParameter]:

@@ -1,9 +1,10 @@
-"""The operations worth a kernel of their own, one a file.
+"""The operations worth a kernel of their own, one per file.
 
-For each call the best that this machine has is chosen: a compiled kernel of ``csrc/`` where it is built and fits, on
-GPUs flash-attn or apex where they are installed, else plain torch. ``python -m megagap.ops`` prints the choice and why.
+Each call uses the best implementation that this machine has: a compiled kernel of ``csrc/`` if it is built and supports
+the tensors, on GPUs flash-attn or apex if installed, else plain torch. ``python -m megagap.ops`` prints the choice and
+why.
 
-Every file holds the plain form (``reference``), which says what the operation means, beside the choice.
+Every file has the plain form (``reference``), which defines the operation, beside the choice.
 """
 
 from megagap.ops.adamw import adamw_

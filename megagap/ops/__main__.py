@@ -1,11 +1,11 @@
-"""What this machine computes each operation with, why, and how fast: ``python -m megagap.ops``.
+"""Which implementation this machine uses for each operation, why, and how fast: ``python -m megagap.ops``.
 
 examples:
   python -m megagap.ops
   python -m megagap.ops --rows 4096 --size 4096
 
-``MEGAGAP_OPS=plain`` in the environment makes all choices plain torch, to find out whether a kernel is to blame for
-something.
+``MEGAGAP_OPS=plain`` in the environment selects plain torch for all operations, to rule out a kernel as the cause of a
+problem.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Example:
     plain: Callable[..., Any]
     inputs: list[Tensor]
     library: str = ""
-    """GPU library that is used where there is no kernel of ours."""
+    """GPU library that is used where megagap has no kernel."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
                 table.add_row(name, device.type, kind, choice, why, f"{ours:.2f}", f"{plain:.2f}")
     console = Console()
     console.print(table)
-    console.print("forward and backward on random inputs, medians; attention of sequences of 512")
+    console.print("medians of forward and backward on random inputs; attention at sequence length 512")
     for device in devices:
-        kernels = "compiled" if device.type in compiled.DEVICES else "not there"
+        kernels = "compiled" if device.type in compiled.DEVICES else "not compiled"
         capability = f", {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
         console.print(f"kernels for {device.type}: {kernels}{capability}")
 
@@ -75,15 +75,15 @@ def explain(name: str, example: Example) -> tuple[str, str]:
     if name == "attention":
         choice: tuple[str, str] = import_module("megagap.ops.attention").choose(*example.inputs)
         return choice
-    if compiled.fits(*tensors):
+    if compiled.supports(*tensors):
         return "megagap kernel", f"compiled for {device}"
     if example.library and gpu_library(example.library, *tensors):
-        return example.library.partition(".")[0], "it is installed, and there is no kernel of ours"
+        return example.library.partition(".")[0], "it is installed, and megagap has no kernel"
     return "plain torch", "kernels are not compiled" if not compiled.AVAILABLE else f"no kernel for {device}"
 
 
 def times(example: Example) -> tuple[float, float]:
-    """Milliseconds of the chosen and of the plain form, timed in turn."""
+    """Milliseconds of the chosen and of the plain form, timed alternately."""
     seconds: dict[Callable[..., Any], list[float]] = {example.chosen: [], example.plain: []}
     for turn in range(ROUNDS + 1):
         for function, found in seconds.items():

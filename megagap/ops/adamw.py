@@ -26,17 +26,17 @@ def adamw_(
     """One update in place, with ``grad / divisor``; all flat, contiguous and of one size.
 
     parameter: fp32, or bf16 without another master, then rounded to the nearest, or with ``seed`` stochastically
-    (Gupta et al. 2015, section 3.1). Moments: fp32. ``divisor``, ``reject`` and ``updates`` (of which this is one more)
-    are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on a GPU. ``rounded``: bf16, set
-    to the updated fp32 parameter in the same pass.
+    (Gupta et al. 2015, section 3.1). Moments: fp32. ``divisor``, ``reject`` and ``updates`` (their number, this one
+    included) are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on GPU. ``rounded``:
+    bf16, set to the updated fp32 parameter in the same pass.
     """
-    if compiled.fits(parameter) and parameter.dtype != torch.float16:
+    if compiled.supports(parameter) and parameter.dtype != torch.float16:
         updates += 1 - reject
         torch.ops.megagap.adamw_(
             parameter, exp_avg, exp_avg_sq, grad, divisor, reject, updates, lr, *betas, eps, weight_decay, seed, rounded
         )
         return
-    assert seed is None, "rounding stochastically takes the compiled kernel"
+    assert seed is None, "stochastic rounding needs the compiled kernel"
     adamw(
         [parameter],
         [grad],

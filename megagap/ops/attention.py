@@ -1,9 +1,9 @@
 """Scaled dot-product attention with grouped keys and values: one explicit choice of kernel per device, dtype and size.
 
 On a GPU the choice follows measurement (docs/performance.md): on Hopper cuDNN is 1.5 times as fast as flash-attn 2, and
-only flash-attn 3 is beside it. On CPU, torch's is slow in the backward pass; for sequences that are not long, a few
-matrix products over blocks of queries are faster there. They keep the probabilities, whose memory grows with the square
-of the sequence. ``python -m megagap.ops`` prints what is chosen.
+only flash-attn 3 matches it. On CPU, torch's kernel has a slow backward pass; for short sequences, a few matrix
+products over blocks of queries are faster there. They keep the probabilities, whose memory grows with the square of
+the sequence length. ``python -m megagap.ops`` prints what is chosen.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ BLOCKED_UP_TO = {torch.bfloat16: 1024, torch.float32: 512}
 """Shortest and longest sequences that are computed in blocks on CPU, by measurement (docs/performance.md)."""
 
 BLOCK = 128
-"""Queries in a block: what lies above the diagonal is computed within blocks only."""
+"""Queries per block: above the diagonal, only the part within a block is computed."""
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -40,25 +40,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
     """The kernel for these tensors, a key of :data:`KERNELS`, and why."""
     if q.is_cuda:
-        # Library kernels want heads of a multiple of 8, up to 256.
-        takes_heads = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-        if is_hopper(q.device) and takes_heads and gpu_library("flash_attn_interface", q, k, v):
+        # Library kernels need head sizes that are a multiple of 8, up to 256.
+        supports_heads = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        if is_hopper(q.device) and supports_heads and gpu_library("flash_attn_interface", q, k, v):
             return "flash-attn 3", "it is installed, and fastest on Hopper"
         if q.dtype in HALF_PRECISION and is_hopper(q.device):
             return "torch, cuDNN first", "faster than flash-attn 2 on Hopper"
-        if takes_heads and gpu_library("flash_attn", q, k, v):
+        if supports_heads and gpu_library("flash_attn", q, k, v):
             return "flash-attn 2", "it is installed"
         if q.dtype not in HALF_PRECISION and q.shape[2] != k.shape[2]:
-            return "torch, keys repeated", f"no kernel takes {q.dtype} and grouped keys without the square of scores"
-        return "torch", "no library for these tensors"
+            return "torch, keys repeated", f"no kernel supports {q.dtype} and grouped keys without storing all scores"
+        return "torch", "no library supports these tensors"
     if _use_blocked(q, k, v):
-        return "blocks of queries", f"trained on CPU, up to {BLOCKED_UP_TO[q.dtype]} tokens"
-    return "torch", "forward alone, or a length at which it is as fast"
+        return "blocks of queries", f"training on CPU, up to {BLOCKED_UP_TO[q.dtype]} tokens"
+    return "torch", "forward only, or a sequence length at which it is as fast"
 
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU of compute capability 9."""
+    """Whether this is an NVIDIA GPU of compute capability 9.x."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -85,12 +85,12 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _is_causal(q: Tensor, k: Tensor) -> bool:
-    """A whole sequence; a single last token sees all."""
+    """True for a whole sequence; a single last token attends to all."""
     return q.shape[1] == k.shape[1]
 
 
 def _cudnn_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Releases of torch differ in their own order; where cuDNN does not take the tensors the next one is used."""
+    """Releases of torch differ in their own order; if cuDNN does not support the tensors, the next backend is used."""
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel([*backends, SDPBackend.MATH], set_priority=True):
         return reference(q, k, v)
@@ -111,7 +111,7 @@ def _flash_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     flash = gpu_library("flash_attn_interface", q, k, v)
     assert flash is not None
     mixed = flash.flash_attn_func(q, k, v, causal=_is_causal(q, k))
-    return mixed[0] if isinstance(mixed, tuple) else mixed  # early releases return the normaliser, too
+    return mixed[0] if isinstance(mixed, tuple) else mixed  # early releases also return the log-sum-exp
 
 
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -125,7 +125,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def _use_blocked(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Only where there is a backward pass: forward alone, torch's is as fast and keeps nothing."""
+    """Only with a backward pass: for forward only, torch's kernel is as fast and keeps nothing."""
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     on_cpu = compiled.AVAILABLE and q.device.type == "cpu"
     whole = _is_causal(q, k) and BLOCKED_FROM <= q.shape[1] <= BLOCKED_UP_TO.get(q.dtype, 0)
@@ -178,5 +178,5 @@ def _rows(x: Tensor, groups: int) -> Tensor:
 
 
 def _from_rows(x: Tensor, heads: int) -> Tensor:
-    """The way back."""
+    """The inverse of :func:`_rows`."""
     return x.unflatten(2, (heads // x.shape[1], -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)

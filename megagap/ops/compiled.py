@@ -1,4 +1,4 @@
-"""The compiled kernels of ``csrc/``: which of them this installation has, and for which tensors they are."""
+"""The compiled kernels of ``csrc/``: which ones this installation has, and which tensors they support."""
 
 import os
 import warnings
@@ -11,20 +11,20 @@ from torch import Tensor
 from megagap.errors import OPS_SWITCH, ops_choice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels compute on, in fp32 arithmetic."""
+"""The kernels' dtypes; they compute in fp32."""
 
 
 def _load() -> bool:
-    # A wrong choice is refused by the tools as they start and by the first operation: not by an import.
+    # An invalid choice is reported when a tool starts and by the first operation, not by an import.
     if os.environ.get(OPS_SWITCH, "auto") != "auto":
         return False
     try:
         import megagap._C  # noqa: F401  (loading it registers torch.ops.megagap)
     except ImportError as error:
-        reason = "they were not built" if isinstance(error, ModuleNotFoundError) else f"they do not load: {error}"
+        reason = "they were not built" if isinstance(error, ModuleNotFoundError) else f"they cannot be loaded: {error}"
         warnings.warn(
             f"megagap computes with plain torch, without its compiled kernels: {reason}. "
-            "With a C++ compiler, build them by: pip install --no-build-isolation --no-deps -e .",
+            "With a C++ compiler, build them with: pip install --no-build-isolation --no-deps -e .",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -37,17 +37,17 @@ AVAILABLE = _load()
 
 DEVICES = frozenset(
     device
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))  # ROCm's devices are called cuda, too
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))  # ROCm devices are called cuda, too
     if AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key("megagap::rms_norm", key)
 )
-"""Device types that there are kernels for."""
+"""Device types with kernels."""
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Choose in this block as if the kernels were compiled for GPUs, too: to trace a step without one (``planning/``).
+    """Choose in this block as if the kernels were compiled for GPUs: to trace a step without a GPU (``planning/``).
 
-    The kernels of other libraries are then not used: they take no tensors without storage.
+    Kernels of other libraries are not used then: they do not accept tensors without storage.
     """
     global DEVICES, LIBRARIES
     before = DEVICES, LIBRARIES
@@ -59,11 +59,11 @@ def as_on_gpu() -> Iterator[None]:
 
 
 LIBRARIES = True
-"""Whether kernels of other libraries may be used where they are installed (``optional.py``)."""
+"""Whether kernels of other libraries may be used if installed (``optional.py``)."""
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether kernels are there for these tensors: on one device, of one dtype that they compute on.
+def supports(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these tensors: all on one device and of one supported dtype.
 
     Raises :class:`ConfigError` if the environment's choice is unknown.
     """

@@ -6,13 +6,13 @@ from torch import Tensor
 from megagap.ops import compiled
 
 ABSENT = -1
-"""The target of a row whose target is in none of the columns, or that does not count."""
+"""Target of a row whose target is in none of the columns, or is ignored."""
 
 
 def softmax_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits [n, v] and targets [n] (a column, or :data:`ABSENT`), in fp32 [n]: the maximum, the sum of
     ``exp(logit - maximum)``, and the logit at the target (0 where it is absent). v may be 0."""
-    if compiled.fits(logits) and logits.shape[1]:
+    if compiled.supports(logits) and logits.shape[1]:
         statistics: tuple[Tensor, Tensor, Tensor] = torch.ops.megagap.cross_entropy_rows(logits, targets)
         return statistics
     return reference_statistics(logits, targets)
@@ -20,7 +20,7 @@ def softmax_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
 
 def softmax_gradient_(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale: Tensor) -> None:
     """Overwrite logits [n, v] with ``(softmax - one_hot(target)) · scale``; log_sum_exp, scale: fp32 [n]."""
-    if compiled.fits(logits) and logits.shape[1]:
+    if compiled.supports(logits) and logits.shape[1]:
         torch.ops.megagap.cross_entropy_rows_gradient_(logits, targets, log_sum_exp, scale)
     else:
         reference_gradient_(logits, targets, log_sum_exp, scale)

@@ -17,7 +17,7 @@ from megagap.ops.optional import gpu_library
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a microbatch of sequences [b, s], laid end to end; none reaches beyond its sequence."""
+    """The documents of a microbatch of sequences [b, s], laid end to end; none crosses the end of its sequence."""
 
     positions: Tensor
     """The place of each token in its document, int64 [b, s]."""
@@ -43,30 +43,30 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) ->
     """softmax(q kᵀ / sqrt(d)) v, causal and within documents; q: [b, s, h, d], k, v: [b, s, hk, d]. Result as q."""
     if q.device.type == "cpu":
         return torch.cat(list(_one_by_one(q, k, v, documents)), 1).view_as(q)
-    if (kernel := _various_lengths(q, k, v)) is not None:
+    if (kernel := _variable_length(q, k, v)) is not None:
         return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents).view_as(q)
     return masked_attention(q, k, v, documents.positions)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """The same from the positions alone: for GPUs and dtypes without a kernel for sequences of various lengths, as the
-    host should not wait for borders. Its mask grows with the square of the sequence.
+    """The same from the positions alone: for GPUs and dtypes without a variable-length kernel, so that the host does
+    not wait for document boundaries. Its mask grows with the square of the sequence length.
     """
     number = (positions == 0).cumsum(1)
     length = q.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
     mask = (number[:, None, :, None] == number[:, None, None, :]) & earlier
-    k, v = repeat_keys(q, k, v)  # with grouped keys and a mask, torch keeps all scores
+    k, v = repeat_keys(q, k, v)  # with grouped keys and a mask, torch stores all scores
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-VariousLengths = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+VariableLengthKernel = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """q [tokens, h, d], k, v [tokens, hk, d] of documents laid end to end -> as q."""
 
 
-def _various_lengths(q: Tensor, k: Tensor, v: Tensor) -> VariousLengths | None:
-    """A kernel for sequences of various lengths on this GPU: flash-attn 3, flash-attn 2, or torch's own."""
+def _variable_length(q: Tensor, k: Tensor, v: Tensor) -> VariableLengthKernel | None:
+    """A variable-length kernel for this GPU: flash-attn 3, flash-attn 2, or torch's own."""
     if q.dtype not in HALF_PRECISION or q.shape[-1] % 8 or q.shape[-1] > 256:
         return None
     for name in ("flash_attn_interface", "flash_attn"):
@@ -84,7 +84,7 @@ def _library_varlen(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tenso
 
 
 @cache
-def _torch_varlen() -> VariousLengths | None:
+def _torch_varlen() -> VariableLengthKernel | None:
     """``torch.nn.attention.varlen``, whose arguments differ between the releases that have it (from 2.10)."""
     try:
         from torch.nn.attention.varlen import varlen_attn

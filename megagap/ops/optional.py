@@ -1,4 +1,4 @@
-"""Libraries that are used where they are installed, for GPUs only: flash-attn and apex. Imported on first use."""
+"""Libraries that are used if installed, for GPUs only: flash-attn and apex. Imported on first use."""
 
 import importlib
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def gpu_library(name: str, *tensors: Tensor) -> ModuleType | None:
-    """The module ``name`` if these tensors are on a GPU in a half precision, for which it is made, and it imports."""
+    """The module ``name`` if these tensors are on a GPU, in half precision, and it can be imported."""
     if compiled.LIBRARIES and all(
         tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors
     ):
@@ -27,6 +27,6 @@ def _import(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        if not isinstance(error, ModuleNotFoundError):  # installed, but broken: say so once
-            log.warning("%s does not import and is not used: %s", name, error)
+        if not isinstance(error, ModuleNotFoundError):  # installed, but broken: warn once
+            log.warning("%s cannot be imported and is not used: %s", name, error)
         return None

@@ -1,4 +1,4 @@
-"""Matrix products that are added up in fp32, whatever the dtype of their factors."""
+"""Matrix products that are accumulated in fp32, whatever the dtype of their factors."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ right to ``total`` in place; total: fp32 [r, c], left: [n, r], right: [n, c], both of one dtype.
 
-    On a GPU a product in half precision is added inside of the matrix product, where torch can (from 2.9 on): without
-    that, it is rounded, written, and read again, at three times the memory traffic.
+    On GPU a half-precision product is accumulated inside the matrix product, if torch supports it (from 2.9 on):
+    otherwise it is rounded, written, and read again, at three times the memory traffic.
     """
     if left.dtype == total.dtype:
         torch.addmm(total, left.T, right, out=total)

@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gain_scale: float = 1
     the result is that of ``transformers`` bit for bit. The gradient of the weight does not depend on the number of
     threads. With ``gain_scale`` 20 and weights about 1 / 20, gains in bf16 move at an eighth of the usual updates.
     """
-    if compiled.fits(x, weight) and weight.shape == x.shape[-1:]:
+    if compiled.supports(x, weight) and weight.shape == x.shape[-1:]:
         y: Tensor = torch.ops.megagap.rms_norm(x, weight, eps, gain_scale)[0]
         return y
     if (apex := gpu_library("apex.normalization.fused_layer_norm", x, weight)) is not None:
@@ -30,7 +30,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, gain_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """:func:`rms_norm` of ``x + residual``, which is rounded to their dtype; both are returned, the norm first."""
-    if compiled.fits(x, residual, weight) and weight.shape == x.shape[-1:] and x.shape == residual.shape:
+    if compiled.supports(x, residual, weight) and weight.shape == x.shape[-1:] and x.shape == residual.shape:
         y, total, _ = torch.ops.megagap.add_rms_norm(x, residual, weight, eps, gain_scale)
         return y, total
     total = x + residual

@@ -20,11 +20,11 @@ def rotary(
     """Rotate the pairs of each head by the angles whose cosines and sines are given.
 
     q: [b, s, h, d], k: [b, s, hk, d]. cos, sin: [s, d] or [b, s, d] in fp32; with ``positions`` [b, s] (of documents
-    packed into a sequence, or of a context parallel rank's share) tables [p, d] of which it picks the rows. They get no
+    packed into a sequence, or of a context-parallel rank's share) tables [p, d] whose rows they select. They get no
     gradient. Pairs are (x[i], x[i + d / 2]), or (x[2i], x[2i + 1]) if ``interleaved``; the tables hold an element's
     angle at the element's place. Computed in fp32 and rounded once to the dtype of q and k.
     """
-    if compiled.fits(q, k) and _fits(q, k, cos, sin, positions):
+    if compiled.supports(q, k) and _supports(q, k, cos, sin, positions):
         rotated: tuple[Tensor, Tensor] = torch.ops.megagap.rotary(q, k, cos, sin, positions, interleaved, False)
         return rotated
     return reference(q, k, cos, sin, positions, interleaved=interleaved)
@@ -81,14 +81,14 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be someone else's, too
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be shared
         return _turn(grad, ctx.heads, cos, sin, positions, ctx.interleaved, backward=True), None, None, None, None, None
 
 
 def _turn(
     packed: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, *, backward: bool
 ) -> Tensor:
-    if compiled.fits(packed) and packed.stride(-1) == 1:
+    if compiled.supports(packed) and packed.stride(-1) == 1:
         torch.ops.megagap.rotary_(packed, cos, sin, positions, heads, interleaved, backward)
         return packed
     if backward:  # the opposite rotation: equal halves of the tables belong to a pair
@@ -98,7 +98,7 @@ def _turn(
     return packed
 
 
-def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> bool:
+def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> bool:
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         return False
     if cos.device != q.device or not cos.dtype == sin.dtype == torch.float32 or cos.shape != sin.shape:

@@ -14,7 +14,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     The inputs may be halves of one packed projection.
     """
-    if compiled.fits(gate, up) and gate.shape == up.shape and gate.dim():
+    if compiled.supports(gate, up) and gate.shape == up.shape and gate.dim():
         y: Tensor = torch.ops.megagap.swiglu(gate, up)
         return y
     return reference(gate, up)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """AdamW's state for one flat slice: both moments, and the updates made so far (a device scalar)."""
+    """AdamW's state for one flat slice: both moments, and the number of updates so far (a device scalar)."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor

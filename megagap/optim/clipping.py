@@ -15,6 +15,6 @@ def clip_divisor(norm: Tensor, limit: float) -> Tensor:
 def squared_norm(flat: Tensor) -> Tensor:
     """The sum of squares of a flat fp32 tensor, in one pass over memory on a GPU; fp32 scalar.
 
-    Not on CPU: there ``vector_norm`` adds up in so few accumulators that millions of elements cost four digits.
+    Not on CPU: there ``vector_norm`` uses so few accumulators that over millions of elements it loses four digits.
     """
     return torch.linalg.vector_norm(flat).square() if flat.is_cuda else flat.square().sum()

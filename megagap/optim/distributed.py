@@ -25,10 +25,10 @@ from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.shard import ShardedParameter, Slice
 
 BUCKET_ELEMENTS = 25_000_000
-"""A bucket is closed once it holds this many: large enough for bandwidth, small enough to start early."""
+"""Elements after which a bucket is closed: large enough for bandwidth, small enough to start early."""
 
 _ALIGNMENT = 64
-"""Elements; slices start on 256-byte borders in fp32, 128-byte in bf16."""
+"""Elements; slices are aligned to 256 bytes in fp32, 128 in bf16."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Kind:
 
 
 class Bucket:
-    """Parameters laid end to end in one flat buffer, of which this data rank owns a slice."""
+    """Parameters laid out end to end in one flat buffer, of which this data rank owns a slice."""
 
     def __init__(self, kind: Kind, parameters: list[ShardedParameter], mesh: Mesh, dtype: torch.dtype) -> None:
         """``parameters``: in fp32 with their initial values; they become views of the bucket in ``dtype``."""
@@ -71,7 +71,7 @@ class Bucket:
         self.moments = Moments.zeros_like(self.master)
         self.own_gradient = self.gradients if self.data.size == 1 else torch.zeros_like(self.master)
         self.missing: list[int] = []
-        """Of each parameter, how many of its uses have yet to report in the last backward."""
+        """For each parameter, how many of its uses have yet to report in the last backward."""
         self.reduction: dist.Work | None = None
         self.gathering: dist.Work | None = None
 
@@ -94,13 +94,13 @@ class Bucket:
         if self.reduction is not None:
             self.reduction.wait()
             self.reduction = None
-        # Replicas lay their buckets out alike, so equal slices meet: 1 / data of the traffic of whole gradients.
+        # Replicas lay out their buckets alike, so slices can be summed: 1 / data of the traffic of whole gradients.
         if self.kind.partial_gradient and self.replicas is not None:
             all_reduce(self.own_gradient, self.replicas)
 
     @property
     def rounded(self) -> Tensor | None:
-        """This rank's slice of the parameters, where it is the master rounded to another dtype."""
+        """This rank's slice of the parameters, if they are the masters rounded to another dtype."""
         return None if self.master is self.own_values else self.own_values
 
     def start_gather(self) -> None:
@@ -136,8 +136,8 @@ class _Sink:
         self.report(self.bucket, self.index)
 
     def collect(self, parameter: Tensor) -> None:
-        """The hook of autograd: move what it has found into the bucket."""
-        if parameter.grad is None:  # an operation added it by itself, or will: some releases of torch run the hook too
+        """Autograd's hook: move the gradient into the bucket."""
+        if parameter.grad is None:  # an operation added it itself, or will: some releases of torch run the hook too
             return
         self.bucket.gradient(self.index).add_(parameter.grad)
         parameter.grad = None
@@ -187,18 +187,18 @@ class DistributedOptimizer:
             bucket.finish_reduction()
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the squared global gradient norm, fp32 scalar: summed over the world it is whole."""
+        """This rank's share of the squared global gradient norm, fp32 scalar: the sum over the world is the total."""
         squares = [squared_norm(bucket.own_gradient) for bucket in self.buckets if bucket.is_owned]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.mesh.device)
 
     def _reported(self, bucket: Bucket, index: int) -> None:
         if self._last_backward:
             bucket.missing[index] -= 1
-            assert bucket.missing[index] >= 0, f"{bucket.parameters[index].shard.name} is used more often than it says"
+            assert bucket.missing[index] >= 0, f"{bucket.parameters[index].shard.name} is used more than .uses times"
             self._start_ready_reductions()
 
     def _start_ready_reductions(self, all_buckets: bool = False) -> None:
-        # In bucket order, the same on all data ranks: collectives must not overtake each other.
+        # In bucket order, the same on all data ranks: collectives must be issued in the same order.
         while self._next_reduction < len(self.buckets):
             bucket = self.buckets[self._next_reduction]
             if any(bucket.missing) and not all_buckets:
@@ -229,7 +229,7 @@ class DistributedOptimizer:
         self._start_gathers()
 
     def gather_parameters(self) -> None:
-        """Start bringing masters that were changed into every rank's parameters."""
+        """Start copying changed masters into every rank's parameters."""
         for bucket in self.buckets:
             if bucket.rounded is not None:
                 bucket.rounded.copy_(bucket.master)

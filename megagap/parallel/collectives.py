@@ -29,7 +29,7 @@ def all_gather(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Sum over the members, of which each keeps its equal part along ``dim``."""
+    """Sum over the members; each keeps its equal part along ``dim``."""
     if axis.group is None:
         return tensor
     parts = tensor.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()

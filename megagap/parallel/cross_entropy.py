@@ -5,10 +5,10 @@ For some tokens at a time (a chunk):
 1. logits of this rank's columns, ``x Wᵀ``;
 2. the softmax's statistics, combined over tp, and from them the loss;
 3. the logits' gradient in place of the logits;
-4. its products with W and x: the gradients by the input and by the weight.
+4. its products with W and x: the gradients of the input and of the weight.
 
-So all logits of a step never exist, and nothing is computed twice (as in Liger-Kernel; Hsu et al. 2024, section 3.2).
-The gradient by the weight is added up in fp32, in the weight's own sink where it has one, already in the forward pass.
+So the logits of a whole step never exist, and nothing is computed twice (as in Liger-Kernel; Hsu et al. 2024, section
+3.2). The weight gradient is accumulated in fp32, in the weight's own sink if it has one, during the forward pass.
 """
 
 from typing import Any
@@ -27,25 +27,25 @@ IGNORED_TARGET = -100
 """A target with this id counts neither in the loss nor in its gradient."""
 
 WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""About what a chunk's logits may take, by type of device."""
+"""Approximate memory for a chunk's logits, by device type."""
 
 MIN_CHUNK_TOKENS = {"cpu": 64, "cuda": 2048}
-"""However large the vocabulary: matrix products of fewer rows are slow (docs/performance.md)."""
+"""Whatever the vocabulary size: matrix products of fewer rows are slow (docs/performance.md)."""
 
 CHUNK_MULTIPLE = 256
-"""Larger chunks are a multiple of this many tokens, which suits the tiles of matrix products."""
+"""Larger chunks are a multiple of this many tokens, which suits the tile sizes of matrix products."""
 
 
 def linear_cross_entropy(
     x: Tensor, weight: ShardedParameter, targets: Tensor, scale: Tensor, tp: Axis
 ) -> tuple[Tensor, Tensor]:
-    """``scale`` · the sum over tokens of the cross-entropy of ``x Wᵀ``; and that of each, unscaled, without gradient.
+    """``scale`` · the sum over tokens of the cross-entropy of ``x Wᵀ``; and each token's, unscaled, without gradient.
 
     x: [b, s, h] whole. weight: this rank's rows of W [vocab, h], padding after them. targets: [b, s] global ids, or
-    ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returned are an fp32 scalar, and fp32 [b, s], the same on
-    every tp rank. The gradient by x is this rank's share: it is summed where x entered the region.
+    ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returns an fp32 scalar and fp32 [b, s], the same on
+    every tp rank. The gradient of x is this rank's share: it is summed where x entered the region.
 
-    Where the weight has a sink, its gradient is in there after the forward pass: the loss must then be the root of the
+    If the weight has a sink, its gradient is there after the forward pass: the loss must then be the root of the
     backward pass, with a gradient of 1.
     """
     need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -54,7 +54,7 @@ def linear_cross_entropy(
 
 
 def chunk_tokens(columns: int, itemsize: int, device: str) -> int:
-    """How many tokens' logits fit the workspace on this type of device."""
+    """How many tokens' logits fit in the workspace on this device type."""
     tokens = max(MIN_CHUNK_TOKENS[device], WORKSPACE_BYTES[device] // max(1, columns * itemsize))
     return tokens - tokens % CHUNK_MULTIPLE if tokens > CHUNK_MULTIPLE else tokens
 
@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(inputs) if need_gradients else None
         own_sum = None if sink is not None or not need_gradients else _ProductSum(weight, columns)
         products: GradientSink | _ProductSum | None = sink if own_sum is None else own_sum
-        # Of the rows with padding, which are as many on every tp rank: the chunks are, too.
+        # Counts padded rows, which are equal on every tp rank, so the number of chunks is, too.
         step = chunk_tokens(weight.shape[0], x.element_size(), x.device.type)
         for start in range(0, len(ids), step):
             chunk = slice(start, start + step)
@@ -108,14 +108,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.sink is not None:
             _require_one(grad)
             ctx.sink.finished()
-        # A loss is usually the root, with a gradient of 1. Not asked on a GPU: ``item()`` would wait for it.
+        # A loss is usually the root, with a gradient of 1. Skipped on GPU: ``item()`` would synchronise.
         elif grad.is_cuda or grad.item() != 1:
             gradients = [None if part is None else part * grad.to(part.dtype) for part in gradients]
         return *gradients, None, None, None, None, None, None
 
 
 class _ProductSum:
-    """The gradient by a weight that has no sink: one product, or a sum of several in fp32."""
+    """The gradient of a weight without a sink: one product, or a sum of several in fp32."""
 
     def __init__(self, weight: Tensor, columns: int) -> None:
         self._weight, self._columns = weight, columns
@@ -132,7 +132,7 @@ class _ProductSum:
 
 
 def _require_one(grad: Tensor) -> None:
-    """The weight's gradient was added before this factor was known. On a GPU the check is made on the device."""
+    """The weight's gradient was added before this factor was known. On GPU the check runs on the device."""
     if grad.is_cuda:
         torch._assert_async(grad == 1)
     else:

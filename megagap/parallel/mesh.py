@@ -1,4 +1,4 @@
-"""The grid of processes: one object, made at start and passed down. There is no global state beside it.
+"""The grid of processes: one object, made at start and passed down. There is no other global state.
 
 Ranks are laid out with tensor parallelism innermost (neighbours, so within a node), then context, data and pipeline
 parallelism: ``rank = ((pp · DP + dp) · CP + cp) · TP + tp``. An axis of size 1 has no process group and its
@@ -85,7 +85,7 @@ class Mesh:
         kv_sharing: int = 1,
         timeout: timedelta | None = None,
     ) -> "Mesh":
-        """Lay ``world_size`` ranks out; dp is what remains. Collective: every rank calls it with the same arguments.
+        """Lay out ``world_size`` ranks; dp is what remains. Collective: every rank calls it with the same arguments.
 
         ``kv_sharing``: consecutive tp ranks that share key/value heads (tp / key-value heads, at least 1).
         ``torch.distributed`` must be initialised where ``world_size > 1``.
@@ -99,7 +99,7 @@ class Mesh:
         made = {everyone: dist.group.WORLD} if world_size > 1 else {}
 
         def axis(name: str, groups: np.ndarray) -> Axis:
-            """``groups`` [number of groups, members]: every rank is a member of one at most.
+            """``groups`` [number of groups, members]: every rank is a member of at most one.
 
             Axes with the same members share a process group: each costs connections, and memory on a GPU.
             """
@@ -107,7 +107,7 @@ class Mesh:
             for members in map(tuple, groups.tolist()):
                 if len(members) == 1:
                     continue
-                # Every rank must take part in the making of every group, also of those it is not in.
+                # Every rank must take part in creating every group, including those it is not in.
                 if members not in made:
                     made[members] = dist.new_group(list(members), timeout=timeout)
                 if rank in members:

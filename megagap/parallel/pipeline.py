@@ -1,4 +1,4 @@
-"""The executor: walks one stage's program of actions (``schedule.py``) over real microbatches."""
+"""The executor: runs one stage's program of actions (``schedule.py``) over real microbatches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ class Stage(Protocol):
     def compute(self, microbatch: int, activation: Tensor | None) -> Tensor:
         """The next stage's activation, or on the last stage the scalar to differentiate.
 
-        ``activation`` comes from the stage below; None on the first stage.
+        ``activation`` comes from the previous stage; None on the first stage.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Border:
-    """What crosses between neighbouring stages: activations and their gradients have this shape."""
+class Boundary:
+    """What is sent between neighbouring stages: activations and their gradients have this shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,7 +56,7 @@ def plan(schedule: Schedule, mesh: Mesh, microbatches: int) -> list[Action]:
 def execute(
     program: Sequence[Action],
     stages: Sequence[Stage],
-    border: Border,
+    boundary: Boundary,
     mesh: Mesh,
     before_last_backward: Callable[[], None] = lambda: None,
 ) -> None:
@@ -66,7 +66,7 @@ def execute(
     no gradient changes any more.
     """
     backwards = [index for index, action in enumerate(program) if isinstance(action, Backward | BackwardWeight)]
-    run = _Run(stages, border, mesh, differentiate=bool(backwards))
+    run = _Run(stages, boundary, mesh, differentiate=bool(backwards))
     for index, action in enumerate(program):
         if backwards and index == backwards[-1]:
             before_last_backward()
@@ -75,10 +75,10 @@ def execute(
 
 
 class _Run:
-    """The live tensors of one walk through a program."""
+    """The live tensors of one execution of a program."""
 
-    def __init__(self, stages: Sequence[Stage], border: Border, mesh: Mesh, differentiate: bool) -> None:
-        self.stages, self.border, self.mesh, self.differentiate = stages, border, mesh, differentiate
+    def __init__(self, stages: Sequence[Stage], boundary: Boundary, mesh: Mesh, differentiate: bool) -> None:
+        self.stages, self.boundary, self.mesh, self.differentiate = stages, boundary, mesh, differentiate
         self.last = len(stages) * mesh.pp.size - 1
         self.received: dict[Message, Tensor] = {}
         self.to_send: dict[Message, Tensor] = {}
@@ -123,7 +123,7 @@ class _Run:
             self.to_send[Message("gradient", microbatch, here)] = activation.grad
 
     def transfer(self, transfer: Transfer) -> None:
-        """Post the whole batch and wait for what is received; sends go on behind the next compute action."""
+        """Post the whole batch and wait for the receives; sends overlap with the next compute action."""
         self.finish_sends()  # the validated model: a batch ends before the next is posted
         pp = self.mesh.pp
         operations = []
@@ -131,12 +131,12 @@ class _Run:
             tensor = self.to_send.pop(message).contiguous()
             operations.append(dist.P2POp(dist.isend, tensor, pp.ranks[peer], pp.group))
         for peer, message in transfer.receives:
-            tensor = torch.empty(self.border.shape, dtype=self.border.dtype, device=self.mesh.device)
+            tensor = torch.empty(self.boundary.shape, dtype=self.boundary.dtype, device=self.mesh.device)
             self.received[message] = tensor
             operations.append(dist.P2POp(dist.irecv, tensor, pp.ranks[peer], pp.group))
         works = dist.batch_isend_irecv(operations)
         tensors = [operation.tensor for operation in operations]
-        # gloo answers with one work an operation, NCCL with one for the batch (and its wait does not block the host).
+        # gloo returns one Work per operation, NCCL one for the batch (and its wait does not block the host).
         sends = len(transfer.sends) if len(works) == len(operations) else 0
         for work in works[sends:]:
             work.wait()

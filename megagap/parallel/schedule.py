@@ -29,7 +29,7 @@ class Backward:
 
 @dataclass(frozen=True, order=True)
 class BackwardInput:
-    """Compute a microbatch's input gradient only; its weight gradients wait for :class:`BackwardWeight`."""
+    """Compute a microbatch's input gradient only; its weight gradients are deferred to :class:`BackwardWeight`."""
 
     microbatch: int
     chunk: int = 0
@@ -37,7 +37,7 @@ class BackwardInput:
 
 @dataclass(frozen=True, order=True)
 class BackwardWeight:
-    """Compute the weight gradients that :class:`BackwardInput` left waiting."""
+    """Compute the weight gradients that :class:`BackwardInput` deferred."""
 
     microbatch: int
     chunk: int = 0
@@ -48,12 +48,12 @@ Compute = Forward | Backward | BackwardInput | BackwardWeight
 
 @dataclass(frozen=True)
 class Message:
-    """One tensor between neighbours: an activation (forward) or its gradient (backward), at the border below
-    virtual stage ``border`` (counted along the model: ``chunk · stages + stage``)."""
+    """One tensor between neighbours: an activation (forward) or its gradient (backward), at the boundary before
+    virtual stage ``boundary`` (counted along the model: ``chunk · stages + stage``)."""
 
     kind: Literal["activation", "gradient"]
     microbatch: int
-    border: int
+    boundary: int
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ def _check_compute(stage: int, actions: Sequence[Action], microbatches: int, chu
         place[type(action)][key] = index
     whole, inputs, weights = place[Backward], place[BackwardInput], place[BackwardWeight]
     assert place[Forward].keys() == everything, f"stage {stage}: not every microbatch goes forward"
-    assert inputs.keys() == weights.keys() and not whole.keys() & inputs.keys(), f"stage {stage}: torn backwards"
+    assert inputs.keys() == weights.keys() and not whole.keys() & inputs.keys(), (
+        f"stage {stage}: BackwardInput without BackwardWeight"
+    )
     backwards = whole | inputs
     assert not backwards or backwards.keys() == everything, f"stage {stage}: not every microbatch goes backward"
     assert all(place[Forward][key] < index for key, index in backwards.items()), f"stage {stage}: backward too early"

@@ -18,7 +18,7 @@ class Shard:
     ``offsets`` and ``sizes`` are in elements of the *unpadded* global ``shape``. The local tensor has shape
     ``local_shape``, which exceeds ``sizes`` only in dimension 0, where rows of padding follow the real ones.
 
-    ``replica_axis`` names the mesh axis along which other ranks hold the very same part (data-parallel copies,
+    ``replica_axis`` names the mesh axis along which other ranks hold the same part (data-parallel copies,
     which every parameter has, are not counted): ``"tp"`` for norms, ``"kv"`` for key/value heads shared by several
     tensor-parallel ranks, ``"embedding"`` for an embedding tied across the first and the last stage. Rank 0 of that
     axis owns the part: it alone counts it in norms and writes it to checkpoints.
@@ -46,7 +46,7 @@ class Shard:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether this is the token embedding, which is not decayed unless ``optim.decay_embeddings`` asks."""
+        """Whether this is the token embedding, which is not decayed unless ``optim.decay_embeddings`` is set."""
         return self.name.endswith("embed_tokens.weight")
 
 
@@ -65,15 +65,15 @@ class Slice:
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Shard:
-    """The record of a tensor that is not split and has no replicas (but data-parallel ones)."""
+    """The record of a tensor that is not split and has no replicas (other than data-parallel ones)."""
     return Shard(name, shape, (0,) * len(shape), shape, shape)
 
 
 def split(name: str, shape: tuple[int, ...], dim: int, rank: int, size: int, **replicas: object) -> Shard:
     """The ``rank``-th of ``size`` equal parts along ``dim``.
 
-    In dimension 0 the length need not divide: every part then has ``ceil(shape[0] / size)`` rows, and what reaches
-    beyond the tensor is padding. Elsewhere it must divide.
+    In dimension 0 the length need not divide: every part then has ``ceil(shape[0] / size)`` rows, and rows
+    beyond the tensor's end are padding. In other dimensions it must divide.
     """
     length = -(-shape[dim] // size)
     start = min(rank * length, shape[dim])
@@ -97,15 +97,15 @@ class GradientSink(Protocol):
         """Add leftᵀ right, for left [n, rows] and right [n, columns], to the parameter's first rows."""
 
     def finished(self) -> None:
-        """A backward pass has added all that it adds by :meth:`add_product` in one place that uses the parameter."""
+        """One use of the parameter has made all its :meth:`add_product` calls of this backward pass."""
 
 
 class ShardedParameter(nn.Parameter):
     """A parameter with its :class:`Shard`. Values are unspecified until ``model.init`` or a checkpoint fills them.
 
-    ``sink``: where operations add its gradient without autograd, if an optimizer has set one; what autograd finds
-    arrives in the same place by a hook. ``uses``: in how many places of the stage it is used, each of which reports
-    once per backward pass.
+    ``sink``: where operations add its gradient without autograd, if an optimizer has set one; what autograd computes
+    is added there by a hook. ``uses``: in how many places of the stage it is used, each of which reports once per
+    backward pass.
     """
 
     shard: Shard

@@ -24,7 +24,7 @@ SEQUENCE = 1
 
 
 class WeightGradientQueue:
-    """Lets weight gradients wait: while deferring, linear layers queue them instead of computing them in backward.
+    """Defers weight gradients: while deferring, linear layers queue them instead of computing them in backward.
 
     Zero-bubble schedules (Qi et al. 2023) fill idle time with the queued work.
     """
@@ -43,7 +43,7 @@ class WeightGradientQueue:
             self._jobs = None
 
     def add(self, job: Callable[[], None]) -> bool:
-        """Queue ``job`` if weight gradients are being deferred; False if it must be done now."""
+        """Queue ``job`` if weight gradients are being deferred; False if it must run now."""
         if self._jobs is None:
             return False
         self._jobs.append(job)
@@ -52,7 +52,7 @@ class WeightGradientQueue:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How this rank's layers are split: handed to every layer of a stage."""
+    """How this rank's layers are split: passed to every layer of a stage."""
 
     mesh: Mesh
     sequence_parallel: bool
@@ -153,7 +153,7 @@ class VocabParallelEmbedding(nn.Module):
     """Rows of the embedding table split over tp (Shoeybi et al. 2019, section 3); also the tied output projection.
 
     tokens: [b, s], the same on every tp rank. Result: [b, s or s / tp, h].
-    A vocabulary that tp does not divide is padded at its end, for storage only: padded rows take no part in anything.
+    A vocabulary that tp does not divide is padded at its end, for storage only: padded rows are never used.
     """
 
     def __init__(self, shard: Shard, tensor_parallel: TensorParallel) -> None:
@@ -185,24 +185,24 @@ def vocab_logits(x: Tensor, weight: ShardedParameter) -> Tensor:
 
 
 def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
-    """What each of these layers makes of one input.
+    """The outputs of several layers for one input.
 
-    As if each were called by itself; the input's gradient is added up inside the matrix products.
+    As if each were called by itself; the input's gradient is accumulated inside the matrix products.
     """
     products: tuple[Tensor, ...] = _Linears.apply(x, layers[0].queue, *(layer.weight for layer in layers))
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradientQueue) -> Tensor:
-    """x Wᵀ + b whose weight gradient may wait in ``queue``."""
+    """x Wᵀ + b whose weight gradient may be deferred to ``queue``."""
     (y,) = _Linears.apply(x, queue, weight)
     return y if bias is None else y + bias
 
 
 class _Linears(torch.autograd.Function):
-    """x [.., in] times each of some weights [out, in], transposed.
+    """x [.., in] times each of several weights [out, in], transposed.
 
-    A weight's gradient goes into its sink where it has one, else to autograd.
+    A weight's gradient goes into its sink if it has one, else to autograd.
     """
 
     @staticmethod
@@ -231,7 +231,7 @@ class _Linears(torch.autograd.Function):
 def _weight_gradient(
     weight: Tensor, grad: Tensor, x: Tensor, sink: GradientSink | None, queue: WeightGradientQueue
 ) -> Tensor | None:
-    """The gradient gradᵀ x for autograd; None where it goes into the sink, or waits in the queue."""
+    """The gradient gradᵀ x for autograd; None if it goes into the sink, or is queued."""
 
     def accumulate() -> None:
         if sink is None:

@@ -16,7 +16,7 @@ from megagap.optim.schedule import learning_rate
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.pipeline import Border, execute, plan
+from megagap.parallel.pipeline import Boundary, execute, plan
 from megagap.parallel.schedule import SCHEDULES, Action
 from megagap.training.guard import accept_update
 
@@ -226,8 +226,8 @@ def count_targets(targets: Tensor, mesh: Mesh) -> Tensor:
     return all_reduce((targets != IGNORED_TARGET).sum().float(), mesh.data).clamp(min=1)
 
 
-def border(stage: LlamaStage, inputs: Tensor) -> Border:
+def border(stage: LlamaStage, inputs: Tensor) -> Boundary:
     """What crosses between stages for inputs [m, b, s]."""
     _, batch, length = inputs.shape
     parallel = stage.tensor_parallel
-    return Border((batch, parallel.sequence_part(length), stage.model.hidden_size), stage.dtype)
+    return Boundary((batch, parallel.sequence_part(length), stage.model.hidden_size), stage.dtype)

@@ -1,11 +1,11 @@
-"""Times causal attention on a GPU by every back end that torch has there, forward and backward, in TFLOP/s.
+"""Times causal attention on a GPU with every back end that torch has there, forward and backward, in TFLOP/s.
 
     python tests/benchmarks/attention.py
     python tests/benchmarks/attention.py --dtypes float32 --documents 16 --output runs/attention
 
-Grouped keys and values are passed as they are where a back end takes them, else repeated ("expanded"). ``--documents``
-packs each sequence from so many documents and compares a mask with kernels for sequences of various lengths. Counted
-are the operations of the causal half, 2 matrix products forward and 5 backward.
+Grouped keys and values are passed as they are if a back end supports them, else repeated ("expanded"). ``--documents``
+packs each sequence from that many documents and compares a mask with variable-length kernels. The operations of the
+causal half are counted: 2 matrix products forward and 5 backward.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def document_arms(inputs: list[Tensor], documents: int) -> dict[str, Callable[..
         "mask, cuDNN, expanded": partial(sdpa, SDPBackend.CUDNN_ATTENTION, mask, False),
     }
     if inputs[0].dtype != torch.float32:
-        arms["flash of various lengths, grouped"] = partial(various_lengths, packed, True)
-        arms["flash of various lengths, expanded"] = partial(various_lengths, packed, False)
+        arms["flash, variable length, grouped"] = partial(variable_length, packed, True)
+        arms["flash, variable length, expanded"] = partial(variable_length, packed, False)
     return arms
 
 
@@ -114,7 +114,7 @@ def sdpa(backend: SDPBackend, mask: Tensor | None, grouped: bool, q: Tensor, k: 
     return y.transpose(1, 2)
 
 
-def various_lengths(documents: Documents, grouped: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def variable_length(documents: Documents, grouped: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's own flash kernel, by its operator."""
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))

@@ -10,7 +10,7 @@ Speed is given in the bytes that the operation must move at least (each input re
 forward and backward; a tensor that both need is read twice), and as a share of the speed of copying as many bytes.
 
 On a GPU each arm is recorded as a CUDA graph and its replays are timed by events, so that launching costs nothing, and
-the forward pass is timed by itself, too. Choose --rows so that tensors are several times as large as the L2 cache.
+the forward pass is also timed separately. Choose --rows so that tensors are several times as large as the L2 cache.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Case:
     arms: dict[str, Callable[[], object]]
     """Each does a forward and a backward pass; the first is ours."""
     bytes: int
-    """The least that must be moved."""
+    """The minimum that must be moved."""
     forward_bytes: int = 0
     """Of these, by the forward pass."""
 
@@ -118,7 +118,7 @@ def _alternate_graphs(arms: dict[str, Callable[[], object]], rounds: int) -> dic
     for name, run in arms.items():
         try:
             graphs[name] = _recorded(run)
-        except Exception as error:  # a rival's fault must not hide the others' times
+        except Exception as error:  # one rival's error must not hide the others' times
             print(f"note: {name} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(rounds + 1):
@@ -150,7 +150,7 @@ def _recorded(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def copy_bandwidth(size: int, device: torch.device, rounds: int) -> float:
-    """Bytes a second of copying a buffer to another, ``size`` bytes read and written together."""
+    """Bytes per second of copying one buffer to another, ``size`` bytes read and written together."""
     source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = alternate({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
@@ -160,7 +160,7 @@ def copy_bandwidth(size: int, device: torch.device, rounds: int) -> float:
 def summary(op: str, dtype: str, case: Case, seconds: dict[str, list[float]], copying: float) -> dict[str, Any]:
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     ours = medians["megagap"]
-    # Of each round, so that noise that lasts for a while cancels.
+    # Per round, so that noise that lasts for a while cancels.
     ratios = {
         arm: statistics.median(theirs / mine for theirs, mine in zip(values, seconds["megagap"], strict=True))
         for arm, values in seconds.items()
@@ -231,7 +231,7 @@ def _synchronise(device: torch.device) -> None:
 
 @dataclass
 class ForwardAndBackward:
-    """A run of ``function(*inputs)`` and the gradients by those inputs that want one."""
+    """A run of ``function(*inputs)`` and the gradients of those inputs that require one."""
 
     function: Callable[..., Any]
     inputs: list[Tensor]
@@ -301,7 +301,7 @@ def rms_norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.device
 
 @dataclass
 class _Weight:
-    """What LlamaRMSNorm's forward looks at of itself."""
+    """The attributes of itself that LlamaRMSNorm's forward uses."""
 
     weight: Tensor
     variance_epsilon: float = EPS
@@ -383,7 +383,7 @@ def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.d
         return loss
 
     others = {
-        # In place, as ours: of a copy, whose time it counts.
+        # In place, as megagap's: on a copy, whose time it counts.
         "liger": liger and liger_loss,
         "quack": quack and (lambda logits: quack.cross_entropy(logits, targets).mean()),
     }
@@ -453,5 +453,5 @@ CASES: dict[str, Callable[[int, int, torch.dtype, torch.device], Case]] = {
 
 if __name__ == "__main__":
     if not compiled.AVAILABLE:
-        sys.exit("the compiled kernels are not built: there is nothing of ours to time")
+        sys.exit("the compiled kernels are not built: there is nothing to time")
     main()

@@ -1,4 +1,4 @@
-"""Tokens a second that one process reads: ``python tests/benchmarks/loader.py [--documents N] [--mask]``.
+"""Tokens per second that one process reads: ``python tests/benchmarks/loader.py [--documents N] [--mask]``.
 
 Sequences of 4,096 from two sources of short documents, warm from the page cache, in steps of 64 samples.
 """
@@ -20,7 +20,7 @@ LENGTH, STEP = 4096, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=100_000, help="of each source, 500 tokens on average")
+    parser.add_argument("--documents", type=int, default=100_000, help="documents per source, 500 tokens on average")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--mask", action="store_true", help="with a document mask")
     given = parser.parse_args()

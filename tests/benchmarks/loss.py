@@ -1,10 +1,10 @@
-"""Times the output projection and its loss on a GPU, forward and backward, by the size of its parts.
+"""Times the output projection and its loss on a GPU, forward and backward, by chunk size.
 
     python tests/benchmarks/loss.py
     python tests/benchmarks/loss.py --tokens 8192 --megabytes 64 512 --output runs/loss
 
 Rivals: Liger-Kernel's fused linear cross-entropy and quack's, where they are installed. The floor is three matrix
-products (logits, gradient by the input, gradient by the weight) at the rate of one large product measured beside them.
+products (logits, gradient of the input, gradient of the weight) at the rate of one large product measured beside them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument(
-        "--megabytes", type=int, nargs="+", default=[64, 256, 512, 1024, 2048], help="of logits per part"
+        "--megabytes", type=int, nargs="+", default=[64, 256, 512, 1024, 2048], help="megabytes of logits per chunk"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="folder for loss.json")
@@ -107,7 +107,7 @@ def median_seconds(name: str, run: Callable[[], object], rounds: int) -> float:
     """0 if it cannot run."""
     try:
         run()
-    except Exception as error:  # a rival's fault must not hide the others' times
+    except Exception as error:  # one rival's error must not hide the others' times
         print(f"note: {name} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return 0.0
     seconds = []

@@ -1,11 +1,11 @@
-"""Times the training step of a recipe's model as other code makes it, on one GPU, in tokens per second.
+"""Times the training step of a recipe's model in other implementations, on one GPU, in tokens per second.
 
     python tests/benchmarks/peers.py examples/recipes/gaperon-1b-one-gpu.toml
     python tests/benchmarks/peers.py recipe.toml --arms transformers liger --output runs/peers
 
 Arms: ``transformers`` (SDPA attention), ``liger`` (the same with Liger-Kernel's operations, where it is installed) and
 ``compiled`` (transformers under torch.compile). All train in pure bf16 with torch's fused AdamW, clipping by the global
-norm: less memory traffic than our fp32 masters. Compare with tools/benchmark_mfu.py, run beside it.
+norm: less memory traffic than megagap's fp32 masters. Compare with tools/benchmark_mfu.py on the same machine.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     for arm in options.arms:
         try:
             seconds = time_steps(arm, settings, device, options.warmup, options.steps)
-        except Exception as error:  # one peer's fault must not hide the others' times
+        except Exception as error:  # one peer's error must not hide the others' times
             print(f"note: {arm} is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue
         tokens = settings.train.micro_batch_size * settings.train.sequence_length / statistics.median(seconds)

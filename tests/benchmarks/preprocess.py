@@ -1,12 +1,12 @@
-"""How fast text becomes token files, beside the bare tokenizer, datatrove, and Megatron's way of doing it.
+"""How fast text becomes token files, compared with the bare tokenizer, datatrove, and Megatron's script.
 
     python tests/benchmarks/preprocess.py                        # everything: a quarter of an hour on two cores
     python tests/benchmarks/preprocess.py --megabytes 10 --rounds 1 --skip datatrove,memory
 
 Text: what tools/gather_text.py gathers, and the Python sources of the installed packages, as JSON lines. Tokenizer:
-Llama 3's, from the package llama-models. Contestants take turns; each runs in a process of its own, and the time is
-from its start to its end, with start-up, unless it is a bare tokenizer: for these, texts are in memory, and only the
-encoding counts. Start-up is what three documents take.
+Llama 3's, from the package llama-models. Contestants take turns; each runs in a process of its own, timed from start
+to end, including start-up, except bare tokenizers: for these, texts are in memory, and only the encoding counts.
+Start-up is the time for three documents.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def encode_line(line: str) -> list[int]:
 
 
 def datatrove(name: str, corpus: Path, folder: Path, cores: int) -> None:
-    """A task for each core, each with a part of the corpus, as it deals out whole files."""
+    """One task per core, each with a part of the corpus, as it distributes whole files."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import MegatronDocumentTokenizer
@@ -136,10 +136,12 @@ def rank_file() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/benchmark-preprocess", metavar="DIR")
-    parser.add_argument("--megabytes", type=int, default=160, metavar="N", help="of text (default: 160)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the medians count (default: 3)")
+    parser.add_argument("--megabytes", type=int, default=160, metavar="N", help="megabytes of text (default: 160)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds; medians count (default: 3)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
-    parser.add_argument("--skip", default="", metavar="NAME,…", help=f"of {', '.join(CONTESTANTS)}, memory")
+    parser.add_argument(
+        "--skip", default="", metavar="NAME,…", help=f"leave out any of {', '.join(CONTESTANTS)}, memory"
+    )
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -186,7 +188,7 @@ def main() -> None:
 
 
 def gather(corpus: Path, size: int) -> None:
-    """Write ``size`` bytes of JSON lines: a document of each language in turn, then Python sources if need be."""
+    """Write ``size`` bytes of JSON lines: a document of each language in turn, then Python sources if needed."""
     folder = corpus.parent / "text"
     gather_text = [sys.executable, str(ROOT / "tools/gather_text.py"), "--output", str(folder)]
     subprocess.run(gather_text, check=True, stdout=sys.stderr)
@@ -197,7 +199,7 @@ def gather(corpus: Path, size: int) -> None:
             if file.tell() >= size:
                 break
         else:
-            raise SystemExit(f"only {file.tell() / 1e6:.0f} MB of text were found; give --megabytes")
+            raise SystemExit(f"only {file.tell() / 1e6:.0f} MB of text found; give --megabytes")
     partial.rename(corpus)
 
 
@@ -215,14 +217,14 @@ def sources() -> Iterator[bytes]:
 
 
 def write_hugging_face(path: Path) -> None:
-    """Llama 3's rank file as Hugging Face has it, for those that read nothing else."""
+    """Llama 3's rank file in Hugging Face's format, for those that read nothing else."""
     from megagap.data.tokenizer.tiktoken import to_hugging_face
 
     to_hugging_face(rank_file()).save(str(path))
 
 
 def time_of(command: list[str], environment: dict[str, str]) -> float:
-    """Seconds that a contestant says, else those that it took."""
+    """Seconds that a contestant reports, else those that it took."""
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -233,7 +235,7 @@ def time_of(command: list[str], environment: dict[str, str]) -> float:
 
 
 def peak_memory(folder: Path, corpus: Path, size: int, cores: int, environment: dict[str, str]) -> int:
-    """The most that the processes of a run hold together; of ``corpus`` up to ``size`` bytes, never the same twice."""
+    """Peak memory of all processes of a run; on up to ``size`` bytes of ``corpus``, never the same twice."""
     path = folder / "memory.jsonl"
     with open(path, "wb") as file:
         for text in new_texts(corpus):
@@ -269,7 +271,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of its own: pages shared with other processes, and of files, count in part or not at all."""
+    """Its private bytes: pages shared with other processes, and of files, count in part or not at all."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

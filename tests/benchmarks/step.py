@@ -1,9 +1,9 @@
-"""Times a recipe's training step with the kernels and with plain torch, in turn, each in processes of its own.
+"""Times a recipe's training step with the kernels and with plain torch, alternately, each in its own processes.
 
     python tests/benchmarks/step.py
     python tests/benchmarks/step.py --recipe examples/recipes/code.toml --rounds 5 --train.precision bf16-mixed
 
-Without a recipe, the quickstart's model in one process. Tokens are random where the recipe's data is not there.
+Without a recipe, the quickstart's model in one process. Tokens are random if the recipe's data does not exist.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "examples/recipes/quickstart.toml")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each arm (5)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a run (20)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per run (20)")
     options, overrides = parser.parse_known_args()
     if options.recipe.name == "quickstart.toml":
         overrides = ["--parallel.tp", "1", "--parallel.pp", "1", *overrides]

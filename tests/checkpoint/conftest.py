@@ -74,7 +74,7 @@ def cuts(draw: st.DrawFn, length: int, most: int) -> list[tuple[int, int]]:
 @st.composite
 def layouts(draw: st.DrawFn, tensors: Tensors, ranks: int) -> list[list[tuple[str, Shard, int, int]]]:
     """For each rank the (kind, shard, start, stop) it owns: every tensor cut into a grid of shards, each shard into
-    flat intervals, and those dealt out at random."""
+    flat intervals, and those distributed at random."""
     owned: list[list[tuple[str, Shard, int, int]]] = [[] for _ in range(ranks)]
     for (kind, name), tensor in tensors.items():
         shape = tuple(tensor.shape)

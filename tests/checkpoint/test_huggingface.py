@@ -128,7 +128,7 @@ def test_both_forms_of_the_rotary_settings_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole_folder", [True, False])
-def test_the_tokenizer_goes_along_and_encodes_the_same(tmp_path: Path, bpe: Path, whole_folder: bool) -> None:
+def test_the_tokenizer_is_exported_and_encodes_the_same(tmp_path: Path, bpe: Path, whole_folder: bool) -> None:
     model, settings = reference()
     source = bpe if whole_folder else tmp_path / "mine.json"
     if not whole_folder:
@@ -159,12 +159,12 @@ def test_without_a_tokenizer_the_special_ids_of_llama_2_are_not_implied(tmp_path
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, bpe: Path) -> None:
     model, settings = reference(vocab_size=100)
     checkpoint = save_model(tmp_path / "c", model, settings)
-    with pytest.raises(DataError, match="the model only 100"):
+    with pytest.raises(DataError, match=r"but model\.vocab_size is 100"):
         export(checkpoint, tmp_path / "hf", tokenizer=str(bpe))
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     model, settings = reference()
     checkpoint = save_model(tmp_path / "c", model, settings)
     (tmp_path / "hf").mkdir()
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_leaves_no_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 3}, "holds no weight of model.layers.2"),
+        ({"num_hidden_layers": 3}, "does not contain weight of model.layers.2"),
         ({"num_hidden_layers": 1}, "holds model.layers.1"),
         ({"intermediate_size": 25}, "shape"),
         ({"hidden_size": -1}, "hidden_size"),
@@ -263,7 +263,7 @@ SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_transformers_makes_the_same_tokenizer_of_the_export_as_of_the_source(
+def test_transformers_makes_the_same_tokenizer_from_the_export_as_from_the_source(
     tmp_path: Path, bpe: Path, case: str
 ) -> None:
     source = tmp_path / "source"
@@ -277,7 +277,7 @@ def test_transformers_makes_the_same_tokenizer_of_the_export_as_of_the_source(
             (source / f"{name}.json").write_text(json.dumps(content))
     model, settings = reference(vocab_size=310)
     export(save_model(tmp_path / "c", model, settings, tokenizer=str(source)), tmp_path / "hf")
-    # Beside a tokenizer.json alone, the usual names are taken for beginnings and ends.
+    # With a tokenizer.json alone, the usual names are taken as begin- and end-of-text.
     expected, found = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "hf")
     for options in ({"add_special_tokens": False}, {}):
         assert found(WRITTEN, **options)["input_ids"] == expected(WRITTEN, **options)["input_ids"]

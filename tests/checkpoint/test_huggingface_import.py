@@ -64,7 +64,7 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("shard", ["1GB", "5KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_in_and_out_again_is_the_same_model_bit_for_bit(tmp_path, changes, dtype, shard):
+def test_import_and_export_give_the_same_model_bit_for_bit(tmp_path, changes, dtype, shard):
     saved(tmp_path / "hf", dtype, shard, **changes)
     assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == (shard == "5KB")
     import_model(tmp_path / "hf", tmp_path / "checkpoint")
@@ -120,7 +120,7 @@ def test_progress_ends_with_all_bytes(tmp_path):
     assert told == sorted(told) and len(told) >= 2 * len(model_tensors(Model(**SHAPE)))
 
 
-def test_several_ends_sampling_defaults_and_the_chat_template_come_out_again(tmp_path, bpe):
+def test_several_end_ids_sampling_defaults_and_the_chat_template_survive_import_and_export(tmp_path, bpe):
     saved(tmp_path / "hf", vocab_size=300)
     edit(tmp_path / "hf" / "config.json", bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6)
     generation = {"eos_token_id": [4, 5, 7], "pad_token_id": 6, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
@@ -138,7 +138,7 @@ def test_several_ends_sampling_defaults_and_the_chat_template_come_out_again(tmp
     assert load_text_model(tmp_path / "checkpoint").stop >= {4, 5, 7}
 
 
-def test_a_run_that_trains_an_imported_model_exports_the_ends_of_its_tokenizers_folder(tmp_path, bpe):
+def test_a_run_that_trains_an_imported_model_exports_the_end_ids_of_its_tokenizers_folder(tmp_path, bpe):
     saved(tmp_path / "hf", vocab_size=300)
     edit(tmp_path / "hf" / "config.json", eos_token_id=[4, 5])
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
@@ -153,12 +153,12 @@ def test_a_run_that_trains_an_imported_model_exports_the_ends_of_its_tokenizers_
 def test_an_index_whose_special_ids_would_overwrite_other_settings_is_refused(tmp_path, ids):
     state = {"hugging_face": {"special_ids": ids, "generation_config": {}}}
     index = Index(files=(), tensors=(), state=state)
-    with pytest.raises(CheckpointError, match="does not hold special_ids and generation_config"):
+    with pytest.raises(CheckpointError, match="does not contain special_ids and generation_config"):
         companions_of(tmp_path, index, None, None)
 
 
 @pytest.mark.parametrize("ids", ["</s>", [1, "2"], True, 1.5])
-def test_special_ids_that_are_none_are_refused_naming_the_field(tmp_path, ids):
+def test_invalid_special_ids_are_refused_naming_the_field(tmp_path, ids):
     saved(tmp_path / "hf")
     edit(tmp_path / "hf" / "generation_config.json", eos_token_id=ids)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is"):
@@ -166,7 +166,7 @@ def test_special_ids_that_are_none_are_refused_naming_the_field(tmp_path, ids):
 
 
 @pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 300 + "1" + "}" * 300, "{", ""])
-def test_generation_settings_that_no_checkpoint_can_hold_are_refused_naming_the_file(tmp_path, text):
+def test_generation_settings_that_a_checkpoint_cannot_store_are_refused_naming_the_file(tmp_path, text):
     saved(tmp_path / "hf")
     (tmp_path / "hf" / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
@@ -276,7 +276,7 @@ def test_a_model_that_is_not_a_plain_llama_is_refused_naming_the_field(tmp_path,
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\ud800"])
-def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", errors="surrogatepass"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_settings(tmp_path)
@@ -317,7 +317,7 @@ def test_weights_that_are_not_finite_are_refused_and_leave_nothing(tmp_path, val
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_file_cut_short_is_refused_by_name(tmp_path, keep):
+def test_a_truncated_file_is_refused_by_name(tmp_path, keep):
     saved(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -344,7 +344,7 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path, keep):
         (lambda places: {k: v for k, v in places.items() if k != NORM}, f"has {NORM}.*no file"),
     ],
 )
-def test_an_index_of_shards_that_lies_is_refused(tmp_path, change, message):
+def test_an_inconsistent_index_of_shards_is_refused(tmp_path, change, message):
     saved(tmp_path / "hf", shard="5KB")
     index = tmp_path / "hf" / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
@@ -354,7 +354,7 @@ def test_an_index_of_shards_that_lies_is_refused(tmp_path, change, message):
         import_model(tmp_path / "hf", tmp_path / "checkpoint")
 
 
-def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path):
+def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path):
     saved(tmp_path / "hf")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "mine.txt").write_text("precious")
@@ -363,7 +363,7 @@ def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["mine.txt"]
 
 
-def test_a_sentencepiece_tokenizer_comes_in_and_out_again(tmp_path):
+def test_a_sentencepiece_tokenizer_survives_import_and_export(tmp_path):
     saved(tmp_path / "hf", vocab_size=400)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
     sentencepiece.SentencePieceTrainer.train(

@@ -47,7 +47,7 @@ def save_matrix(folder: Path) -> torch.Tensor:
 
 
 def tamper(folder: Path, change: Any) -> None:
-    """Change the index as a knowing attacker would: with a checksum that fits."""
+    """Change the index as an informed attacker would: with a matching checksum."""
     document = json.loads((folder / "index.json").read_text())["body"]
     change(document)
     body = json.dumps(document) + "}\n"
@@ -102,7 +102,7 @@ def test_an_index_that_contradicts_itself_is_refused_naming_the_folder(tmp_path:
 
 
 @pytest.mark.parametrize("place", ["../{}", "{tmp_path}/{}", "inner/{}", "{}\n", "weights.safetensors"])
-def test_a_file_by_any_name_but_a_ranks_is_refused_even_if_the_very_bytes_lie_there(tmp_path: Path, place: str) -> None:
+def test_a_file_name_other_than_a_ranks_is_refused_even_if_its_bytes_are_right(tmp_path: Path, place: str) -> None:
     folder = tmp_path / "step_1"
     save_matrix(folder)
     name = place.format("rank_00000.safetensors", tmp_path=tmp_path)
@@ -128,7 +128,7 @@ def test_an_untouched_index_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", '{"checksum":"0123456789abcdef","body":{}}\n', "[" * 100_000])
-def test_a_file_that_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_an_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(CheckpointError, match="damaged"):
         Index.read(tmp_path)
@@ -167,7 +167,7 @@ def grid_of_chunks(rows: int, columns: int) -> StoredTensor:
 
 
 @given(st.data())
-def test_coverage_is_what_counting_every_element_says(data: st.DataObject) -> None:
+def test_coverage_equals_counting_every_element(data: st.DataObject) -> None:
     from megagap.checkpoint.index import _coverage_fault
 
     tensor = grid_of_chunks(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4)))
@@ -197,5 +197,5 @@ def test_the_time_to_read_an_index_grows_with_its_chunks_and_not_with_their_squa
             index = Index.read(tmp_path / f"step_{ranks}")
             measured.append(time.process_time() - begin)
             assert sum(len(tensor.chunks) for tensor in index.tensors) == ranks * 110 * 3
-    # 16 times as many chunks: 256 times the time, were each compared with all others of its tensor.
+    # 16 times as many chunks: 256 times the time, if each were compared with all others of its tensor.
     assert min(seconds[32]) < 50 * min(seconds[2])

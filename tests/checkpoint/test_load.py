@@ -81,13 +81,13 @@ def test_replicas_may_ask_for_the_same_elements(tmp_path: Path) -> None:
 
 
 def test_a_scalar_is_stored_and_loaded(tmp_path: Path) -> None:
-    # Shard describes tensors with at least one dimension; one element is the least.
+    # Shard describes tensors with at least one dimension; one element is the minimum.
     save_checkpoint(tmp_path / "c", [Slice("weight", whole("one", (1,)), 0, 1, torch.tensor([3.0]))], {})
     assert load_tensor(tmp_path / "c", Index.read(tmp_path / "c"), "weight", "one").tolist() == [3.0]
 
 
 def small_checkpoint(folder: Path) -> list[Slice]:
-    """Two tensors, three kinds, two ranks; a few hundred bytes a file."""
+    """Two tensors, three kinds, two ranks; a few hundred bytes per file."""
     parts = [
         Slice(kind, shard, start, stop, torch.arange(float(start), float(stop)))
         for kind in ("weight", "exp_avg", "exp_avg_sq")
@@ -116,7 +116,7 @@ def test_a_flipped_bit_in_any_byte_is_found(tmp_path: Path) -> None:
     load_slices(folder, Index.read(folder), wanted)
 
 
-def test_the_message_of_a_damaged_chunk_names_file_and_place(tmp_path: Path) -> None:
+def test_the_message_for_a_damaged_chunk_names_file_and_place(tmp_path: Path) -> None:
     wanted = small_checkpoint(tmp_path / "c")
     file = tmp_path / "c" / "rank_00001.safetensors"
     content = bytearray(file.read_bytes())
@@ -137,13 +137,13 @@ def request(name: str = "w", shape: tuple[int, int] = (4, 4), dtype: torch.dtype
     return Slice("weight", Shard(name, shape, (0, 0), shape, shape), 0, 4, torch.zeros(4, dtype=dtype))
 
 
-def test_a_tensor_that_is_not_there_is_refused_by_name(matrix: tuple[Path, Index]) -> None:
-    with pytest.raises(CheckpointError, match="holds no weight of v"):
+def test_a_missing_tensor_is_refused_by_name(matrix: tuple[Path, Index]) -> None:
+    with pytest.raises(CheckpointError, match="does not contain weight of v"):
         load_slices(*matrix, [request("v")])
 
 
 def test_another_shape_is_refused_naming_both(matrix: tuple[Path, Index]) -> None:
-    with pytest.raises(CheckpointError, match=r"shape \[4, 4\].* wants \[5, 4\]"):
+    with pytest.raises(CheckpointError, match=r"shape \[4, 4\].* this model has \[5, 4\]"):
         load_slices(*matrix, [request(shape=(5, 4))])
 
 

@@ -85,13 +85,13 @@ GRID = {
 
 
 @pytest.mark.parametrize("kind", GRID)
-def test_what_is_no_checkpoint_is_told_for_what_it_is(tmp_path, kind):
+def test_what_is_not_a_checkpoint_is_named_for_what_it_is(tmp_path, kind):
     make, wanted = GRID[kind]
     path = make(tmp_path)
     messages = []
     for load in (resolve_checkpoint, load_model, load_text_model):
         if kind == "Hugging Face" and load is load_text_model:
-            continue  # takes such a folder as it is
+            continue  # accepts such a folder as it is
         with pytest.raises(CheckpointError) as error:
             load(path)
         messages.append(str(error.value))
@@ -115,7 +115,7 @@ def test_from_hf_of_anything_else_asks_for_the_folder_of_a_model(tmp_path, kind)
         import_model(make(tmp_path), tmp_path / "out")
 
 
-def test_an_unreadable_folder_is_told(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_reported(tmp_path, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
 

@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_saved_folder_holds_a_file_a_rank_and_is_the_latest(tmp_path: Path, run_ranks: RunRanks) -> None:
+def test_a_saved_folder_has_one_file_per_rank_and_is_the_latest(tmp_path: Path, run_ranks: RunRanks) -> None:
     folder = tmp_path / "step_00000007"
     assert run_ranks(2, lambda c: save_checkpoint(folder, halves(c.rank), {"step": 7}, c)) == [None, None]
     assert names(tmp_path) == ["latest", "step_00000007"]
@@ -80,7 +80,7 @@ def test_a_rank_with_a_full_disk_fails_all_ranks_and_commits_nothing(
     assert find_latest(tmp_path) == earlier
 
 
-def test_a_bug_on_one_rank_reaches_the_others_instead_of_hanging_them(tmp_path: Path, run_ranks: RunRanks) -> None:
+def test_a_bug_on_one_rank_is_raised_on_the_others_instead_of_hanging_them(tmp_path: Path, run_ranks: RunRanks) -> None:
     def work(communicator: ThreadCommunicator) -> None:
         parts = iter([]) if communicator.rank == 0 else (1 / 0 for _ in range(1))
         save_checkpoint(tmp_path / "step_1", parts, {}, communicator)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_a_bug_on_one_rank_reaches_the_others_instead_of_hanging_them(tmp_path: 
 
 
 @pytest.mark.parametrize("start", [0, 5, 7])
-def test_elements_that_two_ranks_or_none_hand_over_are_refused(tmp_path: Path, run_ranks: RunRanks, start: int) -> None:
+def test_elements_that_two_ranks_or_none_save_are_refused(tmp_path: Path, run_ranks: RunRanks, start: int) -> None:
     def work(communicator: ThreadCommunicator) -> None:
         parts = halves(0) if communicator.rank == 0 else [Slice("weight", SHARD, start, 12, torch.zeros(12 - start))]
         save_checkpoint(tmp_path / "step_1", parts, {}, communicator)
@@ -120,7 +120,9 @@ def test_state_that_json_cannot_hold_is_refused(tmp_path: Path, value: object) -
     assert names(tmp_path) == []
 
 
-def test_a_run_killed_while_writing_leaves_nothing_that_looks_like_a_checkpoint_and_is_tidied(tmp_path: Path) -> None:
+def test_a_run_killed_while_writing_leaves_nothing_that_looks_like_a_checkpoint_and_is_cleaned_up(
+    tmp_path: Path,
+) -> None:
     stale = tmp_path / "partial_step_00000005"
     stale.mkdir()
     (stale / "rank_00000.safetensors").write_bytes(b"half")
@@ -162,18 +164,18 @@ def test_without_a_valid_latest_the_newest_complete_checkpoint_is_found(tmp_path
     assert find_latest(tmp_path) == second
 
 
-def test_checkpoints_of_which_none_is_complete_are_an_error(tmp_path: Path) -> None:
+def test_only_incomplete_checkpoints_are_an_error(tmp_path: Path) -> None:
     (save_step(tmp_path, 1) / "index.json").unlink()
     with pytest.raises(CheckpointError, match=r"no index\.json"):
         find_latest(tmp_path)
 
 
-def test_no_checkpoints_are_none(tmp_path: Path) -> None:
+def test_without_checkpoints_there_is_no_latest(tmp_path: Path) -> None:
     assert find_latest(tmp_path) is None
     assert find_latest(tmp_path / "nowhere") is None
 
 
-def test_an_unwritable_place_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(CheckpointError, match="checkpoints"):
         save_step(tmp_path / "checkpoints", 1)

@@ -1,4 +1,4 @@
-"""An index is untrusted input: what it says of the run is used only if it is typed, and fits itself and the tensors."""
+"""An index is untrusted input: its state is used only if it is typed and consistent with itself and the tensors."""
 
 import copy
 from pathlib import Path
@@ -53,7 +53,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return state
 
 
-def test_a_sound_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_valid_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     index = save_state(tmp_path / "step_3", STATE)
     run = read_run(tmp_path / "step_3", index)
     assert (run.step, run.updates, run.last_sample, run.train.steps) == (3, 2, 13, 5)
@@ -63,7 +63,9 @@ def test_a_sound_state_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["step", "updates", "consumed_samples", "consumed_tokens", "last_sample"])
 @pytest.mark.parametrize("value", [-1, 1.0, True, "3", [], 2**61], ids=repr)
-def test_progress_that_is_no_count_is_refused_naming_folder_and_field(tmp_path: Path, field: str, value: Any) -> None:
+def test_progress_that_is_not_a_count_is_refused_naming_folder_and_field(
+    tmp_path: Path, field: str, value: Any
+) -> None:
     index = save_state(tmp_path / "step_3", changed(field, value))
     with pytest.raises(CheckpointError, match=rf"step_3/index\.json: state\.{field}: "):
         read_run(tmp_path / "step_3", index)
@@ -92,7 +94,7 @@ def test_progress_that_is_no_count_is_refused_naming_folder_and_field(tmp_path: 
     ],
     ids=lambda value: "missing" if value is ... else None,
 )
-def test_a_state_that_no_run_can_go_on_from_is_refused(tmp_path: Path, field: str, value: Any, complaint: str) -> None:
+def test_a_state_that_no_run_can_resume_from_is_refused(tmp_path: Path, field: str, value: Any, complaint: str) -> None:
     index = save_state(tmp_path / "step_3", changed(field, value))
     with pytest.raises(CheckpointError) as error:
         read_run(tmp_path / "step_3", index)
@@ -103,7 +105,7 @@ def test_a_state_that_no_run_can_go_on_from_is_refused(tmp_path: Path, field: st
     ("field", "value", "complaint"),
     [
         ("num_hidden_layers", 10**9, "state.model.num_hidden_layers = 1000000000, but it holds 21 weights"),
-        ("num_hidden_layers", 3, "holds no weight of model.layers.2"),
+        ("num_hidden_layers", 3, "does not contain weight of model.layers.2"),
         ("num_hidden_layers", 1, "holds model.layers.1"),
         ("hidden_size", 10**12, "has shape"),
         ("vocab_size", 10**15, "has shape"),

@@ -42,13 +42,13 @@ naïve d'un garçon à Noël, où qu'elle mène, coûte 1 234,50 €.
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """English, French, code, and what lies beyond."""
+    """English, French, code, and other scripts."""
     return TEXTS
 
 
 @pytest.fixture(scope="session")
 def lines() -> list[str]:
-    """5,000 lines: the language's own documentation, French in varied order, and code, with blanks and line ends."""
+    """5,000 lines: the language's own documentation, French in varied order, and code, with spaces and line ends."""
     draw = random.Random(0)
     words = FRENCH.split()
     french = [" ".join(draw.sample(words, draw.randint(1, 30))) for _ in range(1500)] + FRENCH.splitlines() * 20
@@ -129,7 +129,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """JSON lines of the sample texts many times over, an empty document and a blank line among them."""
+    """JSON lines of the sample texts many times over, including an empty document and a blank line."""
     lines = [json.dumps({"id": i, "text": TEXTS[i % len(TEXTS)] + str(i)}) for i in range(200)]
     lines[7:7] = ['{"text": ""}', ""]
     path = tmp_path / "corpus.jsonl"

@@ -6,7 +6,7 @@ from megagap.data.samples import Phase, TrainingData
 from megagap.data.sources import Source
 
 S = 4
-"""Tokens of a sequence, where nothing else is said."""
+"""Default number of tokens per sequence."""
 
 WriteTokens = Callable[[str, Sequence[Sequence[int]]], str]
 

@@ -1,4 +1,4 @@
-"""Megatron's order, written down from its description with plain lists: slow, and meant to be seen to be right."""
+"""Megatron's order, written down from its description with plain lists: slow, but obviously correct."""
 
 import math
 

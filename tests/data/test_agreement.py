@@ -1,4 +1,4 @@
-"""What data, tokenizer and model say of the ids is compared, and what does not fit is told with the cure."""
+"""What data, tokenizer and model declare about the ids is compared, and mismatches are reported with the remedy."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ BOS = {"prepend_bos": True}
 
 REFUSED = {
     "a larger tokenizer": ([("base", EOD)], "base", 269, ["has ids up to 269", "model.vocab_size = 270 (or 320,"]),
-    "without tokenizer": ([("base", EOD)], "", 269, ["has ids up to 269, the model only 269 ids"]),
+    "without tokenizer": ([("base", EOD)], "", 269, ["has ids up to 269, but model.vocab_size is 269"]),
     "added tokens": ([("base", EOD)], "more", 270, ["more has ids up to 270", "model.vocab_size = 271"]),
     "another vocabulary": ([("base", EOD)], "other", 300, ["was made with another tokenizer: ", "base"]),
     "fewer tokens": ([("more", EOD)], "base", 300, ["was made with another tokenizer: "]),
@@ -87,7 +87,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_with_both_numbers(made, tokenizers, case):
+def test_mismatches_are_refused_with_both_numbers(made, tokenizers, case):
     data, spec, vocab_size, wanted = REFUSED[case]
     sources = {f"s{i}": [made(name, **options)] for i, (name, options) in enumerate(data)}
     with pytest.raises(DataError) as error:
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(made, tokenizers, case):
 
 
 WARNED = {
-    "nothing to tell": ([("base", EOD), ("base", EOD)], "base", False, []),
+    "nothing to report": ([("base", EOD), ("base", EOD)], "base", False, []),
     "special tokens added": ([("base", EOD)], "began", False, ["begin-of-text id 0, the tokenizer"]),
     "ordinary tokens added": ([("base", EOD)], "more", False, ["has added tokens to"]),
     "an end that is not used": ([("base", {})], "chat", False, ["end-of-text id 1, the tokenizer"]),
@@ -109,11 +109,11 @@ WARNED = {
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_what_may_be_meant_is_a_warning(made, tokenizers, case):
+def test_what_may_be_intended_is_a_warning(made, tokenizers, case):
     data, spec, document_mask, wanted = WARNED[case]
     sources = {f"s{i}": [made(name, **options)] for i, (name, options) in enumerate(data)}
     ids, warnings = require_agreement(sources, str(tokenizers / spec), 300, document_mask)
-    warnings = [text for text in warnings if "hold the same text" not in text]  # as all of them do
+    warnings = [text for text in warnings if "contain the same text" not in text]  # as all of them do
     assert len(warnings) == len(wanted) and all(part in text for part, text in zip(wanted, warnings, strict=True))
     assert ids is not None and ids.who == f"the tokenizer {tokenizers / spec}"
 
@@ -143,14 +143,14 @@ def test_ids_outside_the_vocabulary_are_found_at_the_start(tmp_path):
     require_agreement({"web": [prefix]}, "", 301)
 
 
-def test_a_type_that_cannot_hold_the_vocabulary_is_told(tmp_path):
+def test_a_dtype_that_cannot_hold_the_vocabulary_is_reported(tmp_path):
     narrow = write(tmp_path / "a", [[1, 2, 3]] * 40)
     _, (warning,) = require_agreement({"a": [narrow]}, "", 128_256)
     assert "uint16" in warning and "65,535" in warning and "128,256" in warning
     assert require_agreement({"a": [write(tmp_path / "b", [[1, 2, 3]] * 40, "int32")]}, "", 128_256)[1] == []
 
 
-def test_all_faults_are_told_at_once(made, tokenizers):
+def test_all_faults_are_reported_at_once(made, tokenizers):
     sources = {"a": [made("other", **EOD)], "b": [made("base", **EOD)]}
     with pytest.raises(DataError) as error:
         require_agreement(sources, str(tokenizers / "chat"), 268)

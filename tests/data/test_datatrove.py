@@ -1,4 +1,4 @@
-"""The adapter for datatrove: two local tasks and a merge are what preprocessing gives."""
+"""The adapter for datatrove: two local tasks and a merge equal preprocessing."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ from megagap.errors import DataError
 def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
     tmp_path: Path, texts: list[str], tokenizer_folder: Path, workers: int
 ) -> None:
-    for i in range(2):  # datatrove deals whole files out to tasks
+    for i in range(2):  # datatrove distributes whole files over tasks
         lines = [json.dumps({"text": texts[j % 4] + f" {i} {j}"}) for j in range(100)]
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / f"in/{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -43,7 +43,9 @@ def test_two_local_tasks_and_a_merge_are_what_preprocessing_gives(
     assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))
 
 
-def test_a_fault_of_the_pipeline_before_is_not_taken_for_one_of_writing(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_an_error_of_the_earlier_pipeline_is_not_mistaken_for_one_of_writing(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     def unreadable() -> Iterator[Document]:
         yield Document("some text", "0")
         raise FileNotFoundError(2, "No such file or directory", "crawl/7.jsonl")

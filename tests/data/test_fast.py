@@ -37,14 +37,14 @@ def test_llama_3_ids_are_those_of_the_reference(lines: list[str]) -> None:
 
 
 def hard(tokenizer: Tokenizer) -> list[str]:
-    """Each token by itself, of which some are no result of merges; and words that can be merged in many ways."""
+    """Each token alone, some of which no merges lead to; and words that can be merged in many ways."""
     tokens = [token.decode(errors="replace") for token in tokenizer.vocabulary().values()]
     draw = random.Random(0)
     letters = ("a", "ab", "=-", "*/", " \t", "\n ", "ha", "àé", "的一", "ing", "()", "คก", "0o")
     return tokens + ["".join(draw.choices(draw.choice(letters), k=draw.randint(2, 40))) for _ in range(20_000)]
 
 
-def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(
+def test_the_word_cache_is_emptied_when_it_takes_too_much_memory(
     rank_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megagap.data.tokenizer.fast.CACHE_BYTES", 1 << 24)
@@ -63,7 +63,7 @@ def test_words_that_it_remembers_are_forgotten_when_they_take_too_much_memory(
     assert np.array_equal(found, reference.encode_flat([letters.tobytes().decode()])[0])
 
 
-def test_very_long_blanks_are_cut_as_the_reference_has_to(rank_file: Path) -> None:
+def test_very_long_white_space_is_cut_as_in_the_reference(rank_file: Path) -> None:
     reference = load_tokenizer(rank_file)
     blanks = " " * 400_002, "\n" * 250_000 + " " * 250_001
     FastEncoder(FastSource.of(reference)).check(reference, ["a", *(f"a{blank}b" for blank in blanks), "", "b"])
@@ -104,7 +104,7 @@ def test_a_difference_on_the_input_refuses_or_falls_back(
     tmp_path: Path, corpus: Path, bpe_of_lines: Path, wrong: None
 ) -> None:
     arguments: tuple[Any, ...] = ([corpus], str(tmp_path / "out"), str(bpe_of_lines))
-    with pytest.raises(DataError, match=r"--fast on cannot be: gigatoken 0.* gives other ids .* of 'Portez"):
+    with pytest.raises(DataError, match=r"--fast on is not possible: gigatoken 0.* gives different ids .* of 'Portez"):
         preprocess(*arguments, fast="on")
     assert not list(tmp_path.glob("out*"))
     summary = preprocess(*arguments, fast="auto")
@@ -117,26 +117,26 @@ def test_a_difference_late_in_a_long_file_is_found(tmp_path: Path, bpe_of_lines:
     with open(tmp_path / "long.jsonl", "w") as file:
         for i in range(60_000):
             file.write(json.dumps({"text": f"{'whisky' if i > 55_000 else 'water'} {i}. " * 4}) + "\n")
-    with pytest.raises(DataError, match="gives other ids"):
+    with pytest.raises(DataError, match="gives different ids"):
         preprocess([tmp_path / "long.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 
 
-def test_a_difference_in_what_the_input_does_not_hold_refuses(
+def test_a_difference_on_text_that_the_input_does_not_contain_refuses(
     tmp_path: Path, corpus: Path, sentencepiece_model: Path
 ) -> None:
-    """gigatoken takes ``</s>``, which HTML has too, for the end of a document."""
-    with pytest.raises(DataError, match="gives other ids"):
+    """gigatoken takes ``</s>``, which also occurs in HTML, as the end of a document."""
+    with pytest.raises(DataError, match="gives different ids"):
         preprocess([corpus], str(tmp_path / "out"), str(sentencepiece_model), fast="on")
 
 
 def test_a_short_file_is_compared_to_its_end(tmp_path: Path, bpe_of_lines: Path, wrong: None) -> None:
     lines = [json.dumps({"text": "water " * 20})] * 9000 + [json.dumps({"text": "whisky"})]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match="gives other ids"):
+    with pytest.raises(DataError, match="gives different ids"):
         preprocess([tmp_path / "short.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 
 
-def test_without_gigatoken_on_is_refused_and_auto_goes_on(
+def test_without_gigatoken_on_is_refused_and_auto_continues(
     tmp_path: Path, corpus: Path, bpe_of_lines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
@@ -148,7 +148,9 @@ def test_without_gigatoken_on_is_refused_and_auto_goes_on(
 
     monkeypatch.setattr(builtins, "__import__", absent)
     arguments: tuple[Any, ...] = ([corpus], str(tmp_path / "out"), str(bpe_of_lines))
-    with pytest.raises(DataError, match=r"--fast on cannot be: gigatoken cannot be imported(.|\n)*megagap\[fast\]"):
+    with pytest.raises(
+        DataError, match=r"--fast on is not possible: gigatoken cannot be imported(.|\n)*megagap\[fast\]"
+    ):
         preprocess(*arguments, fast="on")
     assert "cannot be imported" in preprocess(*arguments, fast="auto").notes[0]
 
@@ -162,7 +164,7 @@ def test_a_tokenizer_that_makes_gigatoken_panic_falls_back(
     import gigatoken
 
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", panic)
-    with pytest.raises(DataError, match=r"cannot take .*panicked"):
+    with pytest.raises(DataError, match=r"cannot load .*panicked"):
         preprocess([corpus], str(tmp_path / "out"), str(rank_file), fast="on")
     assert preprocess([corpus], str(tmp_path / "out"), str(rank_file), fast="auto").pairs[0].documents == 200
 

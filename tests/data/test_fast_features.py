@@ -1,4 +1,4 @@
-"""gigatoken honours what is listed, on texts made to tell; known differences are not listed."""
+"""gigatoken supports the listed features, on texts that exercise them; known differences are not listed."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def texts() -> list[str]:
 
 
 def differs(state: dict[str, Any]) -> str | None:
-    """The shortest text to which gigatoken gives other ids than tokenizers; or that it refuses the tokenizer."""
+    """The shortest text to which gigatoken gives different ids from tokenizers; or that it refuses the tokenizer."""
     theirs = Tokenizer.from_str(json.dumps(state))
     theirs.no_truncation()
     expected = [encoding.ids for encoding in theirs.encode_batch(texts(), add_special_tokens=False)]
@@ -102,14 +102,14 @@ def written(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", listed())
-def test_what_is_listed_is_honoured(name: str) -> None:
+def test_what_is_listed_is_supported(name: str) -> None:
     state = listed()[name]
     assert unknown_feature(written(state)) is None
     assert differs(state) is None
 
 
 @pytest.mark.parametrize("name", unlisted())
-def test_what_gives_other_ids_is_not_listed(name: str) -> None:
+def test_what_gives_different_ids_is_not_listed(name: str) -> None:
     state = unlisted()[name]
     assert differs(state)
     assert unknown_feature(written(state))

@@ -1,4 +1,4 @@
-"""Names of files are bytes: they need not be valid UTF-8, and may hold anything but a slash and a NUL."""
+"""File names are bytes: they need not be valid UTF-8, and may contain anything but a slash and a NUL."""
 
 import json
 import os
@@ -38,7 +38,7 @@ NAMES = [
 
 @pytest.fixture(params=NAMES, ids=[f"{name!r}" for name in NAMES])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Called so, with inputs called so, one of whose documents is malformed."""
+    """A folder with such a name, with inputs of such names, one of whose documents is malformed."""
     name = request.param
     folder = tmp_path / name
     folder.mkdir()
@@ -57,7 +57,7 @@ def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[bytes
 
 
 @pytest.mark.parametrize("folder", [NAMES[0], NAMES[3]], indirect=True)
-def test_all_data_tools_take_them(folder: Path, tokenizer_folder: Path) -> None:
+def test_all_data_tools_accept_them(folder: Path, tokenizer_folder: Path) -> None:
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     arguments = ["--input", folder, "--output-prefix", folder / "o", "--tokenizer", folder / "tokenizer"]
     arguments += ["--on-error", "skip", "--workers", 1]
@@ -74,7 +74,7 @@ def test_all_data_tools_take_them(folder: Path, tokenizer_folder: Path) -> None:
     assert shown.returncode == 0, shown.stderr
 
 
-def test_the_manifest_tells_them_in_utf8_and_is_read_again(folder: Path, tokenizer_folder: Path) -> None:
+def test_the_manifest_stores_them_in_utf8_and_is_read_back(folder: Path, tokenizer_folder: Path) -> None:
     summary = preprocess([folder], str(folder / "o"), str(tokenizer_folder), on_error="skip")
     manifest = read_manifest(summary.pairs[0].prefix)
     assert manifest is not None
@@ -85,7 +85,7 @@ def test_the_manifest_tells_them_in_utf8_and_is_read_again(folder: Path, tokeniz
     assert manifest.unread[0].path == printable(f"{folder / folder.name}.md")
 
 
-def test_an_interrupted_run_goes_on(folder: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(folder: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = dict(inputs=[folder], output_prefix=str(folder / "o"), on_error="skip")
     arguments["tokenizer"] = str(tokenizer_folder)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tokenizer_folder: Path, monkey
         lambda name, _: identify(name),
     ],
 )
-def test_a_nul_in_a_name_is_told(tmp_path: Path, use: Any) -> None:
+def test_a_nul_in_a_name_is_reported(tmp_path: Path, use: Any) -> None:
     (tmp_path / "good").write_text('{"text": "one"}\n')
     with pytest.raises(MegagapError, match=r"x\\x00y|x\x00y"):
         use(f"{tmp_path}/x\0y", str(tmp_path / "good"))

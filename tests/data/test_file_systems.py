@@ -1,4 +1,4 @@
-"""What the system refuses is told where it can be at the start, else names the file; nothing half-written is left."""
+"""What the system refuses is reported at the start if possible, else names the file; nothing half-written is left."""
 
 import builtins
 import errno
@@ -42,7 +42,7 @@ def finished(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> dict[str, 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPERM])
 @pytest.mark.parametrize("leftovers", [False, True])
-def test_resuming_what_is_finished_needs_no_writing(
+def test_resuming_a_finished_run_writes_nothing(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, leftovers: bool
 ) -> None:
     if leftovers:
@@ -64,7 +64,7 @@ def test_resuming_what_is_finished_needs_no_writing(
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
-def test_a_final_name_that_cannot_be_given_is_told_before_any_work(
+def test_an_impossible_final_rename_is_reported_before_any_work(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     (tmp_path / f"o_text_document{ending}").mkdir()
@@ -74,22 +74,22 @@ def test_a_final_name_that_cannot_be_given_is_told_before_any_work(
     assert sorted(path.name for path in tmp_path.glob("o_*")) == [f"o_text_document{ending}"]
 
 
-def test_a_folder_that_lets_nothing_be_renamed_is_told_before_any_work(
+def test_a_folder_in_which_nothing_can_be_renamed_is_reported_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "replace", refused(errno.EPERM))
-    with pytest.raises(CannotWriteError, match=r"Operation not permitted\n  .*choose another place"):
+    with pytest.raises(CannotWriteError, match=r"Operation not permitted\n  .*choose another location"):
         lock_pair(str(tmp_path / "o"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_that_is_too_long_for_what_will_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_for_what_will_be_written_is_reported_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(CannotWriteError, match="File name too long\n  choose a shorter name"):
         lock_pair(str(tmp_path / ("x" * 240)))
     assert not list(tmp_path.iterdir())
 
 
-def test_an_immutable_file_under_a_final_name_is_told_before_any_work(
+def test_an_immutable_file_under_a_final_name_is_reported_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "o.bin").write_bytes(b"")
@@ -102,7 +102,7 @@ def test_an_immutable_file_under_a_final_name_is_told_before_any_work(
         lock_pair(str(tmp_path / "o"))
 
 
-def test_another_users_file_in_a_sticky_folder_is_told_before_any_work(
+def test_another_users_file_in_a_sticky_folder_is_reported_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "o.bin").write_bytes(b"")
@@ -113,7 +113,7 @@ def test_another_users_file_in_a_sticky_folder_is_told_before_any_work(
 
 
 def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.CompletedProcess[str]:
-    """A tool of which the size of files, or the number of open ones, is limited."""
+    """A tool run with a limit on the size of files, or on the number of open ones."""
 
     def limit() -> None:
         for name, value in limits.items():
@@ -130,7 +130,7 @@ def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.Comp
 def test_a_full_disk_at_any_stage_ends_in_a_message_and_leaves_no_final_name(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, bytes_allowed: int, second_pass: tuple[object, ...]
 ) -> None:
-    """A limit of a file's size looks like a full disk: of the lock, the journal, tokens, checksums and buckets."""
+    """A limit on file size looks like a full disk: for the lock, the journal, tokens, checksums and buckets."""
     arguments = ["--input", corpus, "--output-prefix", tmp_path / "o", "--tokenizer", tokenizer_folder, *second_pass]
     arguments += ["--workers", 1, "--resume", "--append-eod"]
     full = run_limited("preprocess_data.py", *arguments, RLIMIT_FSIZE=bytes_allowed)
@@ -143,7 +143,9 @@ def test_a_full_disk_at_any_stage_ends_in_a_message_and_leaves_no_final_name(
 
 @pytest.mark.parametrize("tool", ["preprocess_data.py", "inspect_data.py", "merge_datasets.py"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_standard_output_that_cannot_be_written_is_told(finished: dict[str, Any], tmp_path: Path, tool: str) -> None:
+def test_a_standard_output_that_cannot_be_written_is_reported(
+    finished: dict[str, Any], tmp_path: Path, tool: str
+) -> None:
     pair = f"{finished['output_prefix']}_text_document"
     arguments = {
         "preprocess_data.py": ["--input", *finished["inputs"], "--output-prefix", tmp_path / "new/o"],
@@ -194,7 +196,7 @@ run_tool(lambda: print(TokenSource(Source("x", tuple(sys.argv[2:])), "100,0,0", 
 """
 
 
-def test_shards_are_opened_beyond_the_soft_limit_and_the_hard_one_is_told(shards: list[str]) -> None:
+def test_shards_are_opened_beyond_the_soft_limit_and_the_hard_one_is_reported(shards: list[str]) -> None:
     def run(hard: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", PROGRAM, str(hard), *shards]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -203,7 +205,7 @@ def test_shards_are_opened_beyond_the_soft_limit_and_the_hard_one_is_told(shards
     done = run(24)
     assert (
         done.returncode == 2
-        and "Too many open files\n  this process has as many files open as it may: raise the limit, ulimit -n"
+        and "Too many open files\n  this process has reached its limit of open files: raise it with ulimit -n"
         in done.stderr
     )
 
@@ -242,11 +244,11 @@ def test_a_source_cannot_have_a_shard_twice_under_two_names(shards: list[str], t
     for ending in (".bin", ".idx"):
         (tmp_path / f"link{ending}").symlink_to(shards[0] + ending)
     for other in (shards[0] + ".bin", str(tmp_path / "link"), f"{tmp_path}/./shard-000"):
-        with pytest.raises(DataError, match=r"source x has .* 2 times"):
+        with pytest.raises(DataError, match=r"source x lists .* 2 times"):
             TokenSource(Source("x", (shards[0], other)), "100,0,0", 0)
 
 
-def test_leftovers_of_another_user_are_told_at_the_start(
+def test_leftovers_of_another_user_are_reported_at_the_start(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "o_text_document.partial.tokens").write_bytes(b"x")
@@ -260,7 +262,7 @@ def test_leftovers_of_another_user_are_told_at_the_start(
         lambda: preprocess([corpus], str(tmp_path / "o"), str(tokenizer_folder)),
         lambda: IndexedDatasetWriter(tmp_path / "o_text_document", "uint16"),
     ):
-        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n.*another place"):
+        with pytest.raises(CannotWriteError, match=r"partial\.tokens: Operation not permitted\n.*another location"):
             use()
         assert not (tmp_path / "o_text_document.lock").exists()
 
@@ -292,7 +294,7 @@ def test_a_file_system_that_cannot_sync_folders_is_used_as_it_is(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_input_that_is_written_while_it_is_read_is_refused_though_its_size_stays(
+def test_an_input_that_is_written_while_it_is_read_is_refused_even_if_its_size_stays(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -329,10 +331,10 @@ def test_an_input_that_is_written_while_it_is_read_is_refused_though_its_size_st
     [
         (lambda: preprocess(["-"], "o", "t"), "give /dev/stdin"),
         (lambda: preprocess([""], "o", "t"), "cannot read '': No such file"),
-        (lambda: IndexedDatasetWriter("", "uint16"), "the prefix '' lacks the name of a file"),
-        (lambda: IndexedDatasetWriter("folder/", "uint16"), "the prefix 'folder/' lacks the name of a file"),
+        (lambda: IndexedDatasetWriter("", "uint16"), "the prefix '' does not end in a file name"),
+        (lambda: IndexedDatasetWriter("folder/", "uint16"), "the prefix 'folder/' does not end in a file name"),
     ],
 )
-def test_names_that_name_no_file_are_told(use: Callable[[], Any], message: str) -> None:
+def test_names_without_a_file_are_reported(use: Callable[[], Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         use()

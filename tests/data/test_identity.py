@@ -1,4 +1,4 @@
-"""Data sets that are rebuilt: what tells them apart, and when it is seen."""
+"""Data sets that are rebuilt: how that is detected, and when."""
 
 import json
 import os
@@ -27,7 +27,9 @@ def test_a_rebuilt_pair_differs_in_what_changed(write_tokens: WriteTokens) -> No
     ]
 
 
-def test_a_change_that_no_sampled_block_sees_is_seen_by_manifests(write_tokens: WriteTokens, tmp_path: Path) -> None:
+def test_a_change_outside_the_sampled_blocks_is_detected_by_manifests(
+    write_tokens: WriteTokens, tmp_path: Path
+) -> None:
     prefix = write_tokens("x", numbered(60, 1000))
     manifest = Path(f"{prefix}.json")
 
@@ -57,8 +59,8 @@ def test_a_source_that_is_rebuilt_while_it_is_read_is_refused_naming_it(
                 loader.step(12 * step)
 
 
-def test_files_that_are_cut_short_in_place_are_refused_before_they_are_read(sources: list[Source]) -> None:
-    """Reading beyond the end of a mapped file would end the process without a word."""
+def test_files_that_are_truncated_in_place_are_refused_before_they_are_read(sources: list[Source]) -> None:
+    """Reading beyond the end of a mapped file would kill the process without a message."""
     loader = MicrobatchLoader(training(sources, 1), 12, 3)
     loader.step(0)
     for ending in (".bin", ".idx"):
@@ -67,7 +69,7 @@ def test_files_that_are_cut_short_in_place_are_refused_before_they_are_read(sour
         loader.step(12)
 
 
-def test_a_copy_of_the_same_content_is_no_other_data(sources: list[Source]) -> None:
+def test_a_copy_with_the_same_content_is_the_same_data(sources: list[Source]) -> None:
     loader = MicrobatchLoader(training(sources, 1), 12, 3)
     loader.step(0)
     (prefix,) = sources[0].prefixes

@@ -79,7 +79,7 @@ def test_sequences_between_are_those_with_a_token_there(lengths: list[int], data
 
 
 @pytest.mark.parametrize(("vocabulary", "name"), [(65_499, "uint16"), (65_500, "int32"), (128_256, "int32")])
-def test_small_vocabularies_take_two_bytes_a_token(vocabulary: int, name: str) -> None:
+def test_small_vocabularies_take_two_bytes_per_token(vocabulary: int, name: str) -> None:
     assert best_dtype(vocabulary).name == name
 
 
@@ -109,7 +109,7 @@ def test_index_cut_anywhere_is_refused(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (0, b"TNTIDX", "is no token index"),
+        (0, b"TNTIDX", "is not a token index"),
         (9, struct.pack("<Q", 2), "version 2"),
         (17, b"\x09", "unknown dtype code 9"),
         (18, struct.pack("<Q", 2**63), "header promises"),
@@ -133,7 +133,7 @@ def test_damaged_index_is_refused_by_opening_or_verifying(
         IndexedDataset(tmp_path / "fr").verify()
 
 
-def test_negative_length_is_refused_though_pointers_agree_with_it(tmp_path: Path) -> None:
+def test_negative_length_is_refused_even_if_pointers_agree_with_it(tmp_path: Path) -> None:
     write(tmp_path / "fr", [[[1, 2]], [[3, 4]], [[5, 6]]])
     index = bytearray((tmp_path / "fr.idx").read_bytes())
     struct.pack_into("<3i3q", index, 34, 2, -1, 5, 0, 4, 2)
@@ -167,14 +167,14 @@ def test_writer_refuses_tokens_that_do_not_fit(tmp_path: Path, token: object) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_stands_under_a_final_name_until_whole(tmp_path: Path) -> None:
+def test_no_final_name_exists_until_complete(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "fr", "uint16") as writer:
         writer.add_document([1] * 10)
         assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.idx"))
     assert len(IndexedDataset(tmp_path / "fr")) == 1
 
 
-def test_failed_writing_leaves_the_old_pair_as_it_was(tmp_path: Path) -> None:
+def test_failed_writing_leaves_the_old_pair_unchanged(tmp_path: Path) -> None:
     write(tmp_path / "fr", [[[1, 2, 3]]])
     with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "fr", "uint16") as writer:
         writer.add_document([9])
@@ -184,7 +184,7 @@ def test_failed_writing_leaves_the_old_pair_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json"])
-def test_a_pair_may_be_named_by_one_of_its_files(tmp_path: Path, ending: str) -> None:
+def test_a_pair_may_be_given_by_one_of_its_files(tmp_path: Path, ending: str) -> None:
     for prefix in ("a", "a.bin"):  # which may end like a file
         with IndexedDatasetWriter(tmp_path / prefix, "uint16") as writer:
             writer.add_document([len(prefix)])

@@ -1,4 +1,4 @@
-"""Which files are read, what they are taken for, and how they are shared out."""
+"""Which files are read, as which kind, and how they are sharded."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ from megagap.errors import DataError
 
 
 def texts_in(inputs: list[Input], unit_bytes: int = 100) -> list[str]:
-    """Each document's text; a plain text is put together from its pieces."""
+    """Each document's text; a plain text is joined from its pieces."""
     found: list[str] = []
     for unit in read_units(inputs, ["text"], True, unit_bytes=unit_bytes):
         if unit.kind != "text":
@@ -53,11 +53,11 @@ def test_folders_and_patterns_are_read_by_path_and_hidden_files_left_out(tmp_pat
     with pytest.raises(DataError, match=r"no file matches .*\*\.parquet"):
         find_inputs([f"{tmp_path}/*.parquet"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no file to read"):
+    with pytest.raises(DataError, match="empty contains no file to read"):
         find_inputs([tmp_path / "empty"])
 
 
-def test_kinds_are_told_by_content_and_plain_texts_by_name_too(tmp_path: Path) -> None:
+def test_kinds_are_detected_by_content_and_plain_texts_also_by_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.txt", ["one", "two"])
     pq.write_table(pa.table({"text": ["three", "four"], "id": [1, 2]}), tmp_path / "table")
     (tmp_path / "prose.txt.gz").write_bytes(gzip.compress(b"five\n\nstill five"))
@@ -68,9 +68,9 @@ def test_kinds_are_told_by_content_and_plain_texts_by_name_too(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bz2", b"BZh91AY", "is compressed with bzip2, which is not read"),
+        ("a.bz2", b"BZh91AY", "is compressed with bzip2, which is not supported"),
         ("a.zip", b"PK\x03\x04", "is compressed with zip"),
-        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "is in UTF-16; only UTF-8 is read"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "is in UTF-16; only UTF-8 is supported"),
         ("a.gz", b"\x1f\x8b\x08\x00garbage", "cannot be read beyond line 0"),
         ("a.jsonl.gz", b"", "a.jsonl.gz has only 0 bytes"),
         ("a.parquet", b"PAR", "a.parquet has only 3 bytes"),
@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_byte_order_mark_at_the_start_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_at_the_start_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
     assert texts_in(find_inputs([tmp_path / "a.jsonl", tmp_path / "b.txt"])) == ["one", "two"]
@@ -102,13 +102,13 @@ def test_parquet_columns_of_bytes_nulls_and_bad_utf8_are_documents_or_faults_by_
     found = [(unit.line, document) for unit in units for document in documents_of(unit, ["text"])]
     assert [line for line, _ in found] == [1, 2, 3, 4]
     assert [d.reason if isinstance(d, Fault) else d[0] for _, d in found] == [
-        "one", "'text' is no text", "invalid UTF-8", "zwölf",
+        "one", "'text' is not text", "invalid UTF-8", "zwölf",
     ]  # fmt: skip
     with pytest.raises(DataError, match="has no column 'body'; it has 'text'"):
         list(read_units(find_inputs([tmp_path / "a.parquet"]), ["body"], True))
 
 
-def test_reading_goes_on_at_any_row(tmp_path: Path) -> None:
+def test_reading_resumes_at_any_row(tmp_path: Path) -> None:
     texts = [f"document {i} " * (i % 9 + 1) for i in range(300)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=70)
     inputs = find_inputs([tmp_path / "a.parquet"])
@@ -126,7 +126,7 @@ def test_reading_goes_on_at_any_row(tmp_path: Path) -> None:
     st.integers(1, 9),
     st.booleans(),
 )
-def test_shards_one_after_the_other_are_exactly_the_whole(
+def test_shards_concatenated_are_exactly_the_whole(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], count: int, last_newline: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
@@ -142,7 +142,7 @@ def test_shards_one_after_the_other_are_exactly_the_whole(
     assert [text for part in parts for text in texts_in(part, 7)] == [text for texts in files for text in texts]
 
 
-def test_json_lines_are_told_from_text_though_the_first_be_long_or_its_frames_short(tmp_path: Path) -> None:
+def test_json_lines_are_distinguished_from_text_even_with_a_long_first_line_or_short_frames(tmp_path: Path) -> None:
     long = "word " * 100_000
     write_lines(tmp_path / "1.txt", [long, "two"])
     lines = json.dumps({"text": "three"}).encode() + b"\n"
@@ -154,7 +154,7 @@ def test_json_lines_are_told_from_text_though_the_first_be_long_or_its_frames_sh
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "string_view", "binary_view"])
-def test_units_of_parquet_texts_that_share_buffers_hold_their_own_alone(tmp_path: Path, kind: str) -> None:
+def test_units_of_parquet_texts_that_share_buffers_contain_only_their_own(tmp_path: Path, kind: str) -> None:
     texts = [f"{i} " * 500 for i in range(1000)]
     column = pa.array(texts)
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pa, kind)())
@@ -188,13 +188,13 @@ def test_faults_in_a_shard_name_the_line_of_the_file(tmp_path: Path, tokenizer_f
         preprocess([tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), part=(3, 4))
 
 
-def test_a_pipe_is_read_but_neither_resumed_nor_shared_out(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_pipe_is_read_but_neither_resumed_nor_sharded(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
     os.mkfifo(tmp_path / "pipe")
     arguments = ([tmp_path / "pipe"], str(tmp_path / "out"), str(tokenizer_folder))
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         preprocess(*arguments, resume=True)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         preprocess(*arguments, part=(0, 2))
     feeder = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "a.jsonl").read_bytes()))
     feeder.start()
@@ -217,5 +217,5 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     next(units)
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(DataError, match="it changed meanwhile"):
+    with pytest.raises(DataError, match="it changed while it was read"):
         list(units)

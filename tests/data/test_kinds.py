@@ -1,4 +1,4 @@
-"""A file that is named as an input and holds no text for training is refused with what it is and what to do."""
+"""A file that is named as an input and is not text for training is refused with what it is and what to do."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ from megagap.errors import DataError
         ("text\tid\na\t1\n", r"pandas\.read_csv\('{path}', sep='\\t'\)"),
         ("<html><body>", "extract its text"),
         ('<?xml version="1.0"?>\n', "extract its text"),
-        ("Just some prose.\n", r"call a plain text \*\.txt"),
+        ("Just some prose.\n", r"name a plain text \*\.txt"),
         ("1\n2\n", "give one JSON object per line"),
         ("%PDF-1.4", "extract its text first"),
         ("ARROW1\0\0", r"load_from_disk"),
@@ -76,17 +76,17 @@ def test_a_bad_first_line_of_json_lines_is_a_fault_of_that_line(
     assert (summary.skipped, summary.pairs[0].documents) == (1, 1)
 
 
-def test_the_beginning_of_a_pipe_is_not_judged() -> None:
+def test_the_format_of_a_pipes_first_bytes_is_not_judged() -> None:
     assert kind_of("/dev/stdin", b'{"te', 0, False) == "lines"
     assert kind_of("/dev/stdin", b"[", 0, False) == "lines"
 
 
 @pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json"])
-def test_a_token_file_as_an_input_is_told_from_text(
+def test_a_token_file_as_an_input_is_distinguished_from_text(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, ending: str
 ) -> None:
     prefix = preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder)).pairs[0].prefix
-    with pytest.raises(DataError, match=r"a token file, which holds no text\n.* give the text that it was made of"):
+    with pytest.raises(DataError, match=r"a token file, not text\n.* give the text that it was made from"):
         preprocess([prefix + ending], str(tmp_path / "new"), str(tokenizer_folder))
 
 

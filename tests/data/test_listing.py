@@ -1,4 +1,4 @@
-"""Every file among the inputs is read, refused, or named with the reason in the notes and the manifest."""
+"""Every file among the inputs is read, refused, or listed with the reason in the notes and the manifest."""
 
 import bz2
 import gzip
@@ -103,12 +103,12 @@ def test_a_file_of_text_in_a_folder_is_read_whatever_its_name(folder: Path, name
         ("d.npy", b"\x93NUMPY\x01", "is a numpy array"),
         ("utf16", LINES.decode().encode("utf-16"), "is in UTF-16"),
         ("utf16-without-mark", LINES.decode().encode("utf-16-le"), "is binary or in UTF-16"),
-        ("README.md", b"# About\n\ntext\n", "holds no JSON lines: it starts with '# About'"),
+        ("README.md", b"# About\n\ntext\n", "is not JSON lines: it starts with '# About'"),
         ("data.csv", b"text,id\none,1\n", "looks like CSV"),
         ("data.tsv.gz", gzip.compress(b"text\tid\none\t1\n"), "looks like CSV"),
         ("index.html", b"<!doctype html>\n<p>", "is HTML or XML"),
         ("array.json", b'[{"text": "one"}]', "is a JSON array"),
-        ("pretty.json", b'{\n  "text": "one"\n}\n', "is JSON over several lines"),
+        ("pretty.json", b'{\n  "text": "one"\n}\n', "is JSON spread over several lines"),
         ("dataset_info.json", b'{"builder_name": "json"}', "its first line has no key 'text'"),
         ("tokenizer.json", b'{"version": "1.0", "x": "' + b"y" * 200_000 + b'"}', "its first line has no key 'text'"),
         ("cut.gz", gzip.compress(LINES)[:5], "cannot be read beyond line 0"),
@@ -121,7 +121,7 @@ def test_a_file_of_text_in_a_folder_is_read_whatever_its_name(folder: Path, name
         ("_temporary/x.jsonl", LINES, "hidden"),
     ],
 )
-def test_a_file_in_a_folder_that_is_not_read_is_named_with_the_reason(
+def test_a_file_in_a_folder_that_is_not_read_is_listed_with_the_reason(
     folder: Path, tokenizer_folder: Path, name: str, content: bytes, reason: str
 ) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def test_a_file_in_a_folder_that_is_not_read_is_named_with_the_reason(
         ("b.txt", b"a\0b\0c\0d\0", "is binary or in UTF-16"),
     ],
 )
-def test_a_file_named_like_text_that_holds_something_else_is_refused(
+def test_a_file_named_like_text_in_another_format_is_refused(
     folder: Path, name: str, content: bytes, message: str
 ) -> None:
     (folder / name).write_bytes(content)
@@ -180,7 +180,7 @@ SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("given", ["folder", "pattern", "deep pattern"])
-def test_what_is_no_file_is_named_and_never_waited_for(folder: Path, kind: str, given: str) -> None:
+def test_what_is_not_a_file_is_listed_and_never_waited_for(folder: Path, kind: str, given: str) -> None:
     make, reason = SPECIAL[kind]
     make(folder / kind)
     listing = list_inputs([{"folder": folder, "pattern": f"{folder}/*", "deep pattern": f"{folder}/**/*"}[given]])
@@ -204,33 +204,33 @@ def test_links_are_followed_and_each_file_is_read_once(folder: Path) -> None:
         assert f"the same folder as {folder}/again" in reasons["linked/"]
 
 
-def test_a_file_reached_by_several_names_is_read_once_and_told(folder: Path) -> None:
+def test_a_file_with_several_names_is_read_once_and_reported(folder: Path) -> None:
     listing = list_inputs([folder, f"{folder}/*.jsonl", folder / "a.jsonl"])
     assert names(listing) == ["a.jsonl"]
     assert listing.notes == [f"1 file is read once, though named more than once: {folder}/a.jsonl"]
 
 
-def test_a_file_that_was_named_twice_is_read_twice_and_told(folder: Path) -> None:
+def test_a_file_that_was_named_twice_is_read_twice_and_reported(folder: Path) -> None:
     (folder / "soft.jsonl").symlink_to("a.jsonl")
     listing = list_inputs([folder / "a.jsonl", folder / "a.jsonl", folder / "soft.jsonl"])
     assert names(listing) == ["a.jsonl", "a.jsonl", "soft.jsonl"]
-    assert "2 files are read again, since named more than once" in listing.notes[0]
+    assert "2 files are read again because named more than once" in listing.notes[0]
 
 
-def test_copies_of_a_file_are_told(folder: Path, tokenizer_folder: Path) -> None:
+def test_copies_of_a_file_are_reported(folder: Path, tokenizer_folder: Path) -> None:
     shutil.copy(folder / "a.jsonl", folder / "b.jsonl")
     summary = preprocess([folder], str(folder.parent / "out"), str(tokenizer_folder))
     assert summary.pairs[0].documents == 4
     assert f"{folder}/b.jsonl (as {folder}/a.jsonl)" in summary.notes[0]
 
 
-def test_empty_files_are_told(folder: Path) -> None:
+def test_empty_files_are_reported(folder: Path) -> None:
     (folder / "b.jsonl").write_bytes(b"")
     (folder / "c.txt").write_bytes(b"")
     assert list_inputs([folder]).notes == [f"2 files are empty: {folder}/b.jsonl, {folder}/c.txt"]
 
 
-def test_what_patterns_leave_out_as_hidden_is_told(folder: Path) -> None:
+def test_hidden_files_that_patterns_leave_out_are_reported(folder: Path) -> None:
     for name in (".b.jsonl", ".c/d.jsonl", ".notes"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(LINES)
@@ -262,7 +262,7 @@ def test_patterns_match_what_globs_do(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_folder_that_cannot_be_looked_into_is_refused_by_name(folder: Path) -> None:
+def test_a_folder_that_cannot_be_read_is_refused_by_name(folder: Path) -> None:
     (folder / "secret").mkdir(mode=0)
     try:
         for given in (folder, f"{folder}/**/*.jsonl"):
@@ -295,7 +295,7 @@ def test_the_same_command_works_again_with_its_output_among_the_inputs(folder: P
     before = [file.name for file in folder.iterdir()]
     for given in ([folder], [f"{folder}/*"], None):
         for resume in (False, True, False):
-            names = given or sorted(folder.iterdir())  # as a shell gives them
+            names = given or sorted(folder.iterdir())  # as a shell expands them
             summary = preprocess(names, str(folder / "o"), str(tokenizer_folder), resume=resume)
             assert summary.pairs[0].documents == 2
             assert ("finished already" in "".join(summary.notes)) == resume
@@ -303,7 +303,7 @@ def test_the_same_command_works_again_with_its_output_among_the_inputs(folder: P
             assert manifest and not manifest.unread and [Path(i.path).name for i in manifest.inputs] == before
 
 
-def test_pairs_of_others_and_a_tokenizer_in_the_folder_are_no_text(folder: Path, tokenizer_folder: Path) -> None:
+def test_other_pairs_and_a_tokenizer_in_the_folder_are_not_text(folder: Path, tokenizer_folder: Path) -> None:
     preprocess([folder], str(folder / "other"), str(tokenizer_folder))
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     summary = preprocess([folder], str(folder / "o"), str(tokenizer_folder))
@@ -313,8 +313,10 @@ def test_pairs_of_others_and_a_tokenizer_in_the_folder_are_no_text(folder: Path,
     assert "is the manifest of a token file" in summary.notes[0]
 
 
-def test_a_folder_without_text_says_what_it_holds(tokenizer_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no file to read\n(.|\n)*tokenizer\.json: is JSON over several lines"):
+def test_the_message_for_a_folder_without_text_says_what_it_contains(tokenizer_folder: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"contains no file to read\n(.|\n)*tokenizer\.json: is JSON spread over several lines"
+    ):
         find_inputs([tokenizer_folder])
 
 

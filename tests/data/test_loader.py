@@ -32,7 +32,7 @@ def test_reading_ahead_changes_nothing_whatever_step_is_asked_for(sources: list[
             assert torch.equal(ours.tokens, expected.tokens) and torch.equal(ours.sources, expected.sources)
 
 
-def test_a_workers_failure_is_raised_at_the_step_that_it_spoils_with_its_cause(
+def test_a_workers_failure_is_raised_at_the_step_it_affects_with_its_cause(
     sources: list[Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = training(sources, seed=5)
@@ -51,7 +51,7 @@ def test_a_workers_failure_is_raised_at_the_step_that_it_spoils_with_its_cause(
             loader.step(36)
 
 
-def test_the_workers_end_with_the_loader(sources: list[Source]) -> None:
+def test_the_workers_stop_with_the_loader(sources: list[Source]) -> None:
     def workers() -> int:
         return sum(thread.name.startswith("megagap-data") for thread in threading.enumerate())
 
@@ -79,7 +79,7 @@ def test_the_log_says_when_a_source_repeats(sources: list[Source], caplog: pytes
     assert said == ["", again.format(2), again.format(3), ""]
 
 
-def test_documents_begin_where_positions_are_0(sources: list[Source]) -> None:
+def test_documents_start_where_positions_are_0(sources: list[Source]) -> None:
     data = training(sources, seed=5, length=16)
     batch = MicrobatchLoader(data, 12, 3, document_mask=True).step(24)
     assert batch.positions is not None and batch.documents is not None

@@ -1,4 +1,4 @@
-"""The manifest accounts for what was read and written, and is believed only if it belongs to its files."""
+"""The manifest records what was read and written, and is trusted only if it belongs to its files."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def manifest_of(prefix: str) -> Manifest:
     return manifest
 
 
-def test_it_accounts_for_inputs_documents_and_files(prefix: str, corpus: Path) -> None:
+def test_it_records_inputs_documents_and_files(prefix: str, corpus: Path) -> None:
     manifest = manifest_of(prefix)
     dataset = IndexedDataset(prefix)
     lines = [json.loads(line) for line in corpus.read_text().splitlines() if line]
@@ -42,7 +42,7 @@ def test_it_accounts_for_inputs_documents_and_files(prefix: str, corpus: Path) -
         "empty": 1,
         "short": 1,
         "duplicate": 0,
-        "malformed": {"'text' is no text": 1, "no key 'text'": 2},
+        "malformed": {"'text' is not text": 1, "no key 'text'": 2},
         "first_malformed": [
             f"{corpus}, line 203: the value of 'text' is int, not text",
             f"{corpus}, line 204: the document has no key 'text'; it has 'body'",
@@ -66,7 +66,7 @@ def test_the_same_run_gives_the_same_manifest(
     assert Path(f"{again}.json").read_bytes() == Path(f"{prefix}.json").read_bytes()
 
 
-def test_a_pair_that_was_written_otherwise_has_none(prefix: str) -> None:
+def test_a_pair_that_was_not_preprocessed_has_none(prefix: str) -> None:
     with IndexedDatasetWriter(prefix, "uint16") as writer:
         writer.add_document([1])
     assert read_manifest(prefix) is None
@@ -79,11 +79,11 @@ def test_a_pair_that_was_written_otherwise_has_none(prefix: str) -> None:
         (lambda m: m.pop("tokenizer"), "tokenizer: Field required"),
         (lambda m: m.update(more=1), "more: Extra inputs"),
         (lambda m: m.update(manifest_version=2), "manifest_version"),
-        (lambda m: m["files"].pop(".idx"), r"should tell of a \.bin and an \.idx"),
+        (lambda m: m["files"].pop(".idx"), r"should list a \.bin and an \.idx"),
         (lambda m: m["files"][".bin"].update(size=2), "do not belong together"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(prefix: str, change: Any, message: str) -> None:
+def test_an_invalid_manifest_is_refused(prefix: str, change: Any, message: str) -> None:
     path = Path(f"{prefix}.json")
     content = json.loads(path.read_text())
     change(content)
@@ -91,5 +91,5 @@ def test_a_manifest_that_makes_no_sense_is_refused(prefix: str, change: Any, mes
     with pytest.raises(DataError, match=message):
         read_manifest(prefix)
     path.write_text("{")
-    with pytest.raises(DataError, match="is no manifest"):
+    with pytest.raises(DataError, match="is not a token-file manifest"):
         read_manifest(prefix)

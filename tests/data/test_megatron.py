@@ -1,4 +1,4 @@
-"""Megatron's order against a naive program written from its description, and against megatron-core where it imports."""
+"""Megatron's order against a naive program written from its description, and against megatron-core if installed."""
 
 import importlib
 import importlib.util
@@ -67,7 +67,7 @@ def test_megatron_order_equals_the_naive_program(
         assert ours(sources, samples, length, seed, split) == expected, epochs
 
 
-def test_every_count_of_samples_around_the_border_of_a_separate_last_epoch_is_right(
+def test_every_sample_count_around_the_threshold_of_a_separate_last_epoch_is_right(
     write: Callable[..., Written],
 ) -> None:
     sources, contents = write([1.0], documents=12, longest=20)
@@ -102,7 +102,7 @@ def test_samples_beyond_the_plan_are_refused(write: Callable[..., Written]) -> N
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3]])
-def test_a_run_that_leaves_samples_out_makes_all_its_steps(write: Callable[..., Written], weights: list[float]) -> None:
+def test_a_run_that_skips_samples_makes_all_its_steps(write: Callable[..., Written], weights: list[float]) -> None:
     sources, _ = write(weights)
     skipping = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 5), (20, 21)], planned=20)
     whole = ours(sources, 20, 5, 1)
@@ -110,11 +110,11 @@ def test_a_run_that_leaves_samples_out_makes_all_its_steps(write: Callable[..., 
     assert tokens[:18] == whole[:3] + whole[5:] and all(extra not in whole for extra in tokens[18:])
 
 
-def test_more_left_out_than_megatrons_order_holds_is_refused_at_once(write: Callable[..., Written]) -> None:
+def test_more_skipped_samples_than_megatrons_surplus_is_refused_at_once(write: Callable[..., Written]) -> None:
     sources, contents = write([1.0])
     held = (sum(map(len, contents[0])) - 1) // 5
     TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 3 + held - 20)], planned=20)
-    with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* holds {held}"):
+    with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* has {held}"):
         TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 10**15)], planned=20)
 
 
@@ -173,19 +173,19 @@ def test_megatron_order_equals_megatron_core(
 
 
 def megatron_core() -> types.SimpleNamespace:
-    """Its parts; the test is skipped where it is not installed (``pip install --no-deps megatron-core``)."""
+    """Its parts; the test is skipped if it is not installed (``pip install --no-deps megatron-core``)."""
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")
     names = ("blended_megatron_dataset_builder", "gpt_dataset", "indexed_dataset", "utils")
     try:
         parts = {name: importlib.import_module(f"megatron.core.datasets.{name}") for name in names}
     except ImportError as error:
-        pytest.skip(f"megatron-core does not import here: {error}")
+        pytest.skip(f"megatron-core cannot be imported here: {error}")
     return types.SimpleNamespace(**parts)
 
 
 class _Tokenizer:
-    """As much of one as the data sets ask for."""
+    """As much of one as the data sets need."""
 
     eod = pad = 10**6
     vocab_size = 10**6 + 1

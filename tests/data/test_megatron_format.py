@@ -1,4 +1,4 @@
-"""Megatron's own class reads our files and we read its; where it is not installed, a naive reader stands in for it.
+"""Megatron's own class reads our files and we read its; if it is not installed, a naive reader replaces it.
 
 To try with it: ``pip install --no-deps --target DIR megatron-core`` and ``PYTHONPATH=DIR``.
 """

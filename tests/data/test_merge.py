@@ -1,4 +1,4 @@
-"""Shards, merging, shuffling and leaving out repeated documents, against naive references."""
+"""Shards, merging, shuffling and deduplication, against naive references."""
 
 import json
 import resource
@@ -50,7 +50,7 @@ def made(tmp_path: Path, corpora: list[Path], tokenizer_folder: Path) -> Write:
 
 @pytest.mark.parametrize("options", [{}, {"dedup": True}, {"shuffle_documents": 5}])
 @pytest.mark.parametrize("count", [1, 3, 17])
-def test_merged_shards_are_what_one_go_gives(made: Write, tmp_path: Path, count: int, options: dict[str, Any]) -> None:
+def test_merged_shards_equal_one_run(made: Write, tmp_path: Path, count: int, options: dict[str, Any]) -> None:
     whole = made("whole", **options)
     shards = [made("shards", part=(i, count)) for i in range(count)]
     assert len({*shards}) == count
@@ -59,7 +59,7 @@ def test_merged_shards_are_what_one_go_gives(made: Write, tmp_path: Path, count:
     one, other = read_manifest(tmp_path / "merged"), read_manifest(whole)
     assert one and other
     assert one.model_dump(exclude={"inputs"}) == other.model_dump(exclude={"inputs"})
-    assert one.left_out.empty == 2 and one.left_out.malformed == {"no JSON object": 2}
+    assert one.left_out.empty == 2 and one.left_out.malformed == {"not a JSON object": 2}
     assert other.documents + other.left_out.duplicate + other.left_out.short == 242
     assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.lock"))
 
@@ -69,23 +69,23 @@ def test_shards_that_are_missing_or_out_of_order_are_refused(made: Write, tmp_pa
     other = made("other")
     merge_datasets([other, *shards, other, *shards], str(tmp_path / "fine"))
     for wrong in (shards[:2], shards[1:], [shards[0], shards[2]], [shards[0], other], [*shards[:2], *shards]):
-        with pytest.raises(DataError, match="give all shards in their order"):
+        with pytest.raises(DataError, match="give all shards in order"):
             merge_datasets(wrong, str(tmp_path / "merged"))
     assert not list(tmp_path.glob("merged*"))
 
 
 @pytest.mark.parametrize(("key", "count"), [("text", 1), ("id", 2)])
-def test_shards_of_two_wholes_are_refused(
+def test_shards_of_two_sets_are_refused(
     made: Write, tmp_path: Path, corpora: list[Path], tokenizer_folder: Path, key: str, count: int
 ) -> None:
-    """Other inputs, cut elsewhere, and another key."""
+    """Other inputs, other cuts, and another key."""
     for path in corpora:
         path.write_text(path.read_text().replace('{"text": ', '{"id": "some words here", "text": '))
     first = made("first", part=(0, 2))
     other = preprocess(
         corpora[:count], str(tmp_path / "other"), str(tokenizer_folder), [key], True, 1, "skip", part=(1, 2)
     )
-    with pytest.raises(DataError, match="is shard 1/2 of another whole"):
+    with pytest.raises(DataError, match="is shard 1/2 of a different set"):
         merge_datasets([first, other.pairs[0].prefix], str(tmp_path / "merged"))
 
 
@@ -103,7 +103,7 @@ def test_pairs_of_other_tokenizers_or_types_are_refused(made: Write, tmp_path: P
         merge_datasets([one], f"{tmp_path}/../{tmp_path.name}/{Path(one).name}")
 
 
-def test_a_pair_that_is_merged_twice_is_told_whatever_it_is_called(
+def test_a_pair_that_is_merged_twice_is_reported_whatever_its_name(
     made: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = made("one")
@@ -119,11 +119,13 @@ def test_a_pair_that_is_merged_twice_is_told_whatever_it_is_called(
         merge_datasets([one], str(tmp_path / "link"))
 
 
-def test_pairs_made_of_the_same_text_are_told(made: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_made_from_the_same_text_are_reported(
+    made: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     one, other = made("one"), made("other", workers=2)
     caplog.clear()
     merge_datasets([one, other], str(tmp_path / "merged"))
-    assert f"{one} and {other} hold the same text, of 2 files" in "".join(caplog.messages)
+    assert f"{one} and {other} contain the same text, from 2 files" in "".join(caplog.messages)
     caplog.clear()
     merge_datasets([made("parts", part=(i, 2)) for i in range(2)], str(tmp_path / "parts"))
     assert not caplog.messages
@@ -145,7 +147,7 @@ def test_documents_of_several_sequences_stay_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bucket_bytes", [300, 1 << 30])
 @pytest.mark.parametrize("at_a_time", [50, 1 << 20])
-def test_shuffling_and_leaving_out_repeated_documents_are_as_a_naive_program_does(
+def test_shuffling_and_deduplication_equal_a_naive_program(
     made: Write, monkeypatch: pytest.MonkeyPatch, bucket_bytes: int, at_a_time: int
 ) -> None:
     monkeypatch.setattr(arrange_module, "BUCKET_BYTES", bucket_bytes)
@@ -175,7 +177,7 @@ def test_document_keys_are_splitmix64() -> None:
 def test_begin_of_text_ids_are_compared(
     made: Write, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, prepend_bos: bool
 ) -> None:
-    """Where documents have none, another one is only told."""
+    """If documents have none, a different one is only a warning."""
     other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = json.loads((other / name).read_text())
@@ -190,7 +192,7 @@ def test_begin_of_text_ids_are_compared(
         assert "the begin-of-text id 1" in caplog.text
 
 
-def test_tokenizers_of_the_same_tokens_that_cut_texts_otherwise_are_told(
+def test_tokenizers_with_the_same_tokens_that_split_texts_differently_are_reported(
     made: Write, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")

@@ -23,14 +23,16 @@ def test_counts_are_how_often_each_source_was_drawn_before(weights: list[float],
 
 
 @pytest.mark.parametrize(("point", "source"), [(0, 0), (2**63 - 1, 0), (2**63, 1), (2**64 - 1, 1)])
-def test_points_beside_a_bound_are_counted_for_their_source(point: int, source: int) -> None:
+def test_points_next_to_a_bound_are_counted_for_their_source(point: int, source: int) -> None:
     mixture = Mixture([1, 1], offset=point)
     assert mixture.source_of(0) == mixture.sources(0, 1)[0] == source
     assert mixture.counts(1) == [1 - source, source]
 
 
 @given(WEIGHTS, OFFSETS, st.integers(0, 2**45), st.integers(0, 50))
-def test_sources_of_a_range_equal_each_by_itself(weights: list[float], offset: int, start: int, count: int) -> None:
+def test_sources_of_a_range_equal_those_of_each_sample(
+    weights: list[float], offset: int, start: int, count: int
+) -> None:
     mixture = Mixture(weights, offset)
     expected = [mixture.source_of(n) for n in range(start, start + count)]
     assert mixture.sources(start, start + count).tolist() == expected
@@ -58,6 +60,6 @@ def test_weights_need_not_be_normalised() -> None:
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1, -1], [float("nan")], [1, float("inf")]])
-def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+def test_invalid_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(DataError):
         Mixture(weights)

@@ -52,7 +52,7 @@ def test_stable_key_is_the_same_in_another_process() -> None:
     assert int(other) == stable_key("order", 7, "fr")
 
 
-def test_stable_key_tells_neighbouring_parts_apart() -> None:
+def test_stable_key_distinguishes_neighbouring_parts() -> None:
     assert (
         len({stable_key("a", 1), stable_key("a", "1"), stable_key("a1"), stable_key("a", 2), stable_key(1, "a")}) == 5
     )
@@ -78,6 +78,6 @@ def test_split_rounds_cumulative_shares_of_documents(split: str, ranges: list[tu
 
 
 @pytest.mark.parametrize("split", ["", "98,2", "a,b,c", "-1,1,1", "0,0,0", "nan,1,1", "inf,1,1"])
-def test_senseless_split_is_refused(split: str) -> None:
+def test_an_invalid_split_is_refused(split: str) -> None:
     with pytest.raises(DataError, match="three shares"):
         split_ranges(split, 10)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a Parquet file or a value in it is told with file and row."""
+"""Whatever is wrong with a Parquet file or a value in it is reported with file and row."""
 
 import io
 import random
@@ -61,7 +61,7 @@ def test_every_type_of_text_is_read(tmp_path: Path, column: Any) -> None:
     ],
     ids=lambda value: str(value.type) if hasattr(value, "type") else "",
 )
-def test_a_value_that_is_no_text_is_a_fault_of_its_row_and_can_be_skipped(
+def test_a_value_that_is_not_text_is_a_fault_of_its_row_and_can_be_skipped(
     tmp_path: Path, tokenizer_folder: Path, column: Any, said: str
 ) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
@@ -83,13 +83,13 @@ def test_text_in_a_column_of_strings_that_is_not_utf8_is_a_fault(tmp_path: Path)
     assert fine == ("fine",) and isinstance(fault, Fault) and fault.reason == "invalid UTF-8"
 
 
-def test_a_name_of_two_columns_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_a_column_name_that_occurs_twice_is_refused_at_the_start(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="has 2 columns 'text'"):
         find_inputs([tmp_path])
 
 
-def test_what_a_file_lacks_is_told_before_anything_is_read(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_missing_column_is_reported_before_anything_is_read(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
     pq.write_table(pa.table({"body": ["a"], "meta": [{"text": "b"}]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet has no column 'text'; it has 'body', 'meta'"):
@@ -102,7 +102,7 @@ def test_an_encrypted_file_is_refused_by_name(tmp_path: Path) -> None:
         find_inputs([tmp_path / "a.parquet"])
 
 
-def test_an_unknown_compression_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_compression_is_reported_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet", compression="zstd")
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -120,9 +120,7 @@ def test_without_pyarrow_the_message_says_what_to_install(tmp_path: Path, monkey
         find_inputs([tmp_path])
 
 
-def test_rows_that_a_file_promises_and_does_not_give_are_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_rows_that_the_footer_promises_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"text": ["a"] * 100}), tmp_path / "a.parquet", row_group_size=50)
     iter_batches = pq.ParquetFile.iter_batches
 
@@ -143,7 +141,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_damage_anywhere_is_told_with_the_file_if_it_shows(tmp_path: Path, form: str) -> None:
+def test_damage_anywhere_is_reported_with_the_file_if_it_is_detectable(tmp_path: Path, form: str) -> None:
     draw = random.Random(0)
     texts = [f"word {draw.randrange(10**6)} " * 20 for _ in range(300)]
     sink = io.BytesIO()
@@ -152,7 +150,7 @@ def test_damage_anywhere_is_told_with_the_file_if_it_shows(tmp_path: Path, form:
     for _ in range(150):
         damaged = bytearray(whole)
         for _ in range(draw.choice([1, 2, 20])):
-            # Of the footer, which is short and full of meaning, as often as of the rest.
+            # In the footer, which is short but critical, as often as in the rest.
             at = draw.choice([draw.randrange(4, len(damaged)), len(damaged) - 1 - draw.randrange(500)])
             damaged[at] = draw.randrange(256)
         if draw.random() < 0.2:

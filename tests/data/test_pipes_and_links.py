@@ -1,4 +1,4 @@
-"""Named pipes, devices and links that lead nowhere, where files should be: refused by name, without waiting."""
+"""Named pipes, devices and broken links in place of files: refused by name, without waiting."""
 
 import json
 import os
@@ -37,14 +37,14 @@ SAYS = {
     a_pipe: "is a named pipe or a device",
     a_device: "is a named pipe or a device",
     a_link_to_nowhere: "is a link to gone, which does not exist",
-    a_folder: "a folder is in the place of a file",
+    a_folder: "there is a folder where a file is needed",
 }
 odd_files = pytest.mark.parametrize("make", SAYS, ids=lambda make: make.__name__)
 
 
 @pytest.fixture(autouse=True)
 def _does_not_wait() -> Iterator[None]:
-    """Reading a pipe would wait for ever."""
+    """Reading a pipe would wait forever."""
     import signal
 
     signal.alarm(60)
@@ -54,7 +54,7 @@ def _does_not_wait() -> Iterator[None]:
 
 @odd_files
 @pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
-def test_of_a_pair(write_tokens: WriteTokens, tmp_path: Path, make: Callable[[Path], None], ending: str) -> None:
+def test_a_pairs_files(write_tokens: WriteTokens, tmp_path: Path, make: Callable[[Path], None], ending: str) -> None:
     prefix = write_tokens("a", [[1, 2]])
     Path(prefix + ending).unlink(missing_ok=True)
     make(Path(prefix + ending))
@@ -71,25 +71,23 @@ def test_of_a_pair(write_tokens: WriteTokens, tmp_path: Path, make: Callable[[Pa
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
 )
-def test_of_a_tokenizers_folder(
-    tokenizer_folder: Path, tmp_path: Path, make: Callable[[Path], None], name: str
-) -> None:
+def test_a_tokenizers_folder(tokenizer_folder: Path, tmp_path: Path, make: Callable[[Path], None], name: str) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    with pytest.raises(DataError, match=f"{name}(.|\n)*{SAYS[make]}|holds (no|several)"):
+    with pytest.raises(DataError, match=f"{name}(.|\n)*{SAYS[make]}|contains (no|several)"):
         load_tokenizer(folder)
 
 
 @odd_files
 @pytest.mark.parametrize("kind", ["", "hf:", "sentencepiece:", "tiktoken:"])
-def test_of_a_tokenizers_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
+def test_a_tokenizers_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
     make(tmp_path / "x.model")
-    with pytest.raises(DataError, match=f"{SAYS[make]}|holds no"):
+    with pytest.raises(DataError, match=f"{SAYS[make]}|contains no"):
         load_tokenizer(f"{kind}{tmp_path / 'x.model'}")
 
 
-def test_a_link_to_nowhere_does_not_make_another_tokenizer_of_its_folder(
+def test_a_broken_link_does_not_change_the_tokenizer_of_its_folder(
     tokenizer_folder: Path, rank_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.json").symlink_to("gone")
@@ -104,13 +102,13 @@ def test_a_link_to_nowhere_does_not_make_another_tokenizer_of_its_folder(
         (("arguments", "shard"), "1", "arguments.shard: .*should be I/N"),
         (("arguments", "shard"), "2/2", "arguments.shard: .*should be I/N"),
         (("arguments", "shard"), "a/b", "arguments.shard: .*should be I/N"),
-        (("dtype",), "words", "dtype: .*is no type of tokens"),
+        (("dtype",), "words", "dtype: .*is not a token dtype"),
         (("documents",), -1, "documents"),
         (("tokenizer", "eod"), "2", "tokenizer.eod"),
-        (("files",), {}, r"should tell of a \.bin and an \.idx"),
+        (("files",), {}, r"should list a \.bin and an \.idx"),
     ],
 )
-def test_a_manifest_that_says_what_cannot_be_is_refused(
+def test_a_manifest_with_impossible_values_is_refused(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, place: tuple[str, ...], value: object, says: str
 ) -> None:
     from megagap.data.preprocess import preprocess

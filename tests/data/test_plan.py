@@ -1,4 +1,4 @@
-"""What a run will read, against what it reads."""
+"""The plan of what a run will read, against what it reads."""
 
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +21,7 @@ def in_phases(sources: list[Source], skip: list[tuple[int, int]] | None = None) 
 
 @pytest.mark.parametrize("steps", [2, 6, 7])
 @pytest.mark.parametrize("skip", [[], [(3, 9), (50, 55)]])
-def test_the_plan_is_what_is_read(sources: list[Source], steps: int, skip: list[tuple[int, int]]) -> None:
+def test_the_plan_equals_what_is_read(sources: list[Source], steps: int, skip: list[tuple[int, int]]) -> None:
     data = in_phases(sources, skip)
     planned = plan(data, 12, steps)
     read = [(data.sample(n).source, len(data.tokens(n)) - 1) for n in range(12 * steps)]
@@ -52,7 +52,7 @@ def test_the_table_and_the_picture_show_every_phase_and_source(sources: list[Sou
     draw_plan(planned, tmp_path / "new/plan.png")
     assert (tmp_path / "new/plan.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.png"]
-    with pytest.raises(DataError, match="cannot make the folder"):
+    with pytest.raises(DataError, match="cannot create the folder"):
         draw_plan(planned, tmp_path / "new/plan.png/plan.png")
 
 

@@ -46,7 +46,7 @@ def test_documents_are_tokens_in_input_order(tmp_path: Path, corpus: Path, token
 def test_files_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So small that many are under way at once.
+    # So small that many are in flight at once.
     cut_into_units_of(500, monkeypatch)
     for workers in (1, 2, 5):
         preprocess([corpus], str(tmp_path / str(workers)), str(tokenizer_folder), workers=workers)
@@ -77,7 +77,9 @@ def test_bad_document_names_file_and_line_and_leaves_nothing(
     assert [entry.name for entry in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_fault_in_a_worker_ends_the_run_with_its_message(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+def test_a_fault_in_a_worker_ends_the_run_with_its_message(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path
+) -> None:
     with open(corpus, "a") as file:
         file.write('{"body": "x"}\n')
     with pytest.raises(DataError, match=r"corpus\.jsonl, line 203: the document has no key 'text'"):
@@ -104,7 +106,7 @@ def test_key_names_the_output(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert IndexedDataset(tmp_path / "out_body_document").document_count == 1
 
 
-def test_a_pair_of_several_keys_is_the_pair_of_each_key_alone(
+def test_pairs_of_several_keys_equal_the_pair_of_each_key_alone(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [{"text": f"texte {i}. " * (i % 3), "title": f"titre {i}" * (i % 2)} for i in range(100)]
@@ -277,12 +279,14 @@ def test_an_id_outside_the_vocabulary_is_refused(
     from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
 
     monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", lambda self, texts: [[70_000] for _ in texts])
-    with pytest.raises(DataError, match=r"corpus\.jsonl, from line 1 on: .* gave the id 70000, .* vocabulary of 300"):
+    with pytest.raises(
+        DataError, match=r"corpus\.jsonl, from line 1 on: .* returned the id 70000, .* vocabulary of 300"
+    ):
         preprocess([corpus], str(tmp_path / "out"), str(tokenizer_folder))
     assert not list(tmp_path.glob("out*"))
 
 
-def test_special_ids_stand_around_documents_and_short_ones_are_left_out(
+def test_special_ids_surround_documents_and_short_ones_are_left_out(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path
 ) -> None:
     summary = preprocess(

@@ -1,4 +1,4 @@
-"""A run that was killed is continued to the same bytes, or refused with a reason."""
+"""A run that was killed is resumed to the same bytes, or refused with a reason."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
 # Writes a journal entry after each unit, cuts inputs into small ones, and kills itself at the n-th call of those that
-# make something durable or visible: so also between two of them.
+# make something durable or visible, so also between two of them.
 PROGRAM = """
 import json, os, signal, sys
 from functools import partial
@@ -145,7 +145,7 @@ def test_other_arguments_are_refused(interrupted: dict[str, Any], bpe_of_lines: 
 def test_damaged_partial_files_are_refused(interrupted: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "out_text_document.partial.tokens"
     path.write_bytes(b"xx" + path.read_bytes()[2:])
-    with pytest.raises(DataError, match="does not hold what was written to it"):
+    with pytest.raises(DataError, match="does not contain what was written to it"):
         preprocess(**interrupted)
 
 
@@ -164,11 +164,11 @@ def test_files_damaged_after_all_was_read_are_refused(
         preprocess(**arguments)
     path = tmp_path / f"out_text_document.partial.{part}"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    with pytest.raises(DataError, match=rf"partial\.{part} does not hold what was written to it"):
+    with pytest.raises(DataError, match=rf"partial\.{part} does not contain what was written to it"):
         preprocess(**arguments, resume=True)
 
 
-def test_the_lock_goes_with_its_process_though_forked_ones_live_on(tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_process_even_if_forked_ones_live_on(tmp_path: Path) -> None:
     program = """
 import os, sys, time
 from megagap.data.partial import lock_pair
@@ -224,7 +224,7 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
     assert summary.skipped == 1 and summary.pairs[0].documents == 200
 
 
-def test_an_interrupted_run_says_that_it_can_go_on(
+def test_an_interrupted_run_says_that_it_can_be_resumed(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
@@ -235,12 +235,12 @@ def test_an_interrupted_run_says_that_it_can_go_on(
         assert caplog.messages == said
 
 
-def test_a_full_disk_names_its_cause_and_resuming_goes_on(
+def test_a_full_disk_is_named_as_the_cause_and_resuming_continues(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path
 ) -> None:
     arguments = dict(inputs=inputs, tokenizer=str(tokenizer_folder), output_prefix=str(tmp_path / "out"))
 
-    def limit() -> None:  # of a file's size, which to a program looks like a full disk
+    def limit() -> None:  # on file size, which to a program looks like a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
 
     full = start(tmp_path, 0, arguments, preexec_fn=limit)
@@ -266,7 +266,7 @@ def test_a_second_writer_is_refused_naming_the_first(tmp_path: Path, corpus: Pat
 def test_interrupted_after_any_unit_the_bytes_are_the_same(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, min_tokens: int
 ) -> None:
-    """Also in the middle of a plain text, too short as yet or not."""
+    """Also in the middle of a plain text, whether too short so far or not."""
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
     arguments: dict[str, Any] = dict(tokenizer=str(tokenizer_folder), min_tokens=min_tokens, append_eod=True)
     arguments["inputs"] = [inputs[2], inputs[1], inputs[2]]

@@ -46,7 +46,7 @@ def test_sample_tokens_and_batch_agree(sources: list[Source]) -> None:
         assert sample.source == sources[data.source_indices(n, 1)[0]].name
 
 
-def test_sample_names_the_documents_that_hold_its_tokens(sources: list[Source]) -> None:
+def test_sample_names_the_documents_that_contain_its_tokens(sources: list[Source]) -> None:
     data = training(sources, seed=5)
     first, length = {"en": 0, "fr": 1000, "code": 2000}, {"en": 7, "fr": 5, "code": 11}
     for n in range(100):
@@ -63,12 +63,12 @@ def test_mixture_depends_on_the_seed(sources: list[Source]) -> None:
     assert training(sources, 1).source_indices(0, 50).tolist() != training(sources, 2).source_indices(0, 50).tolist()
 
 
-def test_sources_of_one_size_have_orders_of_their_own(write_tokens: WriteTokens) -> None:
+def test_sources_of_equal_size_have_different_orders(write_tokens: WriteTokens) -> None:
     shards = (write_tokens("x", numbered(20)),)
     assert (training([Source("a", shards)], 1).batch(0, 30) != training([Source("b", shards)], 1).batch(0, 30)).any()
 
 
-def test_order_does_not_depend_on_where_files_lie(write_tokens: WriteTokens) -> None:
+def test_order_does_not_depend_on_where_files_are(write_tokens: WriteTokens) -> None:
     orders = [training([Source("x", (write_tokens(path, numbered(9)),))], 1).batch(0, 30) for path in ("a", "b")]
     assert (orders[0] == orders[1]).all()
 
@@ -97,7 +97,7 @@ def test_a_negative_token_is_outside_the_vocabulary(tmp_path: Path) -> None:
         data.batch(0, 1)
 
 
-def test_two_sources_of_one_name_are_refused(sources: list[Source]) -> None:
+def test_two_sources_with_one_name_are_refused(sources: list[Source]) -> None:
     with pytest.raises(DataError, match="two sources are named en"):
         training([sources[0], sources[0]], 1)
 
@@ -117,12 +117,12 @@ plans = st.lists(
     max_size=4,
 )
 STEP = 12
-"""Samples a step."""
+"""Samples per step."""
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=plans, skip=st.lists(st.integers(0, 100), max_size=2), data=st.data())
-def test_each_source_is_consumed_once_an_epoch_in_one_order_over_phases_ranks_and_interruptions(
+def test_each_source_is_consumed_once_per_epoch_in_one_order_over_phases_ranks_and_interruptions(
     sources: list[Source], plan: list[tuple[int, int, dict[str, float]]], skip: list[int], data: st.DataObject
 ) -> None:
     by_name = {source.name: source for source in sources}
@@ -165,13 +165,13 @@ def test_each_source_is_consumed_once_an_epoch_in_one_order_over_phases_ranks_an
         seen: set[int] = set()
         for row in rows:
             assert len(set(row)) == len(row) and all(0 <= token - first[name] < usable for token in row)
-            if seen & set(row):  # the source repeats: it was read but for what fills no sequence
+            if seen & set(row):  # the source repeats: it was read except for what does not fill a sequence
                 assert usable - len(seen) < 2 * longest
                 seen = set()
             seen |= set(row)
 
 
-def test_a_source_goes_on_where_it_stopped_when_a_phase_is_longer(sources: list[Source]) -> None:
+def test_a_source_continues_where_it_stopped_when_a_phase_is_longer(sources: list[Source]) -> None:
     en = sources[0]
     data = TrainingData([Phase("short", 12, 4, (en,)), Phase("long", 12, 8, (en,))], seed=1)
     short, long = data.batch(0, 12)[:, :-1], data.batch(12, 11)[:, :-1]
@@ -181,8 +181,8 @@ def test_a_source_goes_on_where_it_stopped_when_a_phase_is_longer(sources: list[
     assert data.epochs(12) == [0] and data.epochs(23) == [0] and data.epochs(24) == [1]
 
 
-def test_documents_of_a_sample_put_together_from_several_places_end_where_these_do(sources: list[Source]) -> None:
-    """Each token is the one after the token before, unless another document or place begins with it."""
+def test_documents_of_a_sample_joined_from_several_places_end_where_these_do(sources: list[Source]) -> None:
+    """Each token follows the one before, unless another document or place begins with it."""
     en = sources[0]  # documents of 7 tokens, counting up from 0
     data = TrainingData([Phase("short", 12, 4, (en,)), Phase("long", 12, 8, (en,))], seed=1)
     tokens, _, positions = data.read(12, 11, with_positions=True)
@@ -204,7 +204,7 @@ def test_changing_later_phases_changes_nothing_before(sources: list[Source]) -> 
     assert one.batch(24, 1).shape != other.batch(24, 1).shape
 
 
-def test_a_phase_that_changes_nothing_does_not_show(sources: list[Source]) -> None:
+def test_a_phase_that_changes_nothing_makes_no_difference(sources: list[Source]) -> None:
     whole = training(sources, seed=1)
     parted = TrainingData([Phase(str(i), 17, S, tuple(sources)) for i in range(4)], seed=1)
     assert reading(whole, 0, 100) == reading(parted, 0, 100)

@@ -1,4 +1,4 @@
-"""What is read more than once without being meant to: pairs and texts that several sources have in common."""
+"""What is read more than once by accident: pairs and texts that several sources have in common."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ from megagap.data.sources import Source, shared_pairs
 from tests.data.few import WriteTokens
 
 
-def test_sources_that_read_the_same_pair_are_told_whatever_it_is_called(
+def test_sources_that_read_the_same_pair_are_reported_whatever_its_name(
     tmp_path: Path, write_tokens: WriteTokens
 ) -> None:
     one, other = write_tokens("one", [[1, 2]]), write_tokens("other", [[3, 4]])
@@ -34,7 +34,7 @@ def test_sources_that_read_the_same_pair_are_told_whatever_it_is_called(
     assert shared_pairs([Source("a", (one,)), Source("b", (other,)), Source("c", ("absent",))]) == []
 
 
-def test_sources_made_of_the_same_text_are_told(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_sources_made_from_the_same_text_are_reported(tmp_path: Path, tokenizer_folder: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "the same"}\n')
     (tmp_path / "third.jsonl").write_text('{"text": "another"}\n')
@@ -43,10 +43,10 @@ def test_sources_made_of_the_same_text_are_told(tmp_path: Path, tokenizer_folder
         for name in ("one", "other", "third")
     }
     _, (warning,) = require_agreement(prefixes, "", 300)
-    assert f"{prefixes['one'][0]} and {prefixes['other'][0]} hold the same text, of 1 file" in warning
+    assert f"{prefixes['one'][0]} and {prefixes['other'][0]} contain the same text, from 1 file" in warning
 
 
-def test_training_tells_of_a_pair_under_two_names(
+def test_training_warns_of_a_pair_under_two_names(
     tmp_path: Path, write_tokens: WriteTokens, caplog: pytest.LogCaptureFixture
 ) -> None:
     from megagap.config import load_recipe

@@ -1,4 +1,4 @@
-"""Which tokens a source's samples read: each once an epoch, in one order, whatever the lengths."""
+"""Which tokens a source's samples read: each once per epoch, in one order, whatever the lengths."""
 
 import numpy as np
 import pytest
@@ -78,13 +78,13 @@ def test_a_phase_that_reads_nothing_of_a_source_leaves_no_trace() -> None:
     assert with_pause.place(6).epoch == 0 and with_pause.place(7).epoch == 1
 
 
-def test_a_phase_of_the_same_length_goes_on_in_the_same_order() -> None:
+def test_a_phase_of_the_same_length_continues_in_the_same_order() -> None:
     whole, parted = order_of(1000, [(8, 0)]), order_of(1000, [(8, 37), (8, 20), (8, 0)])
     assert all(whole.place(k) == parted.place(k) for k in range(400))
 
 
 def test_longer_sequences_of_a_half_read_epoch_are_still_stretches_of_the_file() -> None:
-    """But for the few that gather what readers leave at the end of their stretch."""
+    """Except for the few that join what readers leave at the end of their stretch."""
     order = order_of(2_000_000, [(16, 50_000), (64, 0)])
     places = [order.place(k) for k in range(50_000, 50_000 + (2_000_000 - 800_000) // 64 - 4096)]
     assert {place.epoch for place in places} == {0}

@@ -18,7 +18,7 @@ from tests.data.few import S, WriteTokens, numbered
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 6), max_size=8), min_size=1, max_size=3), st.integers(1, 5))
-def test_windows_are_the_documents_end_to_end_cut_with_one_token_shared(shards: list[list[int]], s: int) -> None:
+def test_windows_are_the_concatenated_documents_cut_with_one_token_shared(shards: list[list[int]], s: int) -> None:
     owners = [d for d, length in enumerate(sum(shards, [])) for _ in range(length)]
     stream = list(range(len(owners)))
     with tempfile.TemporaryDirectory() as folder:
@@ -55,13 +55,13 @@ def test_split_parts_share_no_document(write_tokens: WriteTokens) -> None:
 
 def test_part_too_small_for_a_sequence_says_how_many_tokens_it_has(write_tokens: WriteTokens) -> None:
     source = Source("fr", (write_tokens("fr", numbered(10, 3)),))
-    with pytest.raises(DataError, match=r"source fr has 3 tokens in 1 documents in its validation part.* needs 5"):
+    with pytest.raises(DataError, match=r"source fr has 3 tokens in 1 document in its validation part.* needs 5"):
         TokenSource(source, "90,10,0", 1).require(S)
 
 
 def test_a_source_that_names_a_shard_twice_is_refused(write_tokens: WriteTokens) -> None:
     one, other = write_tokens("a", numbered(9)), write_tokens("b", numbered(9))
-    with pytest.raises(DataError, match=r"source x has .*/a 2 times"):
+    with pytest.raises(DataError, match=r"source x lists .*/a 2 times"):
         TokenSource(Source("x", (one, other, one)), "100,0,0", TRAINING)
 
 
@@ -75,7 +75,7 @@ def test_source_out_of_file_order_is_refused(write_tokens: WriteTokens) -> None:
 
 
 def swap_pointers(prefix: str, one: int, other: int) -> None:
-    """Of two documents of one length: the index is no longer in file order."""
+    """Those of two documents of equal length: the index is no longer in file order."""
     with open(f"{prefix}.idx", "r+b") as file:
         index = bytearray(file.read())
         at = [34 + 4 * int.from_bytes(index[18:26], "little") + 8 * i for i in (one, other)]
@@ -129,7 +129,7 @@ from megagap.data.sources import Source
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 prefix, samples = sys.argv[1], int(sys.argv[2])
-before, begin = resident(), time.process_time()  # of this process: others may keep it waiting
+before, begin = resident(), time.process_time()  # of this process: others may delay it
 sources = (Source("x", (prefix,)),)
 phases = [Phase(name, samples, length, sources) for name, length in (("a", {sequence_length}), ("b", 16))]
 data = TrainingData(phases, 1, vocab_size=10)
@@ -142,7 +142,7 @@ print(seconds, resident() - before, data.sources[0].document_count)
 """
     seconds: dict[str, list[float]] = {"huge": [], "small": []}
     megabytes: dict[str, list[float]] = {"huge": [], "small": []}
-    for _ in range(3):  # in turn, and the best of each: what others do on the machine only adds
+    for _ in range(3):  # alternately, and the best of each: other load on the machine only adds
         for name, samples in (("huge", 10**9), ("small", 10**5)):
             command = [sys.executable, "-c", program, str(tmp_path / name), str(samples)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -39,7 +39,7 @@ def manifest_of(prefix: str) -> Manifest:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("hf", 3), ("tiktoken", 3), ("sentencepiece", 2)])
-def test_text_stays_text_by_default_and_is_counted(
+def test_special_tokens_stay_text_by_default_and_are_counted(
     tmp_path: Path, spelled: Path, kinds: dict[str, Path], kind: str, count: int
 ) -> None:
     summary = preprocess([spelled], str(tmp_path / "out"), str(kinds[kind]))
@@ -55,7 +55,9 @@ def test_text_stays_text_by_default_and_is_counted(
 
 @pytest.mark.parametrize("kind", ["hf", "tiktoken"])
 @pytest.mark.parametrize("fast", ["off", "on"])
-def test_parsed_they_are_tokens(tmp_path: Path, spelled: Path, kinds: dict[str, Path], kind: str, fast: Any) -> None:
+def test_parsed_special_tokens_are_tokens(
+    tmp_path: Path, spelled: Path, kinds: dict[str, Path], kind: str, fast: Any
+) -> None:
     if fast == "on":
         pytest.importorskip("gigatoken")
     summary = preprocess([spelled], str(tmp_path / "out"), str(kinds[kind]), special_tokens="parse", fast=fast)
@@ -98,7 +100,7 @@ def test_documents_that_are_left_out_are_not_counted(tmp_path: Path, tokenizer_f
     assert not any("special tokens" in note for note in summary.notes)
 
 
-def test_a_finished_run_of_the_other_choice_is_not_taken_for_this_one(
+def test_a_finished_run_with_the_other_choice_is_not_mistaken_for_this_one(
     tmp_path: Path, spelled: Path, tokenizer_folder: Path
 ) -> None:
     arguments: tuple[Any, ...] = ([spelled], str(tmp_path / "out"), str(tokenizer_folder))
@@ -108,7 +110,7 @@ def test_a_finished_run_of_the_other_choice_is_not_taken_for_this_one(
     assert manifest_of(str(tmp_path / "out_text_document")).arguments.special_tokens == "text"
 
 
-def test_a_finished_run_with_other_settings_beside_the_tokenizer_is_not_taken_for_this_one(
+def test_a_finished_run_with_other_settings_beside_the_tokenizer_is_not_mistaken_for_this_one(
     tmp_path: Path, spelled: Path, tokenizer_folder: Path
 ) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
@@ -122,14 +124,14 @@ def test_a_finished_run_with_other_settings_beside_the_tokenizer_is_not_taken_fo
 
 
 def older(prefix: str) -> None:
-    """As manifests were before there was a choice."""
+    """As in manifests older than this option."""
     manifest = json.loads(Path(f"{prefix}.json").read_text())
     del manifest["arguments"]["special_tokens"], manifest["special_tokens_in_texts"], manifest["tokenizer"]["effective"]
     Path(f"{prefix}.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(("kind", "was"), [("hf", "parse"), ("tiktoken", "text"), ("sentencepiece", "text")])
-def test_older_manifests_mean_what_was_done_then(
+def test_older_manifests_mean_the_old_default(
     tmp_path: Path, spelled: Path, kinds: dict[str, Path], kind: str, was: SpecialTokens
 ) -> None:
     arguments: tuple[Any, ...] = ([spelled], str(tmp_path / "out"), str(kinds[kind]))

@@ -25,7 +25,7 @@ TEXTS = st.lists(st.sampled_from(ALPHABET), max_size=40).map("".join)
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory, rank_file: Path, bpe_of_lines: Path) -> dict[str, Path]:
-    """Each kind of words that is known to end before blanks."""
+    """Each kind of words that is known to end before spaces."""
     folder = tmp_path_factory.mktemp("words")
     found = {"llama3": bpe_of_lines / "tokenizer.json", "tiktoken": rank_file}
     for name, words in (("qwen2", QWEN2_WORDS), ("gpt2", None)):
@@ -41,7 +41,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, rank_file: Path, bpe_of
 @pytest.mark.parametrize("kind", ["llama3", "tiktoken", "qwen2", "gpt2"])
 def test_pieces_have_the_ids_of_the_whole(tokenizers: dict[str, Path], kind: str) -> None:
     tokenizer = load_tokenizer(tokenizers[kind])
-    assert tokenizer.splits_at_blanks
+    assert tokenizer.splits_at_spaces
 
     @settings(deadline=None, max_examples=400)
     @given(TEXTS, st.integers(1, 5))
@@ -92,12 +92,12 @@ def without(change):  # type: ignore[no-untyped-def]
     ],
 )
 def test_where_nothing_is_proven_nothing_is_split(tmp_path: Path, bpe_of_lines: Path, change) -> None:  # type: ignore[no-untyped-def]
-    assert load_tokenizer(bpe_of_lines).splits_at_blanks
-    assert not load_tokenizer(without(change)(tmp_path, bpe_of_lines)).splits_at_blanks
+    assert load_tokenizer(bpe_of_lines).splits_at_spaces
+    assert not load_tokenizer(without(change)(tmp_path, bpe_of_lines)).splits_at_spaces
 
 
 def test_sentencepiece_texts_are_not_split(sentencepiece_model: Path) -> None:
-    assert not load_tokenizer(sentencepiece_model).splits_at_blanks
+    assert not load_tokenizer(sentencepiece_model).splits_at_spaces
 
 
 @pytest.mark.parametrize("min_tokens", [0, 10, 400])

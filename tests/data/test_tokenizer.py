@@ -88,7 +88,7 @@ def test_config_naming_an_unknown_end_of_text_is_refused(tokenizer_folder: Path,
         load_tokenizer(folder)
 
 
-def test_truncation_and_padding_in_the_file_do_not_touch_documents(
+def test_truncation_and_padding_in_the_file_do_not_affect_documents(
     tokenizer_folder: Path, tmp_path: Path, texts: list[str]
 ) -> None:
     from tokenizers import Tokenizer
@@ -100,14 +100,14 @@ def test_truncation_and_padding_in_the_file_do_not_touch_documents(
     assert load_tokenizer(tmp_path).encode_batch(texts) == load_tokenizer(tokenizer_folder).encode_batch(texts)
 
 
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_is_not_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"model": 3}')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     faults: list[tuple[str | Path, str]] = [
         (tmp_path / "absent", "does not exist"),
-        (tmp_path, r"holds no tokenizer: no tokenizer\.json"),
-        (tmp_path / "bad.json", r"bad\.json is no Hugging Face tokenizer"),
-        (f"hf:{tmp_path / 'binary.json'}", r"binary\.json is no Hugging Face tokenizer"),
+        (tmp_path, r"contains no tokenizer: no tokenizer\.json"),
+        (tmp_path / "bad.json", r"bad\.json is not a Hugging Face tokenizer"),
+        (f"hf:{tmp_path / 'binary.json'}", r"binary\.json is not a Hugging Face tokenizer"),
     ]
     for spec, message in faults:
         with pytest.raises(DataError, match=message):
@@ -122,7 +122,7 @@ def test_training_without_text_is_refused_and_writes_nothing(tmp_path: Path, con
     assert not (tmp_path / "t").exists()
 
 
-def test_training_can_leave_out_documents_that_cannot_be_used(tmp_path: Path) -> None:
+def test_training_can_skip_malformed_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a text"}\n{"text": null}\n{"no": 1}\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
         train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300)

@@ -1,4 +1,4 @@
-"""Ids are those of each library's own, on 5,000 lines of French, English and code."""
+"""Ids are those of each library itself, on 5,000 lines of French, English and code."""
 
 from base64 import b64decode
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_llama_3_ids_and_special_tokens_are_those_of_its_own_tokenizer(lines: li
 
 
 def exported(source: Path, folder: Path) -> Any:
-    """As ``to-hf`` leaves it beside a model, loaded by transformers."""
+    """As ``to-hf`` writes it beside a model, loaded by transformers."""
     from transformers import AutoTokenizer
 
     folder.mkdir()
@@ -99,7 +99,7 @@ def test_an_exported_llama_3_rank_file_gives_the_same_ids_in_transformers(lines:
     assert theirs.convert_tokens_to_ids("<|eot_id|>") == 128_009
 
 
-def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_but_to_blanks_at_the_start(
+def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_except_for_leading_spaces(
     lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sentencepiece import SentencePieceTrainer
@@ -114,7 +114,7 @@ def test_an_exported_sentencepiece_model_gives_the_same_ids_in_transformers_but_
     texts = [line.lstrip() for line in lines]
     assert_agrees(ours, texts, theirs(texts, add_special_tokens=False)["input_ids"])
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eod)
-    assert "other ids to texts that begin with blanks" in caplog.text and "normalises" not in caplog.text
+    assert "different ids to texts that begin with spaces" in caplog.text and "normalises" not in caplog.text
 
 
 def test_the_export_of_a_sentencepiece_model_that_normalises_says_so(

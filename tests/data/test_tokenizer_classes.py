@@ -1,4 +1,4 @@
-"""``classes.toml`` says what the installed ``transformers`` makes of names."""
+"""``classes.toml`` says what the installed ``transformers`` makes from names."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def test_model_types_have_the_classes_of_transformers(auto: Any) -> None:
     assert class_table().overruled == auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 
 
-def test_classes_that_build_a_tokenizer_of_their_own_are_known(auto: Any) -> None:
+def test_classes_that_build_their_own_tokenizer_are_known(auto: Any) -> None:
     import transformers
 
     plain = transformers.TokenizersBackend

@@ -1,4 +1,4 @@
-"""What is wrong with a tokenizer's files, or makes its library fail on a text, is said in our words, with a place."""
+"""A fault in a tokenizer's files, or of its library on a text, is reported in megagap's words, with a place."""
 
 import json
 from base64 import b64encode
@@ -153,7 +153,7 @@ def test_a_sentencepiece_model_that_is_damaged_anywhere_is_refused_or_works(
 
 @pytest.mark.parametrize("kind", ["hf", "tiktoken", "sentencepiece"])
 @pytest.mark.parametrize("text", ["\x00", "a\x00b", LONE, "a" + LONE, "\ufffe", "x" * 100_000])
-def test_an_odd_text_is_encoded_or_refused(
+def test_an_unusual_text_is_encoded_or_refused(
     kind: str, text: str, tokenizer_folder: Path, rank_file: Path, sentencepiece_model: Path
 ) -> None:
     spec = {"hf": tokenizer_folder, "tiktoken": rank_file, "sentencepiece": sentencepiece_model}[kind]
@@ -205,7 +205,7 @@ def test_a_plain_text_that_the_library_fails_on_ends_the_run_with_its_name(tmp_p
         preprocess([tmp_path / "a.txt"], str(tmp_path / "out"), str(fails_on_some))
 
 
-def test_a_name_that_cannot_be_one_is_refused() -> None:
+def test_an_impossible_name_is_refused() -> None:
     for spec in ("/x\0y", "a" * 5000, "hf:" + "a" * 5000):
         with pytest.raises(DataError):
             load_tokenizer(spec)

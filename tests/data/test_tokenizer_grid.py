@@ -1,4 +1,4 @@
-"""Ids and end-of-text ids are those of ``transformers``, whatever a tokenizer's folder holds; else it is refused."""
+"""Ids and end-of-text ids are those of ``transformers``, whatever a tokenizer's folder contains; else it is refused."""
 
 import re
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_the_grid_has_hundreds_of_folders_few_of_which_are_refused(pairs: list[P
     assert len(refused) < 0.06 * len(pairs)
 
 
-def test_a_refusal_names_the_file_and_what_it_cannot_honour(pairs: list[Pair]) -> None:
+def test_a_refusal_names_the_file_and_what_is_not_supported(pairs: list[Pair]) -> None:
     for pair in pairs:
         if pair.folder.refused:
             assert re.search(re.escape(pair.folder.refused), str(pair.ours)), (pair.folder.name, str(pair.ours))
@@ -106,7 +106,7 @@ def test_begin_and_end_of_text_and_vocabulary_are_those_of_transformers(pairs: l
 
 @pytest.mark.parametrize("special_tokens", ["parse", "text"])
 @pytest.mark.parametrize("fast", ["auto", "on"])
-def test_the_fast_path_gives_the_ids_of_the_library_or_is_not_taken(
+def test_the_fast_path_gives_the_ids_of_the_library_or_is_not_used(
     pairs: list[Pair], fast: Fast, special_tokens: Any
 ) -> None:
     pytest.importorskip("gigatoken")
@@ -118,18 +118,18 @@ def test_the_fast_path_gives_the_ids_of_the_library_or_is_not_taken(
         try:
             encoder, note = choose_encoder(reference, fast, [], [])
         except DataError as error:
-            assert fast == "on" and "is not known to honour what" in str(error), (pair.folder.name, error)
+            assert fast == "on" and "is not known to support a feature" in str(error), (pair.folder.name, error)
             continue
         taken += note is None
-        assert note is None or "is not known to honour what" in note, (pair.folder.name, note)
+        assert note is None or "is not known to support a feature" in note, (pair.folder.name, note)
         if flat(encoder) != reference.encode_batch(TEXTS):
             wrong.append(pair.folder.name)
     assert not wrong
     assert taken > 100
 
 
-def test_text_holds_no_special_tokens(pairs: list[Pair]) -> None:
-    """But for the unknown token, and those that are ordinary words of the vocabulary too."""
+def test_text_has_no_special_tokens(pairs: list[Pair]) -> None:
+    """Except for the unknown token, and those that are also ordinary words of the vocabulary."""
     for pair in pairs:
         if isinstance(pair.ours, DataError):
             continue
@@ -141,7 +141,7 @@ def test_text_holds_no_special_tokens(pairs: list[Pair]) -> None:
         assert not found, (pair.folder.name, found, special)
 
 
-def test_text_of_a_byte_level_bpe_is_what_transformers_makes_of_split_special_tokens(pairs: list[Pair]) -> None:
+def test_text_of_a_byte_level_bpe_equals_split_special_tokens_of_transformers(pairs: list[Pair]) -> None:
     compared = 0
     for pair in pairs:
         if isinstance(pair.ours, DataError) or pair.folder.tokenizer["model"]["type"] != "BPE":

@@ -1,4 +1,4 @@
-"""Which kind of tokenizer a specification means, and what is peculiar to sentencepiece and tiktoken."""
+"""Which kind of tokenizer a specification means, and what is special about sentencepiece and tiktoken."""
 
 import shutil
 from base64 import b64encode
@@ -24,7 +24,7 @@ def files(tmp_path: Path, tokenizer_folder: Path, sentencepiece_model: Path, ran
     return {kind: tmp_path / kind / "tokenizer.model" for kind in sources}
 
 
-def test_kinds_are_told_apart_by_content_not_by_name(files: dict[str, Path]) -> None:
+def test_kinds_are_detected_by_content_not_by_name(files: dict[str, Path]) -> None:
     for kind, file in files.items():
         assert find_tokenizer(file) == find_tokenizer(file.parent) == (kind, file)
         loaded = load_tokenizer(file)
@@ -51,7 +51,7 @@ def test_a_folder_of_several_without_a_usual_name_is_ambiguous(files: dict[str, 
     assert find_tokenizer(f"tiktoken:{tmp_path}") == ("tiktoken", tmp_path / "b.tiktoken")
 
 
-def test_what_is_of_no_kind_is_refused_by_name(tmp_path: Path, files: dict[str, Path]) -> None:
+def test_a_file_of_unknown_kind_is_refused_by_name(tmp_path: Path, files: dict[str, Path]) -> None:
     contents = {
         "noise.model": b"\xff\xfe\x00",
         "empty.model": b"",
@@ -64,12 +64,12 @@ def test_what_is_of_no_kind_is_refused_by_name(tmp_path: Path, files: dict[str, 
         (tmp_path / name).write_bytes(content)
     faults = {
         "absent": r"absent does not exist",
-        "noise.model": r"noise\.model is no tokenizer that can be read: neither a .*json, nor a .*, nor a tiktoken",
-        "empty.model": r"empty\.model is no tokenizer that can be read",
-        "text.model": r"text\.model is no tokenizer that can be read",
+        "noise.model": r"noise\.model is not a tokenizer that can be read: neither a .*json, nor a .*, nor a tiktoken",
+        "empty.model": r"empty\.model is not a tokenizer that can be read",
+        "text.model": r"text\.model is not a tokenizer that can be read",
         "pointer.model": r"git lfs pull",
-        "cut.model": r"cut\.model is no sentencepiece model",
-        "pieceless.model": r"pieceless\.model is no sentencepiece model",
+        "cut.model": r"cut\.model is not a sentencepiece model",
+        "pieceless.model": r"pieceless\.model is not a sentencepiece model",
     }
     for name, message in faults.items():
         with pytest.raises(DataError, match=message):
@@ -78,9 +78,9 @@ def test_what_is_of_no_kind_is_refused_by_name(tmp_path: Path, files: dict[str, 
 
 def test_forcing_another_kind_is_refused(files: dict[str, Path]) -> None:
     for kind, other in (("hf", "tiktoken"), ("sentencepiece", "tiktoken"), ("tiktoken", "hf")):
-        with pytest.raises(DataError, match=r"tokenizer\.model is no "):
+        with pytest.raises(DataError, match=r"tokenizer\.model is not a "):
             load_tokenizer(f"{kind}:{files[other]}")
-        with pytest.raises(DataError, match=f"{other} holds no .*{kind if kind != 'hf' else 'json'}"):
+        with pytest.raises(DataError, match=f"{other} contains no .*{kind if kind != 'hf' else 'json'}"):
             load_tokenizer(f"{kind}:{files[other].parent}")
 
 
@@ -167,7 +167,7 @@ def test_sentencepiece_names_its_special_tokens(tmp_path: Path, sentencepiece_mo
 @pytest.mark.parametrize("blank", [" ", "\n", " \n", "\t\u00a0"])
 def test_very_long_white_space_does_not_crash_tiktoken(rank_file: Path, blank: str) -> None:
     tokenizer = load_tokenizer(rank_file)
-    # More than its regular expressions can go back over: the library alone panics on blanks.
+    # More than its regular expressions can backtrack over: the library alone panics on white space.
     text = "début" + blank * (1_500_000 // len(blank)) + "fin"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

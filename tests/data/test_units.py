@@ -18,7 +18,7 @@ Compress = Callable[[bytes], bytes]
 
 
 def two_parts(compress: Compress) -> Compress:
-    """As parallel compressors and ``cat`` make them."""
+    """As parallel compressors and ``cat`` create them."""
     return lambda data: compress(data[: len(data) // 3]) + compress(data[len(data) // 3 :])
 
 
@@ -69,7 +69,7 @@ def test_progress_and_checksum_count_the_bytes_of_the_file(tmp_path: Path, text:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_reading_goes_on_at_any_mark(tmp_path: Path, text: bytes, form: str) -> None:
+def test_reading_resumes_at_any_mark(tmp_path: Path, text: bytes, form: str) -> None:
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(FORMS[form](text))
     units = units_of(tmp_path / "one", tmp_path / "two")
@@ -108,7 +108,7 @@ def test_a_damaged_compressed_file_names_file_and_line(tmp_path: Path, text: byt
 
 
 @pytest.mark.parametrize("form", COMPRESSED)
-def test_what_follows_compressed_data_is_not_dropped_in_silence(tmp_path: Path, text: bytes, form: str) -> None:
+def test_what_follows_compressed_data_is_not_dropped_silently(tmp_path: Path, text: bytes, form: str) -> None:
     (tmp_path / "tail").write_bytes(COMPRESSED[form](text) + b'{"text": "more"}\n')
     with pytest.raises(DataError, match=r"tail cannot be read beyond line [\d,]+: "):
         units_of(tmp_path / "tail")
@@ -121,20 +121,20 @@ def test_a_file_made_with_the_longest_window_is_read(tmp_path: Path, text: bytes
     assert b"".join(unit.data for unit in units_of(tmp_path / "long")) == text
 
 
-def test_frames_without_content_are_passed_over(tmp_path: Path, text: bytes) -> None:
+def test_frames_without_content_are_skipped(tmp_path: Path, text: bytes) -> None:
     """pzstd begins with one."""
     frame = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
     (tmp_path / "frames").write_bytes(frame + zstandard.compress(text) + frame)
     assert b"".join(unit.data for unit in units_of(tmp_path / "frames")) == text
 
 
-def test_empty_files_hold_no_lines(tmp_path: Path) -> None:
+def test_empty_files_have_no_lines(tmp_path: Path) -> None:
     for name, content in (("plain", b""), ("gzip", gzip.compress(b"")), ("zstandard", zstandard.compress(b""))):
         (tmp_path / name).write_bytes(content)
         assert [unit.data for unit in units_of(tmp_path / name)] == [b""]
 
 
-def test_texts_of_compressed_json_lines_and_plain_text_are_told_apart_by_name(tmp_path: Path) -> None:
+def test_compressed_json_lines_and_plain_text_are_distinguished_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "un"}\n{"text": "deux"}'))
     (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"trois\nquatre"))
     texts = list(read_texts([tmp_path / "a.jsonl.gz", tmp_path / "b.txt.zst"], "text"))

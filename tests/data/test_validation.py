@@ -25,7 +25,7 @@ def test_explicit_validation_uses_whole_files(sources: list[Source]) -> None:
     assert validation.batch("code", 0, 16)[:, 0].tolist() == list(range(2000, 2064, 4))
 
 
-def test_validation_on_what_is_trained_on_is_told(
+def test_validation_on_training_data_is_reported(
     sources: list[Source], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_validation(sources[:1], sources[2:], S, samples=10)

@@ -69,7 +69,7 @@ if __name__ == "__main__":
         ("bytes(1 << 60)", "a worker process ran out of memory on item 5"),
     ],
 )
-def test_a_worker_that_ends_says_how_and_on_what(tmp_path: Path, threads: int, how: str, message: str) -> None:
+def test_the_error_of_a_dead_worker_says_how_and_on_what(tmp_path: Path, threads: int, how: str, message: str) -> None:
     (tmp_path / "program.py").write_text(FATAL.format(how=how))
     command = [sys.executable, tmp_path / "program.py", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

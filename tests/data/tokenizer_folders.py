@@ -30,7 +30,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds; None: no such file."""
+    """The contents of a folder; None: no such file."""
 
     name: str
     tokenizer: dict[str, Any]
@@ -76,7 +76,7 @@ def byte_level_bpe() -> dict[str, Any]:
 
 
 def space_bpe() -> dict[str, Any]:
-    """As sentencepiece's of Llama 2: words with their blanks, bytes for what is unknown."""
+    """As sentencepiece's of Llama 2: words with their spaces, bytes for what is unknown."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -385,7 +385,7 @@ def _of_classes(bases: dict[str, dict[str, Any]]) -> Iterator[Folder]:
         yield Folder(f"class {i}: {name} {settings}", state, {"tokenizer_class": name} | settings)
     for name in ("T5Tokenizer", "CamembertTokenizer", "CodeLlamaTokenizer", "ByT5Tokenizer", "WhisperTokenizer"):
         yield Folder(f"class: {name}", bpe, {"tokenizer_class": name} | names, refused=f"use its {name}")
-    of_unigram, of_bpe = "holds a Unigram, of which", "holds a BPE, of which"
+    of_unigram, of_bpe = "contains a Unigram model, but", "contains a BPE model, but"
     yield Folder("class: of a Unigram", unigrams, {"tokenizer_class": "GPT2Tokenizer"}, refused=of_unigram)
     yield Folder("class: of a BPE", bpe, {"tokenizer_class": "BertTokenizer"}, refused=of_bpe)
     for model_type in ("gpt2", "qwen2", "mistral", "llama", "phi3", "phi", "olmo2", "gpt_neox"):

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can show of megagap, the most valuable first; what is cut short leaves its reports.
+# Every check that needs a GPU, the most valuable first; if it runs out of time, finished stages leave their reports.
 #
 #   ./tests/gpu/run_all.sh [--seconds 480] [--output runs/gpu] [--only "build training mfu"] [--skip "peers"]
 #
-# Stages, each with its own time limit within what is left of --seconds:
-#   machine     what this is: GPU, driver, versions
-#   build       megagap with kernels for this GPU; without them the rest goes on with plain torch
+# Stages, each with its own time limit within the rest of --seconds:
+#   machine     GPU, driver, versions
+#   build       megagap with kernels for this GPU; without them the rest uses plain torch
 #   training    the step, the loop, resuming and saving against the CPU
 #   mfu         Gaperon 1B's training step, with its kernels by kind
-#   prediction  what tools/trace_step.py says of that step
+#   prediction  tools/trace_step.py's prediction of that step
 #   kernels     bandwidth of each kernel, forward and backward, beside eager, torch.compile, Liger and quack
 #   attention   every back end that torch has, on whole sequences
 #   documents   the same on sequences packed from documents
-#   loss        the output projection and its loss, by the size of its parts
+#   loss        the output projection and its loss, by chunk size
 #   peers       the same training step by transformers, and with Liger-Kernel
 #   tests       each kernel against float64
 #   sanitizer   small tests under compute-sanitizer (NVIDIA)
 #
-# Goes on after a failure and says at the end what failed. Without a GPU it runs the stages that a CPU can, at small
+# Continues after a failure and lists at the end what failed. Without a GPU it runs the stages that a CPU can, at small
 # sizes. MEGAGAP_PYTHON names a Python with torch for GPUs: see tools/environment.sh.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,4 +1,4 @@
-"""Attention and sums of products on a GPU, by whatever kernel is chosen there, against float64 on the CPU."""
+"""Attention and sums of products on a GPU, with whatever kernel is chosen there, against float64 on the CPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from megagap.ops.products import add_product
 pytestmark = pytest.mark.gpu
 
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Root mean square, as a share of the exact result's."""
+"""Root mean square error, relative to the exact result's root mean square."""
 
 
 def error(got: Tensor, exact: Tensor) -> float:

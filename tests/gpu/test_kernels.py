@@ -15,11 +15,11 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 SHAPES = [(4096, 2048), (1000, 4096), (3, 8192), (77, 16384), (5, 33), (4099, 129), (2, 40008), (0, 64)]
-"""(0, 64) has no rows; 40,008 elements do not fit in registers; 33 and 129 are not made of whole 16-byte accesses."""
+"""(0, 64) has no rows; 40,008 elements do not fit in registers; 33 and 129 are not a multiple of 16-byte accesses."""
 
 
 def label(value: object) -> str | None:
-    """Test names with sizes, by which tests/gpu/run_all.sh chooses small ones."""
+    """Test names with sizes, by which tests/gpu/run_all.sh selects small ones."""
     return "x".join(map(str, value)) if isinstance(value, tuple) else None
 
 
@@ -34,7 +34,7 @@ def norm(x: Tensor, weight: Tensor, wide: torch.dtype = torch.float32) -> Tensor
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Root mean square, as a share of the exact result's."""
+    """Root mean square error, relative to the exact result's root mean square."""
     return float((got.double() - exact).norm() / exact.norm())
 
 
@@ -182,7 +182,7 @@ def test_stochastic_rounding_has_the_bits_of_the_cpus(device: torch.device):
     on_cpu = [tensor.cpu() for tensor in (*state, *scalars)]
     torch.ops.megagap.adamw_(*state, *scalars, *settings)
     torch.ops.megagap.adamw_(*on_cpu, *settings)
-    # The updates differ in their last bits, which now and then decide the rounding.
+    # The updates differ in their last bits, which sometimes decide the rounding.
     assert (parameter.cpu() != on_cpu[0]).float().mean() < 1e-2
 
 

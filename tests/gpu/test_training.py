@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 MODEL: dict[str, Any] = dict(
     hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512
 )
-"""Heads of 64: every attention kernel takes them."""
+"""Heads of 64: every attention kernel supports them."""
 
 
 def train(recipe: Path, overrides: list[str], device: torch.device) -> list[dict[str, Any]]:
@@ -101,5 +101,5 @@ def test_the_host_runs_ahead_of_the_device_by_a_step(tmp_path, gpu, monkeypatch)
 
     monkeypatch.setattr(trainer.Recorder, "step_done", step_done)
     train(recipe, ["checkpoint.every=0"], gpu)
-    # The first has nothing to wait for; later ones wait for the step before, of which a part is over.
+    # The first has nothing to wait for; later ones wait for the step before, part of which is done.
     assert queued[0] < busy / 2, queued

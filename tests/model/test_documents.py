@@ -1,4 +1,4 @@
-"""Documents packed into sequences are computed as if each were alone."""
+"""Documents packed into sequences are computed as if each were separate."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from megagap.training.step import targets_of
 from tests.models import tiny_model
 
 LENGTHS = [[5, 1, 9, 1], [16], [1, 15]]
-"""Of the documents in each of three sequences of 16 tokens."""
+"""Lengths of the documents in each of three sequences of 16 tokens."""
 
 
 def positions(lengths: list[list[int]]) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_positions_count_from_the_start_of_each_document(stage: LlamaStage, monk
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_attention_within_documents_sees_no_other(heads: tuple[int, int]) -> None:
+def test_attention_stays_within_documents(heads: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 16, heads[0], 8, generator=generator)
     k, v = (torch.randn(3, 16, heads[1], 8, generator=generator) for _ in range(2))

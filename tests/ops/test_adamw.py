@@ -54,7 +54,7 @@ def test_a_bf16_parameter_is_the_fp32_update_rounded_to_the_nearest():
 
 
 @needs_kernels
-def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average():
+def test_stochastic_rounding_goes_to_a_neighbour_and_is_unbiased():
     size, step = 200_000, 1e-3  # an eighth of the distance of bf16 numbers above 1
     state = fresh(torch.ones(size).bfloat16())
     parameter, first, second, updates = state
@@ -110,7 +110,7 @@ def test_values_that_are_not_finite_stay_so_under_stochastic_rounding():
         (lambda s: (s[0].double(), *s[1:]), "float32"),
     ],
 )
-def test_buffers_that_do_not_fit_are_refused(change, message):
+def test_mismatched_buffers_are_refused(change, message):
     parameter, first, second, updates = change(fresh(torch.ones(6)))
     with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
         torch.ops.megagap.adamw_(
@@ -121,7 +121,7 @@ def test_buffers_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_rounded_copy_of_the_master_is_written_in_the_same_update(monkeypatch, kernels):
-    monkeypatch.setattr(compiled, "fits", lambda *tensors: kernels and compiled.AVAILABLE)
+    monkeypatch.setattr(compiled, "supports", lambda *tensors: kernels and compiled.AVAILABLE)
     state, rounded = fresh(torch.randn(1003)), torch.zeros(1003, dtype=torch.bfloat16)
     update(state, torch.randn(1003), rounded=rounded)
     assert torch.equal(rounded, state[0].bfloat16())

@@ -9,7 +9,7 @@ from megagap.ops import attention, compiled
 _file = importlib.import_module("megagap.ops.attention")
 reference, in_blocks, use_blocked = _file.reference, _file.in_blocks, _file._use_blocked
 BLOCK, BLOCKED_FROM, BLOCKED_UP_TO = _file.BLOCK, _file.BLOCKED_FROM, _file.BLOCKED_UP_TO
-needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="what comes with the compiled kernels")
+needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="needs the compiled kernels")
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
@@ -55,7 +55,7 @@ def eager(q, k, v):
 
 
 @needs_kernels
-def test_in_bf16_blocks_err_no_more_than_eager_attention():
+def test_in_bf16_blocks_are_as_accurate_as_eager_attention():
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 300, n, 32, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
     exact = results(reference, *(x.double() for x in inputs))

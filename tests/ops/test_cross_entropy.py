@@ -35,7 +35,7 @@ def test_loss_and_gradient_equal_those_of_float64(form, columns, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_absent_target_adds_no_logit_and_gets_no_gradient_of_its_own(form):
+def test_an_absent_target_adds_no_logit_and_gets_no_gradient(form):
     statistics, gradient_ = form
     logits, targets = torch.randn(2, 20), torch.tensor([-1, 4])
     maximum, total, at_target = statistics(logits, targets)
@@ -48,7 +48,7 @@ def test_an_absent_target_adds_no_logit_and_gets_no_gradient_of_its_own(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("column", [0, 17, 32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_logit_that_is_not_finite_makes_the_loss_so(form, column, bad):
+def test_a_logit_that_is_not_finite_makes_the_loss_not_finite(form, column, bad):
     logits = torch.randn(1, 33)
     logits[0, column] = bad
     maximum, total, at_target = form[0](logits, torch.tensor([5]))
@@ -56,7 +56,7 @@ def test_a_logit_that_is_not_finite_makes_the_loss_so(form, column, bad):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_masked_logits_have_no_share(form):
+def test_masked_logits_do_not_contribute(form):
     logits = torch.randn(1, 40)
     logits[0, 20:] = float("-inf")
     maximum, total, _ = form[0](logits, torch.tensor([5]))

@@ -1,4 +1,4 @@
-"""What holds for every compiled operation."""
+"""Properties of every compiled operation."""
 
 import importlib
 
@@ -98,7 +98,7 @@ def test_errors_against_float64_are_at_most_those_of_plain_torch(name, dtype):
         for row, function in enumerate((ours, theirs)):
             for column, (got, true) in enumerate(zip(evaluate(function, inputs, grads), wanted, strict=True)):
                 squares[row, column] += (got.double() - true).square().sum()
-    # Where both round alike the errors differ by the noise of fp32 sums.
+    # If both round alike, the errors differ by the noise of fp32 sums.
     allowed = 1.2 if dtype == torch.float32 else 1.001
     assert (squares[0] <= allowed * squares[1]).all(), squares.sqrt()
 
@@ -127,7 +127,7 @@ def test_results_repeat_bit_for_bit_on_any_number_of_threads(name):
     data=st.data(),
 )
 def test_any_shape_and_stride_gives_what_plain_torch_gives(leading, size, order, pad, data):
-    """Rows that lie apart, dimensions in another order."""
+    """Strided rows, dimensions in another order."""
     generator = torch.Generator().manual_seed(0)
 
     def laid_out() -> Tensor:
@@ -174,13 +174,13 @@ def registered() -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("name", registered())
-def test_operation_is_registered_soundly(name):
+def test_operation_is_registered_correctly(name):
     """torch's opcheck: schema, aliasing, fake tensors, autograd, tracing."""
     torch.library.opcheck(getattr(torch.ops.megagap, name).default, registered()[name])
 
 
 def test_every_operation_of_the_library_is_checked():
-    # An operation may be on a list only by its name: the library's own list is the schemas in csrc/bindings.cpp.
+    # The lists here are by name; the library's own list is the schemas in csrc/bindings.cpp.
     from pathlib import Path
 
     source = (Path(__file__).parents[2] / "csrc/bindings.cpp").read_text()

@@ -1,4 +1,4 @@
-"""flash-attn and apex are called as they want to be called. They need a GPU: stand-ins with their signatures here."""
+"""flash-attn and apex are called with the right arguments. They need a GPU: here, stand-ins with their signatures."""
 
 import importlib
 import types

@@ -11,11 +11,11 @@ from megagap.ops.rms_norm import reference
 
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
 SHAPES = [(3, 5, 64), (7, 1), (1, 33), (129, 37), (200, 2, 17), (5,)]
-"""Sizes that no vector length divides, more rows than blocks of the weight gradient, and a single row."""
+"""Sizes that vector lengths do not divide, more rows than blocks of the weight gradient, and a single row."""
 
 
 def in_float64(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y and the gradients by x and weight, from the formulas written out."""
+    """y and the gradients of x and weight, from the formulas written out."""
     x, weight, grad = x.double(), weight.double(), grad.double()
     rstd = 1 / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
     normalised, wanted = x * rstd, grad * weight
@@ -87,7 +87,7 @@ def test_other_instruction_sets_give_the_same_bits(capability):
     assert digests[0][1] == digests[1][1]
 
 
-def test_gaperons_scaled_gain_is_one_and_moves_where_a_plain_one_does_not():
+def test_gaperons_scaled_gain_starts_at_one_and_moves_where_a_plain_one_does_not():
     x = torch.randn(4, 64).bfloat16()
     stored = torch.full((64,), 1 / 20).bfloat16()
     assert float(stored[0]) == 0.050048828125
@@ -109,7 +109,7 @@ def test_gradient_of_a_scaled_gain_is_scaled(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_after_an_addition_equals_the_two_apart(dtype):
+def test_norm_after_an_addition_equals_the_two_separately(dtype):
     x, weight, grad = inputs((5, 7, 33), dtype)
     residual, grad_total = grad.roll(1, 0), x.roll(1, 0)
     leaves = [part.detach().requires_grad_() for part in (x, residual, weight)]
@@ -175,7 +175,7 @@ def test_strides_of_the_inputs_do_not_matter(dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 65, 1000])
-def test_results_are_bit_identical_for_any_number_of_threads_and_again(dtype, rows):
+def test_results_are_bit_identical_for_any_number_of_threads_and_when_repeated(dtype, rows):
     before = torch.get_num_threads()
     x, weight, grad = inputs((rows, 333), dtype)
     try:
@@ -198,7 +198,7 @@ def test_compiled_and_plain_agree_in_fp32(shape):
 
 
 @needs_kernels
-def test_inputs_that_the_kernel_does_not_take_are_computed_by_plain_torch():
+def test_inputs_that_the_kernel_does_not_support_are_computed_by_plain_torch():
     x, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     assert torch.equal(rms_norm(x, weight), reference(x, weight))
     assert rms_norm(torch.randn(3, 8).bfloat16(), torch.ones(8)).dtype == torch.float32
@@ -213,7 +213,7 @@ def test_inputs_that_the_kernel_does_not_take_are_computed_by_plain_torch():
         (torch.ones(3, 8).int(), torch.ones(8).int(), NotImplementedError),
     ],
 )
-def test_kernel_refuses_inputs_that_do_not_fit(x, weight, error):
+def test_kernel_refuses_mismatched_inputs(x, weight, error):
     with pytest.raises(error, match=r"rms_norm|megagap"):
         torch.ops.megagap.rms_norm(x, weight, 1e-5, 1.0)
 

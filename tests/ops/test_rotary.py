@@ -25,7 +25,7 @@ def test_pairs_are_rotated_as_complex_numbers(dtype, tolerance):
         assert float(error.abs().max()) < tolerance * float(given.abs().max())
 
 
-def test_tables_for_each_sequence_serve_like_shared_ones():
+def test_tables_per_sequence_work_like_shared_ones():
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
     cos, sin, _ = tables(9, 8)
     own = [torch.stack([table[:5], table[4:9]]) for table in (cos, sin)]
@@ -122,13 +122,13 @@ def test_interleaved_pairs_are_the_half_split_ones_in_another_order(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_in_place_it_turns_the_first_heads_of_a_packed_projection_and_leaves_the_rest(dtype, interleaved):
+def test_in_place_it_rotates_the_first_heads_of_a_packed_projection_and_leaves_the_rest(dtype, interleaved):
     packed, grad = torch.randn(2, 5, 8, 6).to(dtype), torch.randn(2, 5, 8, 6).to(dtype)
     cos, sin, _ = tables(5, 6)
     if interleaved:
         cos, sin = (table.repeat_interleave(2, -1)[:, :6] for table in (cos, sin))
     leaf = packed.clone().requires_grad_()
-    work = leaf * 1  # in place on what an operation before it has made
+    work = leaf * 1  # in place on the result of an earlier operation
     same = rotary_(work, 6, cos, sin, interleaved=interleaved)
     assert same.data_ptr() == work.data_ptr()
     same.backward(grad)

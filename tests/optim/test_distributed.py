@@ -32,7 +32,7 @@ def gradient(step: int, rank: int, microbatch: int, shape: tuple[int, ...]) -> t
 
 
 def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[str, torch.Tensor]:
-    """Two microbatches of made-up gradients a step and rank; returns the final parameters by name."""
+    """Two microbatches of made-up gradients per step and rank; returns the final parameters by name."""
     mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
     made = parameters()
     optimizer = DistributedOptimizer(made, OPTIM, mesh, bucket_elements=bucket_elements)
@@ -92,7 +92,7 @@ def test_a_rejected_step_changes_nothing():
 
 
 def test_bf16_parameters_follow_fp32_masters():
-    """An update far below bf16's resolution is not lost: it adds up in the master."""
+    """An update far below bf16's resolution is not lost: it accumulates in the master."""
     made = parameters()
     initial = {p.shard.name: p.detach().clone() for p in made}
     optim = Optim(lr=1e-5, weight_decay=0.0, clip_grad=0)
@@ -132,7 +132,7 @@ def test_the_gradient_norm_of_millions_of_elements_is_exact_to_six_digits():
 
 
 def test_products_go_to_the_sink_and_the_rest_by_autograd_once_each():
-    """A tied weight: the loss adds its products by itself, the embedding leaves its gradient to autograd."""
+    """A tied weight: the loss adds its products directly, the embedding leaves its gradient to autograd."""
     weight = ShardedParameter(whole("model.embed_tokens.weight", (6, 4)), torch.device("cpu"), torch.float32)
     weight.uses = 2
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Learning rates at the steps where a schedule turns."""
+"""Learning rates at the steps where a schedule changes."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_linear_reaches_min_lr_at_the_last_step():
     assert rates(4, schedule="linear") == pytest.approx([0.775, 0.55, 0.325, 0.1])
 
 
-def test_cosine_is_half_way_at_half_time():
+def test_cosine_is_halfway_at_half_time():
     values = rates(10, warmup_steps=2, schedule="cosine")
     assert values[1] == 1 and values[5] == pytest.approx(0.55) and values[-1] == pytest.approx(0.1)
 

@@ -1,4 +1,4 @@
-"""The output projection and its loss, a few tokens at a time. Over several ranks: tests/parallel/test_tensor.py."""
+"""The output projection and its loss, in chunks of tokens. Over several ranks: tests/parallel/test_tensor.py."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_those_of_float64_whatever_the_scale(few_tokens
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_in_bf16_the_parts_lose_no_more_than_the_whole(few_tokens, monkeypatch):
+def test_in_bf16_chunks_lose_no_more_than_the_whole(few_tokens, monkeypatch):
     inputs = case(torch.bfloat16)
     wanted = exact(*inputs)
     in_parts = run(*inputs)
@@ -107,7 +107,7 @@ def test_no_temporary_grows_with_tokens_times_vocabulary(monkeypatch, vocabulary
 
 
 class _Largest(TorchDispatchMode):
-    """The largest tensor that any operation gives, in elements, and the operations."""
+    """The largest tensor that any operation returns, in elements, and the operations."""
 
     def __init__(self) -> None:
         super().__init__()

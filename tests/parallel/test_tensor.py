@@ -102,7 +102,7 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
     targets[0, :3] = IGNORED_TARGET
 
     x = embedding(tokens)
-    # Several parts, as many on every rank, although the last ones hold fewer or no real columns.
+    # Several chunks, equally many on every rank, although the last ranks have fewer or no real columns.
     with (
         patch.dict(cross_entropy.MIN_CHUNK_TOKENS, cpu=1),
         patch.dict(cross_entropy.WORKSPACE_BYTES, cpu=5 * 8 * head.shape[0]),
@@ -131,7 +131,7 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "vocabulary"), [(1, 11), (2, 11), (4, 13), (4, 5)])
 def test_vocab_parallel_embedding_and_loss_equal_plain_ones_whatever_the_padding(workers, ranks, vocabulary):
-    """4 ranks and 5 entries: 2 rows a rank, so the last rank has nothing but padding."""
+    """4 ranks and 5 entries: 2 rows per rank, so the last rank has only padding."""
     workers.run(ranks, embedding_and_cross_entropy, vocabulary)
 
 

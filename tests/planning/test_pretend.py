@@ -168,5 +168,5 @@ def test_views_and_empty_tensors_cost_nothing_and_the_rest_its_traffic():
 
 @pytest.mark.skipif(not compiled.AVAILABLE, reason="the kernels are not built")
 def test_kernels_are_chosen_as_if_they_were_built_for_gpus():
-    assert On().run(lambda: compiled.fits(on_device(3)))
-    assert On("cpu").run(lambda: compiled.fits(torch.ones(3)))
+    assert On().run(lambda: compiled.supports(on_device(3)))
+    assert On("cpu").run(lambda: compiled.supports(torch.ones(3)))

@@ -91,4 +91,4 @@ def test_a_bad_recipe_exits_2_with_a_message(tmp_path):
 def test_an_output_that_cannot_be_a_folder_is_refused_before_the_time_is_spent(tmp_path):
     (tmp_path / "file").touch()
     done = run(write_recipe(tmp_path), "--steps", 10**9, "--output", tmp_path / "file" / "out")
-    assert done.returncode == 2 and "cannot make the folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "cannot create the folder" in done.stderr and "Traceback" not in done.stderr

@@ -77,7 +77,7 @@ def test_verifying_finds_a_changed_byte_by_the_manifest(folder: Path, tmp_path: 
     (tmp_path / "fr.bin").write_bytes(tokens)
     assert run("inspect_data.py", tmp_path / "fr").returncode == 0
     done = run("inspect_data.py", tmp_path / "fr", "--verify")
-    assert done.returncode == 2 and "fr.bin is damaged: it has another checksum" in done.stderr
+    assert done.returncode == 2 and "fr.bin is damaged: its checksum is not" in done.stderr
 
 
 def test_shards_of_two_tasks_are_merged(folder: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_step_table_shows_text(folder: Path) -> None:
         (
             "train_tokenizer.py",
             ["--input", __file__, "--output", f"{__file__}/x", "--vocab-size", "300"],
-            "cannot make the folder",
+            "cannot create the folder",
         ),
         ("inspect_data.py", ["absent", "--documents", "-5"], "--documents must be at least 0"),
         ("inspect_data.py", ["absent.toml", "--step", "0"], "counted from 1, not 0"),

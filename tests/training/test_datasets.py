@@ -97,7 +97,7 @@ def other_data(name):
 def test_a_run_may_go_on_with_tokens_added_to_its_tokenizer(workers, tmp_path, with_tokenizers):
     workers.run(1, train_recipe, with_tokenizers, [])
     more = ["train.steps=3", "data.tokenizer=more"]
-    with pytest.raises(AssertionError, match=r"more has ids up to 275, the model only 275 ids"):
+    with pytest.raises(AssertionError, match=r"more has ids up to 275, but model.vocab_size is 275"):
         workers.run(1, train_recipe, with_tokenizers, more)
     workers.run(1, train_recipe, with_tokenizers, [*more, "model.vocab_size=276"])
     log = (tmp_path / "run/logs/rank_00000.log").read_text()
@@ -117,7 +117,7 @@ def test_weights_and_data_of_other_tokenizers_are_told(workers, tmp_path, with_t
             workers.run(1, train_recipe, with_tokenizers, [*loading, *mixed])
         return
     workers.run(1, train_recipe, with_tokenizers, [*loading, *other_data("other")])
-    assert "mean other tokens than those of the tokenizer" in (run / "logs/rank_00000.log").read_text()
+    assert "mean different tokens from those of the tokenizer" in (run / "logs/rank_00000.log").read_text()
     workers.run(
         1, train_recipe, with_tokenizers, [*loading, *other_data("chat"), "model.vocab_size=276", f"run.dir={run}2"]
     )
@@ -136,7 +136,7 @@ def test_to_hf_and_from_hf_and_generation_tell_of_another_tokenizer(workers, tmp
         export(folder, tmp_path / "hf_chat", tokenizer=str(tmp_path / "chat"))
         load_text_model(folder, str(tmp_path / "other"))
     told = [record.getMessage() for record in caplog.records]
-    wanted = ["the end-of-text id of the checkpoint", "the begin-of-text id of the checkpoint", "mean other tokens"]
+    wanted = ["the end-of-text id of the checkpoint", "the begin-of-text id of the checkpoint", "mean different tokens"]
     assert len(told) == 3 and all(part in text for part, text in zip(wanted, told, strict=True))
     caplog.clear()
     config = json.loads((tmp_path / "hf/config.json").read_text())
@@ -146,7 +146,7 @@ def test_to_hf_and_from_hf_and_generation_tell_of_another_tokenizer(workers, tmp
         import_model(tmp_path / "hf", tmp_path / "again")
     told = [record.getMessage() for record in caplog.records]
     assert any("ends a text with id 999" in text for text in told)
-    assert any("eos_token_id = 999 is no id of the model" in text for text in told)
+    assert any("eos_token_id = 999 is not an id of the model" in text for text in told)
 
 
 def test_paths_that_are_not_utf8_go_through_checkpoints_and_exports(workers, tmp_path, with_tokenizers):

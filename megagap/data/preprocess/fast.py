@@ -49,7 +49,7 @@ def choose_encoder(
         encoder.check(reference, [*texts, *RARE, *reference.special])
     except DataError as error:
         if fast == "on":
-            raise DataError(f"--fast on cannot be: {error.args[0]}") from None
+            raise DataError(f"--fast on is not possible: {error.args[0]}") from None
         return reference, f"the tokenizer's own library is used: {error.args[0]}"
     return encoder, None
 

@@ -91,9 +91,7 @@ class Run:
         """The manifests of the pairs. Raises :class:`DataError`."""
         pipe = next((file.path for file in self._inputs if file.size is None), None)
         if resume and pipe:
-            raise DataError(
-                f"{pipe} is no regular file: what was read of it cannot be read again, so not with --resume"
-            )
+            raise DataError(f"{pipe} is not a regular file and can be read only once: --resume does not apply to it")
         state = None
         if resume:
             state = self._interrupted()
@@ -222,7 +220,7 @@ class Run:
         bos = self._tokenizer.bos if arguments.prepend_bos else None
         eod = self._tokenizer.eod if arguments.append_eod else None
         encoder = Encoder(tokenizer, self._keys, bos, eod, arguments.min_tokens)
-        units = read_units(self._inputs, self._keys, tokenizer.splits_at_blanks, state.mark)
+        units = read_units(self._inputs, self._keys, tokenizer.splits_at_spaces, state.mark)
         results: Generator[tuple[Unit, EncodedUnit], None, None]
         if workers == 1:
             results = ((unit, encoder(unit)) for unit in units)

@@ -1,4 +1,4 @@
-"""Tokenizers of three kinds, told apart by what their files hold.
+"""Tokenizers of three kinds, distinguished by the contents of their files.
 
 ``hf``: Hugging Face's ``tokenizer.json``. ``sentencepiece``: a ``.model``. ``tiktoken``: a rank file, such as the
 ``tokenizer.model`` of Llama 3. Ids are those of each library; of a ``tokenizer.json`` with files beside it, those of
@@ -44,9 +44,9 @@ STARTS = {
 
 
 class TextEncoder(Protocol):
-    """Text to ids. No special tokens are added. Pickled, it is what it was made from, and is made again.
+    """Text to ids. No special tokens are added. It is pickled as its specification and rebuilt.
 
-    To encode raises :class:`DataError` for what is no text, or makes its library fail.
+    Encoding raises :class:`DataError` for invalid text, or text on which the library fails.
     """
 
     @property
@@ -69,11 +69,11 @@ class TextEncoder(Protocol):
         """Whether :meth:`encode_flat` spreads texts over threads, as many as ``RAYON_NUM_THREADS`` says."""
 
     @property
-    def splits_at_blanks(self) -> bool:
-        """Whether ids provably stay the same if a text is cut between a visible ASCII character and a blank after it.
+    def splits_at_spaces(self) -> bool:
+        """Whether ids provably stay the same if a text is cut between a visible ASCII character and a space after it.
 
-        "Provably": by what follows from the regular expression that finds words, no word spans such a place, nor does
-        a word depend on what lies beyond it.
+        "Provably": it follows from the regular expression that finds words that no word spans such a place, and that
+        no word depends on what lies beyond it.
         """
 
 
@@ -141,7 +141,7 @@ def load_tokenizer(spec: str | Path, special_tokens: SpecialTokens | None = None
 
 
 def usual_special_tokens(kind: str) -> SpecialTokens:
-    """What a library of this kind makes of special tokens in a text, unless told otherwise."""
+    """What a library of this kind does with special tokens in a text by default."""
     return "parse" if kind == "hf" else "text"
 
 
@@ -163,7 +163,7 @@ def find_tokenizer(spec: str | Path) -> tuple[str, Path]:
     if kind is None:
         prefixed = ", ".join(f"{kind}:{path}" for kind in KINDS)
         raise DataError(
-            f"{path} is no tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n"
+            f"{path} is not a tokenizer that can be read: neither a {', nor a '.join(KINDS.values())}\n"
             f"  if it is one, force its kind: {prefixed}."
         )
     return kind, path
@@ -180,9 +180,9 @@ def _find_in_folder(folder: Path, forced: str | None) -> tuple[str, Path]:
         found = usual[:1]
     if not found:
         wanted = f"no {KINDS[forced]}" if forced else "no tokenizer: no tokenizer.json, *.model or *.tiktoken"
-        raise DataError(f"{folder} holds {wanted}\n  give the file itself if it bears another name.")
+        raise DataError(f"{folder} contains {wanted}\n  give the file itself if it has another name.")
     if len(found) > 1:
-        raise DataError(f"{folder} holds several tokenizers: {', '.join(f.name for f in found)}\n  name one of them.")
+        raise DataError(f"{folder} contains several tokenizers: {', '.join(f.name for f in found)}\n  name one.")
     return find_tokenizer(f"{forced}:{found[0]}" if forced else found[0])
 
 

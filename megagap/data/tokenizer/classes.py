@@ -1,7 +1,7 @@
-"""Which tokenizer ``transformers`` makes of a ``tokenizer.json``: not always the one that the file describes.
+"""Which tokenizer ``transformers`` makes from a ``tokenizer.json``: not always the one that the file describes.
 
 ``tokenizer_class`` in ``tokenizer_config.json`` may name a class that takes only the vocabulary and merges of the file,
-and fixes how texts are normalised and cut into words.
+and prescribes how texts are normalised and split into words.
 """
 
 import tomllib
@@ -23,14 +23,14 @@ Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a class makes of a vocabulary, in terms of ``tokenizer.json``."""
+    """What a class makes from a vocabulary, in terms of ``tokenizer.json``."""
 
     model: Parts
     """The type and the options."""
     normalizer: Parts | None
     pre_tokenizer: Parts
     special: Mapping[str, str]
-    """The names of its special tokens where the settings give none."""
+    """The names of its special tokens if the settings give none."""
     adds_all_special: bool = False
     """Whether it adds all special tokens once more, which sets their flags."""
 
@@ -43,7 +43,7 @@ class ClassTable:
     overruled: frozenset[str]
     same: dict[str, str]
     types: dict[str, str] = field(default_factory=dict)
-    """Of a model type, the class."""
+    """The class by model type."""
 
 
 @cache
@@ -77,10 +77,10 @@ def class_of(settings: Mapping[str, Any], model: Mapping[str, Any], is_byte_leve
 
 
 def pipeline_of(name: str, settings: Mapping[str, Any], charsmap: str | None) -> Pipeline | None:
-    """What the class ``name`` makes of a vocabulary with these settings; None if that is not known here.
+    """What the class ``name`` makes from a vocabulary with these settings; None if that is not known here.
 
     ``charsmap`` is the precompiled one in the normalizer of the ``tokenizer.json``. Raises ValueError for a setting
-    that is no boolean.
+    that is not a boolean.
     """
     build = PIPELINES.get(name)
     return build(settings, charsmap) if build else None

@@ -1,8 +1,8 @@
-"""What of a ``tokenizer.json`` gigatoken is known to honour.
+"""Which features of a ``tokenizer.json`` gigatoken is known to support.
 
 Found by comparing gigatoken 0.10 with ``tokenizers`` on texts made for each feature (tests/data/test_fast_features.py):
-it ignores much of what it does not know, so that a sample of texts may miss the difference. Whatever is not listed here
-is not used.
+it silently ignores much that it does not know, so that a sample of texts may miss the difference. For whatever is not
+listed here, it is not used.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,21 +26,21 @@ SPACE_NORMALIZERS: tuple[Any, ...] = (
     _SPACES,
     {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _SPACES]},
 )
-"""Of sentencepiece's models as ``transformers`` writes them (Llama 2, Gemma)."""
+"""Those of sentencepiece models as ``transformers`` writes them (Llama 2, Gemma)."""
 METASPACES: tuple[Any, ...] = tuple(
     {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
     for scheme, split in product(("first", "always", "never"), (False, True))
 )
 MODEL_OPTIONS = {"dropout": (None, 0.0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
-"""Those that it ignores, and what they may be. It heeds ``ignore_merges``; ``unk_token`` and ``fuse_unk`` never matter
-where every byte has a token."""
+"""Those that it ignores, with the values allowed. It supports ``ignore_merges``; ``unk_token`` and ``fuse_unk`` never
+matter if every byte has a token."""
 
 
 def unknown_feature(state: Mapping[str, Any], hidden: Sequence[Mapping[str, Any]] = ()) -> str | None:
-    """The first feature of a ``tokenizer.json`` that gigatoken is not known to honour, with its value, or None.
+    """The first feature of a ``tokenizer.json`` that gigatoken is not known to support, with its value, or None.
 
     ``state`` as the ``tokenizers`` library writes it. ``hidden``: special tokens that are not in it, since they are
-    text; ``tokenizers`` finds them nevertheless, and passes over other added tokens that begin within them.
+    text; ``tokenizers`` finds them nevertheless, and skips other added tokens that begin within them.
     """
     return next(chain(_unknown_features(state), _unknown_hidden(hidden, state["added_tokens"])), None)
 
@@ -81,13 +81,13 @@ def _unknown_features(state: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _adds_prefix(words: Any) -> bool:
-    """Whether a pre-tokenizer puts a blank before a text."""
+    """Whether a pre-tokenizer puts a space before a text."""
     parts = words.get("pretokenizers", [words]) if isinstance(words, dict) else []
     return any(part.get("add_prefix_space") or part.get("prepend_scheme", "never") != "never" for part in parts)
 
 
 def _without_offsets(words: Any) -> Any:
-    """A pre-tokenizer without what only tells where tokens stand in a text."""
+    """A pre-tokenizer without the options that only affect token offsets."""
     if not isinstance(words, dict):
         return words
     if words.get("type") == "Sequence":
@@ -107,7 +107,7 @@ def _unknown_added(tokens: list[dict[str, Any]], normalizer: Any) -> Iterator[st
     eager = next((token["content"] for token in tokens if token["lstrip"] or token["rstrip"]), None)
     blank = next((token["content"] for token in tokens if any(map(str.isspace, token["content"]))), None)
     if eager is not None and blank is not None:
-        yield f"the added token {eager!r} takes blanks around it, and {blank!r} holds some"
+        yield f"the added token {eager!r} strips spaces around it, and {blank!r} contains some"
     # tokenizers finds all that are not normalized before any that is; gigatoken, the longest of all.
     raw = [token["content"] for token in tokens if not token["normalized"]]
     normalised = [token["content"] for token in tokens if token["normalized"]]

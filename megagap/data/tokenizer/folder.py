@@ -1,8 +1,8 @@
-"""A ``tokenizer.json`` and the files beside it, as one tokenizer: the one that ``transformers`` makes of them.
+"""A ``tokenizer.json`` and the files beside it, as one tokenizer: the one that ``transformers`` makes from them.
 
 ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json`` name special tokens and add others;
-they and ``config.json`` name a class, which may cut texts otherwise than the ``tokenizer.json`` says
-(:mod:`megagap.data.tokenizer.classes`). What cannot be honoured is refused.
+they and ``config.json`` name a class, which may split texts differently from the ``tokenizer.json``
+(:mod:`megagap.data.tokenizer.classes`). What is not supported is refused.
 """
 
 import json
@@ -21,20 +21,20 @@ from megagap.files import is_there, read_regular
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""In the order in which they are added where the ``tokenizer.json`` lacks them."""
+"""In the order in which they are added if the ``tokenizer.json`` lacks them."""
 LISTS = ("additional_special_tokens", "extra_special_tokens")
-"""Of further special tokens. Transformers 5 reads the first as the second, which may also be an object."""
-AS_IT_IS = f'set tokenizer_class to "{PLAIN}" in {CONFIG} for the ids that the tokenizer.json gives by itself.'
+"""Keys of further special tokens. Transformers 5 reads the first as the second, which may also be an object."""
+AS_IT_IS = f'set tokenizer_class to "{PLAIN}" in {CONFIG} for the ids that the tokenizer.json alone gives.'
 
 Token = str | AddedToken
 
 
 @dataclass(frozen=True)
 class FolderTokenizer:
-    """What the files of a folder give."""
+    """The tokenizer that the files of a folder define."""
 
     backend: Backend
-    """Neither cuts nor lengthens texts."""
+    """Without truncation or padding."""
     bos: int | None
     eod: int | None
     special: tuple[str, ...]
@@ -55,7 +55,7 @@ class _Settings:
     named: dict[str, Token]
     extra: list[Token]
     added: dict[int, AddedToken]
-    """By the ids that they should have."""
+    """Added tokens by the ids that they should have."""
     from_map: frozenset[str]
     """The keys that ``special_tokens_map.json`` gave."""
     exist: bool
@@ -67,8 +67,8 @@ class _Settings:
 
 
 def load_folder(file: Path) -> FolderTokenizer:
-    """Raises :class:`DataError` naming file and key for what cannot be read or honoured."""
-    state = read_json(file, f"{file} is no Hugging Face tokenizer.json")
+    """Raises :class:`DataError` naming file and key for what cannot be read or is not supported."""
+    state = read_json(file, f"{file} is not a Hugging Face tokenizer.json")
     config = _optional(file.with_name(CONFIG))
     model = _optional(file.with_name("config.json"))
     _refuse_other_code(file.with_name(CONFIG), config)
@@ -97,12 +97,12 @@ def read_json(path: Path, fault: str) -> dict[str, Any]:
     with library_errors(fault):
         value = json.loads(content.decode("utf-8"))
     if not isinstance(value, dict):
-        raise DataError(f"{fault}: it should hold a JSON object, not {type(value).__name__}")
+        raise DataError(f"{fault}: it should contain a JSON object, not {type(value).__name__}")
     return value
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    """Where nothing bears the name, nothing is said; a link that leads nowhere would have said something."""
+    """An empty object if there is no such file; a broken link is an error."""
     return read_json(path, f"{path} is not valid JSON") if is_there(path) else {}
 
 
@@ -113,21 +113,21 @@ def _refuse_other_code(path: Path, config: Mapping[str, Any]) -> None:
     versions = config.get("fast_tokenizer_files")
     others = [name for name in versions if name != "tokenizer.json"] if isinstance(versions, list) else versions
     for key, value, what in (
-        ("auto_map", code, "the tokenizer is a program of its own, which is not run here"),
-        ("fast_tokenizer_files", others, "transformers reads another file than tokenizer.json"),
+        ("auto_map", code, "the tokenizer needs code of its own, which is not run here"),
+        ("fast_tokenizer_files", others, "transformers reads a different file from tokenizer.json"),
         ("init_inputs", config.get("init_inputs"), "only transformers knows what they mean to its class"),
         ("fix_mistral_regex", config.get("fix_mistral_regex"), "transformers replaces the words of tokenizer.json"),
     ):
         if value:
             raise DataError(
                 f"{path}: {key} = {value!r}: {what}\n"
-                f"  remove {key} for the ids that the tokenizer.json gives by itself, or save the tokenizer again with "
+                f"  remove {key} for the ids that the tokenizer.json alone gives, or save the tokenizer again with "
                 "save_pretrained of transformers."
             )
 
 
 def _is_byte_level(state: Mapping[str, Any]) -> bool:
-    """Whether the pre-tokenizer or the decoder, or a part of it, is."""
+    """Whether the pre-tokenizer or the decoder, or a part of it, is byte-level."""
     parts = [state.get("pre_tokenizer"), state.get("decoder")]
     while parts:
         part = parts.pop()
@@ -160,14 +160,13 @@ def _charsmap(state: Mapping[str, Any]) -> str | None:
 
 
 def _rebuilt(file: Path, name: str, state: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Any]:
-    """The ``tokenizer.json`` that describes what the class makes of the vocabulary, without added tokens."""
+    """The ``tokenizer.json`` that describes what the class makes from the vocabulary, without added tokens."""
     model = state.get("model")
     model = model if isinstance(model, dict) else {}
     wanted = pipeline.model["type"]
     if (model.get("type") or wanted) != wanted:
         raise DataError(
-            f"{file} holds a {model['type']}, of which transformers' {name} cannot be made: it is a {wanted}\n"
-            f"  {AS_IT_IS}"
+            f"{file} contains a {model['type']} model, but transformers' {name} needs a {wanted} model\n  {AS_IT_IS}"
         )
     vocabulary = {key: model[key] for key in ("vocab", "merges") if key in model}
     return {**state, "added_tokens": [], "model": {**pipeline.model, **vocabulary},
@@ -180,19 +179,19 @@ def _refuse_dropout(file: Path, state: Mapping[str, Any]) -> None:
     if dropout:
         raise DataError(
             f"{file}: model.dropout = {dropout}: the same text would get other ids each time\n"
-            "  set model.dropout to null: it is meant for training with texts that are tokenised anew in each epoch."
+            "  set model.dropout to null: dropout is for training with texts that are tokenised again in each epoch."
         )
 
 
 def _backend(file: Path, state: Mapping[str, Any]) -> Backend:
-    with library_errors(f"{file} is no Hugging Face tokenizer.json"):
+    with library_errors(f"{file} is not a Hugging Face tokenizer.json"):
         backend = Backend.from_str(json.dumps(state))
-    # A file may ask for either, which would cut or lengthen documents.
+    # A file may enable either, which would truncate or pad documents.
     backend.no_truncation()
     backend.no_padding()
     vocabulary = backend.get_vocab(with_added_tokens=False)
     if not vocabulary:
-        raise DataError(f"{file} holds a tokenizer without any vocabulary")
+        raise DataError(f"{file} contains a tokenizer without a vocabulary")
     if (highest := max(vocabulary.values())) >= 2**31 - 1:
         raise DataError(f"{file} has a token of id {highest:,}: ids above 2,147,483,646 cannot be written")
     if len({*vocabulary.values()}) < len(vocabulary):
@@ -252,7 +251,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
 
 
 def _pop_object(values: dict[str, Any]) -> dict[str, Any]:
-    """Take out ``extra_special_tokens`` that are an object of names and tokens, beside which there may be a list."""
+    """Remove ``extra_special_tokens`` that are an object of names and tokens; there may be a list besides."""
     return values.pop("extra_special_tokens") if isinstance(values.get("extra_special_tokens"), dict) else {}
 
 
@@ -319,17 +318,17 @@ def _added_token(path: Path, key: str, fields: Any) -> AddedToken:
     if not isinstance(fields, dict) or not isinstance(fields.get("content"), str) or not fields["content"]:
         raise DataError(f'{path}: {key} is {fields!r}; it should be a token such as {{"content": "</s>"}}')
     _require_unicode(path, key, fields["content"])
-    with library_errors(f"{path}: {key} is no token"):
+    with library_errors(f"{path}: {key} is not a token"):
         return AddedToken(**fields)
 
 
 def _require_unicode(path: Path, key: str, content: str) -> None:
-    with library_errors(f"{path}: {key} is no text"):
+    with library_errors(f"{path}: {key} is not valid text"):
         content.encode()
 
 
 def _require_named(settings: _Settings, backend: Backend, pipeline: Pipeline | None) -> None:
-    """The begin and end of a text must be tokens that some file defines, else a misspelt one would become a new id."""
+    """The begin- and end-of-text tokens must be defined by some file, else a misspelt one would become a new id."""
     defined = {token.content for token in settings.added.values()}
     for key in ("bos_token", "eos_token"):
         token = str(settings.named[key]) if key in settings.named else None
@@ -338,14 +337,14 @@ def _require_named(settings: _Settings, backend: Backend, pipeline: Pipeline | N
             continue
         raise DataError(
             f"{settings.place_of(key)} names {key} = {token!r}, which the tokenizer.json beside it does not have\n"
-            "  name a token of its, or add this one to added_tokens of the tokenizer.json."
+            "  name a token that it has, or add this one to added_tokens in the tokenizer.json."
         )
 
 
 def _add_tokens(settings: _Settings, backend: Backend, pipeline: Pipeline | None) -> None:
     """Those that the ``tokenizer.json`` lacks or has with other flags; as by ``TokenizersBackend.__init__``.
 
-    They get the next ids in the order of those that they should have. Adding again those that are there makes the named
+    They get the next ids, in the order of the ids that they should have. Adding existing ones again makes the named
     ones special.
     """
     tokens: list[Token] = [token for _, token in sorted(settings.added.items())]

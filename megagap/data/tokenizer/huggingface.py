@@ -23,9 +23,9 @@ WORDS_THAT_END_BEFORE_BLANKS = (
     split_into_words(QWEN2_WORDS),
     byte_level(add_prefix_space=False, use_regex=True),
 )
-"""Pre-tokenisers (of Llama 3, Qwen 2, GPT-2) known to cut between a visible character and a blank, whatever surrounds.
+"""Pre-tokenisers (of Llama 3, Qwen 2, GPT-2) known to split between a visible character and a space, in any context.
 
-In each of their regular expressions a blank stands only at the start of an alternative, or among white space alone, and
+In each of their regular expressions a space is only at the start of an alternative, or among white space alone, and
 the only look-around, ``(?!\\S)``, looks from the end of white space at what follows it.
 """
 
@@ -50,7 +50,7 @@ class HuggingFaceTokenizer:
         if self.special_tokens == "text":
             self._encoder = _without_special(self._backend, folder.special)
         elif folder.splits_special_tokens:
-            # All that transformers does: a special token that is a word of the vocabulary too is still found by it.
+            # All that transformers does: a special token that is also a word of the vocabulary is still found by it.
             self.special_tokens = "text"
             self._backend.encode_special_tokens = True
 
@@ -74,7 +74,7 @@ class HuggingFaceTokenizer:
         return True
 
     @cached_property
-    def splits_at_blanks(self) -> bool:
+    def splits_at_spaces(self) -> bool:
         model = self._backend.model
         return (
             self._backend.normalizer is None
@@ -97,7 +97,7 @@ class HuggingFaceTokenizer:
         return text
 
     def state(self) -> dict[str, Any]:
-        """A ``tokenizer.json`` that gives these ids by itself, whatever files stand beside it."""
+        """A ``tokenizer.json`` that gives these ids alone, whatever files are beside it."""
         state: dict[str, Any] = json.loads(self._encoder.to_str())
         if self.special_tokens == "text":
             state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer:
 
 
 def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
-    """A tokenizer to which ``special`` are no tokens, written in a text: ``backend`` itself if it can be."""
+    """A tokenizer to which ``special``, written out in a text, are ordinary text: ``backend`` itself if possible."""
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     in_model = {*special} & backend.get_vocab(with_added_tokens=False).keys()
     finds_by_merges = isinstance(backend.model, BPE) and not backend.model.ignore_merges
@@ -135,7 +135,7 @@ def _without_special(backend: Backend, special: Sequence[str]) -> Backend:
 
 
 def _hide(model: dict[str, Any], special: Sequence[str]) -> set[str]:
-    """Rename, in the vocabulary of a model, special tokens that it could find in a text by itself; returns them.
+    """Rename, in the vocabulary of a model, special tokens that it could find in a text on its own; returns them.
 
     A word that is in the vocabulary is that token to all models but BPE, whose tokens come from merges, unless
     ``ignore_merges``. The unknown token may stay: it is what unknown text becomes anyway.
@@ -167,7 +167,7 @@ def _bytes_of(token: str) -> bytes:
 
 
 def state_of(component: Any) -> dict[str, Any] | None:
-    """A part of a tokenizer as it stands in ``tokenizer.json``; offsets, which we do not use, as by default."""
+    """A part of a tokenizer as written in ``tokenizer.json``; options of offsets, which are not used, as by default."""
     if component is None:
         return None
     state: dict[str, Any] = json.loads(component.__getstate__())
@@ -178,5 +178,5 @@ def state_of(component: Any) -> dict[str, Any] | None:
 
 
 def _is_plain(token: AddedToken) -> bool:
-    """Whether an added token is found in a text without regard to the blanks around it, and holds none."""
+    """Whether an added token is found in a text regardless of spaces around it, and contains none."""
     return not (token.lstrip or token.rstrip or token.single_word or any(map(str.isspace, token.content)))

@@ -10,7 +10,7 @@ class Occurrences:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         ordered = sorted({*tokens} - {""})
-        # Nearly all texts hold none: that they lack all beginnings is seen much sooner than that nothing matches.
+        # Nearly all texts contain none: looking for their beginnings is much faster than finding that nothing matches.
         groups = (list(group) for _, group in groupby(ordered, key=lambda token: token[0]))
         self._beginnings = [_common_beginning(group[0], group[-1]) for group in groups]  # the two least alike
         longest_first = sorted(ordered, key=len, reverse=True)

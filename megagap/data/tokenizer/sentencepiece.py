@@ -17,8 +17,8 @@ from megagap.files import read_regular
 class SentencePieceTokenizer:
     """A ``.model``, run by the ``sentencepiece`` library.
 
-    Control tokens written out in a text are plain text. What the model's normalisation drops, such as repeated blanks,
-    does not come back on decoding.
+    Control tokens written out in a text are plain text. What the model's normalisation drops, such as repeated spaces,
+    is not restored by decoding.
     """
 
     special_tokens: SpecialTokens = "text"
@@ -27,17 +27,17 @@ class SentencePieceTokenizer:
         if special_tokens == "parse":
             raise DataError(
                 f"{file} is a sentencepiece model, to which control tokens in a text are always text: "
-                "--special-tokens parse cannot be had\n"
-                "  give --special-tokens text, or a tokenizer.json made of it, such as transformers saves."
+                "--special-tokens parse is not possible\n"
+                "  give --special-tokens text, or a tokenizer.json made from it, such as transformers saves."
             )
         content = read_regular(file)
-        with library_errors(f"{file} is no sentencepiece model"):
+        with library_errors(f"{file} is not a sentencepiece model"):
             self._backend = SentencePieceProcessor(model_proto=content)
             self.vocab_size: int = self._backend.vocab_size()
             for i in range(self.vocab_size):
                 self._backend.id_to_piece(i)  # fails if it is not UTF-8
         if not self.vocab_size:
-            raise DataError(f"{file} is no sentencepiece model: it has no pieces")
+            raise DataError(f"{file} is not a sentencepiece model: it has no pieces")
         self.spec = spec
         model = self._backend
         self.special = tuple(model.id_to_piece(i) for i in range(self.vocab_size) if model.is_control(i))
@@ -64,8 +64,8 @@ class SentencePieceTokenizer:
         return False
 
     @property
-    def splits_at_blanks(self) -> bool:
-        # Normalisation may drop blanks and prefix one, and a unigram model weighs a whole text at once.
+    def splits_at_spaces(self) -> bool:
+        # Normalisation may drop spaces and prefix one, and a unigram model weighs a whole text at once.
         return False
 
     def vocabulary(self) -> dict[int, bytes]:
@@ -83,13 +83,13 @@ class SentencePieceTokenizer:
 
     @property
     def normalises(self) -> bool:
-        """Whether it changes a text's blanks or characters before it cuts it up."""
+        """Whether it changes a text's spaces or characters before splitting it."""
         text = " two  blanks, a ligature \ufb01, a line end\n"
         kept: str = self._backend.normalize(text)
         return kept.removeprefix("\u2581") != text.replace(" ", "\u2581")
 
     def _special(self, identifier: int, usual: Sequence[str]) -> int | None:
-        """``identifier``, or where the model names none (-1), that of the first of ``usual`` that it has."""
+        """``identifier``, or if the model names none (-1), that of the first of ``usual`` that it has."""
         if identifier >= 0:
             return identifier
         known = (i for token in usual if (i := self._backend.piece_to_id(token)) != self._backend.unk_id())

@@ -13,7 +13,7 @@ from tiktoken import Encoding
 from tokenizers import Tokenizer
 
 from megagap.data.tokenizer import SpecialTokens, load_tokenizer
-from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS, without_long_blanks
+from megagap.data.tokenizer.words import CHARACTER_OF, LLAMA3_WORDS, without_long_whitespace
 from megagap.errors import DataError, library_errors
 from megagap.files import read_regular
 
@@ -38,7 +38,7 @@ SPECIAL_TOKENS = (*NAMED_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in ra
 class TiktokenTokenizer:
     """A rank file, run by the ``tiktoken`` library.
 
-    Such a file holds nothing but tokens: how text is cut into words and which special tokens there are is taken from
+    Such a file contains only tokens: how text is split into words, and which special tokens there are, is taken from
     Llama 3. Special tokens written out in a text are plain text, as to ``Encoding.encode_ordinary``, or these tokens.
     """
 
@@ -72,13 +72,13 @@ class TiktokenTokenizer:
         return np.concatenate([np.zeros(0, np.uint32), *chain.from_iterable(arrays)]), lengths
 
     def _pieces(self, text: str) -> list[NDArray[np.uint32]]:
-        # Without specials allowed or refused, this is encode_ordinary, less the making of a list.
+        # With no special tokens allowed or refused, this is encode_ordinary without building a list.
         allowed = {*self.special} if self.special_tokens == "parse" else set()
         with library_errors(f"the tokenizer {self.spec} cannot encode a text"):
             text.encode()  # half of a surrogate pair, which the library would replace
             return [
                 self._backend.encode_to_numpy(piece, allowed_special=allowed, disallowed_special=())
-                for piece in without_long_blanks(text)
+                for piece in without_long_whitespace(text)
             ]
 
     @property
@@ -86,7 +86,7 @@ class TiktokenTokenizer:
         return False
 
     @property
-    def splits_at_blanks(self) -> bool:
+    def splits_at_spaces(self) -> bool:
         return True
 
     def vocabulary(self) -> dict[int, bytes]:
@@ -99,9 +99,9 @@ class TiktokenTokenizer:
 def read_ranks(file: Path) -> dict[bytes, int]:
     """The tokens of a rank file, a token in base64 and its rank in each line, in the order of their ranks.
 
-    Raises :class:`DataError` for a line that is no such thing, or if ranks or single bytes are missing.
+    Raises :class:`DataError` for a malformed line, or if ranks or single bytes are missing.
     """
-    # The library's own reader says nothing of lines, and caches files by their paths.
+    # The library's own reader does not report lines, and caches files by their paths.
     lines = read_regular(file).splitlines()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -113,7 +113,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         except ValueError:
             shown = line[:60].decode("ascii", errors="replace")
             raise DataError(
-                f"{file} is no tiktoken rank file: line {number} is not a token in base64 and its rank: {shown!r}"
+                f"{file} is not a tiktoken rank file: line {number} is not a token in base64 and its rank: {shown!r}"
             ) from None
     # Special tokens follow the ranks, so these must have no gaps; every text can be encoded if every byte can.
     absent = {*range(len(ranks))} - {*ranks.values()}
@@ -126,7 +126,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def to_hugging_face(file: Path) -> Tokenizer:
-    """The rank file as a ``tokenizer.json`` that gives the same ids, but takes a special token written out for one.
+    """The rank file as a ``tokenizer.json`` with the same ids, but to which a special token written out is that token.
 
     Raises :class:`DataError` as :func:`read_ranks`.
     """

@@ -37,7 +37,7 @@ def exact_update(
 
 
 def philox(words: list[int], key: tuple[int, int]) -> list[int]:
-    """Philox4x32-10 of a counter of four words, as its authors write it."""
+    """Philox4x32-10 of a counter of four words, as published."""
     low, high = key
     for _ in range(10):
         first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
@@ -97,7 +97,7 @@ def test_philox_of_the_test_gives_the_published_words():
 
 
 @pytest.mark.parametrize(("size", "start"), [(64, 0), (67, 1)])
-def test_stochastic_rounding_compares_the_cut_bits_with_philox(shim: Shim, size, start):
+def test_stochastic_rounding_compares_the_truncated_bits_with_philox(shim: Shim, size, start):
     parameter, *rest = (tensor[start:] for tensor in inputs(size + start, (HALF, FULL, HALF)))
     wide = [parameter.float(), *(tensor.clone() for tensor in rest)]
     shim.adamw_(*wide, step=7)  # the same update, not rounded
@@ -108,7 +108,7 @@ def test_stochastic_rounding_compares_the_cut_bits_with_philox(shim: Shim, size,
         assert parameter.view(torch.int16)[index].item() & 0xFFFF == expected
 
 
-def test_stochastic_rounding_is_right_on_average(shim: Shim):
+def test_stochastic_rounding_is_unbiased(shim: Shim):
     size, updates = 20000, 4
     parameter, zeros = torch.ones(size, dtype=HALF), torch.zeros(size)
     for step in range(1, 1 + updates):  # decay alone: a 64th of the distance to the next lower number

@@ -146,6 +146,6 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
 
 
 @pytest.mark.parametrize(("name", "arguments", "error"), list(faults()))
-def test_what_does_not_fit_is_refused_by_name(gpu, name: str, arguments: tuple, error: type[Exception]):
+def test_mismatched_inputs_are_refused_by_name(gpu, name: str, arguments: tuple, error: type[Exception]):
     with pytest.raises(error, match=name if error is not NotImplementedError else "megagap|adamw_"):
         getattr(gpu, name)(*arguments)

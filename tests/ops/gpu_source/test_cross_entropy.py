@@ -5,7 +5,7 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 SIZES = [1, 7, 1000, 4099, 20008]
-"""Of the vocabulary shard: less than a wave, a rest that no 16 bytes hold, several turns of every thread."""
+"""Columns of the vocabulary shard: less than a wave, not a multiple of 16 bytes, several turns of every thread."""
 
 
 def inputs(size: int, dtype: torch.dtype, rows: int = 6) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def test_gradient_replaces_the_logits(shim: Shim, size, dtype):
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1000, 1008), (1000, 1011), (1003, 1008)])
-def test_rows_may_lie_apart_and_what_lies_between_stays(shim: Shim, size, stride):
+def test_rows_may_be_strided_and_the_gaps_are_untouched(shim: Shim, size, stride):
     logits, targets = inputs(size, torch.bfloat16)
     wide = torch.full((6, stride), 7.0, dtype=torch.bfloat16)
     wide[:, :size] = logits
@@ -58,7 +58,7 @@ def test_rows_may_lie_apart_and_what_lies_between_stays(shim: Shim, size, stride
     assert torch.equal(wide[:, :size], logits) and (wide[:, size:] == 7).all()
 
 
-def test_logits_of_minus_infinity_have_no_part_and_rows_of_them_no_nan(shim: Shim):
+def test_logits_of_minus_infinity_do_not_contribute_and_rows_of_them_give_no_nan(shim: Shim):
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 3] = 2.0
     maximum, total, _ = shim.cross_entropy_rows(logits, torch.tensor([3, 3]))
@@ -71,7 +71,7 @@ def test_nan_is_not_hidden(shim: Shim):
     assert shim.cross_entropy_rows(logits, torch.zeros(2, dtype=torch.int64))[1].isnan().tolist() == [False, True]
 
 
-def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim):
+def test_bits_are_the_same_when_repeated_and_with_threads_in_reverse(shim: Shim):
     logits, targets = inputs(4099, torch.float32)
     first = shim.cross_entropy_rows(logits, targets)
     shim.reverse_threads(True)

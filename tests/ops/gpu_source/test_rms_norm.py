@@ -6,9 +6,9 @@ from tests.ops.gpu_source.shim import Shim
 
 EPS = 1e-5
 SHAPES = [(3, 64), (37, 136), (1, 33), (70, 5), (7, 1), (12, 2056), (3, 1001)]
-"""Rows that share a block, rows of several waves (more of them than blocks), sizes that no 16 bytes divide."""
+"""Rows that share a block, rows of several waves (more of them than blocks), sizes that 16 bytes do not divide."""
 LONG = [(3, 16392, torch.bfloat16), (2, 4101, torch.bfloat16), (3, 8196, torch.float32), (2, 4099, torch.float32)]
-"""Rows that do not fit in registers, read whole and by elements."""
+"""Rows that do not fit in registers, read in 16 bytes and by elements."""
 CASES = [(*shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16, torch.float16)] + LONG
 
 
@@ -33,7 +33,7 @@ def gradients(x: Tensor, weight: Tensor, grad: Tensor, gain_scale: float, wide: 
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Root mean square, as a share of the exact result's."""
+    """Root mean square error, relative to the exact result's root mean square."""
     return float((got.double() - exact).norm() / exact.norm())
 
 
@@ -49,7 +49,7 @@ def test_norm_equals_float64_within_rounding_and_rounds_where_transformers_does(
     torch.testing.assert_close(rstd.double(), (x.double().pow(2).mean(-1) + EPS).rsqrt(), rtol=1e-6, atol=0)
     exact = unfused(x.double(), weight.double(), wide=torch.float64)
     assert_no_worse(y, unfused(x, weight), exact)
-    # The sum of squares has another order of additions: a value on the border of two roundings may fall either way.
+    # The sum of squares is added up in another order: a value between two roundings may fall either way.
     assert (y != unfused(x, weight)).float().mean() < (0.02 if dtype != torch.float32 else 1)
 
 
@@ -98,7 +98,7 @@ def test_no_rows_give_a_zero_weight_gradient(shim: Shim):
     assert torch.equal(shim.rms_norm_backward(x, x, weight, torch.empty(0))[1], torch.zeros(40))
 
 
-def test_rows_at_an_odd_address_are_read_by_elements(shim: Shim):
+def test_unaligned_rows_are_read_by_elements(shim: Shim):
     x, _, grad, _, weight = inputs(4, 64, torch.bfloat16)
     moved = torch.empty(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64).copy_(x)
     whole, apart = shim.rms_norm(x, weight, EPS), shim.rms_norm(moved, weight, EPS)
@@ -112,7 +112,7 @@ def test_rows_at_an_odd_address_are_read_by_elements(shim: Shim):
 
 
 @pytest.mark.parametrize(("rows", "size", "dtype"), [(37, 136, torch.bfloat16), (12, 2056, torch.float32), LONG[0]])
-def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim, rows, size, dtype):
+def test_bits_are_the_same_when_repeated_and_with_threads_in_reverse(shim: Shim, rows, size, dtype):
     x, residual, grad, grad_total, weight = inputs(rows, size, dtype)
 
     def results() -> list[Tensor]:
@@ -125,7 +125,7 @@ def test_bits_are_the_same_again_and_with_threads_in_reverse(shim: Shim, rows, s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_of_16_bits_is_read_and_rounded_as_torch_does(shim: Shim, dtype):
+def test_every_16_bit_number_is_read_and_rounded_as_by_torch(shim: Shim, dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256)
     other = x.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(256, 256)
     _, _, total = shim.rms_norm(x, x[0], EPS, residual=other)

@@ -5,9 +5,9 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 2**-8 + 5e-7, torch.float16: 2**-11 + 5e-7}
-"""Of the largest value: half a unit in the last place, and a little for the sum in fp32."""
+"""Tolerance relative to the largest value: half a unit in the last place, and a little for the sum in fp32."""
 SHAPES = [(2, 3, 4, 2, 64), (1, 5, 9, 1, 128), (2, 2, 3, 3, 6), (1, 3, 1, 1, 2), (1, 2, 37, 5, 16)]
-"""Batch, length, heads of q and k, head size: whole accesses or not, more heads than a thread has at once."""
+"""Batch, length, heads of q and k, head size: 16-byte accesses or not, more heads than a thread handles at once."""
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, batched: bool = False) -> tuple[Tensor, ...]:

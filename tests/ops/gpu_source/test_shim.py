@@ -1,4 +1,4 @@
-"""The shim itself: what a GPU leaves undefined must end a test, with a message."""
+"""The shim itself: what is undefined on a GPU must end a test with a message."""
 
 import subprocess
 from pathlib import Path

@@ -6,7 +6,7 @@ from torch import Tensor
 from tests.ops.gpu_source.shim import Shim
 
 SHAPES = [(1, 1), (1, 4099), (1, 9000), (3, 136), (7, 13), (2, 4100)]
-"""Rows that are split over blocks, with and without a rest that no 16 bytes hold."""
+"""Rows that are split over blocks, whose size is a multiple of 16 bytes or not."""
 
 
 def inputs(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,7 @@ def test_result_and_gradients_equal_float64_at_least_as_well_as_unfused(shim: Sh
 
 
 @pytest.mark.parametrize("size", [24, 136, 4100])
-def test_halves_of_a_packed_projection_are_read_where_they_lie(shim: Shim, size):
+def test_halves_of_a_packed_projection_are_read_in_place(shim: Shim, size):
     grad, gate, up = inputs(5, size, torch.bfloat16)
     packed = torch.cat((gate, up), 1)
     parts = packed[:, :size], packed[:, size:]
@@ -51,6 +51,6 @@ def test_large_gates_neither_overflow_nor_lose_their_sign(shim: Shim, dtype):
     assert torch.equal(by_gate, torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=dtype))
 
 
-def test_nothing_in_nothing_out(shim: Shim):
+def test_empty_input_gives_empty_output(shim: Shim):
     nothing = torch.empty(0, 8)
     assert shim.swiglu(nothing, nothing).shape == (0, 8)

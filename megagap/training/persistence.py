@@ -148,7 +148,7 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     refuse_not_finite(state, folder)
     state.optimizer.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
-    step = index.state.get("step")
+    step = index.state.get("step") if "train" in index.state else None  # an imported model comes from no run
     return Start(0, folder, "model", False, step if isinstance(step, int) else None, {}, tuple(changes))
 
 

@@ -50,7 +50,7 @@ class Start:
             return f'from step 0 with the weights of {self.folder}{origin} (load_mode "{self.mode}")'
         if self.is_own:
             return f"from step {self.step:,}, resumed from {self.folder}"
-        return f'from step {self.step:,}, with everything from {self.folder} (load_mode "{self.mode}")'
+        return f'from step {self.step:,}, with weights and optimizer state of {self.folder} (load_mode "{self.mode}")'
 
 
 def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def train_from(
     if state.step == steps and keeper.withheld:
         raise diverged_at_end(recorder, keeper.withheld, state.step)
     if state.step < steps:
-        record_stop(run, requests.reason or "another rank", state, keeper.withheld)
+        record_stop(run, requests.reason or "a request to another rank", state, keeper.withheld)
     else:
         keeper.drop_old()
         run.event("finish")

@@ -106,6 +106,19 @@ def test_a_failure_is_recorded_in_each_place_that_can_be_written(tmp_path):
     assert json.loads((tmp_path / "run/events.jsonl").read_text())["message"] == "full"
 
 
+def test_a_run_that_has_ended_is_not_called_failed_by_what_comes_after(tmp_path):
+    run = RunDirectory(tmp_path / "run", is_writer=True)
+    run.open()
+    run.has_begun = True
+    run.status("preempted", "stopped")
+    run.fail("aborted")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "preempted"
+    run.status("running")
+    run.fail("aborted")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    run.close()
+
+
 @pytest.mark.parametrize(
     ("status", "steps", "answer"),
     [

@@ -6,6 +6,8 @@ import tomllib
 
 import pytest
 
+from megagap.checkpoint.huggingface import export
+from megagap.checkpoint.huggingface_import import import_model
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.config import load_recipe
 from megagap.observe.run_directory import RunDirectory
@@ -50,7 +52,7 @@ def test_the_start_line_says_where_the_weights_come_from(workers, tmp_path):
 
     seed = f"checkpoint.load={folder}"
     for name, mode, told in (
-        ("branch", "continue", f'from step 2, with everything from {folder} (load_mode "continue")'),
+        ("branch", "continue", f'from step 2, with weights and optimizer state of {folder} (load_mode "continue")'),
         ("new", "model", f'from step 0 with the weights of {folder}, written at step 2 of its run (load_mode "model")'),
     ):
         new = [seed, f"checkpoint.load_mode={mode}", f"run.dir={tmp_path / name}", "train.steps=3"]
@@ -154,6 +156,19 @@ def test_a_setting_that_an_older_config_lacks_is_no_change(workers, tmp_path):
     (run / "config.toml").write_text("".join(line for line in lines if "tensorboard_every" not in line))
     workers.run(1, train_recipe, recipe, ["train.steps=3"])
     assert changes_of(run) == [{"train.steps": (2, 3)}]
+
+
+def test_weights_of_a_checkpoint_without_a_step_are_told_as_loaded(workers, tmp_path):
+    """As those that come from Hugging Face."""
+    recipe = recipe_of(tmp_path)
+    workers.run(1, train_recipe, recipe, [])
+    export(tmp_path / "run/checkpoints/step_00000002", tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "base")
+    new = [f"checkpoint.load={tmp_path / 'base'}", "checkpoint.load_mode=model", f"run.dir={tmp_path / 'new'}"]
+    workers.run(1, train_recipe, recipe, new)
+    assert f'tokens, from step 0 with the weights of {tmp_path}/base (load_mode "model")\n' in log_of(tmp_path / "new")
+    workers.run(1, train_recipe, recipe, [*new, "train.steps=3"])
+    assert f"from step 2, resumed from {tmp_path}/new/checkpoints/step_00000002\n" in log_of(tmp_path / "new")
 
 
 def test_long_values_are_cut_in_messages_only():

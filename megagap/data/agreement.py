@@ -88,7 +88,7 @@ def require_agreement(
             (faults if is_used else warnings).append(difference + cure * is_used)
     for prefix, name in prefixes.items():
         dataset = IndexedDataset(prefix)
-        faults += _ids_out_of_range(dataset, name, vocab_size)
+        faults += _foreign_ids(dataset, name, vocab_size)
         warnings += _narrow_type(dataset, reference.vocab_size if reference else vocab_size)
         if prefix not in manifests and own is not None:
             warnings += _other_end(dataset, own)
@@ -241,7 +241,7 @@ def _mixed_options(manifests: Mapping[str, Manifest]) -> Iterator[str]:
             yield f"documents of {with_id[0]} {what}, those of {without[0]} do not ({flag} when preprocessing)"
 
 
-def _ids_out_of_range(dataset: IndexedDataset, source: str, vocab_size: int) -> Iterator[str]:
+def _foreign_ids(dataset: IndexedDataset, source: str, vocab_size: int) -> Iterator[str]:
     """A token outside the model's vocabulary, if there is one in the sampled stretches."""
     tokens = dataset.tokens
     for i in range(SAMPLED_STRETCHES):

@@ -137,9 +137,7 @@ def require_targets(source: TokenSource) -> None:
     if source.token_count < 2:
         name, prefix = source.source.name, source.source.prefixes[0]
         count = "1 token" if source.token_count else "no tokens"
-        raise DataError(
-            f"source {name} ({prefix}) has {count}: there is nothing to predict\n  give one with more text."
-        )
+        raise DataError(f"source {name} ({prefix}) has {count}, none to predict\n  give one with more text.")
 
 
 @torch.no_grad()

@@ -199,8 +199,9 @@ def list_sources(patterns: Sequence[str], names: Sequence[str]) -> list[Source]:
     """One source for each prefix or pattern, with distinct names."""
     shards = [prefixes_of(pattern) for pattern in without_other_files(patterns)]
     if names and len(names) != len(shards):
-        sources = "1 source" if len(shards) == 1 else f"{len(shards)} sources"
-        raise ConfigError(f"--name gives {len(names)} names for {sources}\n  give one for each, in their order.")
+        counted = "1 source" if len(shards) == 1 else f"{len(shards)} sources"
+        given = "1 name" if len(names) == 1 else f"{len(names)} names"
+        raise ConfigError(f"--name gives {given} for {counted}\n  give one for each, in their order.")
     named = names or [source_name(SourceSettings(path=prefixes)) for prefixes in shards]
     sources = [Source(name, tuple(prefixes)) for name, prefixes in zip(named, shards, strict=True)]
     seen: dict[str, Source] = {}

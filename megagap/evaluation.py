@@ -8,6 +8,7 @@ once, from at most ``sequence_length`` tokens.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +55,10 @@ class ModelFiles:
     """Whether documents were masked from each other in that run."""
 
     def load(self, device: torch.device, dtype: torch.dtype) -> SingleProcessModel:
-        """Raises :class:`CheckpointError` if the weights are damaged."""
+        """Raises :class:`CheckpointError` if the weights are damaged, :class:`ConfigError` if they do not fit a GPU."""
         load = load_hugging_face_model if is_hugging_face(self.path) else load_model
-        return load(self.path, device).to(dtype)
+        with _memory_errors(device, "the model", "use a larger one, --dtype bfloat16, or none: CUDA_VISIBLE_DEVICES="):
+            return load(self.path, device).to(dtype)
 
     def default_length(self) -> int:
         """The length that the model was trained on, or else its positions, at most :data:`LONGEST_DEFAULT`."""
@@ -207,12 +209,17 @@ def _loss(
     """
     stage, device = model.stage, model.stage.output.device
     documents = None if positions is None else Documents.of(positions[:, :-1]).to(device)
-    try:
+    what = f"batches of {batch_tokens:,} tokens in windows of {inputs.shape[1]:,}"
+    with _memory_errors(device, what, "lower --batch-size or --sequence-length, or compute in --dtype bfloat16"):
         y = stage(inputs.to(device), inputs.shape[1], documents=documents)
         _, losses = stage.loss(y, targets.to(device), torch.ones((), device=device))
+        return losses.double().sum()
+
+
+@contextmanager
+def _memory_errors(device: torch.device, what: str, cure: str) -> Iterator[None]:
+    """Raises :class:`ConfigError` where a GPU has not the memory for the block."""
+    try:
+        yield
     except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"the memory of {device} is too small for batches of {batch_tokens:,} tokens, in sequences of "
-            f"{inputs.shape[1]:,}\n  lower --batch-size or --sequence-length, or compute in --dtype bfloat16."
-        ) from None
-    return losses.double().sum()
+        raise ConfigError(f"the memory of the GPU ({device}) is too small for {what}\n  {cure}.") from None

@@ -42,32 +42,47 @@ def text_bytes(prefixes: Sequence[str], tokenizer: Tokenizer | None) -> TextByte
     A tokenizer serves if its ids stand for exactly the bytes of a text, and the files were made with it. Raises
     :class:`UnknownBytesError` if there is none, and :class:`DataError` for a damaged manifest.
     """
-    tables = [_of_pair(prefix, tokenizer) for prefix in prefixes]
-    first, *others = tables
+    tables: dict[object, TextBytes] = {}
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        # Shards are mostly made alike, and a tokenizer takes a second to load.
+        making = manifest and (manifest.tokenizer, manifest.special_tokens, _has_special(manifest))
+        if making not in tables:
+            tables[making] = _of_bare_pair(tokenizer) if manifest is None else _of_pair(prefix, manifest, tokenizer)
+    first, *others = tables.values()
     if any(not np.array_equal(first.by_id, other.by_id) for other in others):
         raise UnknownBytesError("its shards were made with different tokenizers")
     return first
 
 
-def _of_pair(prefix: str, tokenizer: Tokenizer | None) -> TextBytes:
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        if tokenizer is None:
-            raise UnknownBytesError("no tokenizer is known")
-        _require_bytes(tokenizer)
-        return _table(tokenizer, texts_hold_none=False)
+def _of_bare_pair(tokenizer: Tokenizer | None) -> TextBytes:
+    """Of a pair without a manifest."""
+    if tokenizer is None:
+        raise UnknownBytesError("no tokenizer is known")
+    _require_bytes(tokenizer)
+    return _table(tokenizer, texts_hold_none=False)
+
+
+def _of_pair(prefix: str, manifest: Manifest, tokenizer: Tokenizer | None) -> TextBytes:
     if manifest.tokenizer.kind == "sentencepiece":
         raise UnknownBytesError(f"{prefix} was made with a sentencepiece model: the bytes of a text are lost")
-    if manifest.special_tokens == "parse" and manifest.special_tokens_in_texts:
+    if manifest.special_tokens == "parse" and _has_special(manifest):
         raise UnknownBytesError(
             f"special tokens written out in the texts of {prefix} became ids ({manifest.special_tokens_in_texts:,})"
         )
-    none = manifest.special_tokens == "text" or manifest.special_tokens_in_texts == 0
+    none = manifest.special_tokens == "text" or _has_special(manifest) is False
     for candidate in _candidates(manifest, tokenizer):
         if _made(candidate, prefix, manifest):
-            _require_bytes(candidate)
+            if manifest.tokenizer.kind == "hf":  # the other kind keeps bytes, whatever has the same tokens now
+                _require_bytes(candidate)
             return _table(candidate, texts_hold_none=none)
     raise UnknownBytesError(f"the tokenizer that {prefix} was made with is not available: {manifest.tokenizer.spec}")
+
+
+def _has_special(manifest: Manifest) -> bool | None:
+    """Whether special tokens are written out in the texts; None if that was not counted."""
+    count = manifest.special_tokens_in_texts
+    return None if count is None else count > 0
 
 
 def _candidates(manifest: Manifest, tokenizer: Tokenizer | None) -> Iterator[Tokenizer]:

@@ -26,7 +26,7 @@ from megagap.data.sources import TokenSource
 from megagap.data.text_bytes import TextBytes
 from megagap.data.tokenizer import Tokenizer, load_tokenizer
 from megagap.data.validation import read_stretches
-from megagap.errors import ConfigError, DataError
+from megagap.errors import CheckpointError, ConfigError, DataError
 from megagap.ops.documents import Documents
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.training.step import targets_of
@@ -72,6 +72,8 @@ def find_model(path: Path, tokenizer: str | None = None) -> ModelFiles:
     be read. Raises :class:`CheckpointError` if there is no such model, :class:`DataError` for a ``tokenizer`` that
     cannot be read.
     """
+    if is_hugging_face(path.parent) and path.is_file():
+        raise CheckpointError(f"{path} is a file of a Hugging Face model\n  give its folder: {path.parent}")
     if is_hugging_face(path):
         settings = read_settings(path)
         own = load_tokenizer(tokenizer) if tokenizer else _readable_tokenizer(tokenizer_of(path))
@@ -107,8 +109,8 @@ class SourceLoss:
     """Predicted tokens."""
     bytes: int | None
     """UTF-8 bytes of the text that these stand for; None if that is not known."""
-    is_whole: bool
-    """Whether the source was read to its end."""
+    share_read: float
+    """How much of the source was read; 1 means all."""
 
     @property
     def loss(self) -> float | None:
@@ -184,7 +186,7 @@ def evaluate_source(
         )
     known = [size for size in sizes if size is not None]
     total_bytes = sum(known) if len(known) == len(sizes) else None
-    return SourceLoss(float(nats), tokens, total_bytes, targets == targets_in(source))
+    return SourceLoss(float(nats), tokens, total_bytes, targets / targets_in(source))
 
 
 def _batches(targets: int, sequence_length: int, rows: int) -> Iterator[tuple[range, int]]:

@@ -75,7 +75,7 @@ def test_the_loss_of_any_layouts_checkpoint_is_that_of_transformers_and_of_the_r
     # The run evaluates whole windows only.
     whole = len(losses) // LENGTH * LENGTH
     part = evaluate_source(load_model(tmp_path / "run"), source, LENGTH, batch_tokens=256, max_tokens=whole)
-    assert (part.tokens, part.is_whole) == (whole, False)
+    assert (part.tokens, part.share_read) == (whole, whole / len(losses))
     assert part.loss == pytest.approx(metrics[-1]["validation_loss/en"], rel=1e-5)
     assert part.loss == pytest.approx(float(losses[:whole].mean()), abs=1e-5)
 
@@ -96,7 +96,7 @@ def test_every_token_but_the_first_is_predicted_once_whatever_the_batches(model_
     for batch_tokens in (1, 3 * length, 10**6):
         seen = []
         result = evaluate_source(model, source, length, batch_tokens=batch_tokens, progress=seen.append)
-        assert (result.tokens, sum(seen), result.is_whole) == (len(losses), len(losses), True)
+        assert (result.tokens, sum(seen), result.share_read) == (len(losses), len(losses), 1)
         assert max(seen) <= max(batch_tokens, length)
         assert result.loss == pytest.approx(float(losses.mean()), abs=1e-5)
 
@@ -104,10 +104,10 @@ def test_every_token_but_the_first_is_predicted_once_whatever_the_batches(model_
 @pytest.mark.parametrize("most", [1, 31, 32, 33, 10**9])
 def test_max_tokens_are_the_first_ones(model_folder, most):
     model, source = load_hugging_face_model(model_folder / "hf"), source_of(model_folder / "text", vocabulary=61)
-    losses = reference_losses(model_folder / "hf", torch.from_numpy(source.read(0, source.token_count)))[:most]
+    losses = reference_losses(model_folder / "hf", torch.from_numpy(source.read(0, source.token_count)))
     result = evaluate_source(model, source, LENGTH, batch_tokens=64, max_tokens=most)
-    assert (result.tokens, result.is_whole) == (len(losses), most == 10**9)
-    assert result.loss == pytest.approx(float(losses.mean()), abs=1e-5)
+    assert (result.tokens, result.share_read) == (len(losses[:most]), len(losses[:most]) / len(losses))
+    assert result.loss == pytest.approx(float(losses[:most].mean()), abs=1e-5)
 
 
 def test_with_a_document_mask_each_document_of_a_window_is_predicted_by_itself(model_folder):
@@ -152,7 +152,7 @@ def test_a_source_without_anything_to_predict_is_refused(model_folder, tmp_path)
 
 
 def test_what_is_not_finite_is_none_rather_than_a_number():
-    numbers = [(r.loss, r.perplexity, r.bits_per_byte) for r in (SourceLoss(math.nan, 3, 3, True),)]
+    numbers = [(r.loss, r.perplexity, r.bits_per_byte) for r in (SourceLoss(math.nan, 3, 3, 1.0),)]
     assert numbers == [(None, None, None)]
-    huge = SourceLoss(3000.0, 3, 0, True)
+    huge = SourceLoss(3000.0, 3, 0, 1.0)
     assert (huge.loss, huge.perplexity, huge.bits_per_byte) == (1000.0, None, None)

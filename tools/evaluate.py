@@ -146,9 +146,9 @@ def run(given: argparse.Namespace) -> None:
         "device": device.type,
     }
     if given.json:
-        print(json.dumps(report(files, settings, results), allow_nan=False))
+        print(json.dumps(report(files, settings, results, byte_counts), allow_nan=False))
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(table(files, settings, results))
+        Console(width=None if sys.stdout.isatty() else 200).print(table(files, settings, results, byte_counts))
     require_finite(files, results)
 
 
@@ -227,6 +227,8 @@ def without_other_files(patterns: Sequence[str]) -> list[str]:
 def prefixes_of(pattern: str) -> list[str]:
     """The prefix of a pair, or those that a pattern matches. Raises :class:`DataError` if it matches none."""
     prefix = pair_prefix(pattern)
+    if not prefix:
+        raise DataError("--data has an empty prefix\n  give that of a .bin/.idx pair.")
     if not glob.has_magic(prefix) or os.path.exists(f"{prefix}.idx"):
         return [prefix]
     found = sorted(path.removesuffix(".idx") for path in glob.glob(f"{prefix}.idx"))
@@ -260,7 +262,12 @@ def progress_bar(total: int) -> Iterator[Callable[[str], Callable[[int], object]
         yield show
 
 
-def report(files: ModelFiles, settings: dict[str, Any], results: dict[str, SourceLoss]) -> dict[str, Any]:
+def report(
+    files: ModelFiles,
+    settings: dict[str, Any],
+    results: dict[str, SourceLoss],
+    byte_counts: dict[str, TextBytes | None],
+) -> dict[str, Any]:
     """For ``--json``: ``sources`` by name, beside what the numbers depend on."""
     sources = {
         name: {
@@ -269,20 +276,28 @@ def report(files: ModelFiles, settings: dict[str, Any], results: dict[str, Sourc
             "bits_per_byte": result.bits_per_byte,
             "tokens": result.tokens,
             "bytes": result.bytes,
-            "is_whole": result.is_whole,
+            "bytes_from": bytes_from(result, byte_counts[name]),
+            "share_read": result.share_read,
         }
         for name, result in results.items()
     }
     return {"model": str(files.path), "step": files.step, **settings, "sources": sources}
 
 
-def table(files: ModelFiles, settings: dict[str, Any], results: dict[str, SourceLoss]) -> Table:
+def table(
+    files: ModelFiles,
+    settings: dict[str, Any],
+    results: dict[str, SourceLoss],
+    byte_counts: dict[str, TextBytes | None],
+) -> Table:
     step = "" if files.step is None else f", step {files.step:,}"
     mask = ", documents masked" if settings["document_mask"] else ""
-    windows = f"windows of {settings['sequence_length']:,} tokens{mask}, {settings['dtype']} on {settings['device']}"
+    notes = [f"windows of {settings['sequence_length']:,} tokens{mask}, {settings['dtype']} on {settings['device']}"]
+    origins = [bytes_from(result, byte_counts[name]) for name, result in results.items()]
+    notes += [f"bytes of text by {origin}" for origin in dict.fromkeys(origins) if origin]
     shown = Table(
         "source", "loss", "perplexity", "bits per byte", "tokens", "bytes of text", "read",
-        title=Text(f"{files.path}{step}"), caption=Text(windows),
+        title=Text(f"{files.path}{step}"), caption=Text("\n".join(notes)),
     )  # fmt: skip
     for column in shown.columns[1:-1]:
         column.justify = "right"
@@ -294,9 +309,14 @@ def table(files: ModelFiles, settings: dict[str, Any], results: dict[str, Source
             _number(result.bits_per_byte, ".4f"),
             f"{result.tokens:,}",
             _number(result.bytes, ","),
-            "all" if result.is_whole else "the start",
+            "all" if result.share_read == 1 else f"first {result.share_read:.1%}",
         )
     return shown
+
+
+def bytes_from(result: SourceLoss, known: TextBytes | None) -> str | None:
+    """What the bytes of a source are known from; None if they are not known."""
+    return known.source if known and result.bytes is not None else None
 
 
 def _number(value: float | None, form: str) -> str:

@@ -85,7 +85,7 @@ def test_folder_and_checkpoint_give_the_numbers_of_transformers_and_of_the_raw_t
         assert source["tokens"] == len(losses) == len(tokens) - 1
         assert source["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
         assert source["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
-        assert source["bytes"] == size
+        assert source["bytes"] == size and source["bytes_from"] == f"the tokenizer {made / 'hf'}"
         assert source["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / size, rel=1e-6)
         assert (found["sequence_length"], found["dtype"], found["document_mask"]) == (64, "float32", False)
 
@@ -99,12 +99,12 @@ def test_only_json_is_on_standard_output_and_progress_on_standard_error(made, fr
 
 
 def test_the_table_shows_each_source(capsys, made, fr, en):
-    main([str(made / "hf"), "--data", fr, en, "--sequence-length", "8", "--max-tokens", "40", "--name", "one", "two"])
+    main([str(made / "hf"), "--data", fr, en, "--sequence-length", "8", "--max-tokens", "20", "--name", "one", "two"])
     table = capsys.readouterr().out
     assert "windows of 8 tokens, float32" in table
     for name in ("one", "two"):
         (line,) = [line for line in table.splitlines() if f" {name} " in line]
-        assert " 40 " in line and "the start" in line
+        assert " 20 " in line and " first " in line
 
 
 @pytest.mark.parametrize("ending", ["", ".bin", ".idx"])
@@ -217,6 +217,14 @@ def missing_model(made, tmp_path):
     return [tmp_path / "nowhere", "--data", made / "fr_text_document"]
 
 
+def file_of_model(made, tmp_path):
+    return [made / "hf/model.safetensors", "--data", made / "fr_text_document"]
+
+
+def no_prefix(made, tmp_path):
+    return [made / "hf", "--data", ""]
+
+
 def no_model(made, tmp_path):
     (tmp_path / "folder").mkdir()
     return [tmp_path / "folder", "--data", made / "fr_text_document"]
@@ -250,6 +258,8 @@ def names(made, tmp_path):
         (missing_data, "nowhere"),
         (no_match, "no token file matches"),
         (missing_model, "nowhere does not exist"),
+        (file_of_model, "is a file of a Hugging Face model\n  give its folder"),
+        (no_prefix, "--data has an empty prefix"),
         (no_model, "holds no checkpoint"),
         (too_long, "--sequence-length 65 is longer than the model's max_position_embeddings = 64"),
         (same_name, "two sources are called fr: .*\n  give each a name with --name"),

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         type=positive,
         default=8192,
         metavar="TOKENS",
-        help="computed at a time, at least one window; does not change the result (default: %(default)s)",
+        help="computed at a time, at least one window; changes rounding only (default: %(default)s)",
     )
     parser.add_argument("--tokenizer", metavar="SPEC", help="folder or file (default: the model's own)")
     given = parser.parse_args(argv)

@@ -14,7 +14,7 @@ LEVELS = [
     {"config"},
     {"ops", "parallel"},
     {"model", "data", "optim", "observe", "checkpoint"},
-    {"training", "generation"},
+    {"training", "generation", "evaluation"},
     {"train", "benchmark"},
     {"planning"},
 ]

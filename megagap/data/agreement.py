@@ -105,6 +105,40 @@ def require_agreement(
     return reference, warnings
 
 
+def require_ids_of_model(
+    told: Ids | None, tokenizer: Tokenizer | None, vocab_size: int, sources: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Compare the token files of sources, prefixes by name, with a model that is to read them: warnings.
+
+    ``told``: what the model says of its ids; ``tokenizer``: the one that it is used with; both where they are known.
+    Raises :class:`DataError` naming everything that does not fit: ids that mean other tokens, or that the model lacks.
+    """
+    own = Ids.of_tokenizer(tokenizer) if tokenizer else told
+    faults: list[str] = []
+    warnings: list[str] = []
+    if told and tokenizer and own and told.fingerprint != own.fingerprint and not is_extension(told, tokenizer):
+        faults.append(f"{differing(told, own)[-1]}\n  name the tokenizer that the model was trained with.")
+    for name, prefixes in sources.items():
+        for prefix in prefixes:
+            faults += _foreign_ids(IndexedDataset(prefix), name, vocab_size)
+            manifest = read_manifest(prefix)
+            if manifest is None or own is None:
+                what = "the tokenizer of the model is not known" if own is None else f"there is no {prefix}.json"
+                warnings.append(f"{what}: nothing shows that the ids of {prefix} mean what the model takes them for")
+                continue
+            made = Ids.of_manifest(prefix, manifest)
+            if made.fingerprint != own.fingerprint and not (tokenizer and is_extension(made, tokenizer)):
+                faults.append(
+                    f"{differing(made, own)[-1]}\n"
+                    f"  {prefix} was made with {manifest.tokenizer.spec}: preprocess its text with the model's."
+                )
+                continue
+            warnings += [difference for difference, is_used in _special_ids(made, manifest, own) if is_used]
+    if faults:
+        raise DataError("\n".join(faults))
+    return warnings
+
+
 def require_same_ids(manifests: Sequence[tuple[str, Manifest]]) -> list[str]:
     """For pairs, by prefix, that are to be merged; returns warnings.
 

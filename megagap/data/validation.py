@@ -35,22 +35,32 @@ class ValidationData:
 
         Raises :class:`DataError` if a file that they come from was rebuilt since it was opened.
         """
-        source, length = self.sources[name], self.sequence_length
-        windows = self.windows[name][first : first + count]
-        spans = [(window * length, (window + 1) * length + 1) for window in windows.tolist()]
-        source.require_unchanged(spans)
-        batch = np.empty((len(windows), length + 1), np.int64)
-        for row, window in zip(batch, windows, strict=True):
-            row[:] = source.window(int(window), length)
-        source.require_unchanged(spans)
-        return batch
+        return self._read(name, first, count)[0]
 
     def positions(self, name: str, first: int, count: int) -> NDArray[np.int64]:
         """How far each of these tokens lies behind its document's start, or the window's: int64 [count, s + 1]."""
-        source, length = self.sources[name], self.sequence_length
+        return self._read(name, first, count)[1]
+
+    def _read(self, name: str, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        length = self.sequence_length
         starts = self.windows[name][first : first + count] * length
-        ends = [source.read_documents(int(start), int(start) + length + 1)[1] for start in starts]
-        return positions_in(ends, length + 1)
+        return read_stretches(self.sources[name], starts, length + 1)
+
+
+def read_stretches(
+    source: TokenSource, starts: Sequence[int] | NDArray[np.int64], length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``length`` tokens of the source from each of ``starts`` on, and how far each of them lies behind the start of its
+    document or of its stretch, whichever is later: both int64 [starts, length].
+
+    Raises :class:`DataError` if a file that they come from was rebuilt since it was opened.
+    """
+    spans = [(int(start), int(start) + length) for start in starts]
+    source.require_unchanged(spans)
+    read = [source.read_documents(*span) for span in spans]
+    source.require_unchanged(spans)
+    tokens = np.stack([tokens for tokens, _ in read]) if read else np.zeros((0, length), np.int64)
+    return tokens, positions_in([ends for _, ends in read], length)
 
 
 def open_validation(
@@ -61,15 +71,20 @@ def open_validation(
     split: str = "100,0,0",
     vocab_size: int | None = None,
 ) -> ValidationData:
+    """Held-out windows of :func:`held_out_sources`."""
+    return ValidationData(held_out_sources(sources, validation, split, vocab_size), sequence_length, samples)
+
+
+def held_out_sources(
+    sources: Sequence[Source], validation: Sequence[Source], split: str = "100,0,0", vocab_size: int | None = None
+) -> list[TokenSource]:
     """All documents of ``validation`` if given, else the second part of the training sources' split, if it has one."""
     if validation:
         read = [prefix for source in sources for prefix in source.prefixes]
         for source in validation:
             if same := same_pairs(source.prefixes, read):
                 log.warning("validation source %s is trained on too: %s", source.name, ", ".join(same))
-        opened = [TokenSource(source, split, WHOLE, vocab_size) for source in validation]
-    elif split_shares(split)[VALIDATION] > 0:
-        opened = [TokenSource(source, split, VALIDATION, vocab_size) for source in sources]
-    else:
-        opened = []
-    return ValidationData(opened, sequence_length, samples)
+        return [TokenSource(source, split, WHOLE, vocab_size) for source in validation]
+    if split_shares(split)[VALIDATION] > 0:
+        return [TokenSource(source, split, VALIDATION, vocab_size) for source in sources]
+    return []

@@ -7,8 +7,8 @@ from megagap.config import Source as SourceSettings
 from megagap.data.agreement import Ids, require_agreement
 from megagap.data.plan import unnormalised_weights
 from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source, shared_pairs
-from megagap.data.validation import ValidationData, open_validation
+from megagap.data.sources import Source, TokenSource, shared_pairs
+from megagap.data.validation import ValidationData, held_out_sources, open_validation
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,16 @@ def validation_data(settings: Settings) -> ValidationData:
         data.split,
         settings.model.vocab_size,
     )
+
+
+def held_out(settings: Settings, vocab_size: int) -> list[TokenSource]:
+    """All that a recipe holds out for validation, by source; none where it holds out nothing.
+
+    ``vocab_size``: of the model that is to read it. Raises :class:`DataError` if a file is missing or damaged.
+    """
+    data = settings.data
+    training = _sources(sources_of(spans(data, settings.train, settings.model.rope_theta)))
+    return held_out_sources(training, _sources(data.validation), data.split, vocab_size)
 
 
 def skipped_ranges(train: Train) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megagap.data.agreement import Ids, differing, is_extension, require_agreement
+from megagap.data.agreement import Ids, differing, is_extension, require_agreement, require_ids_of_model
 from megagap.data.bpe import train_tokenizer
 from megagap.data.indexed import IndexedDatasetWriter
 from megagap.data.preprocess import preprocess
@@ -163,3 +163,31 @@ def test_a_tokenizer_with_tokens_added_after_the_others_is_an_extension(tokenize
     assert is_extension(Ids.of_tokenizer(base), more) and is_extension(Ids.of_tokenizer(base), base)
     assert not is_extension(Ids.of_tokenizer(more), base) and not is_extension(Ids.of_tokenizer(base), other)
     assert differing(Ids.of_tokenizer(base), Ids.of_tokenizer(base)) == []
+
+
+def test_a_model_reads_data_of_its_tokenizer_or_of_one_that_its_tokenizer_extends(made, tokenizers):
+    base, more = (load_tokenizer(tokenizers / name) for name in ("base", "more"))
+    sources = {"fr": [made("base", **EOD)]}
+    assert require_ids_of_model(Ids.of_tokenizer(base), None, 270, sources) == []
+    assert require_ids_of_model(Ids.of_tokenizer(base), more, 300, sources) == []
+    with pytest.raises(DataError, match=r"mean other tokens than those of the tokenizer .*base"):
+        require_ids_of_model(Ids.of_tokenizer(base), None, 300, {"fr": [made("more", **EOD)]})
+    with pytest.raises(DataError, match="name the tokenizer that the model was trained with"):
+        require_ids_of_model(Ids.of_tokenizer(base), load_tokenizer(tokenizers / "other"), 300, {})
+
+
+def test_another_end_of_the_documents_that_a_model_reads_is_a_warning(made, tokenizers):
+    chat = load_tokenizer(tokenizers / "chat")
+    (warning,) = require_ids_of_model(None, chat, 300, {"fr": [made("base", **EOD)]})
+    assert "have the end-of-text id 1" in warning
+    assert require_ids_of_model(None, chat, 300, {"fr": [made("base")]}) == []
+
+
+def test_data_and_models_that_say_nothing_of_their_ids_are_warned_of(made, tokenizers, tmp_path):
+    with IndexedDatasetWriter(tmp_path / "bare", "uint16") as writer:
+        writer.add_document([5, 6])
+    base = load_tokenizer(tokenizers / "base")
+    (warning,) = require_ids_of_model(None, base, 300, {"bare": [str(tmp_path / "bare")]})
+    assert "there is no" in warning and "bare.json" in warning
+    (warning,) = require_ids_of_model(None, None, 300, {"fr": [made("base", **EOD)]})
+    assert "the tokenizer of the model is not known" in warning

@@ -95,6 +95,13 @@ class Tokenizer(TextEncoder, Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether the ids of any text stand for exactly its UTF-8 bytes (:meth:`vocabulary`, special tokens apart).
+
+        Not so where blanks or characters are normalised before a text is encoded, or a token absorbs blanks around it.
+        """
+
     def vocabulary(self) -> dict[int, bytes]:
         """The ordinary tokens, special ones left out: what each id stands for."""
 

@@ -84,6 +84,20 @@ class HuggingFaceTokenizer:
             and all(_is_plain(token) for token in self._backend.get_added_tokens_decoder().values())
         )
 
+    @cached_property
+    def keeps_bytes(self) -> bool:
+        state = json.loads(self._encoder.to_str())
+        model = state["model"]
+        return (
+            state["normalizer"] is None
+            and (state["decoder"] or {}).get("type") == "ByteLevel"
+            and _cuts_bytes(state["pre_tokenizer"])
+            and model["type"] == "BPE"
+            and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+            and BYTE_OF.keys() <= model["vocab"].keys()
+            and not any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"] if not token["special"])
+        )
+
     def vocabulary(self) -> dict[int, bytes]:
         added = self._backend.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
@@ -156,6 +170,25 @@ def _hide(model: dict[str, Any], special: Sequence[str]) -> set[str]:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
         model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
     return hidden
+
+
+def _cuts_bytes(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether a pre-tokeniser cuts a text into words of bytes, adding and dropping none."""
+    parts = _parts_of(pre_tokenizer)
+    return (
+        sum(part["type"] == "ByteLevel" for part in parts) == 1
+        and all(part["type"] in ("ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts") for part in parts)
+        and not any(part.get("add_prefix_space") or part.get("behavior") == "Removed" for part in parts)
+    )
+
+
+def _parts_of(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The pre-tokenisers that are applied one after the other."""
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [part for inner in pre_tokenizer["pretokenizers"] for part in _parts_of(inner)]
+    return [pre_tokenizer]
 
 
 def _bytes_of(token: str) -> bytes:

@@ -68,6 +68,11 @@ class SentencePieceTokenizer:
         # Normalisation may drop spaces and prefix one, and a unigram model weighs a whole text at once.
         return False
 
+    @property
+    def keeps_bytes(self) -> bool:
+        # It may put a blank before a text, drop blanks, or know no token for a character.
+        return False
+
     def vocabulary(self) -> dict[int, bytes]:
         model = self._backend
         ordinary = (i for i in range(self.vocab_size) if not (model.is_control(i) or model.is_unknown(i)))

@@ -89,6 +89,10 @@ class TiktokenTokenizer:
     def splits_at_spaces(self) -> bool:
         return True
 
+    @property
+    def keeps_bytes(self) -> bool:
+        return True
+
     def vocabulary(self) -> dict[int, bytes]:
         return {rank: token for token, rank in self._ranks.items()}
 

@@ -1,0 +1,97 @@
+"""The worked examples of CONTRIBUTING.md and docs/extending.md work as they stand there.
+
+Each is applied to a copy of the tree; its tests fail without the change to the package and pass with it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagap.ops import compiled
+from tests.worked_examples import PAGES, ROOT, Example, apply, read_examples, record
+
+EXAMPLES = read_examples()
+COPIED = ("megagap", "csrc", "tests", "tools", "docs", "setup.py", "pyproject.toml", ".gitignore", "CONTRIBUTING.md")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the checkout, with the compiled kernels, outside of any repository."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    for name in COPIED:
+        source, target = ROOT / name, tmp_path / "tree" / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
+    return tmp_path / "tree"
+
+
+def pytest_in(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def arguments_of(example: Example) -> list[str]:
+    """What the page gives to ``./tests/run.sh``, which would make an environment first."""
+    command = example.command.split()
+    assert command[0] == "./tests/run.sh" and all((ROOT / test).parent.is_dir() for test in command[1:])
+    return command[1:]
+
+
+def test_the_pages_have_an_example_of_each_kind():
+    assert EXAMPLES.keys() == {"setting", "parameter", "schedule", "architecture", "kernel"}
+    assert all(example.tests and example.package for example in EXAMPLES.values())
+
+
+def test_the_tests_of_every_example_fail_without_its_change(tree: Path):
+    for example in EXAMPLES.values():
+        apply(example, "tests", tree)
+    files = [file for example in EXAMPLES.values() for file in example.files("tests")]
+    done = pytest_in(tree, "--continue-on-collection-errors", *files)
+    failed = set(re.findall(r"^(?:FAILED|ERROR) ([\w/.]+)", done.stdout, re.MULTILINE))
+    assert failed == set(files), done.stdout
+
+
+# Compiling takes 65 s of one core, minutes where it is shared; the parity runs of the others 10 to 40 s (2026-11-26).
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "name", ["setting", *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES if name != "setting")]
+)
+def test_the_tests_of_an_example_pass_with_its_change(name: str, tree: Path):
+    example = EXAMPLES[name]
+    apply(example, "all", tree)
+    if any(file.startswith("csrc/") for file in example.files("package")):
+        if not compiled.AVAILABLE:
+            pytest.skip("there is no compiler, or MEGAGAP_OPS=plain")
+        build(tree)
+    done = pytest_in(tree, *arguments_of(example))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" not in done.stdout, done.stdout
+
+
+def build(tree: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=os.environ | {"MEGAGAP_BUILD": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_applied_example_is_recorded_as_the_page_has_it(name: str, tree: Path):
+    """So that ``record`` can write it anew after the code around it has moved."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "before"]):
+        subprocess.run(["git", *identity, *command], cwd=tree, check=True)
+    apply(EXAMPLES[name], "all", tree)
+    record(EXAMPLES[name], tree)
+    for page in PAGES:
+        assert (tree / page).read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8")
+    apply(EXAMPLES[name], "all", tree, "--reverse")
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=tree, capture_output=True, text=True, check=True)
+    assert not changed.stdout

@@ -230,7 +230,7 @@ def _marks(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def curve_style(curve: Curve, colour: str, marks: dict[str, str]) -> dict[str, Any]:
-    """matplotlib's arguments: validation sources are dashed and marked, other numbers solid; a single point is marked."""
+    """matplotlib's arguments: validation sources dashed and marked, others solid, a single point marked."""
     mark = marks.get(curve.key) or ("o" if len(curve.x) == 1 else None)
     dashes = (0, (4, 2)) if curve.is_validation else "-"
     every = -(-len(curve.x) // MOST_MARKS)

@@ -5,7 +5,6 @@ begin and end anywhere, within tokens too. Memory grows with the longest documen
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,13 +82,6 @@ def search(dataset: IndexedDataset, tokenizer: Tokenizer, text: str, most: int, 
             if len(hits) < most:
                 hits.append(_describe(dataset, tokenizer, number, decoded, text, found))
     return Search(text, dataset.document_count, dataset.token_count, occurrences, found_in, tuple(hits))
-
-
-def _documents(dataset: IndexedDataset, tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str, int]]:
-    """The number, decoded text and count of tokens of each document."""
-    for number in range(dataset.document_count):
-        tokens = document_tokens(dataset, number)
-        yield number, decode_document(dataset, number, tokens, tokenizer), len(tokens)
 
 
 def _describe(

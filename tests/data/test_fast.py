@@ -104,7 +104,7 @@ def test_a_difference_on_the_input_refuses_or_falls_back(
     tmp_path: Path, corpus: Path, bpe_of_lines: Path, wrong: None
 ) -> None:
     arguments: tuple[Any, ...] = ([corpus], str(tmp_path / "out"), str(bpe_of_lines))
-    with pytest.raises(DataError, match=r"--fast on cannot be: gigatoken 0.* gives other ids .* of 'Portez"):
+    with pytest.raises(DataError, match=r"--fast on is not possible: gigatoken 0.* gives other ids .* of 'Portez"):
         preprocess(*arguments, fast="on")
     assert not list(tmp_path.glob("out*"))
     summary = preprocess(*arguments, fast="auto")
@@ -148,7 +148,9 @@ def test_without_gigatoken_on_is_refused_and_auto_goes_on(
 
     monkeypatch.setattr(builtins, "__import__", absent)
     arguments: tuple[Any, ...] = ([corpus], str(tmp_path / "out"), str(bpe_of_lines))
-    with pytest.raises(DataError, match=r"--fast on cannot be: gigatoken cannot be imported(.|\n)*megagap\[fast\]"):
+    with pytest.raises(
+        DataError, match=r"--fast on is not possible: gigatoken cannot be imported(.|\n)*megagap\[fast\]"
+    ):
         preprocess(*arguments, fast="on")
     assert "cannot be imported" in preprocess(*arguments, fast="auto").notes[0]
 

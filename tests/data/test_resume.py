@@ -218,7 +218,7 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
     monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=500))
     arguments: dict[str, Any] = dict(inputs=[tmp_path / "bad.jsonl"], tokenizer=str(tokenizer_folder))
     arguments["output_prefix"] = str(tmp_path / "out")
-    with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume goes on"):
+    with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume continues it"):
         preprocess(**arguments)
     summary = preprocess(**arguments, resume=True, on_error="skip")
     assert summary.skipped == 1 and summary.pairs[0].documents == 200
@@ -228,7 +228,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
-    for count, said in ((0, []), (5, ["What was done is kept: the same command with --resume goes on."])):
+    for count, said in ((0, []), (5, ["The work done so far is kept: the same command with --resume continues it."])):
         monkeypatch.setattr(run, "read_units", lambda *given, n=count: interrupted_after(n, *given))
         with pytest.raises(KeyboardInterrupt):
             preprocess(inputs, str(tmp_path / "out"), str(tokenizer_folder))
@@ -245,7 +245,7 @@ def test_a_full_disk_names_its_cause_and_resuming_goes_on(
 
     full = start(tmp_path, 0, arguments, preexec_fn=limit)
     assert full.returncode == 2
-    assert "File too large" in full.stderr and "--resume goes on" in full.stderr and "Traceback" not in full.stderr
+    assert "File too large" in full.stderr and "--resume continues it" in full.stderr and "Traceback" not in full.stderr
     done = start(tmp_path, 0, arguments | {"resume": True})
     assert done.returncode == 0, done.stderr
     assert start(tmp_path, 0, arguments | {"output_prefix": str(tmp_path / "whole")}).returncode == 0

@@ -85,7 +85,7 @@ def test_runs_without_a_common_step_are_refused_with_what_each_has(tmp_path):
     ("metrics", "message"),
     [
         (b"", "is empty"),
-        (b'{"step": 1, "lo', "is empty, or has no complete record"),
+        (b'{"step": 1, "lo', "is empty or has no complete record"),
         (b"[1]\n", "metrics.jsonl:1 is no record of a step"),
         (b'{"step": 1, "loss": 2}\n[1]\n', "metrics.jsonl:2 is no record of a step"),
         (b'{"loss": 2}\n{"step": 2}\n', "metrics.jsonl:1 is no record of a step"),
@@ -95,7 +95,7 @@ def test_runs_without_a_common_step_are_refused_with_what_each_has(tmp_path):
         (b'{"step": 1, "loss": NaN}\n', "no numbers named 'loss'\n  possible: none"),
         (b'{"step": 1}\n', "no numbers named 'loss'"),
         (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", "no numbers named 'loss'"),
-        (b'{"step": 1' + b"0" * 400 + b', "loss": 1}\n', "is empty, or has no complete record"),
+        (b'{"step": 1' + b"0" * 400 + b', "loss": 1}\n', "is empty or has no complete record"),
     ],
     ids=range(12),
 )

@@ -3,7 +3,7 @@
 Duplicates are documents of the same token ids, found by 128-bit checksums; the first of each stays. The order is that
 of a 64-bit key for each document, a hash of the seed and its number. Documents are first dealt out to buckets by their
 keys, in file order, then each bucket is sorted in memory. So all reading and writing is sequential, and memory is some
-five times a bucket, which is the larger of 64 MB and 1/200 of the file; and one byte a document, and for duplicates
+five times a bucket, which is the larger of 64 MB and 1/200 of the file; and one byte per document, and for duplicates
 some 50 bytes for each of at most 16 million documents at a time.
 """
 
@@ -52,7 +52,7 @@ def arrange(prefix: str, dtype: np.dtype[Any], seed: int | None, dedup: bool) ->
 
 
 def take_over(prefix: str) -> None:
-    """Let the new partial pair stand for the old; goes on where it was interrupted."""
+    """Let the new partial pair stand for the old; continues where it was interrupted."""
     for part in PARTS:
         if (new := partial_path(prefix, STEM + part)).exists():
             os.replace(new, partial_path(prefix, part))

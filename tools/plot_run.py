@@ -37,14 +37,7 @@ COLOURS = (
     *("tab:cyan", "tab:brown", "tab:pink", "tab:olive", "tab:gray"),
 )
 """Of runs in the image; more runs begin again."""
-TERMINAL_COLOURS = {
-    "blue": "blue",
-    "orange": "yellow",
-    "green": "green",
-    "red": "red",
-    "magenta": "magenta",
-    "cyan": "cyan",
-}
+TERMINAL_COLOURS = (("blue", "blue"), ("orange", "yellow"), ("green", "green"), ("red", "red"), ("cyan", "cyan"))
 """Names of the same colours to plotext and to rich."""
 MARKS = "osD^vP*X<>"
 """Of validation sources in the image."""
@@ -98,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.difference and len(given.runs) != 2:
         parser.error(f"--difference compares two runs; {len(given.runs)} given")
     found = [read_curves(run, given.key, given.x) for run in given.runs]
-    compared = differences(*found, given.x, given.smooth) if given.difference else []
+    compared = differences(found[0], found[1], given.x, given.smooth) if given.difference else []
     runs = [Run(label, i, run.curves) for i, (label, run) in enumerate(zip(labels(found), found, strict=True))]
     output = image_path(given.output, given.runs[0], given.key)
     draw_in_terminal(runs, given.key, given.x, given.smooth)

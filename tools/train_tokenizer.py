@@ -62,14 +62,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def summary(trained: Trained) -> str:
-    measured = (
-        "on all of this text"
-        if trained.sample_bytes == trained.bytes
-        else f"on a random sample of {trained.sample_bytes / 1e6:,.1f} MB of this text"
-    )
+    is_all = trained.sample_bytes == trained.bytes
+    sample = "all of it" if is_all else f"a random sample of {trained.sample_bytes / 1e6:,.1f} MB of it"
+    documents = f"{counted(trained.documents, 'document')} ({trained.bytes:,} bytes of text, uncompressed)"
     return (
-        f"{counted(trained.vocab_size, 'id')}, trained on {counted(trained.documents, 'document')} of "
-        f"{trained.bytes:,} bytes (uncompressed text); {trained.bytes_per_token:.2f} bytes per token, measured {measured}"
+        f"{counted(trained.vocab_size, 'id')}, trained on {documents}; {trained.bytes_per_token:.2f} bytes per token, "
+        f"measured on {sample}"
     )
 
 

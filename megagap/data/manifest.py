@@ -129,8 +129,8 @@ class Manifest(_Strict):
     characters: NonNegativeInt
     """Unicode code points of the texts that became tokens, duplicates that were left out later included."""
     content_bytes: NonNegativeInt | None = None
-    """Bytes that were read of all inputs, uncompressed: of JSON lines with all that is not text, of Parquet files only the
-    columns of the texts, as the files say. Null where they were not counted."""
+    """Bytes that were read of all inputs, uncompressed: of JSON lines whole lines, of Parquet files only the columns of
+    the texts, as the files say. Null where they were not counted."""
     special_tokens_in_texts: NonNegativeInt | None = None
     """Special tokens written out in the texts that became tokens; null where they were not counted."""
     left_out: LeftOut

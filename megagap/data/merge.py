@@ -40,9 +40,9 @@ def merge_datasets(
 ) -> IndexedDataset:
     """Write the documents of the pairs ``inputs``, in this order, to ``output_prefix``; the new pair.
 
-    ``shuffle_documents`` and ``dedup`` are those of :func:`megagap.data.preprocess.preprocess`. There is a manifest if all inputs
-    have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests say, of
-    different tokenizers, with and without special ids around documents, or not all shards of a whole in their order.
+    ``shuffle_documents`` and ``dedup`` are those of :func:`megagap.data.preprocess.preprocess`. There is a manifest if
+    all inputs have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests
+    say, of different tokenizers, with and without special ids around documents, or not all shards in order.
     """
     inputs, output_prefix = [pair_prefix(name) for name in inputs], pair_prefix(output_prefix)
     if os.path.realpath(output_prefix) in map(os.path.realpath, inputs) or same_pairs([output_prefix], inputs):

@@ -103,7 +103,7 @@ def open_table(path: str, columns: Sequence[str]) -> Iterator[Table]:
 def _uncompressed_size(metadata: Any, columns: Sequence[str]) -> int:
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
 
 
 @contextmanager

@@ -65,17 +65,15 @@ def search(dataset: IndexedDataset, tokenizer: Tokenizer, text: str, most: int, 
         raise DataError("the text to search for is empty: every document contains it")
     if not _is_unicode(text):
         raise DataError("the text to search for is not valid UTF-8")
-    occurrences, found_in, hits = 0, 0, []
+    occurrences, found_in = 0, 0
+    hits: list[Hit] = []
     with tqdm(
-        total=dataset.token_count,
-        unit=" tokens",
-        unit_scale=True,
-        desc="search",
-        disable=not show_progress,
-        leave=False,
+        total=dataset.token_count, unit=" tokens", unit_scale=True, disable=not show_progress, leave=False
     ) as bar:
-        for number, decoded, count in _documents(dataset, tokenizer, text):
-            bar.update(count)
+        for number in range(dataset.document_count):
+            tokens = document_tokens(dataset, number)
+            decoded = decode_document(dataset, number, tokens, tokenizer)
+            bar.update(len(tokens))
             if not (found := decoded.count(text)):
                 continue
             occurrences, found_in = occurrences + found, found_in + 1

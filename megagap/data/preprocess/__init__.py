@@ -73,7 +73,7 @@ class Summary:
     first_skipped: tuple[str, ...]
     """File, line and fault of the first of them."""
     input_bytes: int | None
-    """Of all inputs, uncompressed (:attr:`Manifest.content_bytes`); None where an earlier version did not count them."""
+    """Of all inputs, uncompressed (``content_bytes`` of the manifest); None where an earlier version did not count."""
     read_bytes: int
     """Of these, those that this run read: with ``resume``, an earlier one may have read some or all."""
     file_bytes: int

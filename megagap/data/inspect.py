@@ -1,4 +1,4 @@
-"""What token files and training steps hold, as tables for people and as JSON for programs."""
+"""What token files and training steps contain, as tables for people and as JSON for programs."""
 
 import json
 import random
@@ -25,20 +25,21 @@ SHOWN_TOKENS = 64
 
 def dataset_json(dataset: IndexedDataset, manifest: Manifest | None) -> dict[str, Any]:
     """Counts, lengths (null without sequences) and manifest (null without one) of a token file."""
-    lengths = dataset.lengths
-    statistics = {
-        "min": int(lengths.min()),
-        "median": float(np.median(lengths)),
-        "mean": float(lengths.mean()),
-        "max": int(lengths.max()),
-    }
+    lengths, statistics = dataset.lengths, None
+    if len(lengths):
+        statistics = {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
+        }
     return {
         "prefix": dataset.prefix,
         "dtype": dataset.dtype.name,
         "documents": dataset.document_count,
         "sequences": len(dataset),
         "tokens": dataset.token_count,
-        "sequence_lengths": statistics if len(lengths) else None,
+        "sequence_lengths": statistics,
         "manifest": manifest.model_dump(mode="json") if manifest else None,
     }
 
@@ -167,21 +168,22 @@ def drawn_documents(dataset: IndexedDataset, count: int, seed: int) -> list[int]
 
 
 def tokenizer_of_manifest(prefix: str, manifest: Manifest | None) -> tuple[Tokenizer | None, str]:
-    """The tokenizer that a pair was made with, and what there is to say of it: why there is none, mostly nothing.
+    """The tokenizer that a pair was made with, and a note for the user, mostly empty.
 
     It is the one that the manifest names, if it still exists and its ids mean the same; tokens may have been added.
+    Else it is None, and the note says why.
     """
     if manifest is None:
         return None, f"{prefix} has no manifest that names its tokenizer"
-    made, told = manifest.tokenizer, Ids.of_manifest(prefix, manifest)
+    made, recorded = manifest.tokenizer, Ids.of_manifest(prefix, manifest)
     try:
         tokenizer = load_tokenizer(made.spec)
     except DataError as error:
         return None, f"the tokenizer that {prefix} was made with cannot be read: {error.args[0].splitlines()[0]}"
-    if is_extension(told, tokenizer):
-        told = replace(told, fingerprint=fingerprint(tokenizer))
-    differences = differing(told, Ids.of_tokenizer(tokenizer))
-    if told.fingerprint != fingerprint(tokenizer):
+    if is_extension(recorded, tokenizer):
+        recorded = replace(recorded, fingerprint=fingerprint(tokenizer))
+    differences = differing(recorded, Ids.of_tokenizer(tokenizer))
+    if recorded.fingerprint != fingerprint(tokenizer):
         return None, f"{made.spec} is no longer the tokenizer that {prefix} was made with: {differences[-1]}"
     return tokenizer, "; ".join(differences)
 

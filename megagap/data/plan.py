@@ -26,9 +26,8 @@ def unnormalised_weights(phase: Phase) -> str:
         f"  {source.name:<{width}}  weight {source.weight:<10g} share {source.weight / sum(weights):.4f}"
         for source in phase.sources
     ]
-    head = (
-        f"the weights of phase {phase.name} add up to {sum(weights):g}, not 1: was one left unscaled? They are used as:"
-    )
+    total = f"{sum(weights):g}"
+    head = f"the weights of phase {phase.name} add up to {total}, not 1: was one left unscaled? They are used as:"
     return "\n".join([head, *lines])
 
 

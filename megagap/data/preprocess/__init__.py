@@ -2,9 +2,9 @@
 
 The parent reads files and cuts them into units of about a megabyte (``units``), worker processes parse and encode these
 (``encoder``, ``workers``), the parent writes their tokens in input order. Reading, encoding and writing overlap, and at
-most a few units a worker are under way, so memory does not grow with the input. Now and then a journal says how far the
-partial files have come (``journal``), so that a run that was killed can be continued. At the end the documents may be
-put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
+most a few units per worker are in progress, so memory does not grow with the input. Now and then a journal records how
+far the partial files have come (``journal``), so that a run that was killed can be continued. At the end the documents
+may be put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
 """
 
 import logging
@@ -83,7 +83,7 @@ class Summary:
     was_finished: bool = False
     """By an earlier run: this one did nothing."""
     notes: tuple[str, ...] = ()
-    """What else there is to know."""
+    """What else the user should know."""
 
     def __str__(self) -> str:
         return "\n".join(f"{pair} from {self._size()}{self._work()}" for pair in self.pairs)
@@ -140,7 +140,7 @@ def preprocess(
 
     Raises :class:`DataError` naming file and line of a document that is malformed or lacks a key, unless ``on_error``
     is ``skip`` and others are fine, and of an input file that is cut short or damaged, in any case. What an error
-    leaves behind is kept for ``resume`` if there is more than a little of it; no file has a final name then.
+    leaves behind is kept for ``resume`` once the journal has recorded it; no file has its final name then.
     """
     assert on_error in get_args(OnError), on_error
     started = time.monotonic()
@@ -218,7 +218,7 @@ def _special_note(manifest: Manifest) -> str | None:
 
 
 def _copies(manifest: Manifest) -> list[str]:
-    """A note on inputs of the same content under other names; those that are one file were told before."""
+    """A note on inputs with the same content under different names; links to one file were reported before."""
     first: dict[tuple[object, ...], str] = {}
     copies = []
     for record in manifest.inputs:

@@ -25,9 +25,9 @@ from megagap.files import allow_more_open_files
 
 BUCKET_BYTES = 64 << 20
 MOST_BUCKETS = 200
-"""Of two open files each; fewer where the system allows fewer, which are larger then."""
+"""Of two open files each; where the system allows fewer, there are fewer and larger ones."""
 SPARED_FILES = 16
-"""Of those that a process may open, for others."""
+"""Of the files that a process may open, left for others."""
 DOCUMENTS_AT_A_TIME = 1 << 24
 """Documents whose checksums are compared in memory."""
 STEM = "arranged-"
@@ -52,7 +52,7 @@ def arrange(prefix: str, dtype: np.dtype[Any], seed: int | None, dedup: bool) ->
 
 
 def take_over(prefix: str) -> None:
-    """Let the new partial pair stand for the old; continues where it was interrupted."""
+    """Replace the old partial pair with the new one; continues where it was interrupted."""
     for part in PARTS:
         if (new := partial_path(prefix, STEM + part)).exists():
             os.replace(new, partial_path(prefix, part))
@@ -135,7 +135,7 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
 
 
 def _openable() -> int:
-    """Files that can still be opened, some left for others; at least one bucket's two."""
+    """Files that can still be opened, less those left for others; at least the two of one bucket."""
     allow_more_open_files()
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = 0

@@ -124,7 +124,7 @@ def check_inputs(before: Sequence[dict[str, Any]], now: Sequence[Input], state: 
     """Raises :class:`DataError` unless the inputs are those that the interrupted run began with.
 
     An input whose time of change differs is compared by its checksum if it was read to its end. One that was read in
-    part is compared when reading goes on.
+    part is compared when reading continues.
     """
     then = [Input(**file) for file in before]
     for one, other in zip(then, now, strict=False):

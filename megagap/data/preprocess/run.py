@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 KEPT = "The work done so far is kept: the same command with --resume continues it."
 
 JOURNAL_SECONDS = 10.0
-"""Between two entries of the journal: what a kill may cost."""
+"""Between two entries of the journal: the most work that a kill may lose."""
 
 THREADS = 4
 """Of a process, where a tokenizer's library has threads: they share its tables and caches, which makes each faster."""
@@ -132,7 +132,7 @@ class Run:
         return [manifest for prefix in self._prefixes if (manifest := read_manifest(prefix))]
 
     def _remove_partial(self) -> None:
-        """As far as the system lets us: nothing depends on it."""
+        """As far as the system allows it: nothing depends on it."""
         for prefix in self._prefixes:
             with suppress(CannotWriteError):
                 remove_partial(prefix)
@@ -175,7 +175,7 @@ class Run:
                 return None
             if manifest is None or not all(Path(prefix + ending).exists() for ending in manifest.files):
                 return None
-            # Manifests from before these were noted are believed.
+            # Earlier versions did not record these.
             effective = manifest.tokenizer.effective or self._record.effective
             same = {"on_error": self._arguments.on_error, "special_tokens": manifest.special_tokens}
             if (
@@ -239,7 +239,7 @@ class Run:
         total = sum(file.share for file in self._inputs)
         name = Path(self._prefixes[0]).name
         with ExitStack() as stack, Progress(name, total, done, show_progress) as progress:
-            stack.enter_context(closing(results))  # ends the workers at once if we fail
+            stack.enter_context(closing(results))  # ends the workers at once on an error
             writers = []
             for prefix, pair_state in zip(self._prefixes, state.pairs, strict=True):
                 position = pair_state.position if journal.has_progress else None
@@ -290,7 +290,7 @@ class Run:
         left_out = sum(pair.empty + pair.short for pair in state.pairs)
         if skipped:
             raise DataError(
-                f"none of {counted(skipped, 'document')} can be used; the first fault:\n  {state.first_skipped[0]}"
+                f"none of the {counted(skipped, 'document')} can be used; the first fault:\n  {state.first_skipped[0]}"
             )
         what = f"only documents that are empty or too short ({left_out:,})" if left_out else "no documents"
         more = " …" if self._inputs[3:] else ""
@@ -350,13 +350,13 @@ class TextWriter:
         self._around = [np.array([] if i is None else [i], pair.dtype) for i in (bos, eod)]
         self._min_tokens = max(min_tokens, 1)
         self._held: list[NDArray[Any]] = []
-        """Pieces of a plain text that is too short so far."""
+        """Pieces of a plain text that has too few tokens so far."""
         self._held_characters = 0
         self._held_special = 0
 
     @property
     def can_stop(self) -> bool:
-        """Whether the state and the file say all."""
+        """Whether state and files hold everything so far."""
         return not self._held
 
     def sync(self) -> None:
@@ -385,7 +385,7 @@ class TextWriter:
                 self._pair.add_tokens(tokens)
             self._state.characters += self._held_characters
             self._state.special += self._held_special
-            self._let_go()
+            self._release()
         if not unit.ends:
             return
         if self._pair.open_tokens:
@@ -396,9 +396,9 @@ class TextWriter:
             self._state.short += 1
         else:
             self._state.empty += 1
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._held, self._held_characters, self._held_special = [], 0, 0
 
 

@@ -69,7 +69,8 @@ def test_an_empty_prompt_starts_from_begin_of_text_as_with_transformers(hugging_
     model = LlamaForCausalLM.from_pretrained(hugging_face)
     tokenizer = AutoTokenizer.from_pretrained(hugging_face)
     begin = torch.tensor([[tokenizer.bos_token_id]])
-    made = model.generate(begin, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    prompt = {"input_ids": begin, "attention_mask": torch.ones_like(begin)}
+    made = model.generate(**prompt, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     arguments = ("--checkpoint", hugging_face, "--prompt", "", "--max-new-tokens", 10)
     assert run_tool("generate.py", *arguments) == tokenizer.decode(made[0, 1:]) + "\n"
 

@@ -39,15 +39,17 @@ def main(argv: list[str] | None = None) -> None:
         "--prompt",
         required=True,
         metavar="TEXT",
-        help="text to continue; -: standard input; '': from nothing, which needs a begin-of-text token",
+        help="text to continue; -: standard input; '': start from the begin-of-text token",
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="most tokens to generate (default: 64)"
+    )
     parser.add_argument(
         "--temperature",
         type=temperature,
         default=0.0,
         metavar="T",
-        help="0: greedy (the default); 1: as the model says",
+        help="0: greedy (default); 1: the model's own probabilities",
     )
     parser.add_argument(
         "--top-p",
@@ -56,10 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         metavar="P",
         help="sample from the likeliest tokens whose probabilities add up to P (default: 1, from all)",
     )
-    parser.add_argument(
-        "--seed", type=seed, default=0, metavar="S", help="of the sampling; the same gives the same text (default: 0)"
-    )
-    parser.add_argument("--tokenizer", metavar="SPEC", help="its folder or file (default: the model's own)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="seed of the sampling (default: 0)")
+    parser.add_argument("--tokenizer", metavar="SPEC", help="tokenizer folder or file (default: the model's own)")
     given = parser.parse_args(argv)
     if given.top_p < 1 and given.temperature == 0:
         parser.error("--top-p applies only to sampling: give a --temperature above 0 too")

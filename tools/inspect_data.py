@@ -1,4 +1,4 @@
-"""Show what a token file contains, find text in it, and show what a training step, or a whole run, reads."""
+"""Show what a token file contains, find text in it, and show what a training step or a whole run reads."""
 
 import argparse
 import json
@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--document", type=int, metavar="N", help="show all of document N, counted from 0")
     parser.add_argument("--random", type=int, metavar="K", help="show the start of K documents drawn at random")
-    parser.add_argument("--seed", type=int, metavar="S", help="of --random; the same draws the same (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of --random (default: 0)")
     parser.add_argument(
         "--search",
         metavar="TEXT",
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="SPEC",
-        help="to show text (default: the one that the manifest or recipe names; '': show ids only)",
+        help="tokenizer to show text with (default: the one that the manifest or recipe names; '': show ids only)",
     )
     parser.add_argument(
         "--verify", action="store_true", help="check every entry of both files, and that every id is in the vocabulary"

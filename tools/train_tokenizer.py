@@ -13,8 +13,8 @@ examples:
   python tools/train_tokenizer.py --input runs/data/*.jsonl --output runs/data/tokenizer --vocab-size 8192
   python tools/train_tokenizer.py --input book.txt --output tokenizer --vocab-size 4096
 
-The special tokens are <|begin_of_text|> and <|end_of_text|>. A tokenizer that exists is not overwritten. At the end it
-prints the documents and bytes that it was trained on, and how many bytes of text a token stands for on average.
+The special tokens are <|begin_of_text|> and <|end_of_text|>. At the end, documents and bytes of text (uncompressed) are
+printed, and bytes per token, measured on this text or on a random sample of it.
 """
 
 
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, Parquet or plain text")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, without a tokenizer so far")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write; one that has a tokenizer is refused"
+    )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="key of the text (default: text)")
     parser.add_argument(

@@ -52,3 +52,4 @@ class Console(rich.console.Console):
         if self.width == UNLIMITED and table.title:
             title = table.title if isinstance(table.title, str) else str(table.title)
             table.min_width = max(table.min_width or 0, cell_len(title))
+            table.title_justify = "left"  # in the middle of a wide table it would be out of sight

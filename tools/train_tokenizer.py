@@ -4,6 +4,8 @@ import argparse
 import sys
 from dataclasses import dataclass
 
+from rich.filesize import decimal
+
 from megagap.console import counted
 from megagap.data.bpe import Trained, train_tokenizer
 from megagap.errors import DataError, run_tool
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def summary(trained: Trained) -> str:
     is_all = trained.sample_bytes == trained.bytes
-    sample = "all of it" if is_all else f"a random sample of {trained.sample_bytes / 1e6:,.1f} MB of it"
+    sample = "all of it" if is_all else f"a random sample of {decimal(trained.sample_bytes)} of it"
     documents = f"{counted(trained.documents, 'document')} ({trained.bytes:,} bytes of text, uncompressed)"
     return (
         f"{counted(trained.vocab_size, 'id')}, trained on {documents}; {trained.bytes_per_token:.2f} bytes per token, "

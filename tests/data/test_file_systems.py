@@ -23,7 +23,7 @@ from megagap.errors import DataError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
-FINISHED = "an earlier run finished this from the same inputs: nothing was done"
+FINISHED = "finished already, by an earlier run from the same inputs: nothing was done"
 
 
 def refused(code: int) -> Callable[..., Any]:

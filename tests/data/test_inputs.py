@@ -192,9 +192,9 @@ def test_a_pipe_is_read_but_neither_resumed_nor_shared_out(tmp_path: Path, token
     write_lines(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
     os.mkfifo(tmp_path / "pipe")
     arguments = ([tmp_path / "pipe"], str(tmp_path / "out"), str(tokenizer_folder))
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match=r"is (no|not a) regular file"):
         preprocess(*arguments, resume=True)
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match=r"is (no|not a) regular file"):
         preprocess(*arguments, part=(0, 2))
     feeder = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "a.jsonl").read_bytes()))
     feeder.start()

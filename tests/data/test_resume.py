@@ -202,7 +202,7 @@ def test_resuming_a_finished_run_does_nothing_unless_inputs_changed(
     first = preprocess(**arguments)
     written = os.stat(tmp_path / "out_text_document.bin").st_ino
     again = preprocess(**arguments)
-    assert again.pairs == first.pairs and "an earlier run finished this" in again.notes[0]
+    assert again.pairs == first.pairs and "finished already" in again.notes[0]
     assert os.stat(tmp_path / "out_text_document.bin").st_ino == written
     corpus.write_bytes(corpus.read_bytes().replace(b"quick", b"quack"))
     preprocess(**arguments)
@@ -216,12 +216,11 @@ def test_a_rate_counts_only_what_this_run_read(
     content = sum(len(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data) for data in contents)
     summary = preprocess(**interrupted)
     assert summary.input_bytes == content and content - corpus.stat().st_size - 4000 < summary.read_bytes < content
-    megabytes = f"{summary.read_bytes / 1e6:.1f}"
-    assert f"; this run read {megabytes} MB of it, uncompressed, in " in str(summary)
-    assert str(summary).count("MB/s") == 1
+    assert f"; this run read {summary.read_bytes / 1e3:.1f} kB of it, uncompressed, in " in str(summary)
+    assert str(summary).count("B/s)") == 1
     again = preprocess(**interrupted)
     assert (again.was_finished, again.read_bytes, again.input_bytes) == (True, 0, content)
-    assert str(again).endswith(", by an earlier run") and "MB/s" not in str(again)
+    assert str(again).endswith(", by an earlier run") and "B/s" not in str(again)
     whole = preprocess(**interrupted | {"resume": False, "output_prefix": str(tmp_path / "whole")})
     assert whole.read_bytes == whole.input_bytes == content
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "out")
@@ -237,7 +236,7 @@ def test_a_run_that_was_interrupted_after_reading_has_no_rate(
         preprocess(**arguments)
     summary = preprocess(**arguments, resume=True)
     assert (summary.read_bytes, summary.input_bytes) == (0, corpus.stat().st_size)
-    assert "of uncompressed input, which an earlier run read in " in str(summary) and "MB/s" not in str(summary)
+    assert "of uncompressed input, which an earlier run read in " in str(summary) and "B/s" not in str(summary)
 
 
 def test_the_bar_shows_the_files_bytes_and_the_rate_of_uncompressed_ones(
@@ -246,7 +245,7 @@ def test_the_bar_shows_the_files_bytes_and_the_rate_of_uncompressed_ones(
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
     preprocess([tmp_path / "a.jsonl.gz"], str(tmp_path / "out"), str(tokenizer_folder), show_progress=True)
     bar = capfd.readouterr().err
-    assert "B of files [" in bar and "MB/s uncompressed]" in bar
+    assert "B of files [" in bar and "B/s uncompressed]" in bar
 
 
 def test_a_fault_far_into_the_input_keeps_what_was_done(

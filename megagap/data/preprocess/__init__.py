@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Self, get_args
 
+from rich.filesize import decimal
+
 from megagap.console import counted
 from megagap.data.inputs import shard
 from megagap.data.listing import list_inputs
@@ -90,9 +92,9 @@ class Summary:
 
     def _size(self) -> str:
         if self.input_bytes is None:
-            return f"{_megabytes(self.file_bytes)} in files"
-        files = f" ({_megabytes(self.file_bytes)} in files)" if self.file_bytes not in (0, self.input_bytes) else ""
-        return f"{_megabytes(self.input_bytes)} of uncompressed input{files}"
+            return f"{decimal(self.file_bytes)} in files"
+        files = f" ({decimal(self.file_bytes)} in files)" if self.file_bytes not in (0, self.input_bytes) else ""
+        return f"{decimal(self.input_bytes)} of uncompressed input{files}"
 
     def _work(self) -> str:
         """What this run did of it, and how fast."""
@@ -100,14 +102,10 @@ class Summary:
             return ", by an earlier run"
         if not self.read_bytes:
             return f"{', which an earlier run read' if self.input_bytes else ''} in {self.seconds:.1f} s"
-        rate = f"{self.seconds:.1f} s ({self.read_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s)"
+        rate = f"{self.seconds:.1f} s ({decimal(int(self.read_bytes / max(self.seconds, 1e-9)))}/s)"
         if self.read_bytes == self.input_bytes:
             return f" in {rate}"
-        return f"; this run read {_megabytes(self.read_bytes)} of it, uncompressed, in {rate}"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+        return f"; this run read {decimal(self.read_bytes)} of it, uncompressed, in {rate}"
 
 
 def preprocess(

@@ -3,6 +3,7 @@
 import time
 from typing import Self
 
+from rich.filesize import decimal
 from tqdm import tqdm
 
 from megagap.data.units import Unit
@@ -34,7 +35,7 @@ class Progress:
     def add(self, unit: Unit) -> None:
         self.content_bytes += unit.content_size
         seconds = max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{self.content_bytes / seconds / 1e6:.1f} MB/s uncompressed", refresh=False)
+        self._bar.set_postfix_str(f"{decimal(int(self.content_bytes / seconds))}/s uncompressed", refresh=False)
         self._bar.update(unit.size)
 
     def __enter__(self) -> Self:

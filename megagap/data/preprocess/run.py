@@ -192,7 +192,7 @@ class Run:
         if not all(map(_has_checksum, self._inputs, sums)):
             return None
         self.was_finished = True
-        self.notes.append("an earlier run finished this from the same inputs: nothing was done")
+        self.notes.append("finished already, by an earlier run from the same inputs: nothing was done")
         return manifests
 
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:

@@ -9,6 +9,8 @@ from tqdm import tqdm
 from megagap.data.units import Unit
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B of {total_fmt}B of files [{elapsed}<{remaining}{postfix}]"
+OF_PIPES = "{desc}: {n_fmt}B read [{elapsed}{postfix}]"
+"""Of these nobody knows how much there will be."""
 
 
 class Progress:
@@ -28,7 +30,7 @@ class Progress:
             unit="B",
             unit_scale=True,
             desc=name,
-            bar_format=BAR if file_bytes else None,
+            bar_format=BAR if file_bytes else OF_PIPES,
             disable=not is_shown,
         )
 

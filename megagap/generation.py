@@ -89,13 +89,13 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 def _check_prompt(prompt: Sequence[int], vocab_size: int, positions: int) -> None:
     if len(prompt) > positions:
         raise DataError(
-            f"the prompt has {len(prompt):,} tokens, the model only max_position_embeddings = {positions:,}\n"
+            f"the prompt has {len(prompt):,} tokens, more than the model's max_position_embeddings = {positions:,}\n"
             "  shorten the prompt."
         )
     if max(prompt) >= vocab_size:
         raise DataError(
-            f"the prompt has the token id {max(prompt)}, the model only {vocab_size} ids\n"
-            "  give the tokenizer that the model was trained with."
+            f"the prompt has the token id {max(prompt)}, and the model's vocab_size is {vocab_size}\n"
+            "  name the tokenizer that the model was trained with, with --tokenizer."
         )
 
 
@@ -137,11 +137,14 @@ class TextStream:
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model, its tokenizer, and the ids that end a text."""
+    """A model and its tokenizer."""
 
     model: SingleProcessModel
     tokenizer: Tokenizer
+    begin: int | None
+    """The id that an empty prompt starts from: the tokenizer's begin-of-text, else the model's."""
     stop: frozenset[int]
+    """The ids that end a text."""
 
 
 def load_text_model(path: Path, tokenizer: str | None = None, device: torch.device | None = None) -> TextModel:
@@ -152,37 +155,43 @@ def load_text_model(path: Path, tokenizer: str | None = None, device: torch.devi
     """
     index = None
     if is_hugging_face(path):
-        read_settings(path)  # what is no Llama is refused as such, before its tokenizer is looked at
+        read_settings(path)  # another model than Llama is refused as such, before its tokenizer is looked at
         source = tokenizer or tokenizer_of(path)
     else:
         path = resolve_checkpoint(path)
         index = Index.read(path)
         source = tokenizer or recorded_tokenizer(index)
     if source is None:
-        raise DataError(f"{path} names no tokenizer that is still there\n  give one with --tokenizer.")
+        raise DataError(f"{path} does not name a tokenizer that still exists\n  name it with --tokenizer.")
     loaded = load_tokenizer(source)
     companions = companions_of(path, index, source, loaded) if index else read_companions(path)
     model = load_model(path, device) if index else load_hugging_face_model(path, device)
     warn_of_other_ids(read_ids(path, index) if index else None, loaded, model.settings.vocab_size, companions)
     own_end = set() if loaded.eod is None else {loaded.eod}
-    return TextModel(model, loaded, frozenset(companions.end_ids() | own_end))
+    begin = loaded.bos if loaded.bos is not None else companions.begin_id()
+    return TextModel(model, loaded, begin, frozenset(companions.end_ids() | own_end))
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text to go on from, begin-of-text before it where the tokenizer's own template puts one.
+def encode_prompt(tokenizer: Tokenizer, text: str, begin: int | None = None) -> list[int]:
+    """Ids of a text to continue, begin-of-text before it where the tokenizer's own template puts one.
 
-    Raises :class:`DataError` if there are none.
+    A text without tokens is ``begin`` (:attr:`TextModel.begin`), or the begin-of-text that the tokenizer declares.
+    Raises :class:`DataError` if there is none.
     """
     ids = _opening(tokenizer) + tokenizer.encode(text)
+    begin = tokenizer.bos if begin is None else begin
+    if not ids and begin is not None:
+        return [begin]
     if not ids:
         raise DataError(
-            "the prompt is empty\n  give at least a word: this tokenizer has no begin-of-text to start from."
+            f"the prompt is empty, and {tokenizer.spec} declares no begin-of-text token to start from\n"
+            "  give a prompt of at least one word."
         )
     return ids
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:
-    """What a ``tokenizer.json`` puts before a text by its template; with other kinds begin-of-text, as Meta's code."""
+    """What the template of a ``tokenizer.json`` puts before a text; of other kinds begin-of-text, as in Meta's code."""
     kind, file = find_tokenizer(tokenizer.spec)
     if kind != "hf":
         return [] if tokenizer.bos is None else [tokenizer.bos]

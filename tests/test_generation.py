@@ -1,4 +1,5 @@
 import json
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,51 @@ def test_sentencepiece_prompts_begin_with_their_begin_of_text(sentencepiece_mode
     assert encode_prompt(tokenizer, "the") == [tokenizer.bos, *tokenizer.encode("the")]
 
 
-def test_an_empty_prompt_without_begin_of_text_is_refused(bpe):
-    with pytest.raises(DataError, match="prompt is empty"):
-        encode_prompt(load_tokenizer(bpe), "")
+def declared_by_config(bpe: Path, folder: Path) -> Path:
+    """As ``train_tokenizer`` writes it: declared, and without a template that would put it before a text."""
+    return bpe
+
+
+def known_by_its_name(bpe: Path, folder: Path) -> Path:
+    (folder / "tokenizer.json").write_bytes((bpe / "tokenizer.json").read_bytes())
+    return folder / "tokenizer.json"
+
+
+def of_a_rank_file(bpe: Path, folder: Path) -> Path:
+    tokens = [b64encode(bytes([byte])).decode() for byte in range(256)]
+    (folder / "tokenizer.model").write_text("".join(f"{token} {i}\n" for i, token in enumerate(tokens)))
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize("make", [declared_by_config, known_by_its_name, of_a_rank_file])
+def test_an_empty_prompt_is_the_begin_of_text_of_every_kind_of_tokenizer(bpe, tmp_path: Path, make):
+    tokenizer = load_tokenizer(make(bpe, tmp_path))
+    (only,) = encode_prompt(tokenizer, "")
+    assert tokenizer.decode([only]) == "<|begin_of_text|>"
+
+
+def test_an_empty_sentencepiece_prompt_is_its_begin_of_text(sentencepiece_model):
+    tokenizer = load_tokenizer(sentencepiece_model)
+    assert tokenizer.decode(encode_prompt(tokenizer, "")) == "<s>"
+
+
+def without_begin(bpe: Path, folder: Path) -> Path:
+    state = json.loads((bpe / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
+    return folder
+
+
+def test_an_empty_prompt_starts_from_the_models_begin_of_text_where_the_tokenizer_declares_none(
+    hugging_face, bpe, tmp_path: Path
+):
+    tokenizer = str(without_begin(bpe, tmp_path))
+    (hugging_face / "generation_config.json").write_text('{"bos_token_id": 9}')
+    loaded = load_text_model(hugging_face, tokenizer)
+    assert encode_prompt(loaded.tokenizer, "", loaded.begin) == [9]
+    assert load_text_model(hugging_face, str(bpe)).begin == load_tokenizer(bpe).bos
+
+
+def test_an_empty_prompt_without_begin_of_text_is_refused_naming_the_tokenizer(bpe, tmp_path: Path):
+    with pytest.raises(DataError, match=f"prompt is empty, and {tmp_path} declares no begin-of-text"):
+        encode_prompt(load_tokenizer(without_begin(bpe, tmp_path)), "")

@@ -1,4 +1,4 @@
-"""Let a model go on from a prompt: greedily, or sampling."""
+"""Let a model continue a prompt, greedily or by sampling."""
 
 import argparse
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megagap.console import counted
 from megagap.errors import DataError, run_tool
 from megagap.generation import Sampling, TextStream, encode_prompt, generate, load_text_model
 
@@ -19,7 +20,7 @@ examples:
       a Hugging Face model
   python tools/generate.py --checkpoint runs/quickstart/checkpoints/step_00000100 --prompt - < prompt.txt
 
-The prompt and what follows it go to standard output, all else to standard error.
+The prompt and its continuation go to standard output, everything else to standard error.
 """
 
 
@@ -34,29 +35,34 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="a checkpoint of any layout, a run (its latest), or a Hugging Face model",
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from; -: standard input")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="text to continue; -: standard input; '': start from the begin-of-text token",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="most tokens to generate (default: 64)"
+    )
     parser.add_argument(
         "--temperature",
         type=temperature,
         default=0.0,
         metavar="T",
-        help="0: greedy (the default); 1: as the model says",
+        help="0: greedy (default); 1: the model's own probabilities",
     )
     parser.add_argument(
         "--top-p",
         type=share,
         default=1.0,
         metavar="P",
-        help="sample from the likeliest tokens that have this probability together (default: 1, from all)",
+        help="sample from the likeliest tokens whose probabilities add up to P (default: 1, from all)",
     )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="of the sampling; the same gives the same text (default: 0)"
-    )
-    parser.add_argument("--tokenizer", metavar="SPEC", help="folder or file (default: the model's own)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="seed of the sampling (default: 0)")
+    parser.add_argument("--tokenizer", metavar="SPEC", help="tokenizer folder or file (default: the model's own)")
     given = parser.parse_args(argv)
     if given.top_p < 1 and given.temperature == 0:
-        parser.error("--top-p needs a --temperature above 0: greedy choice takes the likeliest token")
+        parser.error("--top-p applies only to sampling: give a --temperature above 0 too")
     write_text(given)
 
 
@@ -64,7 +70,7 @@ def write_text(given: argparse.Namespace) -> None:
     prompt = read_prompt(given.prompt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_text_model(given.checkpoint, given.tokenizer, device)
-    ids = encode_prompt(loaded.tokenizer, prompt)
+    ids = encode_prompt(loaded.tokenizer, prompt, loaded.begin)
     sampling = Sampling(given.temperature, given.top_p, given.seed)
     stream = TextStream(loaded.tokenizer, ids)
     tokens = generate(loaded.model, ids, given.max_new_tokens, sampling=sampling, stop=loaded.stop)
@@ -77,12 +83,13 @@ def write_text(given: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     positions = loaded.model.settings.max_position_embeddings
     if count == given.max_new_tokens:
-        reason = "--max-new-tokens"
+        reason = f"--max-new-tokens {count}"
     elif len(ids) + count > positions:
         reason = f"the model's {positions} positions are used up"
     else:
         reason = "end of text"
-    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:,.1f} a second; stopped: {reason}", file=sys.stderr)
+    speed = f" in {seconds:.1f} s ({count / seconds:,.1f} tokens/s)" if count else ""
+    print(f"{counted(count, 'token')}{speed}; stopped: {reason}", file=sys.stderr)
 
 
 def read_prompt(argument: str) -> str:
@@ -105,28 +112,28 @@ def show(text: str) -> None:
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return value
 
 
 def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**63 - 1")
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, not {text}")
     return value
 
 
 def temperature(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     return value
 
 
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
 
 

@@ -1,8 +1,9 @@
-"""Lay several .bin/.idx pairs end to end into one, in constant memory."""
+"""Concatenate several .bin/.idx pairs into one, in constant memory."""
 
 import argparse
 import sys
 
+from megagap.console import counted
 from megagap.data.manifest import manifest_path
 from megagap.data.merge import merge_datasets
 from megagap.errors import run_tool
@@ -13,7 +14,7 @@ examples:
   python tools/merge_datasets.py --input fr_text_document en_text_document --output-prefix all --shuffle-documents 1
 
 The result is what preprocessing all inputs in one go would have given. All pairs must hold tokens of one type and, as
-far as their manifests say, of one tokenizer; of a whole in shards, all must be there, in their order.
+far as their manifests say, of one tokenizer. Of a corpus preprocessed in shards, all shards must be given, in order.
 """
 
 
@@ -21,13 +22,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="pairs, with or without an ending")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PREFIX", help="pairs, named with or without .bin or .idx"
+    )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order")
-    parser.add_argument("--dedup", choices=["exact"], help="leave out documents that were there before")
+    parser.add_argument("--dedup", choices=["exact"], help="leave out repeated documents (the first stays)")
     given = parser.parse_args(argv)
-    merged = merge_datasets(given.input, given.output_prefix, given.shuffle_documents, given.dedup is not None)
-    print(f"{merged.prefix}: {merged.document_count:,} documents, {merged.token_count:,} tokens")
+    merged = merge_datasets(
+        given.input, given.output_prefix, given.shuffle_documents, given.dedup is not None, show_progress=True
+    )
+    counts = f"{counted(merged.document_count, 'document')}, {counted(merged.token_count, 'token')}"
+    print(f"{merged.prefix}: {counts} from {counted(len(given.input), 'pair')}")
     if not manifest_path(merged.prefix).exists():
         print("note: not all inputs have a manifest, so the result has none", file=sys.stderr)
 

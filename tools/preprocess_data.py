@@ -1,4 +1,4 @@
-"""Turn text into the .bin/.idx pairs that training reads (Megatron's format)."""
+"""Turn text into the .bin/.idx pairs that training reads, in Megatron's format."""
 
 import argparse
 import os
@@ -20,14 +20,15 @@ examples:
       writes web_title_document.bin, .idx and .json, and the same of web_text_document
   srun … python tools/preprocess_data.py --input crawl/ --output-prefix web --tokenizer llama3/tokenizer.model \
       --shard $SLURM_ARRAY_TASK_ID/64 --resume
-      writes web-00000-of-00064_text_document.bin and so on; tools/merge_datasets.py puts them together
+      writes web-00000-of-00064_text_document.bin and so on; tools/merge_datasets.py concatenates them
 
-Inputs are JSON lines ({"text": "…"}), Parquet files with such columns, or plain texts (*.txt, one document a file);
-compression with gzip or Zstandard is recognised. Content decides, not the name; what a folder or pattern holds besides
-text is not read, and named in a note and in the manifest. Documents without text are left out and counted. --tokenizer
-is a file or a folder: a Hugging Face tokenizer.json, a sentencepiece model or a tiktoken rank file (Llama 3's
-tokenizer.model), told apart by content; a prefix hf:, sentencepiece: or tiktoken: forces the kind. docs/data.md has
-the rest.
+Inputs are JSON lines ({"text": "…"}), Parquet files with such columns, or plain texts (*.txt, one document per file);
+compression with gzip or Zstandard is recognised. Content decides, not the name; other files in a folder or matched by a
+pattern are not read, and are listed in a note and in the manifest. Documents without text are left out and counted.
+--tokenizer is a file or a folder: a Hugging Face tokenizer.json, a sentencepiece model or a tiktoken rank file (Llama
+3's tokenizer.model), told apart by content; a prefix hf:, sentencepiece: or tiktoken: forces the kind. The bar shows
+bytes of the input files, compressed or not, and the rate in uncompressed bytes, as the summary does. More in
+docs/data.md.
 """
 
 
@@ -43,7 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin, .idx and .json")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="a tokenizer's file or folder, see below")
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of texts, a pair for each (default: text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys of texts, one pair per key (default: text)",
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin-of-text id")
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         "--min-tokens", type=not_negative, default=0, metavar="N", help="leave out documents of fewer tokens"
     )
     parser.add_argument(
-        "--dedup", choices=["exact"], help="leave out documents whose tokens were there before, in a second pass"
+        "--dedup", choices=["exact"], help="leave out documents with the tokens of an earlier one, in a second pass"
     )
     parser.add_argument(
         "--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order, in a second pass"
@@ -74,17 +79,19 @@ def main(argv: list[str] | None = None) -> None:
         "--fast",
         choices=["auto", "on", "off"],
         default="auto",
-        help="use gigatoken if it is there and its ids are the same on a sample of the input (auto, default), insist "
-        "on it (on), or not (off)",
+        help="auto (default): use gigatoken if it is installed and gives the same ids on a sample of the input; on: "
+        "fail if it cannot be used; off: never",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on where the same command was interrupted; nothing if it has finished"
+        "--resume",
+        action="store_true",
+        help="continue where the same command was interrupted; do nothing if it has finished",
     )
     parser.add_argument(
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
-        help="at a malformed document or one without a key: stop (default), or skip it and report",
+        help="on a malformed document or one without a key: stop (default), or skip it and report",
     )
     given = parser.parse_args(argv)
     summary = preprocess(
@@ -112,9 +119,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def warn_of_skipped(summary: "Summary") -> None:
+    from megagap.console import counted
+
     if not summary.skipped:
         return
-    print(f"warning: {summary.skipped:,} documents were skipped", file=sys.stderr)
+    were = "was" if summary.skipped == 1 else "were"
+    print(f"warning: {counted(summary.skipped, 'document')} {were} skipped", file=sys.stderr)
     for fault in summary.first_skipped:
         print(f"  {fault}", file=sys.stderr)
     if summary.skipped > len(summary.first_skipped):

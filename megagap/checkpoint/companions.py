@@ -55,6 +55,11 @@ class Companions:
         value = self.generation.get("eos_token_id")
         return set() if value is None else {*value} if isinstance(value, list) else {value}
 
+    def begin_id(self) -> int | None:
+        """The id that generation without a prompt starts from, as ``transformers`` finds it."""
+        value = self.generation.get("bos_token_id", self.special_ids.get("bos_token_id"))
+        return value if isinstance(value, int) and value >= 0 else None
+
     def state(self) -> dict[str, Any]:
         """As stored in a checkpoint's index, for :func:`companions_of`."""
         return {_STATE: {"special_ids": self.special_ids, "generation_config": self.generation}}

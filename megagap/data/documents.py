@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from megagap.data import parquet
+from megagap.data.inputs import Input
 from megagap.data.listing import list_inputs
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
@@ -148,20 +149,44 @@ def _text_of(document: dict[str, Any], key: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a piece of a plain text, cut anywhere between words."""
+
+    text: str
+    ends: bool
+    """It is the last of its document."""
+    file_bytes: int
+    """Read of the files, which may be compressed, since the piece before."""
+
+
 def read_texts(
     paths: Sequence[str | Path], key: str, skip: Callable[[DataError], object] | None = None
 ) -> Iterator[str]:
-    """The documents of JSON-lines files, and plain texts in pieces, cut anywhere between words.
+    """The texts of :func:`read_pieces`, of all inputs that ``paths`` name."""
+    return (piece.text for piece in read_pieces(list_texts(paths, key), key, skip))
 
-    Raises :class:`DataError` for a file that cannot be read. So it does for a document that is malformed or lacks its
-    text, and plain text that is not UTF-8, unless there is ``skip``, which is then called with the error.
-    """
+
+def list_texts(paths: Sequence[str | Path], key: str) -> list[Input]:
+    """The files of text, plain or with the key ``key``. Raises :class:`DataError` for one that cannot be read."""
     # A BPE is trained on words: where a plain text is cut does not matter, nor what its file is called.
     listing = list_inputs(paths, [key], any_text=True)
     for note in listing.notes:
         log.warning("%s", note)
-    for unit in read_units(listing.inputs, [key], splits_texts=True):
+    return listing.inputs
+
+
+def read_pieces(
+    inputs: Sequence[Input], key: str, skip: Callable[[DataError], object] | None = None
+) -> Iterator[Piece]:
+    """The documents of JSON lines and Parquet files, and plain texts in pieces.
+
+    Raises :class:`DataError` for a file that cannot be read. So it does for a document that is malformed or lacks its
+    text, and plain text that is not UTF-8, unless there is ``skip``, which is then called with the error.
+    """
+    for unit in read_units(inputs, [key], splits_texts=True):
         found = [text_of(unit)] if unit.kind == "text" else documents_of(unit, [key])
+        size = unit.size
         for text in found:
             if isinstance(text, Fault):
                 error = fault_in(unit, text)
@@ -169,7 +194,9 @@ def read_texts(
                     raise error
                 skip(error)
             else:
-                yield text if isinstance(text, str) else text[0]
+                ends = unit.kind != "text" or unit.ends
+                yield Piece(text if isinstance(text, str) else text[0], ends, size)
+                size = 0
 
 
 def fault_in(unit: Unit, fault: Fault, lines_before: int = 0) -> DataError:

@@ -54,7 +54,7 @@ class InputRecord(_Strict):
 
     path: Text
     size: NonNegativeInt | None
-    """Bytes of the whole file; null of a pipe."""
+    """Bytes of the whole file as it is stored, compressed or not; null of a pipe."""
     start: NonNegativeInt = 0
     stop: NonNegativeInt | None = None
     checksum: str
@@ -128,6 +128,9 @@ class Manifest(_Strict):
     tokens: NonNegativeInt
     characters: NonNegativeInt
     """Unicode code points of the texts that became tokens, duplicates that were left out later included."""
+    content_bytes: NonNegativeInt | None = None
+    """Bytes that were read of all inputs, uncompressed: of JSON lines whole lines, of Parquet files only the columns of
+    the texts, as the files say. Null where they were not counted."""
     special_tokens_in_texts: NonNegativeInt | None = None
     """Special tokens written out in the texts that became tokens; null where they were not counted."""
     left_out: LeftOut

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from megagap.data.agreement import AS_THE_OTHER, require_same_ids, same_texts
 from megagap.data.encoder import REPORTED
@@ -31,13 +32,17 @@ log = logging.getLogger(__name__)
 
 
 def merge_datasets(
-    inputs: Sequence[str], output_prefix: str, shuffle_documents: int | None = None, dedup: bool = False
+    inputs: Sequence[str],
+    output_prefix: str,
+    shuffle_documents: int | None = None,
+    dedup: bool = False,
+    show_progress: bool = False,
 ) -> IndexedDataset:
     """Write the documents of the pairs ``inputs``, in this order, to ``output_prefix``; the new pair.
 
-    The last two arguments are those of :func:`megagap.data.preprocess.preprocess`. There is a manifest if all inputs
-    have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests say, of
-    different tokenizers, with and without special ids around documents, or not all shards of a whole in their order.
+    ``shuffle_documents`` and ``dedup`` are those of :func:`megagap.data.preprocess.preprocess`. There is a manifest if
+    all inputs have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests
+    say, of different tokenizers, with and without special ids around documents, or not all shards in order.
     """
     inputs, output_prefix = [pair_prefix(name) for name in inputs], pair_prefix(output_prefix)
     if os.path.realpath(output_prefix) in map(os.path.realpath, inputs) or same_pairs([output_prefix], inputs):
@@ -52,7 +57,7 @@ def merge_datasets(
         log.warning("%s", warning)
     with making_pair(output_prefix), writing_pair(output_prefix):
         with closing(PartialPair(output_prefix, dtype)) as pair:
-            for prefix in inputs:
+            for prefix in tqdm(inputs, desc="merge", unit=" pairs", disable=not show_progress):
                 dataset = IndexedDataset(prefix)
                 dataset.require_contiguous()
                 pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])
@@ -83,7 +88,9 @@ def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
                 "  they come from different tokenizers; preprocess one of them again."
             )
         if arranged and len(dataset) != dataset.document_count:
-            raise DataError(f"{prefix} has documents of several sequences, which can be neither shuffled nor compared")
+            raise DataError(
+                f"{prefix} has documents of several sequences, which can be neither shuffled nor deduplicated"
+            )
     return first.dtype
 
 
@@ -91,7 +98,7 @@ def _warnings(inputs: Sequence[str], manifests: Sequence[tuple[str, Manifest]]) 
     """Raises :class:`DataError` if ids of the pairs mean different things."""
     yield from require_same_ids(manifests)
     if same := same_pairs(inputs, inputs):
-        yield f"merged more than once, as it was named so: {', '.join(dict.fromkeys(same))}"
+        yield f"named, and therefore merged, more than once: {', '.join(dict.fromkeys(same))}"
     yield from same_texts(manifests)
 
 
@@ -108,7 +115,7 @@ def _require_same_options(manifests: Sequence[tuple[str, Manifest]]) -> None:
 
 
 def _require_whole_shards(manifests: Sequence[tuple[str, Manifest]]) -> None:
-    """Shard 0/n is followed by 1/n and so on to the last: none is lost, none comes twice.
+    """Shard 0/n is followed by 1/n and so on to the last: none is missing, none comes twice.
 
     Each continues with the same key, where the one before stopped in a file, or with another file.
     """
@@ -137,6 +144,7 @@ def _merged(
     left_out = [manifest.left_out for manifest in manifests]
     given = [manifest.arguments for manifest in manifests]
     special = [manifest.special_tokens_in_texts for manifest in manifests]
+    content = [manifest.content_bytes for manifest in manifests]
     malformed: Counter[str] = Counter()
     for one in left_out:
         malformed.update(one.malformed)
@@ -145,6 +153,7 @@ def _merged(
             documents=sum(manifest.documents for manifest in manifests) - duplicates,
             tokens=files[".bin"].size // np.dtype(manifests[0].dtype).itemsize,
             characters=sum(manifest.characters for manifest in manifests),
+            content_bytes=None if None in content else sum(filter(None, content)),
             special_tokens_in_texts=None if None in special else sum(filter(None, special)),
             left_out=LeftOut(
                 empty=sum(one.empty for one in left_out),

@@ -26,9 +26,8 @@ def unnormalised_weights(phase: Phase) -> str:
         f"  {source.name:<{width}}  weight {source.weight:<10g} share {source.weight / sum(weights):.4f}"
         for source in phase.sources
     ]
-    head = (
-        f"the weights of phase {phase.name} add up to {sum(weights):g}, not 1: was one left unscaled? They are used as"
-    )
+    total = f"{sum(weights):g}"
+    head = f"the weights of phase {phase.name} add up to {total}, not 1: was one left unscaled? They are used as:"
     return "\n".join([head, *lines])
 
 
@@ -100,7 +99,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
     table.add_column("steps", justify="right")
     table.add_column("length", justify="right")
     table.add_column("source")
-    for name in ("share", "tokens", "epochs", "epochs in all"):
+    for name in ("share", "tokens", "epochs", "epochs so far"):
         table.add_column(name, justify="right")
     for phase in plan["phases"]:
         steps = f"{phase['first_step']:,} to {phase['last_step']:,}"
@@ -114,7 +113,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
                 f"{source['epochs']:.3f}",
                 f"{source['total_epochs']:.3f}",
             )
-        table.add_row("", "", "", "together", "", f"{phase['tokens']:,}", "", "", end_section=True)
+        table.add_row("", "", "", "all sources", "", f"{phase['tokens']:,}", "", "", end_section=True)
     for source in plan["sources"]:
         table.add_row("whole run", "", "", source["source"], "", f"{source['tokens']:,}", "", f"{source['epochs']:.3f}")
     return table
@@ -146,7 +145,7 @@ def draw_plan(plan: dict[str, Any], output: str | Path) -> None:
             shares.bar(start, share, width, height, align="edge", color=colour[name], edgecolor="white", linewidth=0.5)
             height += share
             reached[name] += [(start, reached[name][-1][1]), (start + width, source["total_epochs"])]
-        text = f"{phase['name']}\n{phase['sequence_length']:,} tokens a sequence"
+        text = f"{phase['name']}\n{phase['sequence_length']:,} tokens per sequence"
         shares.annotate(text, (start + width / 2, 1.01), ha="center", va="bottom", fontsize=8, annotation_clip=False)
         for axes in (shares, epochs):
             axes.axvline(start, color="0.6", linewidth=0.6)

@@ -57,6 +57,8 @@ class Unit:
     ends: bool = False
     file_checksum: str | None = None
     """Of the last unit of an input: xxh3_64 of all bytes that were read of the file."""
+    content_size: int = 0
+    """Bytes of its content, uncompressed; of rows, their share of the columns that are read."""
 
 
 def read_units(
@@ -141,6 +143,7 @@ def _read_bytes(file: Input, content: Content, at: Mark, splits_texts: bool, uni
                 Mark(at.input, offset + len(data), line + data.count(b"\n"), hash_.hexdigest()),
                 begins=is_text and not offset,
                 ends=is_text and is_last,
+                content_size=len(data),
             )
             offset, line, counted = unit.next.offset, unit.next.line, content.bytes_read
             if is_last:
@@ -202,7 +205,10 @@ def _read_rows(file: Input, at: Mark, columns: Sequence[str], unit_bytes: int) -
                 row += rows.num_rows
                 size = int(rows.num_rows * size_of_row)
                 data, mark = parquet.to_bytes(rows), Mark(at.input, row, row + 1)
-                yield Unit(at.input, file.path, "rows", data, row - rows.num_rows + 1, size, mark)
+                # Rounded so that the units of a file add up to it, wherever reading began.
+                before, now = (table.content_size * n // table.row_count for n in (row - rows.num_rows, row))
+                number = row - rows.num_rows + 1
+                yield Unit(at.input, file.path, "rows", data, number, size, mark, content_size=now - before)
     with reading(file.path):
         checksum = checksum_of(file.path)
     yield Unit(at.input, file.path, "rows", b"", row + 1, 0, Mark(at.input + 1), file_checksum=checksum)

@@ -23,6 +23,8 @@ from megagap.errors import DataError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
+FINISHED = "finished already, by an earlier run from the same inputs: nothing was done"
+
 
 def refused(code: int) -> Callable[..., Any]:
     def refuse(path: Any, *_: Any, **__: Any) -> Any:
@@ -56,7 +58,7 @@ def test_resuming_a_finished_run_writes_nothing(
         patch.setattr(builtins, "open", open_read_only)
         for name in ("unlink", "replace", "mkdir"):
             patch.setattr(os, name, refused(code))
-        assert preprocess(**finished, resume=True).notes == ("all was finished already, from the same inputs",)
+        assert preprocess(**finished, resume=True).notes == (FINISHED,)
         with pytest.raises(CannotWriteError, match=rf"cannot write .*/out/o_text_document.lock: {os.strerror(code)}"):
             preprocess(**finished)
         with pytest.raises(CannotWriteError):

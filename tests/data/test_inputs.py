@@ -208,7 +208,7 @@ def test_standard_input_is_read(tmp_path: Path, tokenizer_folder: Path) -> None:
     done = subprocess.run(
         [*command, "--tokenizer", tokenizer_folder], input='{"text": "one"}\n', capture_output=True, text=True
     )
-    assert done.returncode == 0 and "1 documents" in done.stdout, done.stderr
+    assert done.returncode == 0 and ": 1 document, " in done.stdout, done.stderr
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_it_records_inputs_documents_and_files(prefix: str, corpus: Path) -> Non
         == (200, len(dataset.tokens))
     )
     assert manifest.characters == sum(map(len, texts))
+    assert manifest.content_bytes == corpus.stat().st_size
     assert manifest.left_out.model_dump() == {
         "empty": 1,
         "short": 1,

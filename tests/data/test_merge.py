@@ -114,7 +114,7 @@ def test_a_pair_that_is_merged_twice_is_reported_whatever_its_name(
         merged = merge_datasets(names, str(tmp_path / "merged.bin"))
         assert merged.prefix == str(tmp_path / "merged")
         assert merged.document_count == 2 * IndexedDataset(one).document_count
-        assert "merged more than once" in "".join(caplog.messages)
+        assert "therefore merged, more than once" in "".join(caplog.messages)
     with pytest.raises(DataError, match="into itself"):
         merge_datasets([one], str(tmp_path / "link"))
 

@@ -164,6 +164,18 @@ def test_damage_anywhere_is_reported_with_the_file_if_it_is_detectable(tmp_path:
     assert told > 50
 
 
+def test_the_units_of_a_file_add_up_to_the_uncompressed_size_of_its_texts(tmp_path: Path) -> None:
+    texts = [f"text {i} " * (i % 50) for i in range(3000)]
+    table = pa.table({"text": texts, "text.more": texts, "other": ["x" * 99] * 3000})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", row_group_size=700, use_dictionary=False)
+    (file,) = find_inputs([tmp_path / "a.parquet"])
+    units = list(read_units([file], ["text"], splits_texts=True, unit_bytes=10_000))
+    content = sum(len(text) + 4 for text in texts)  # each has its length before it
+    assert sum(unit.content_size for unit in units) == pytest.approx(content, rel=0.02)
+    middle = read_units([file], ["text"], splits_texts=True, start=units[3].next, unit_bytes=10_000)
+    assert sum(unit.content_size for unit in (*units[:4], *middle)) == sum(unit.content_size for unit in units)
+
+
 def test_only_one_module_calls_pyarrow() -> None:
     package = Path(parquet.__file__).parents[1]
     users = [path.name for path in package.rglob("*.py") if "import pyarrow" in path.read_text(encoding="utf-8")]

@@ -142,7 +142,7 @@ def test_compressed_input_gives_the_same_files(tmp_path: Path, corpus: Path, tok
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         summary = preprocess([tmp_path / name], str(tmp_path / f"out_{name}"), str(tokenizer_folder))
-        assert summary.input_bytes == len(content)
+        assert (summary.input_bytes, summary.file_bytes) == (len(contents["plain"]), len(content))
         for ending in ("bin", "idx"):
             expected = (tmp_path / f"out_plain_text_document.{ending}").read_bytes()
             assert (tmp_path / f"out_{name}_text_document.{ending}").read_bytes() == expected
@@ -261,7 +261,7 @@ def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) 
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
-    assert "--resume goes on" in errors
+    assert "--resume continues it" in errors
     assert (tmp_path / "out_text_document.partial.journal").exists()
     assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.lock"))
 

@@ -1,5 +1,6 @@
 """A run that was killed is resumed to the same bytes, or refused with a reason."""
 
+import gzip
 import json
 import os
 import random
@@ -66,8 +67,6 @@ def start(folder: Path, calls: int, arguments: dict[str, Any], **options: Any) -
 @pytest.fixture
 def inputs(tmp_path: Path, corpus: Path, texts: list[str]) -> list[str]:
     """JSON lines, compressed, and a plain text that is cut into pieces."""
-    import gzip
-
     (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()[:4000].rpartition(b"\n")[0]))
     (tmp_path / "prose.txt").write_text(" ".join(texts[:2] * 20))
     return [str(corpus), str(tmp_path / "more.jsonl.gz"), str(tmp_path / "prose.txt")]
@@ -210,6 +209,45 @@ def test_resuming_a_finished_run_does_nothing_unless_inputs_changed(
     assert os.stat(tmp_path / "out_text_document.bin").st_ino != written
 
 
+def test_a_rate_counts_only_what_this_run_read(
+    interrupted: dict[str, Any], inputs: list[str], tmp_path: Path, corpus: Path
+) -> None:
+    contents = [Path(path).read_bytes() for path in inputs]
+    content = sum(len(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data) for data in contents)
+    summary = preprocess(**interrupted)
+    assert summary.input_bytes == content and content - corpus.stat().st_size - 4000 < summary.read_bytes < content
+    assert f"; this run read {summary.read_bytes / 1e3:.1f} kB of it, uncompressed, in " in str(summary)
+    assert str(summary).count("B/s)") == 1
+    again = preprocess(**interrupted)
+    assert (again.was_finished, again.read_bytes, again.input_bytes) == (True, 0, content)
+    assert str(again).endswith(", by an earlier run") and "B/s" not in str(again)
+    whole = preprocess(**interrupted | {"resume": False, "output_prefix": str(tmp_path / "whole")})
+    assert whole.read_bytes == whole.input_bytes == content
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "out")
+
+
+def test_a_run_that_was_interrupted_after_reading_has_no_rate(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = dict(inputs=[corpus], tokenizer=str(tokenizer_folder))
+    arguments["output_prefix"] = str(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_index", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        preprocess(**arguments)
+    summary = preprocess(**arguments, resume=True)
+    assert (summary.read_bytes, summary.input_bytes) == (0, corpus.stat().st_size)
+    assert "of uncompressed input, which an earlier run read in " in str(summary) and "B/s" not in str(summary)
+
+
+def test_the_bar_shows_the_files_bytes_and_the_rate_of_uncompressed_ones(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    preprocess([tmp_path / "a.jsonl.gz"], str(tmp_path / "out"), str(tokenizer_folder), show_progress=True)
+    bar = capfd.readouterr().err
+    assert "B of files [" in bar and "B/s uncompressed]" in bar
+
+
 def test_a_fault_far_into_the_input_keeps_what_was_done(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +256,7 @@ def test_a_fault_far_into_the_input_keeps_what_was_done(
     monkeypatch.setattr(run, "read_units", partial(read_units, unit_bytes=500))
     arguments: dict[str, Any] = dict(inputs=[tmp_path / "bad.jsonl"], tokenizer=str(tokenizer_folder))
     arguments["output_prefix"] = str(tmp_path / "out")
-    with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume goes on"):
+    with pytest.raises(DataError, match=r"line 203: not valid JSON(.|\n)*--resume continues it"):
         preprocess(**arguments)
     summary = preprocess(**arguments, resume=True, on_error="skip")
     assert summary.skipped == 1 and summary.pairs[0].documents == 200
@@ -228,7 +266,7 @@ def test_an_interrupted_run_says_that_it_can_be_resumed(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(run, "JOURNAL_SECONDS", 0)
-    for count, said in ((0, []), (5, ["What was done is kept: the same command with --resume goes on."])):
+    for count, said in ((0, []), (5, ["The work done so far is kept: the same command with --resume continues it."])):
         monkeypatch.setattr(run, "read_units", lambda *given, n=count: interrupted_after(n, *given))
         with pytest.raises(KeyboardInterrupt):
             preprocess(inputs, str(tmp_path / "out"), str(tokenizer_folder))
@@ -245,7 +283,7 @@ def test_a_full_disk_is_named_as_the_cause_and_resuming_continues(
 
     full = start(tmp_path, 0, arguments, preexec_fn=limit)
     assert full.returncode == 2
-    assert "File too large" in full.stderr and "--resume goes on" in full.stderr and "Traceback" not in full.stderr
+    assert "File too large" in full.stderr and "--resume continues it" in full.stderr and "Traceback" not in full.stderr
     done = start(tmp_path, 0, arguments | {"resume": True})
     assert done.returncode == 0, done.stderr
     assert start(tmp_path, 0, arguments | {"output_prefix": str(tmp_path / "whole")}).returncode == 0

@@ -1,9 +1,11 @@
+import gzip
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from megagap.data import bpe
 from megagap.data.bpe import train_tokenizer
 from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import DataError
@@ -51,7 +53,7 @@ def test_digits_are_never_merged_beyond_three(tmp_path: Path) -> None:
 
 def test_short_text_gives_fewer_ids(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abab")
-    assert train_tokenizer([tmp_path / "short.txt"], tmp_path / "t", 1000) < 265
+    assert train_tokenizer([tmp_path / "short.txt"], tmp_path / "t", 1000).vocab_size < 265
 
 
 def test_vocabulary_without_room_for_bytes_is_refused(tmp_path: Path, corpus: Path) -> None:
@@ -127,5 +129,54 @@ def test_training_can_skip_malformed_documents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
         train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300)
     skipped: list[DataError] = []
-    assert train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300, skip=skipped.append) > 258
+    trained = train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 300, skip=skipped.append)
+    assert (trained.documents, trained.bytes) == (1, len("a text")) and trained.vocab_size > 258
     assert [error.args[0].split(":")[0].split(", ")[1] for error in skipped] == ["line 2", "line 3"]
+
+
+def test_training_counts_documents_and_uncompressed_bytes_of_text(tmp_path: Path, corpus: Path) -> None:
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines() if line]
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    (tmp_path / "book.txt").write_text("a plain text " * 200_000)  # two pieces
+    inputs = [tmp_path / "corpus.jsonl.gz", tmp_path / "book.txt"]
+    trained = train_tokenizer(inputs, tmp_path / "t", 300)
+    assert trained.documents == len(texts) + 1
+    assert trained.bytes == sum(len(text.encode()) for text in texts) + 13 * 200_000
+    assert 0 < trained.sample_bytes <= trained.bytes
+
+
+def test_bytes_per_token_are_those_of_the_text_itself_where_it_is_short(tmp_path: Path, corpus: Path) -> None:
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines() if line]
+    trained = train_tokenizer([corpus], tmp_path / "t", 300)
+    tokens = sum(map(len, load_tokenizer(tmp_path / "t").encode_batch(texts)))
+    assert trained.sample_bytes == trained.bytes
+    assert trained.bytes_per_token == pytest.approx(trained.bytes / tokens)
+
+
+def test_of_much_text_bytes_per_token_are_measured_on_a_sample_from_all_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bpe, "SAMPLED_PARTS", 100)
+    lines = [
+        f"{i % 7} some words " * (1 + i // 500) for i in range(1000)
+    ]  # documents of two kinds, one after the other
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    trained = train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "t", 280)
+    assert 13 * 100 < trained.sample_bytes < 26 * 100
+    tokens = sum(map(len, load_tokenizer(tmp_path / "t").encode_batch(lines)))
+    assert trained.bytes_per_token == pytest.approx(trained.bytes / tokens, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_a_tokenizer_that_exists_is_not_overwritten(tmp_path: Path, corpus: Path, name: str) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / name).write_text("old")
+    with pytest.raises(DataError, match=f"t has a tokenizer already: {name}\n  choose another output"):
+        train_tokenizer([corpus], tmp_path / "t", 300)
+    assert [path.read_text() for path in (tmp_path / "t").iterdir()] == ["old"]
+
+
+def test_a_tokenizer_may_be_written_beside_other_files(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    train_tokenizer([corpus], tmp_path, 300)
+    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "notes.txt").read_text() == "mine"

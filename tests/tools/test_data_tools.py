@@ -148,7 +148,7 @@ def test_numbers_that_are_no_token_ids_are_shown_but_not_decoded(
         writer.add_document(np.array([3, value], dtype=dtype))
     assert f"3 {value}" in succeed("inspect_data.py", tmp_path / "odd").replace("3.0 ", "3 ")
     done = run("inspect_data.py", tmp_path / "odd", "--tokenizer", folder / "bpe")
-    assert done.returncode == 2 and "odd.bin holds no token ids: document 0" in done.stderr
+    assert done.returncode == 2 and "odd.bin does not hold token ids: document 0" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -162,11 +162,18 @@ def test_step_table_shows_text(folder: Path) -> None:
     [
         ("inspect_data.py", ["absent"], "data error: absent.idx does not exist"),
         ("inspect_data.py", ["absent.toml", "--step", "1"], "config error: cannot read the recipe"),
-        ("inspect_data.py", ["absent.toml"], "--step N or --plan"),
+        ("inspect_data.py", ["absent.toml"], "either --step N or --plan"),
         ("inspect_data.py", ["absent.toml", "--plan", "--step", "1"], "--step N or --plan"),
         ("inspect_data.py", ["absent.toml", "--plan", "--output", "x.pdf"], "drawn as a .png"),
-        ("inspect_data.py", ["absent", "--plan"], "go with a RECIPE.toml"),
-        ("inspect_data.py", ["absent", "--json"], "go with a RECIPE.toml"),
+        ("inspect_data.py", ["absent", "--plan"], "apply to a RECIPE.toml"),
+        ("inspect_data.py", ["absent", "--documnet", "3"], "not to a PREFIX (given: --documnet 3)"),
+        ("inspect_data.py", ["absent", "--document", "3", "--search", "x"], "one of --document and --search, not both"),
+        ("inspect_data.py", ["absent", "--document", "3", "--documents", "2"], "--documents does not apply"),
+        ("inspect_data.py", ["absent", "--seed", "3"], "--seed applies only to --random"),
+        ("inspect_data.py", ["absent", "--random", "0"], "--random must be at least 1, not 0"),
+        ("inspect_data.py", ["absent.toml", "--step", "1", "--search", "x"], "--search applies to a PREFIX"),
+        ("inspect_data.py", ["absent.toml", "--plan", "--verify"], "--verify applies to a PREFIX"),
+        ("inspect_data.py", ["absent.toml", "--plan", "--tokenizer", "x"], "--tokenizer does not apply to --plan"),
         (
             "preprocess_data.py",
             ["--input", "absent", "--output-prefix", "x", "--tokenizer", "y"],
@@ -217,6 +224,10 @@ def test_short_text_warns_that_ids_are_missing(tmp_path: Path) -> None:
     done = run("train_tokenizer.py", "--input", tmp_path / "a.txt", "--output", tmp_path / "t", "--vocab-size", 500)
     assert done.returncode == 0
     assert "warning: the text has only enough pairs" in done.stderr
+    assert "trained on 1 document (6 bytes of text, uncompressed)" in done.stdout
+    assert "bytes per token, measured on all of it" in done.stdout
+    again = run("train_tokenizer.py", "--input", tmp_path / "a.txt", "--output", tmp_path / "t", "--vocab-size", 500)
+    assert again.returncode == 2 and "t has a tokenizer already: tokenizer.json" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -238,3 +249,134 @@ def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(folder: Path, argumen
     with os.fdopen(write_end, "wb") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def texts_of(name: str) -> list[str]:
+    word = {"fr": "bonjour [tout] le monde", "en": "hello [whole] world"}[name]
+    return [f"{word} {i}. " * (i % 5 + 1) for i in range(40)]
+
+
+def test_one_document_is_shown_whole_with_the_tokenizer_of_the_manifest(folder: Path) -> None:
+    prefix = folder / "fr_text_document"
+    printed = succeed("inspect_data.py", prefix, "--document", 39)
+    count = len(IndexedDataset(prefix).document(39))
+    assert printed == f"document 39 of {prefix}: {count} tokens\n{texts_of('fr')[39]}<|end_of_text|>\n"
+    shown = json.loads(succeed("inspect_data.py", prefix, "--document", 39, "--json"))
+    assert shown == {
+        "document": 39,
+        "tokens": IndexedDataset(prefix).document(39).tolist(),
+        "text": f"{texts_of('fr')[39]}<|end_of_text|>",
+    }
+    ids = succeed("inspect_data.py", prefix, "--document", 39, "--tokenizer", "")
+    assert ids.splitlines()[1] == " ".join(map(str, shown["tokens"]))
+
+
+@pytest.mark.parametrize("number", [40, -1, 10**30])
+def test_a_document_that_does_not_exist_is_refused_with_those_that_do(folder: Path, number: int) -> None:
+    done = run("inspect_data.py", folder / "fr_text_document", "--document", number)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        f"data error: there is no document {number} in {folder / 'fr_text_document'}: "
+        "it has 40 documents, numbered 0 to 39\n"
+    )
+
+
+def test_random_documents_are_drawn_by_the_seed(folder: Path) -> None:
+    drawn = [
+        json.loads(succeed("inspect_data.py", folder / "en_text_document", "--random", 5, "--seed", seed, "--json"))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    numbers = [document["document"] for document in drawn[0]["shown"]]
+    assert len({*numbers}) == 5
+    for document in drawn[0]["shown"]:
+        assert document["text"] == f"{texts_of('en')[document['document']]}<|end_of_text|>"
+    printed = succeed("inspect_data.py", folder / "en_text_document", "--random", 99)
+    assert "40 of 40 documents, drawn with seed 0" in printed
+
+
+def test_text_is_found_across_tokens_with_its_place_and_count(folder: Path) -> None:
+    prefix, text = folder / "fr_text_document", "nde 13. bonj"
+    found = json.loads(succeed("inspect_data.py", prefix, "--search", text, "--json"))
+    assert (found["documents"], found["found_in"], found["occurrences"]) == (40, 1, 3)
+    (hit,) = found["hits"]
+    assert (hit["document"], hit["occurrences"], hit["position"]) == (13, 3, texts_of("fr")[13].index(text))
+    assert text in hit["context"]
+    printed = succeed("inspect_data.py", prefix, "--search", "monde", "--documents", 2)
+    assert "120 occurrences in 40 of 40 documents" in printed and "and 38 more documents" in printed
+    assert "decoded" in printed and str(folder / "bpe") in printed
+
+
+def test_what_cannot_be_searched_is_refused(folder: Path, tmp_path: Path) -> None:
+    done = run("inspect_data.py", folder / "fr_text_document", "--search", "")
+    assert done.returncode == 2 and "every document contains it" in done.stderr
+    for ending in (".bin", ".idx"):
+        shutil.copy(folder / f"fr_text_document{ending}", tmp_path / f"fr{ending}")
+    done = run("inspect_data.py", tmp_path / "fr", "--search", "x")
+    assert done.returncode == 2
+    assert "needs a tokenizer" in done.stderr and "no manifest" in done.stderr and "--tokenizer" in done.stderr
+
+
+def moved_pair(folder: Path, target: Path, spec: Path) -> Path:
+    """A copy whose manifest names another tokenizer."""
+    for ending in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"fr_text_document{ending}", target / f"fr{ending}")
+    manifest = json.loads((target / "fr.json").read_text())
+    manifest["tokenizer"]["spec"] = str(spec)
+    (target / "fr.json").write_text(json.dumps(manifest))
+    return target / "fr"
+
+
+def test_a_tokenizer_that_is_gone_or_another_one_is_not_used(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("quite another text")
+    succeed("train_tokenizer.py", "--input", tmp_path / "text.txt", "--output", tmp_path / "t", "--vocab-size", 260)
+    for spec, reason in ((tmp_path / "gone", "gone does not exist"), (tmp_path / "t", "is no longer the tokenizer")):
+        done = run("inspect_data.py", moved_pair(folder, tmp_path, spec))
+        assert done.returncode == 0 and "bonjour" not in done.stdout
+        assert "note: " in done.stderr and reason in done.stderr
+        assert "only ids are shown. Name the tokenizer with --tokenizer" in done.stderr
+    assert "bonjour" in succeed("inspect_data.py", tmp_path / "fr", "--tokenizer", folder / "bpe")
+
+
+def test_a_pair_without_documents_says_so(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(str(tmp_path / "none"), "uint16"):
+        pass
+    assert json.loads(succeed("inspect_data.py", tmp_path / "none", "--json"))["shown"] == []
+    for option in ("--document", "--random"):
+        done = run("inspect_data.py", tmp_path / "none", option, 1)
+        assert done.returncode == 2 and "no documents" in done.stderr
+
+
+def test_json_of_a_pair_is_one_object_with_whole_documents(folder: Path) -> None:
+    shown = json.loads(succeed("inspect_data.py", folder / "fr_text_document", "--verify", "--documents", 1, "--json"))
+    dataset = IndexedDataset(folder / "fr_text_document")
+    assert (shown["documents"], shown["tokens"], shown["verified"]) == (40, dataset.token_count, True)
+    assert shown["manifest"]["content_bytes"] == (folder / "fr.jsonl").stat().st_size
+    assert [document["tokens"] for document in shown["shown"]] == [dataset.document(0).tolist()]
+
+
+def test_long_names_are_whole_in_a_pipe(folder: Path, tmp_path: Path) -> None:
+    prefix, source = tmp_path / ("n" * 200), "web[en]_" + "s" * 180
+    for ending in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"fr_text_document{ending}", f"{prefix}{ending}")
+    recipe = RECIPE.replace('"bpe"', f'"{folder / "bpe"}"').replace(
+        '"fr_text_document"', f'"{prefix}", name = "{source}"'
+    )
+    recipe = recipe.replace('"en_text_document"', f'"{folder / "en_text_document"}"')
+    (tmp_path / "recipe.toml").write_text(recipe)
+    assert f"{prefix}\n" in succeed("inspect_data.py", prefix).replace(" ", "")
+    assert f" {source} " in succeed("inspect_data.py", tmp_path / "recipe.toml", "--plan")
+    assert f" {source} " in succeed("inspect_data.py", tmp_path / "recipe.toml", "--step", 1)
+
+
+def test_the_summary_says_uncompressed_bytes_and_no_rate_for_work_not_done(folder: Path, tmp_path: Path) -> None:
+    text = "".join(json.dumps({"text": text}) + "\n" for text in texts_of("fr") * 500)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    arguments = ["--input", tmp_path / "a.jsonl.gz", "--output-prefix", tmp_path / "a", "--tokenizer", folder / "bpe"]
+    arguments += ["--workers", 1, "--fast", "off", "--resume"]
+    first = succeed("preprocess_data.py", *arguments)
+    size, stored = f"{len(text) / 1e6:.1f} MB", f"{(tmp_path / 'a.jsonl.gz').stat().st_size / 1e3:.1f} kB"
+    assert f"from {size} of uncompressed input ({stored} in files) in " in first and "B/s)" in first
+    again = run("preprocess_data.py", *arguments)
+    assert f"from {size} of uncompressed input ({stored} in files), by an earlier run\n" in again.stdout
+    assert "B/s" not in again.stdout and "nothing was done" in again.stderr

@@ -106,14 +106,11 @@ def test_a_file_that_cannot_be_written_ends_in_a_message_and_nothing_is_left(tmp
 
 
 def test_a_failed_write_replaces_nothing(tmp_path, trained):
-    for name in ("tokenizer", "plot"):
-        (tmp_path / "new").mkdir(exist_ok=True)
-        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "loss.png"):
-            (tmp_path / "new" / file).write_text("old")
-        done = run_limited(name, trained, tmp_path, 3_000)
-        assert done.returncode == 2, done.stderr
-        assert all(path.read_text() == "old" for path in files_of(tmp_path).values())
-        assert len(files_of(tmp_path)) == 4
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "loss.png").write_text("old")
+    done = run_limited("plot", trained, tmp_path, 3_000)
+    assert done.returncode == 2, done.stderr
+    assert [path.read_text() for path in files_of(tmp_path).values()] == ["old"]
 
 
 @pytest.mark.parametrize("name", ["to-hf", "from-hf", "tokenizer", "plot"])

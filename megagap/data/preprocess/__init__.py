@@ -2,9 +2,9 @@
 
 The parent reads files and cuts them into units of about a megabyte (``units``), worker processes parse and encode these
 (``encoder``, ``workers``), the parent writes their tokens in input order. Reading, encoding and writing overlap, and at
-most a few units a worker are under way, so memory does not grow with the input. Now and then a journal says how far the
-partial files have come (``journal``), so that a run that was killed can be continued. At the end the documents may be
-put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
+most a few units per worker are in progress, so memory does not grow with the input. Now and then a journal records how
+far the partial files have come (``journal``), so that a run that was killed can be continued. At the end the documents
+may be put in another order (``arrange``), and a manifest accounts for everything (:mod:`megagap.data.manifest`).
 """
 
 import logging
@@ -18,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Self, get_args
 
+from rich.filesize import decimal
+
+from megagap.console import counted
 from megagap.data.inputs import shard
 from megagap.data.listing import list_inputs
 from megagap.data.manifest import Arguments, Manifest, OnError
@@ -54,10 +57,11 @@ class Pair:
         return cls(prefix, manifest.documents, *counts)
 
     def __str__(self) -> str:
-        counts = ((self.empty, "empty"), (self.short, "too short"), (self.duplicate, "repeated"))
-        left_out = ", ".join(f"{count:,} {name}" for count, name in counts if count)
+        reasons = ((self.empty, "empty"), (self.short, "too short"), (self.duplicate, "repeated"))
+        left_out = ", ".join(f"{count:,} {name}" for count, name in reasons if count)
         left_out = f" ({left_out} left out)" if left_out else ""
-        return f"{printable(self.prefix)}: {self.documents:,} documents{left_out}, {self.tokens:,} tokens"
+        counts = f"{counted(self.documents, 'document')}{left_out}, {counted(self.tokens, 'token')}"
+        return f"{printable(self.prefix)}: {counts}"
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,38 @@ class Summary:
     """Documents that were malformed or lacked a text, left out of all pairs."""
     first_skipped: tuple[str, ...]
     """File, line and fault of the first of them."""
-    input_bytes: int
-    """Of compressed files, the compressed bytes."""
+    input_bytes: int | None
+    """Of all inputs, uncompressed (``content_bytes`` of the manifest); None where an earlier version did not count."""
+    read_bytes: int
+    """Of these, those that this run read: with ``resume``, an earlier one may have read some or all."""
+    file_bytes: int
+    """Of the input files as they are stored, compressed or not."""
     seconds: float
+    """That this run took."""
+    was_finished: bool = False
+    """By an earlier run: this one did nothing."""
     notes: tuple[str, ...] = ()
-    """What else there is to know."""
+    """What else the user should know."""
 
     def __str__(self) -> str:
-        megabytes = self.input_bytes / 1e6
-        speed = f"{megabytes:,.1f} MB in {self.seconds:.1f} s ({megabytes / max(self.seconds, 1e-9):.1f} MB/s)"
-        return "\n".join(f"{pair} from {speed}" for pair in self.pairs)
+        return "\n".join(f"{pair} from {self._size()}{self._work()}" for pair in self.pairs)
+
+    def _size(self) -> str:
+        if self.input_bytes is None:
+            return f"{decimal(self.file_bytes)} in files"
+        files = f" ({decimal(self.file_bytes)} in files)" if self.file_bytes not in (0, self.input_bytes) else ""
+        return f"{decimal(self.input_bytes)} of uncompressed input{files}"
+
+    def _work(self) -> str:
+        """What this run did of it, and how fast."""
+        if self.was_finished:
+            return ", by an earlier run"
+        if not self.read_bytes:
+            return f"{', which an earlier run read' if self.input_bytes else ''} in {self.seconds:.1f} s"
+        rate = f"{self.seconds:.1f} s ({decimal(int(self.read_bytes / max(self.seconds, 1e-9)))}/s)"
+        if self.read_bytes == self.input_bytes:
+            return f" in {rate}"
+        return f"; this run read {decimal(self.read_bytes)} of it, uncompressed, in {rate}"
 
 
 def preprocess(
@@ -108,16 +134,16 @@ def preprocess(
     ``prepend_bos`` put its special ids around each document. Documents of fewer than ``min_tokens`` tokens are left
     out, with ``dedup`` those whose tokens were there before; the rest is shuffled by the seed ``shuffle_documents``.
     ``part`` (i, n) makes part i of n, from 0, whose name is ``{output_prefix}-{i}-of-{n}``, with five digits.
-    ``resume`` goes on where a killed run of the same arguments stopped, and does nothing if that had finished.
+    ``resume`` continues a killed run of the same arguments, and does nothing if that had finished.
 
     Raises :class:`DataError` naming file and line of a document that is malformed or lacks a key, unless ``on_error``
     is ``skip`` and others are fine, and of an input file that is cut short or damaged, in any case. What an error
-    leaves behind is kept for ``resume`` if there is more than a little of it; no file has a final name then.
+    leaves behind is kept for ``resume`` once the journal has recorded it; no file has its final name then.
     """
     assert on_error in get_args(OnError), on_error
     started = time.monotonic()
     if len({*keys}) < len(keys):
-        raise DataError(f"the keys {', '.join(keys)} are not distinct: each is to be a file of its own")
+        raise DataError(f"the keys {', '.join(keys)} are not distinct: each becomes a pair of its own")
     require_name(output_prefix)
     listing = list_inputs(inputs, keys, partial(_is_output, output_prefix, keys))
     for note in listing.notes:
@@ -126,8 +152,8 @@ def preprocess(
     if part is not None:
         if dedup or shuffle_documents is not None:
             raise DataError(
-                "a shard sees only its own documents: neither can repeated ones be left out, nor all be shuffled\n"
-                "  leave that to tools/merge_datasets.py, which has the same options."
+                "--dedup and --shuffle-documents do not apply to a shard, which sees only its own documents\n"
+                "  give them to tools/merge_datasets.py, which has both options."
             )
         files = shard(files, *part)
         output_prefix = f"{output_prefix}-{part[0]:05}-of-{part[1]:05}"
@@ -166,8 +192,11 @@ def preprocess(
         tuple(Pair.of(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True)),
         sum(left_out.malformed.values()),
         tuple(left_out.first_malformed),
+        manifests[0].content_bytes,
+        run.content_read,
         sum(file.share for file in files),
         time.monotonic() - started,
+        run.was_finished,
         tuple(notes),
     )
 
@@ -182,11 +211,12 @@ def _special_note(manifest: Manifest) -> str | None:
     if not count:
         return None
     became = "these tokens" if manifest.special_tokens == "parse" else "ordinary text"
-    return f"special tokens are written out in the texts of {manifest.key!r} {count:,} times; they became {became}"
+    times = counted(count, "time")
+    return f"special tokens are written out in the texts of {manifest.key!r} {times}; they became {became}"
 
 
 def _copies(manifest: Manifest) -> list[str]:
-    """A note on inputs of the same content under other names; those that are one file were told before."""
+    """A note on inputs with the same content under different names; links to one file were reported before."""
     first: dict[tuple[object, ...], str] = {}
     copies = []
     for record in manifest.inputs:
@@ -194,7 +224,7 @@ def _copies(manifest: Manifest) -> list[str]:
         if path != record.path and record.size:
             copies.append(f"{record.path} (as {path})")
     shown = ", ".join(copies[:10]) + (" …" if copies[10:] else "")
-    return [f"the content of {len(copies):,} inputs is in another one too: {shown}"] if copies else []
+    return [f"{counted(len(copies), 'input')} with the same content as another: {shown}"] if copies else []
 
 
 def _is_output(output_prefix: str, keys: Sequence[str], path: str) -> bool:

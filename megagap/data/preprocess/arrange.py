@@ -3,7 +3,7 @@
 Duplicates are documents of the same token ids, found by 128-bit checksums; the first of each stays. The order is that
 of a 64-bit key for each document, a hash of the seed and its number. Documents are first dealt out to buckets by their
 keys, in file order, then each bucket is sorted in memory. So all reading and writing is sequential, and memory is some
-five times a bucket, which is the larger of 64 MB and 1/200 of the file; and one byte a document, and for duplicates
+five times a bucket, which is the larger of 64 MB and 1/200 of the file; and one byte per document, and for duplicates
 some 50 bytes for each of at most 16 million documents at a time.
 """
 
@@ -25,9 +25,9 @@ from megagap.files import allow_more_open_files
 
 BUCKET_BYTES = 64 << 20
 MOST_BUCKETS = 200
-"""Of two open files each; fewer where the system allows fewer, which are larger then."""
+"""Of two open files each; where the system allows fewer, there are fewer and larger ones."""
 SPARED_FILES = 16
-"""Of those that a process may open, for others."""
+"""Of the files that a process may open, left for others."""
 DOCUMENTS_AT_A_TIME = 1 << 24
 """Documents whose checksums are compared in memory."""
 STEM = "arranged-"
@@ -52,7 +52,7 @@ def arrange(prefix: str, dtype: np.dtype[Any], seed: int | None, dedup: bool) ->
 
 
 def take_over(prefix: str) -> None:
-    """Let the new partial pair stand for the old; goes on where it was interrupted."""
+    """Replace the old partial pair with the new one; continues where it was interrupted."""
     for part in PARTS:
         if (new := partial_path(prefix, STEM + part)).exists():
             os.replace(new, partial_path(prefix, part))
@@ -135,7 +135,7 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
 
 
 def _openable() -> int:
-    """Files that can still be opened, some left for others; at least one bucket's two."""
+    """Files that can still be opened, less those left for others; at least the two of one bucket."""
     allow_more_open_files()
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = 0

@@ -16,7 +16,7 @@ from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
 
 Fast = Literal["auto", "on", "off"]
-"""Use gigatoken if it can be and its ids are the same, insist on it, or not."""
+"""Use gigatoken if it can be used and gives the same ids, insist on it, or never use it."""
 
 RARE = (
     "e\u0301",
@@ -35,9 +35,9 @@ SAMPLE_BYTES = 1 << 17
 def choose_encoder(
     reference: Tokenizer, fast: Fast, inputs: Sequence[Input], keys: Sequence[str]
 ) -> tuple[TextEncoder, str | None]:
-    """``reference`` or a faster one of the same ids on samples of ``inputs``; for ``auto``, why it is not the latter.
+    """``reference`` or a faster one with the same ids on samples of ``inputs``; for ``auto``, why it is not the latter.
 
-    Raises :class:`DataError` if ``fast`` is ``on`` and it cannot be.
+    Raises :class:`DataError` if ``fast`` is ``on`` and gigatoken cannot be used.
     """
     if fast == "off":
         return reference, None
@@ -45,7 +45,7 @@ def choose_encoder(
         encoder = FastEncoder(FastSource.of(reference))
         texts = [text for unit in _samples(inputs, keys) for text in _texts(unit, keys)]
         if inputs and not texts:
-            raise DataError("there is no sample of the input to compare gigatoken on")
+            raise DataError("the input has no sample on which gigatoken could be compared")
         encoder.check(reference, [*texts, *RARE, *reference.special])
     except DataError as error:
         if fast == "on":

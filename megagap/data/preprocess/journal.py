@@ -1,4 +1,4 @@
-"""How far a run has come, beside its partial files, so that another one can go on there.
+"""How far a run has come, beside its partial files, so that another one can continue there.
 
 A line of JSON for each entry, appended and synced: first what the run is to do, then, now and then, how much of it has
 been written. A last line that was cut short does not count.
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagap.console import counted
 from megagap.data.inputs import Input
 from megagap.data.partial import Position, checksum_of
 from megagap.data.units import Mark, changed
@@ -37,12 +38,14 @@ class State:
 
     pairs: list[PairState]
     mark: Mark = field(default_factory=Mark)
-    """The unit to go on with."""
+    """The unit to continue with."""
     checksums: list[str] = field(default_factory=list)
     """Of the inputs that were read to their end."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Of the documents that were malformed."""
     first_skipped: list[str] = field(default_factory=list)
+    content_bytes: int | None = 0
+    """Bytes of the inputs that were read, uncompressed; None where an earlier version did not count them."""
     arranged: dict[int, tuple[Position, int]] = field(default_factory=dict)
     """Of pairs whose documents were arranged anew: what they hold, and how many duplicates were left out."""
     is_read: bool = False
@@ -55,13 +58,13 @@ class Journal:
     """The journal of a run, for appending."""
 
     def __init__(self, path: Path, plan: dict[str, Any] | None) -> None:
-        """``plan`` starts a new journal; None goes on with the one that is there."""
+        """``plan`` starts a new journal; None continues the one that exists."""
         if plan is None:
             _cut_torn_line(path)
         self._file = open(path, "w" if plan else "a", encoding="utf-8")  # noqa: SIM115
         self._finished = 0
         self.has_progress = plan is None
-        """Whether there is anything to go on from."""
+        """Whether there is anything to continue from."""
         if plan:
             self._append(plan)
 
@@ -90,7 +93,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], State] | None:
-    """What an interrupted run was to do, and where it stood; None if it left nothing to go on from."""
+    """What an interrupted run was to do, and where it stood; None if it left nothing to continue from."""
     with reading(path):
         try:
             lines = path.read_bytes().split(b"\n")[:-1]
@@ -113,26 +116,27 @@ def _state_of(entry: dict[str, Any]) -> State:
     pairs = [PairState(**pair | {"position": Position(**pair["position"])}) for pair in entry["pairs"]]
     arranged = {int(i): (Position(**position), dropped) for i, (position, dropped) in entry["arranged"].items()}
     mark = Mark(**entry["mark"])
-    return State(**entry | {"pairs": pairs, "mark": mark, "arranged": arranged})
+    content_bytes = entry.get("content_bytes")
+    return State(**entry | {"pairs": pairs, "mark": mark, "arranged": arranged, "content_bytes": content_bytes})
 
 
 def check_inputs(before: Sequence[dict[str, Any]], now: Sequence[Input], state: State) -> None:
     """Raises :class:`DataError` unless the inputs are those that the interrupted run began with.
 
     An input whose time of change differs is compared by its checksum if it was read to its end. One that was read in
-    part is compared when reading goes on.
+    part is compared when reading continues.
     """
     then = [Input(**file) for file in before]
     for one, other in zip(then, now, strict=False):
         if (one.path, one.start, one.stop) != (other.path, other.start, other.stop):
             raise DataError(
-                f"the interrupted run was to read {one.path}, where now stands {other.path}\n"
-                "  give the same inputs to go on, or start again without --resume."
+                f"the interrupted run was to read {one.path}, in whose place {other.path} is given now\n"
+                "  give the same inputs to continue, or start again without --resume."
             )
     if len(then) != len(now):
         raise DataError(
-            f"the interrupted run had {len(then):,} input files, now there are {len(now):,}\n"
-            "  give the same inputs to go on, or start again without --resume."
+            f"the interrupted run had {counted(len(then), 'input file')}, now there are {len(now):,}\n"
+            "  give the same inputs to continue, or start again without --resume."
         )
     for i, (one, other) in enumerate(zip(then, now, strict=True)):
         is_read = i < len(state.checksums)

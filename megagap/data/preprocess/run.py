@@ -1,4 +1,4 @@
-"""A run: from inputs to published pairs, or on from where another run was killed."""
+"""A run: from inputs to published pairs, or from where a killed run stopped."""
 
 import logging
 import time
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from megagap.console import counted
 from megagap.data.documents import fault_in
 from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
 from megagap.data.format import best_dtype
@@ -43,6 +43,7 @@ from megagap.data.partial import (
 from megagap.data.preprocess.arrange import arrange, take_over
 from megagap.data.preprocess.fast import Fast, choose_encoder
 from megagap.data.preprocess.journal import Journal, PairState, State, check_inputs, inputs_entry, read_journal
+from megagap.data.preprocess.progress import Progress
 from megagap.data.tokenizer import Tokenizer
 from megagap.data.units import Unit, read_units
 from megagap.data.workers import map_in_order
@@ -51,10 +52,10 @@ from megagap.files import reading, write_text
 
 log = logging.getLogger(__name__)
 
-KEPT = "What was done is kept: the same command with --resume goes on."
+KEPT = "The work done so far is kept: the same command with --resume continues it."
 
 JOURNAL_SECONDS = 10.0
-"""Between two entries of the journal: what a kill may cost."""
+"""Between two entries of the journal: the most work that a kill may lose."""
 
 THREADS = 4
 """Of a process, where a tokenizer's library has threads: they share its tables and caches, which makes each faster."""
@@ -86,6 +87,10 @@ class Run:
         self._journal_path = partial_path(prefixes[0], "journal")
         self.notes: list[str] = []
         """What the user should know."""
+        self.content_read = 0
+        """Bytes of the inputs that this run read, uncompressed."""
+        self.was_finished = False
+        """An earlier run had made everything."""
 
     def __call__(self, fast: Fast, workers: int, resume: bool, show_progress: bool) -> list[Manifest]:
         """The manifests of the pairs. Raises :class:`DataError`."""
@@ -101,7 +106,9 @@ class Run:
         if state is None:
             removed = [prefix for prefix in self._prefixes if remove_partial(prefix)]
             if removed and not resume:
-                self.notes.append(f"removed what an unfinished run left of {removed[0]}; --resume would have gone on")
+                self.notes.append(
+                    f"removed what an unfinished run left of {removed[0]}; --resume would have continued it"
+                )
         plan = None if state else self._plan()
         state = state or State([PairState() for _ in self._prefixes])
         journal = None
@@ -125,13 +132,13 @@ class Run:
         return [manifest for prefix in self._prefixes if (manifest := read_manifest(prefix))]
 
     def _remove_partial(self) -> None:
-        """As far as the system lets us: nothing depends on it."""
+        """As far as the system allows it: nothing depends on it."""
         for prefix in self._prefixes:
             with suppress(CannotWriteError):
                 remove_partial(prefix)
 
     def _plan(self) -> dict[str, Any]:
-        arguments = self._arguments.model_dump(exclude={"on_error"})  # which may be changed to go on
+        arguments = self._arguments.model_dump(exclude={"on_error"})  # which may be changed when continuing
         return {
             "arguments": arguments | {"keys": self._keys},
             "tokenizer": self._record.model_dump(exclude={"spec"}),
@@ -150,7 +157,7 @@ class Run:
                 if before[what].get(name) != value:
                     raise DataError(
                         f"the interrupted run had {name.replace('_', ' ')} = {before[what].get(name)!r}, this one has "
-                        f"{value!r}\n  give the same {what} to go on, or start again without --resume."
+                        f"{value!r}\n  give the same {what} to continue, or start again without --resume."
                     )
         check_inputs(before["inputs"], self._inputs, state)
         return state
@@ -168,7 +175,7 @@ class Run:
                 return None
             if manifest is None or not all(Path(prefix + ending).exists() for ending in manifest.files):
                 return None
-            # Manifests from before these were noted are believed.
+            # Earlier versions did not record these.
             effective = manifest.tokenizer.effective or self._record.effective
             same = {"on_error": self._arguments.on_error, "special_tokens": manifest.special_tokens}
             if (
@@ -184,7 +191,8 @@ class Run:
         sums = [record.checksum for record in manifests[0].inputs]
         if not all(map(_has_checksum, self._inputs, sums)):
             return None
-        self.notes.append("all was finished already, from the same inputs")
+        self.was_finished = True
+        self.notes.append("finished already, by an earlier run from the same inputs: nothing was done")
         return manifests
 
     def _work(self, state: State, journal: Journal, fast: Fast, workers: int, show_progress: bool) -> None:
@@ -230,11 +238,8 @@ class Run:
         done = sum(file.share for file in self._inputs[: state.mark.input])
         total = sum(file.share for file in self._inputs)
         name = Path(self._prefixes[0]).name
-        with (
-            ExitStack() as stack,
-            tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name, disable=not show_progress) as bar,
-        ):
-            stack.enter_context(closing(results))  # ends the workers at once if we fail
+        with ExitStack() as stack, Progress(name, total, done, show_progress) as progress:
+            stack.enter_context(closing(results))  # ends the workers at once on an error
             writers = []
             for prefix, pair_state in zip(self._prefixes, state.pairs, strict=True):
                 position = pair_state.position if journal.has_progress else None
@@ -243,7 +248,7 @@ class Run:
             recorded = time.monotonic()
             for unit, result in results:
                 self._take(state, unit, result, writers)
-                bar.update(unit.size)
+                progress.add(unit)
                 if time.monotonic() - recorded >= JOURNAL_SECONDS and all(writer.can_stop for writer in writers):
                     for writer in writers:
                         writer.sync()
@@ -251,6 +256,7 @@ class Run:
                     recorded = time.monotonic()
             for writer in writers:
                 writer.sync()
+        self.content_read = progress.content_bytes
         self._require_documents(state)
         state.is_read = True
         journal.record(state)
@@ -259,7 +265,7 @@ class Run:
         """Write what came of a unit."""
         is_piece = unit.kind == "text" and not (unit.begins and unit.ends)
         if unit.kind == "text" and len(writers) > 1:
-            raise DataError(f"{unit.path} is a plain text, which has one text: give one of --json-keys")
+            raise DataError(f"{unit.path} is a plain text, which has only one text: give a single --json-keys")
         if result.faults:
             faults = result.faults[: REPORTED - len(state.first_skipped)]
             stops = self._arguments.on_error == "stop" or is_piece
@@ -271,6 +277,8 @@ class Run:
             state.first_skipped += [fault_in(unit, fault, before).args[0] for fault in faults]
         for writer, texts in zip(writers, result.texts, strict=False):
             writer.add(unit, texts)
+        if state.content_bytes is not None:
+            state.content_bytes += unit.content_size
         state.mark = unit.next
         if unit.file_checksum is not None:
             state.checksums.append(unit.file_checksum)
@@ -282,10 +290,11 @@ class Run:
         left_out = sum(pair.empty + pair.short for pair in state.pairs)
         if skipped:
             raise DataError(
-                f"none of the {skipped:,} documents can be used; the first fault:\n  {state.first_skipped[0]}"
+                f"none of the {counted(skipped, 'document')} can be used; the first fault:\n  {state.first_skipped[0]}"
             )
         what = f"only documents that are empty or too short ({left_out:,})" if left_out else "no documents"
-        raise DataError(f"the inputs hold {what}: {', '.join(file.path for file in self._inputs[:3])}…")
+        more = " …" if self._inputs[3:] else ""
+        raise DataError(f"the inputs hold {what}: {', '.join(file.path for file in self._inputs[:3])}{more}")
 
     def _arrange(self, state: State, journal: Journal) -> None:
         seed, dedup = self._arguments.shuffle_documents, self._arguments.dedup
@@ -310,6 +319,7 @@ class Run:
             documents=position.documents,
             tokens=position.tokens,
             characters=pair.characters,
+            content_bytes=state.content_bytes,
             special_tokens_in_texts=pair.special,
             left_out=LeftOut(
                 empty=pair.empty,
@@ -340,13 +350,13 @@ class TextWriter:
         self._around = [np.array([] if i is None else [i], pair.dtype) for i in (bos, eod)]
         self._min_tokens = max(min_tokens, 1)
         self._held: list[NDArray[Any]] = []
-        """Pieces of a plain text that is too short so far."""
+        """Pieces of a plain text that has too few tokens so far."""
         self._held_characters = 0
         self._held_special = 0
 
     @property
     def can_stop(self) -> bool:
-        """Whether the state and the file say all."""
+        """Whether state and files hold everything so far."""
         return not self._held
 
     def sync(self) -> None:
@@ -375,7 +385,7 @@ class TextWriter:
                 self._pair.add_tokens(tokens)
             self._state.characters += self._held_characters
             self._state.special += self._held_special
-            self._let_go()
+            self._release()
         if not unit.ends:
             return
         if self._pair.open_tokens:
@@ -386,9 +396,9 @@ class TextWriter:
             self._state.short += 1
         else:
             self._state.empty += 1
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._held, self._held_characters, self._held_special = [], 0, 0
 
 

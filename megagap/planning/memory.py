@@ -108,6 +108,45 @@ def fullest(stages: list[RankMemory]) -> RankMemory:
     return max(stages, key=lambda memory: memory.total)
 
 
+def report(settings: Settings, device: Device, world_size: int) -> dict[str, Any]:
+    """What ``trace_step --memory --json`` prints."""
+    stages, parallel = memory_by_stage(settings, device, world_size), settings.parallel
+    dp = world_size // (parallel.pp * parallel.tp)
+    return {
+        "device": device.key,
+        "device_memory_bytes": int(device.memory_gib * GIB) or None,
+        "reserve_bytes": RESERVE_BYTES if device.memory_gib else 0,
+        "world_size": world_size,
+        "layout": {"pp": parallel.pp, "dp": dp, "tp": parallel.tp},
+        "peak_memory_bytes": fullest(stages).total,
+        "fits": fullest(stages).fits(device),
+        "stages": [memory.as_dict(device) for memory in stages],
+        "recipe": settings.model_dump(mode="json"),
+    }
+
+
+def stages_table(stages: list[RankMemory]) -> Table:
+    """For a person: one row per pipeline stage, GiB of each of its ranks."""
+    table = Table("stage", "ranks", *KINDS, "total", "peak in")
+    for column in table.columns[2:-1]:
+        column.justify = "right"
+    for memory in stages:
+        ranks = f"{memory.ranks.start}" + (f" to {memory.ranks.stop - 1}" if len(memory.ranks) > 1 else "")
+        sizes = [f"{getattr(memory, kind) / GIB:.2f}" for kind in (*KINDS, "total")]
+        table.add_row(str(memory.stage), ranks, *sizes, memory.moment)
+    return table
+
+
+def verdict(stages: list[RankMemory], device: Device) -> str:
+    """Whether the layout fits, in a line."""
+    most = fullest(stages)
+    peak = f"the fullest rank takes {most.total / GIB:.2f} GiB"
+    if most.fits(device) is None:
+        return f"{peak}; a {device.key} has what its machine has"
+    has = f"{device.key} has {device.memory_gib:g} GiB, of which {RESERVE_BYTES / GIB:g} are left for what is not counted"
+    return f"{peak}: {'fits' if most.fits(device) else 'does not fit'} ({has})"
+
+
 def _require_known_attention(settings: Settings, device: Device) -> None:
     if settings.data.document_mask and (device.kind == "cpu" or settings.train.precision == "fp32"):
         raise ConfigError(

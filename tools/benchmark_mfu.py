@@ -75,10 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def sweep_layouts(options: argparse.Namespace, rest: list[str]) -> None:
     """Raises :class:`ConfigError` if no combination could be measured."""
-    if UNDER_TORCHRUN in os.environ:
+    if UNDER_TORCHRUN in os.environ or Process.from_environment().world_size > 1:
         raise ConfigError(
             "--sweep starts the processes of each combination by itself\n"
-            "  start it without torchrun: python tools/benchmark_mfu.py … --processes N --sweep …"
+            "  start it without torchrun, once: python tools/benchmark_mfu.py … --processes N --sweep …"
         )
     values, overrides = parse_sweep(options.sweep), parse_overrides(rest)
     for name in values:

@@ -1,4 +1,4 @@
-"""Predict what a recipe's training step takes on a device that need not be present: time, memory, kernels, host waits."""
+"""Predict a recipe's training step on a device that need not be present: time, memory, kernels, host waits."""
 
 import argparse
 import json

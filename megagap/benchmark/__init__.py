@@ -1,1 +1,1 @@
-"""How fast a recipe trains on this machine: its own steps, timed (``step.py``), in one layout or several (``sweep.py``)."""
+"""How fast a recipe trains on this machine: its own steps, timed (``step.py``), in several layouts (``sweep.py``)."""

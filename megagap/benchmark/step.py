@@ -29,7 +29,6 @@ from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state, make_loader
 
-
 PEAK_MEASUREMENTS = 5
 """Times at which the peak is measured, before, between and after the timed steps: what it says of a machine that others
 use changes within seconds."""
@@ -141,8 +140,8 @@ class Report:
         achieved = self.as_dict()["tflops_per_device"]
         low, high = (achieved / peak for peak in (max(self.measured_peaks), min(self.measured_peaks)))
         return (
-            f"the machine was not quiet: its measured peak varied by {self.peak_spread:.0%} during the benchmark, so MFU "
-            f"of the measured peak may be anything from {low:.0%} to {high:.0%}; repeat it when nothing else runs"
+            f"the machine was not quiet: its measured peak varied by {self.peak_spread:.0%} during the benchmark\n"
+            f"  MFU of the measured peak is between {low:.0%} and {high:.0%}; repeat it when nothing else runs."
         )
 
     def _phase_row(self) -> str:
@@ -153,9 +152,7 @@ class Report:
         return f"{self.phase.name} ({names.index(self.phase.name) + 1} of {len(names)}), {length}"
 
 
-def benchmark(
-    settings: Settings, mesh: Mesh, phase: Span, warmup: int, steps: int, profiled_steps: int = 0
-) -> Report:
+def benchmark(settings: Settings, mesh: Mesh, phase: Span, warmup: int, steps: int, profiled_steps: int = 0) -> Report:
     """Run ``warmup`` and then ``steps`` timed steps of a phase in the recipe's layout, with all that the trainer does
     at a step: read the batch, update, record. A phase that is shorter starts again. Where the recipe's data files do
     not exist, tokens are random. On a GPU, ``profiled_steps`` more are made under torch's profiler.
@@ -241,7 +238,7 @@ def random_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
     return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(sources(settings))))
 
 
-def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 8) -> float:
+def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 4) -> float:
     """TFLOP/s of the fastest of several large square matrix products, on all ranks at the same time."""
     size = 8192 if mesh.device.type == "cuda" else 2048
     dtype = COMPUTE_DTYPES[settings.train.precision]

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megagap.benchmark.step import choose_phase, missing_data
+from megagap.benchmark.step import QUIET_SPREAD, choose_phase, missing_data
 from megagap.config import Settings, load_recipe
 from megagap.config.loading import override_faults
 from megagap.errors import ConfigError, MegagapError, ops_choice
-from megagap.files import make_folder, require_writable, write_text, writing
+from megagap.files import Lock, LockedError, file_errors, make_folder, require_writable, write_text, writing
 from megagap.observe.run_directory import environment
 from megagap.parallel.mesh import Mesh
+from megagap.training.parent import end_with_starter
 
 MAX_COMBINATIONS = 1000
 """More of them are a mistake: at a minute each, most of a day."""
@@ -139,7 +141,8 @@ def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
     first. ``sweep.json`` in the output folder is replaced after each.
 
     A combination that an earlier call has measured, with the same settings, versions and hardware, is not measured
-    again; one that failed is. Raises :class:`ConfigError` if there are too many or none of them can be started.
+    again; one that failed is. Raises :class:`ConfigError` if there are too many, none of them can be started, or
+    another sweep writes into the same folder.
     """
     combinations = list(sweep.combinations())
     if len(combinations) > MAX_COMBINATIONS:
@@ -150,16 +153,34 @@ def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
         raise _without_kind(prepared[0], "--sweep: no combination can be started; the first one:\n")
     make_folder(sweep.output)
     require_writable(sweep.output / "sweep.json")
+    lock = _lock(sweep.output)
     where = _surroundings(sweep)
     outcomes: list[Outcome] = []
-    for number, (combination, settings) in enumerate(zip(combinations, prepared, strict=True), start=1):
-        if isinstance(settings, ConfigError):
-            outcomes.append(Outcome(combination, REFUSED, str(settings)))
-        else:
-            outcomes.append(_measure(sweep, tool, combination, settings, where))
-        print(f"{number}/{len(combinations)} {_shown(combination)}: {_result(outcomes[-1])}", file=sys.stderr)
-        _write(sweep, outcomes)
+    try:
+        for number, (combination, settings) in enumerate(zip(combinations, prepared, strict=True), start=1):
+            if isinstance(settings, ConfigError):
+                outcomes.append(Outcome(combination, REFUSED, str(settings)))
+            else:
+                outcomes.append(_measure(sweep, tool, combination, settings, where))
+            print(f"{number}/{len(combinations)} {_shown(combination)}: {_result(outcomes[-1])}", file=sys.stderr)
+            _write(sweep, outcomes)
+    except KeyboardInterrupt:
+        left = len(combinations) - len(outcomes)
+        print(
+            f"{left} of {len(combinations)} combinations left; rerun the same command to measure them", file=sys.stderr
+        )
+        raise
+    finally:
+        lock.release()
     return ranked(outcomes)
+
+
+def _lock(folder: Path) -> Lock:
+    try:
+        with file_errors(f"cannot write {folder / 'lock'}", folder / "lock"):
+            return Lock(folder / "lock")
+    except LockedError as error:
+        raise ConfigError(f"another sweep writes into {folder}: {error.holder}\n  choose another --output.") from None
 
 
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -179,7 +200,7 @@ def table(sweep: Sweep, outcomes: Sequence[Outcome]) -> Table:
             found.add_row("", *values, outcome.status)
             continue
         report = outcome.report
-        seconds = sorted(report["step_seconds"])[len(report["step_seconds"]) // 2]
+        seconds = statistics.median(report["step_seconds"])
         mfu = report["mfu"]["datasheet"] or report["mfu"]["measured"]
         memory = f"{report['memory_bytes'] / 2**30:.2f} GiB"
         speed = f"{outcome.tokens_per_second:,.0f}"
@@ -200,7 +221,12 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
         peak = "datasheet" if done[0]["mfu"]["datasheet"] else "measured"
         lines.append(f"MFU: of the {peak} peak, counting the full attention square")
         peaks = [value for report in done for value in report["measured_peaks"]]
-        lines.append(f"measured peaks of all combinations: {min(peaks):,.3f} to {max(peaks):,.3f} TFLOP/s per device")
+        spread = (max(peaks) - min(peaks)) / statistics.median(peaks)
+        lines.append(f"measured peaks: {min(peaks):,.3f} to {max(peaks):,.3f} TFLOP/s, a spread of {spread:.0%}")
+        if spread > QUIET_SPREAD:
+            lines.append(
+                "  the machine was not quiet, or the dtype differs: small differences between rows mean nothing"
+            )
     return lines
 
 
@@ -231,7 +257,11 @@ def _measure(
                 write_text(folder / name, text)
     with writing(folder / "output.log"), open(folder / "output.log", "wb") as output:
         code = subprocess.run(
-            _command(sweep, tool, combination, folder), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            _command(sweep, tool, combination, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=end_with_starter,
         ).returncode
     report = _read_finished(folder, identity)
     if code == 0 and report is not None:
@@ -267,7 +297,9 @@ def _surroundings(sweep: Sweep) -> dict[str, Any]:
 
 def _gpu_names() -> list[str]:
     """Asked in another process: to ask takes memory of the first GPU, which is to be measured."""
-    script = "import json, torch; print(json.dumps(list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))))"
+    script = (
+        "import json, torch; print(json.dumps(list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     names: list[str] = json.loads(done.stdout)
     return names

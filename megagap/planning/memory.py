@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megagap.config import Model, Settings, spans
+from megagap.config import Settings, spans
 from megagap.errors import ConfigError
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.distributed import BUCKET_ELEMENTS
@@ -27,7 +27,7 @@ from megagap.planning.devices import Device
 GIB = 2**30
 
 RESERVE_BYTES = 4 * GIB
-"""Left free on a GPU for what the formula does not count: the driver's context (0.5 GiB), NCCL's or RCCL's buffers (1 to
+"""Left free on a GPU for what the formula does not count: the driver's context (0.5 GiB), buffers of NCCL or RCCL (1 to
 2 GiB with several groups), workspaces of libraries, and fragmentation of the allocator."""
 
 FP32 = 4
@@ -143,7 +143,9 @@ def verdict(stages: list[RankMemory], device: Device) -> str:
     peak = f"the fullest rank takes {most.total / GIB:.2f} GiB"
     if most.fits(device) is None:
         return f"{peak}; a {device.key} has what its machine has"
-    has = f"{device.key} has {device.memory_gib:g} GiB, of which {RESERVE_BYTES / GIB:g} are left for what is not counted"
+    has = (
+        f"{device.key} has {device.memory_gib:g} GiB, of which {RESERVE_BYTES / GIB:g} are left for what is not counted"
+    )
     return f"{peak}: {'fits' if most.fits(device) else 'does not fit'} ({has})"
 
 
@@ -214,7 +216,8 @@ class _Stage:
             gradients=elements * FP32 + (slices * FP32 if self.dp > 1 else 0),
             activations=peak.activations,
             workspace=peak.workspace,
-            inputs=8 * self.microbatches * self.batch * (self.length + 1) + 2 * FP32 * self.length * self.model.head_dim,
+            inputs=8 * self.microbatches * self.batch * (self.length + 1)
+            + 2 * FP32 * self.length * self.model.head_dim,
             moment=peak.name,
             in_flight=self.in_flight,
         )
@@ -319,12 +322,12 @@ class _Stage:
         kept = others + self.saved - (self.R + self.A + FP32 * self.residual_tokens if self.is_last else 0)
         gathered = self.A if self.splits_sequence else 0
         copied = self.A if self.splits_sequence and self.batch > 1 else 0
-        hidden, name = self.model.hidden_size, "backward of the last layer"
+        name = "backward of the last layer"
         sending = self.R if self.is_last and self.pp > 1 and self.microbatches > 1 else 0
         stream = self.R + sending  # the gradient of the residual stream
         yield _Moment(name, kept, stream + gathered + max(copied, self.F + self._product_copy(self.inner)))
         yield _Moment(name, kept - self.F, stream + 3 * self.F)
-        yield _Moment(name, kept - self.F, stream + 2 * self.F + self.A - self.F + self._product_copy(self.inner))
+        yield _Moment(name, kept - 3 * self.F, stream + 2 * self.F + self.A + self._product_copy(self.inner))
         kept -= 3 * self.F + self.A
         yield _Moment(name, kept, stream + self.A + self._leave_gradient())
         kept -= self.R

@@ -12,6 +12,7 @@ import pytest
 from megagap.benchmark import sweep as module
 from megagap.benchmark.sweep import DONE, FAILED, REFUSED, Sweep, notes, parse_sweep, reason_of, run_sweep, split_values
 from megagap.errors import ConfigError
+from megagap.files import Lock
 from tests.recipes import write_recipe
 
 TOOL = """
@@ -115,6 +116,36 @@ def test_a_sweep_of_which_nothing_can_be_started_is_refused_before_it_writes(tri
     assert not tried.sweep.output.exists() and not tried.called()
 
 
+def test_two_sweeps_do_not_write_into_one_folder(tried):
+    tried.sweep.output.mkdir()
+    lock = Lock(tried.sweep.output / "lock")
+    with pytest.raises(ConfigError, match=r"another sweep writes into .*out: process \d+ on "):
+        tried.run()
+    lock.release()
+    assert tried.run()[0].status == DONE
+
+
+def test_an_interrupted_sweep_keeps_what_it_measured(tried, monkeypatch, capsys):
+    measure = module._measure
+    monkeypatch.setattr(
+        module,
+        "_measure",
+        lambda sweep, tool, combination, *rest: (
+            interrupt() if combination["train.micro_batch_size"] == "4" else measure(sweep, tool, combination, *rest)
+        ),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tried.run()
+    assert "2 of 5 combinations left; rerun the same command" in capsys.readouterr().err
+    monkeypatch.undo()
+    tried.called()
+    assert len(tried.run()) == 5 and tried.called() == ["4", "8"]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("text", "values"),
     [
@@ -163,9 +194,17 @@ def test_good_items_are_taken_as_typed():
 @pytest.mark.parametrize(
     ("output", "code", "reason"),
     [
-        ("noise\ndata error: x.bin is cut short\n  copy it again.\nmore", 2, "data error: x.bin is cut short\n  copy it again."),
+        (
+            "noise\ndata error: x.bin is cut short\n  copy it again.\nmore",
+            2,
+            "data error: x.bin is cut short\n  copy it again.",
+        ),
         ("rank 1: distributed error: lost rank 0", 1, "distributed error: lost rank 0"),
-        ("[rank0]: RuntimeError: not enough memory\ntorch.x.ChildFailedError: \n", 1, "RuntimeError: not enough memory"),
+        (
+            "[rank0]: RuntimeError: not enough memory\ntorch.x.ChildFailedError: \n",
+            1,
+            "RuntimeError: not enough memory",
+        ),
         ("Root Cause\n  exitcode  : -9 (pid: 1)\n", 1, "ended by SIGKILL: out of memory?"),
         ("", -11, "ended by SIGSEGV"),
         ("something\n\n", 3, "exit code 3: something"),

@@ -165,7 +165,10 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
 
 
 def test_data_parallel_ranks_share_masters_and_moments_but_not_gradients(memories):
-    (one,), (four,) = memories(train__precision="bf16-mixed"), memories(4, train__precision="bf16-mixed", train__micro_batch_size=1)
+    (one,), (four,) = (
+        memories(train__precision="bf16-mixed"),
+        memories(4, train__precision="bf16-mixed", train__micro_batch_size=1),
+    )
     assert (4 * four.masters, 4 * four.moments) == (one.masters, one.moments)
     assert four.parameters == one.parameters and four.gradients == one.gradients * 5 / 4
 
@@ -178,7 +181,8 @@ def test_the_first_stage_keeps_the_most_microbatches_with_1f1b_and_all_stages_al
 
 
 def test_sequence_parallelism_splits_the_residual_stream_only(memories):
-    (split,), (whole,) = memories(2, parallel__tp=2)[:1], memories(2, parallel__tp=2, parallel__sequence_parallel=False)[:1]
+    (split,) = memories(2, parallel__tp=2)
+    (whole,) = memories(2, parallel__tp=2, parallel__sequence_parallel=False)
     residual = 2 * 512 * 256 * 4  # a microbatch, fp32
     streams = 2 * 8 + 1  # before each norm
     rstd = 4 * 2 * 512 * streams
@@ -186,18 +190,14 @@ def test_sequence_parallelism_splits_the_residual_stream_only(memories):
 
 
 def test_the_longest_phase_counts(tmp_path):
-    base = {**SMALL, "data": {"phases": []}}
-    source = [{"path": "x"}]
-    base["data"] = {
-        "phases": [
-            {"name": "short", "tokens": 10_000, "sources": source, "sequence_length": 256},
-            {"name": "long", "tokens": 10_000, "sources": source, "sequence_length": 1024},
-        ]
-    }
-    base["train"] = {**SMALL["train"], "steps": 0}
-    (phases,) = memory_by_stage(settings_of(tmp_path, 1, {}, base), load_device("h100"), 1)
+    phases = [
+        {"name": name, "tokens": 10_000, "sources": [{"path": "x"}], "sequence_length": length}
+        for name, length in (("short", 256), ("long", 1024))
+    ]
+    base = {**SMALL, "data": {"phases": phases}, "train": {**SMALL["train"], "steps": 0}}
+    (several,) = memory_by_stage(settings_of(tmp_path, 1, {}, base), load_device("h100"), 1)
     (long,) = memory_by_stage(settings_of(tmp_path, 1, {"train.sequence_length": 1024}), load_device("h100"), 1)
-    assert phases.total == long.total
+    assert several.total == long.total
 
 
 def test_a_document_mask_is_refused_where_the_documents_decide(memories):
@@ -210,7 +210,8 @@ def test_a_layout_fits_if_the_reserve_is_left(memories):
     (memory,) = memories()
     device = load_device("h100")
     just = (memory.total + RESERVE_BYTES) / 2**30
-    assert memory.fits(replace(device, memory_gib=just * 1.001)) and not memory.fits(replace(device, memory_gib=just * 0.999))
+    assert memory.fits(replace(device, memory_gib=just * 1.001))
+    assert not memory.fits(replace(device, memory_gib=just * 0.999))
     assert memory.fits(load_device("cpu")) is None
 
 
@@ -222,7 +223,8 @@ def test_the_tables_in_the_pages_are_those_of_the_formula(tmp_path, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     if page == "README.md" and memory_table.START not in text:
         pytest.skip("the README has no table of memory")
-    assert text == memory_table.replaced(text, memory_table.PAGES[page](tmp_path)), "python -m tests.planning.memory_table"
+    expected = memory_table.replaced(text, memory_table.PAGES[page](tmp_path))
+    assert text == expected, "python -m tests.planning.memory_table writes it"
 
 
 def test_the_tool_prints_the_memory_of_every_stage(tmp_path):

@@ -40,8 +40,8 @@ and after the timed steps. Its median counts, as of the steps; where it varies, 
 
 --sweep measures every combination of the values in processes of its own, N each (--processes), and ranks them in one
 table and in sweep.json. A combination that is refused, runs out of memory or crashes is recorded with its reason.
-The same command again measures what is missing or failed; what is there for the same settings, versions and hardware
-is kept.
+Rerun the command to resume: what failed or is missing is measured, results for the same settings, versions and
+hardware are kept.
 """
 
 

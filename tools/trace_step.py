@@ -10,7 +10,7 @@ from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.console import Console
 from megagap.errors import run_tool
 from megagap.planning.devices import Device, known_devices, load_device
-from megagap.planning.memory import memory_by_stage, report, stages_table, verdict
+from megagap.planning.memory import assumptions, memory_by_stage, report, stages_table, verdict
 from megagap.planning.trace import draw, kinds_table, sites_table, summary, title, trace_step
 
 EXAMPLES = """examples:
@@ -23,8 +23,7 @@ The trainer's own step runs over tensors without storage, so no GPU is needed an
 operation follows from the figures in megagap/planning/devices.toml: the longer of its arithmetic and its memory
 traffic, plus its launch. docs/trace.md says what is assumed, and how far predictions were from a measured step.
 
---memory answers whether a layout fits, by a formula: each rank's memory by kind, for every pipeline stage, in a second
-(docs/memory.md).
+--memory answers whether a layout fits, by a formula: the memory of every pipeline stage's ranks (docs/memory.md).
 """
 
 
@@ -85,7 +84,8 @@ def print_memory(settings: Settings, device: Device, options: argparse.Namespace
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(f"memory per rank in GiB on {device.key}, {options.world_size} processes", style="bold")
     console.print(stages_table(stages))
-    console.print(verdict(stages, device), highlight=False, soft_wrap=True)
+    for line in (verdict(stages, device), *assumptions(settings)):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

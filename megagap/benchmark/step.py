@@ -141,7 +141,7 @@ class Report:
         low, high = (achieved / peak for peak in (max(self.measured_peaks), min(self.measured_peaks)))
         return (
             f"the machine was not quiet: its measured peak varied by {self.peak_spread:.0%} during the benchmark\n"
-            f"  MFU of the measured peak is between {low:.0%} and {high:.0%}; repeat it when nothing else runs."
+            f"  MFU of the measured peak is between {low:.1%} and {high:.1%}; repeat it when nothing else runs."
         )
 
     def _phase_row(self) -> str:

@@ -359,7 +359,9 @@ def _shown(combination: dict[str, str]) -> str:
 
 def _result(outcome: Outcome) -> str:
     if outcome.status != DONE:
-        return f"{outcome.status}: {outcome.reason.splitlines()[0]}"
+        lines = [line.strip() for line in outcome.reason.splitlines()]
+        # The first line of a fault in the settings only counts them.
+        return f"{outcome.status}: {lines[1] if outcome.status == REFUSED and len(lines) > 1 else lines[0]}"
     before = " (measured before)" if outcome.is_from_before else ""
     return f"{outcome.tokens_per_second:,.0f} tokens per second{before}"
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megagap.config import Settings, spans
 from megagap.errors import ConfigError
+from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.distributed import BUCKET_ELEMENTS
 from megagap.optim.precision import COMPUTE_DTYPES
@@ -66,7 +67,7 @@ class RankMemory:
 
     @property
     def static(self) -> int:
-        """What is there between two steps."""
+        """What is kept between steps."""
         return self.parameters + self.masters + self.moments + self.gradients
 
     def fits(self, device: Device) -> bool | None:
@@ -149,6 +150,26 @@ def verdict(stages: list[RankMemory], device: Device) -> str:
     return f"{peak}: {'fits' if most.fits(device) else 'does not fit'} ({has})"
 
 
+def assumptions(settings: Settings) -> list[str]:
+    """What the numbers count, one per line."""
+    longest = _longest_sequence(settings)
+    lines = [
+        f"counted: all tensors at the fullest moment of a step, with sequences of {longest:,} tokens"
+        + (", the longest of all phases" if settings.data.phases else ""),
+        "not counted: the driver's context, buffers of NCCL or RCCL, fragmentation (docs/memory.md)",
+    ]
+    if not compiled.AVAILABLE:
+        lines.append(
+            "megagap's kernels are not built here (or MEGAGAP_OPS=plain): plain torch keeps more than is counted"
+        )
+    return lines
+
+
+def _longest_sequence(settings: Settings) -> int:
+    plan = spans(settings.data, settings.train, settings.model.rope_theta)
+    return max(span.sequence_length for span in plan)
+
+
 def _require_known_attention(settings: Settings, device: Device) -> None:
     if settings.data.document_mask and (device.kind == "cpu" or settings.train.precision == "fp32"):
         raise ConfigError(
@@ -181,7 +202,7 @@ class _Stage:
         self.itemsize = self.dtype.itemsize
 
         self.batch = train.micro_batch_size
-        self.length = max(span.sequence_length for span in spans(settings.data, train, model.rope_theta))
+        self.length = _longest_sequence(settings)
         self.microbatches = train.global_batch_size // (self.batch * self.dp)
         in_flight = self.microbatches if parallel.schedule == "gpipe" else self.pp - stage
         self.in_flight = min(in_flight, self.microbatches)

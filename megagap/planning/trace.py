@@ -1,4 +1,4 @@
-"""Traces the trainer's own step of a recipe on a device that is not there, and predicts what it takes."""
+"""Traces the trainer's own step of a recipe on a device that is not present, and predicts its cost."""
 
 import io
 import warnings
@@ -61,7 +61,7 @@ class Trace:
     host_syncs: list[HostSync]
     peak_memory_bytes: int
     static_memory_bytes: int
-    """Parameters, masters, moments and gradients: what is there between two steps."""
+    """Parameters, masters, moments and gradients: what is kept between steps."""
 
     @property
     def total(self) -> Total:
@@ -97,7 +97,7 @@ class Trace:
         return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
 
     def within(self, file: str) -> Total:
-        """All that is called from a file of ours, such as ``parallel/cross_entropy.py``: the output and its loss."""
+        """All that a file of megagap calls, such as ``parallel/cross_entropy.py``: the output and its loss."""
         return self._totals(lambda operation: file in operation.files).get(True, Total())
 
     def assumptions(self) -> list[str]:
@@ -108,9 +108,9 @@ class Trace:
         )
         if self.world_size > 1:
             lines.append(
-                f"rank 0 of {self.world_size}; collectives take what a ring's share of the bytes takes at "
+                f"rank 0 of {self.world_size}; collectives move a ring's share of the bytes at "
                 f"{self.device.link_gb:g} GB/s within {self.device.node} devices, at {self.device.network_gb:g} per "
-                "device beyond, and hide behind nothing"
+                "device beyond, and are not hidden behind computation"
             )
         if not compiled.AVAILABLE:
             lines.append("megagap's kernels are not built here (or MEGAGAP_OPS=plain): plain torch was traced")

@@ -4,6 +4,8 @@ The tool that it starts is a script without torch: what it measures does not mat
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from megagap.benchmark import sweep as module
 from megagap.benchmark.sweep import DONE, FAILED, REFUSED, Sweep, notes, parse_sweep, reason_of, run_sweep, split_values
 from megagap.errors import ConfigError
 from megagap.files import Lock
+from tests.launching import is_alive, wait_until
 from tests.recipes import write_recipe
 
 TOOL = """
@@ -140,6 +143,21 @@ def test_an_interrupted_sweep_keeps_what_it_measured(tried, monkeypatch, capsys)
     monkeypatch.undo()
     tried.called()
     assert len(tried.run()) == 5 and tried.called() == ["4", "8"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked to end it")
+def test_a_measurement_ends_with_the_sweep_that_started_it():
+    script = (
+        "import subprocess, sys, time; from megagap.training.parent import end_with_starter\n"
+        "child = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "print(subprocess.Popen(child, preexec_fn=end_with_starter).pid, flush=True); time.sleep(600)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid = int(starter.stdout.readline())
+    assert is_alive(pid)
+    starter.kill()
+    starter.communicate()
+    wait_until(lambda: not is_alive(pid))
 
 
 def interrupt() -> None:

@@ -20,8 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megagap.benchmark.step import choose_phase, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.errors import ConfigError
+from megagap.model.llama import build_stage
 from megagap.model.shapes import parameter_count
 from megagap.ops import compiled
+from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.parallel.mesh import Axis, Mesh
 from megagap.planning.devices import load_device
 from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memory_of_rank
 from megagap.planning.recording import Memory
@@ -162,6 +166,51 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
     norms = 256 * (2 * 8 + 1)
     elements = sum(memory.gradients for memory in stages) // 4
     assert 2 * elements == parameter_count(settings.model) + norms
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "changes"),
+    [
+        (1, 1, 1, {}),
+        (1, 1, 8, {}),
+        (2, 2, 2, {"model.tie_word_embeddings": True}),
+        (4, 1, 2, {"optim.decay_embeddings": True, "train.precision": "fp32"}),
+        (16, 1, 1, {"model.attention_bias": True, "model.mlp_bias": True, "model.vocab_size": 128001}),
+        (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),
+    ],
+    ids=str,
+)
+def test_static_memory_is_that_of_the_optimizers_buckets(tp, pp, dp, changes):
+    """Of Gaperon 1B on torch's meta device, for every stage; buckets are padded by some bytes."""
+    changes = {"parallel.tp": tp, "parallel.pp": pp, "train.global_batch_size": 32, **changes}
+    overrides = [f"{name}={str(value).lower()}" for name, value in changes.items()]
+    settings = load_recipe(GAPERON, overrides, tp * pp * dp, needs_data=False)
+    for stage, memory in enumerate(memory_by_stage(settings, load_device("h100"), tp * pp * dp)):
+        mesh = replace(
+            Mesh.single(torch.device("meta")),
+            pp=Axis("pp", tuple(range(pp)), stage),
+            tp=Axis("tp", tuple(range(tp)), 0),
+            kv=Axis("kv", tuple(range(max(1, tp // 8))), 0),
+            data=Axis("data", tuple(range(dp)), 0),
+        )
+        model = build_stage(
+            settings.model,
+            settings.parallel.layers_per_stage or [],
+            mesh,
+            sequence_parallel=bool(settings.parallel.sequence_parallel),
+            dtype=torch.float32,
+        )
+        dtype = COMPUTE_DTYPES[settings.train.precision]
+        buckets = DistributedOptimizer(model.sharded_parameters(), settings.optim, mesh, dtype).buckets
+        sizes = {
+            "parameters": [bucket.values for bucket in buckets],
+            "masters": [bucket.master for bucket in buckets if bucket.rounded is not None],
+            "moments": [x for bucket in buckets for x in (bucket.moments.exp_avg, bucket.moments.exp_avg_sq)],
+            "gradients": [bucket.gradients for bucket in buckets]
+            + [bucket.own_gradient for bucket in buckets if bucket.own_gradient is not bucket.gradients],
+        }
+        for kind, tensors in sizes.items():
+            assert getattr(memory, kind) == pytest.approx(sum(x.nbytes for x in tensors), rel=1e-4), (stage, kind)
 
 
 def test_data_parallel_ranks_share_masters_and_moments_but_not_gradients(memories):

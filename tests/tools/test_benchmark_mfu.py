@@ -116,7 +116,7 @@ def test_a_machine_that_was_not_quiet_is_told_with_the_range_of_the_mfu(tmp_path
     assert noisy.measured_peak == 0.2 and noisy.peak_spread == pytest.approx(0.765)
     achieved = noisy.as_dict()["tflops_per_device"]
     assert noisy.warning().startswith("the machine was not quiet: its measured peak varied by 76%")
-    assert f"between {achieved / 0.323:.0%} and {achieved / 0.170:.0%}" in noisy.warning()
+    assert f"between {achieved / 0.323:.1%} and {achieved / 0.170:.1%}" in noisy.warning()
     assert Report(settings, Mesh.single(), phase, [1.0], [0.323, 0.310], 1).warning() is None
 
 

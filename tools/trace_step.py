@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--world-size", type=int, default=1, metavar="N", help="processes, of which rank 0 is traced (1)"
     )
     parser.add_argument("--memory", action="store_true", help="only the memory of every rank, by a formula")
-    parser.add_argument("--sites", type=int, default=20, metavar="N", help="call sites to list (20)")
+    parser.add_argument("--sites", type=int, metavar="N", help="call sites to list (20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--output", type=Path, metavar="FILE", help="image to write, or folder for step.png")
     what_if = parser.add_argument_group("figures in place of those in devices.toml")
@@ -47,12 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     rates = (options.product_tflops, options.bandwidth_tb)
     if (
         options.world_size < 1
-        or options.sites < 0
+        or (options.sites or 0) < 0
         or any(rate is not None and not 0 < rate < math.inf for rate in rates)
     ):
         parser.error("--world-size, --product-tflops and --bandwidth-tb must be positive, --sites at least 0")
-    if options.memory and (options.output or any(rate is not None for rate in rates)):
-        parser.error("--output, --product-tflops and --bandwidth-tb apply to a trace only, not to --memory")
+    if options.memory and any(given is not None for given in (options.output, options.sites, *rates)):
+        parser.error("--output, --sites, --product-tflops and --bandwidth-tb apply to a trace only, not to --memory")
 
     device = load_device(options.device).with_rates(*rates)
     settings = load_recipe(options.recipe, parse_overrides(rest), options.world_size, needs_data=False)
@@ -70,8 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(title(trace), style="bold", soft_wrap=True)
     console.print(kinds_table(trace))
-    if options.sites:
-        console.print(sites_table(trace, options.sites))
+    sites = 20 if options.sites is None else options.sites
+    if sites:
+        console.print(sites_table(trace, sites))
     for line in (*summary(trace), "assumed:", *(f"  {line}" for line in trace.assumptions())):
         console.print(line, highlight=False, soft_wrap=True)
 

@@ -148,9 +148,9 @@ def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
     if len(combinations) > MAX_COMBINATIONS:
         raise ConfigError(f"--sweep: {len(combinations):,} combinations; at most {MAX_COMBINATIONS:,} are possible")
     prepared = [_prepare(sweep, combination) for combination in combinations]
-    if all(isinstance(settings, ConfigError) for settings in prepared):
-        load_recipe(sweep.recipe, sweep.overrides, None, needs_data=False)  # which may be the fault of all
-        raise _without_kind(prepared[0], "--sweep: no combination can be started; the first one:\n")
+    refusals = [settings for settings in prepared if isinstance(settings, ConfigError)]
+    if len(refusals) == len(combinations):
+        raise _nothing_to_start(refusals)
     make_folder(sweep.output)
     require_writable(sweep.output / "sweep.json")
     lock = _lock(sweep.output)
@@ -250,11 +250,10 @@ def _measure(
     if (report := _read_finished(folder, identity)) is not None:
         return Outcome(combination, DONE, "", report, folder, is_from_before=True)
     make_folder(folder)
-    for name, text in (("combination.json", json.dumps(identity, indent=2) + "\n"), ("benchmark.json", None)):
-        with writing(folder / name):
-            (folder / name).unlink(missing_ok=True)
-            if text is not None:
-                write_text(folder / name, text)
+    with writing(folder / "benchmark.json"):
+        (folder / "benchmark.json").unlink(missing_ok=True)
+    with writing(folder / "combination.json"):
+        write_text(folder / "combination.json", json.dumps(identity, indent=2) + "\n")
     with writing(folder / "output.log"), open(folder / "output.log", "wb") as output:
         code = subprocess.run(
             _command(sweep, tool, combination, folder),
@@ -349,8 +348,12 @@ def _all_errors() -> list[type[MegagapError]]:
     return [kind for kind in found if kind is not MegagapError]
 
 
-def _without_kind(error: Settings | ConfigError, before: str) -> ConfigError:
-    return ConfigError(before + str(error).removeprefix(f"{ConfigError.kind}: "))
+def _nothing_to_start(refusals: list[ConfigError]) -> ConfigError:
+    """What is wrong with all of them, such as a recipe that does not exist; else with the first."""
+    if len(set(map(str, refusals))) == 1:
+        return refusals[0]
+    first = str(refusals[0]).removeprefix(f"{ConfigError.kind}: ")
+    return ConfigError(f"--sweep: no combination can be started; the first one:\n{first}")
 
 
 def _shown(combination: dict[str, str]) -> str:

@@ -120,6 +120,13 @@ def _split_by_shell(values: dict[str, str], argument: str) -> str | None:
     return f"unexpected argument {argument!r} after --{name} {values[name]}: quote a list as one, --{name} {typed}"
 
 
+def override_faults(override: str) -> list[Fault]:
+    """What is wrong with a ``section.key=value`` by itself, whatever the other settings are."""
+    name, tree = override.partition("=")[0], dict[str, Any]()
+    faults = [*_apply_override(tree, override), *_set_planned_aside(tree)]
+    return faults + [fault for fault in _validate(tree)[1] if re.match(rf"{re.escape(name)}(?![\w-])", fault.setting)]
+
+
 def _unexpected(argument: str, name: str) -> str:
     usual = f"unexpected argument {argument!r}: settings are given as --section.key value"
     name = name.lstrip("-").replace("-", "_")

@@ -74,7 +74,7 @@ def kind_of(kernel: str) -> str:
 
 
 def profile_steps(step: Callable[[], object], steps: int) -> Profile:
-    """Run ``step`` so many times under the profiler. The profiler slows the host: times of kernels only are kept."""
+    """Run ``step`` ``steps`` times under the profiler. It slows the host, so only the times of kernels are kept."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()

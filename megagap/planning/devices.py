@@ -17,7 +17,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32", 
 
 @dataclass(frozen=True)
 class Device:
-    """One entry of the file, whose head explains the fields."""
+    """One entry of the file, whose header explains the fields."""
 
     key: str
     name: str

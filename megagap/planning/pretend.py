@@ -1,9 +1,9 @@
 """Tensors without storage (on torch's meta device) that look as if they were on another device.
 
 Torch builds for CPUs cannot hold a GPU's tensors, not even fake ones whose backward pass would run: autograd asks the
-GPU's driver. The meta device computes shapes only, forward and backward, on the calling thread. So tensors are on it
-really, and whoever asks one where it is gets the answer that it would have on the device to be examined; code that
-chooses by device then chooses what it would choose there. What is asked of ``torch.cuda`` meanwhile is answered, too.
+GPU's driver. The meta device computes shapes only, forward and backward, on the calling thread. So tensors really are
+on it, but their ``device`` names the one to be examined, and code that chooses by device chooses what it would choose
+there. Queries of ``torch.cuda`` are answered for that device, too.
 """
 
 import weakref

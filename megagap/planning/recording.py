@@ -112,9 +112,9 @@ class Operation:
     kind: str
     name: str
     site: str
-    """``file:line`` of the innermost line of ours; for what autograd derives, that of the forward operation."""
+    """``file:line`` of the innermost line in megagap; for what autograd derives, that of the forward operation."""
     files: frozenset[str]
-    """All files of ours on the stack."""
+    """All files of megagap on the stack."""
     shapes: str
     kernels: int
     bytes: int
@@ -227,7 +227,7 @@ class Recorder(TorchDispatchMode):
         except NotImplementedError as error:
             raise ConfigError(
                 f"{self._site()} calls {function}, which cannot be traced: {str(error).splitlines()[0]}\n"
-                "  torch can compute it with values only."
+                "  torch can compute it only from real values."
             ) from None
 
     def _copy_between(self, host: Tensor, non_blocking: bool, what: str) -> None:
@@ -297,7 +297,7 @@ class Recorder(TorchDispatchMode):
     # -- where it is called
 
     def _site(self) -> str:
-        """The innermost line of ours; where only the executor's call of autograd is left, the forward operation's."""
+        """The innermost line in megagap; where that is the executor's call of autograd, the forward operation's."""
         node = torch._C._current_autograd_node()
         site = _innermost(sys._getframe(1))
         if node is None:
@@ -310,7 +310,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _our_frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:
-    """File and line of each frame of ours, from the innermost on."""
+    """File and line of each frame in megagap, from the innermost on."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE) and not file.startswith(_HERE):

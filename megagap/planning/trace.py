@@ -1,4 +1,4 @@
-"""Traces the trainer's own step of a recipe on a device that is not there, and predicts what it takes."""
+"""Traces the trainer's own step of a recipe on a device that is not present, and predicts its cost."""
 
 import io
 import warnings
@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from rich.table import Table
 
-from megagap.benchmark import batches, missing_data, random_batch, sequence_length
-from megagap.config import Settings
+from megagap.benchmark.step import batches, choose_phase, missing_data, random_batch
+from megagap.config import Settings, Span
 from megagap.data.loader import Batch
 from megagap.errors import ConfigError, DataError
 from megagap.files import write_bytes, writing
@@ -54,13 +54,14 @@ class Trace:
     """One step of one rank, in the steady state; :meth:`as_dict` is what ``--json`` prints."""
 
     settings: Settings
+    phase: Span
     device: Device
     world_size: int
     operations: list[Operation]
     host_syncs: list[HostSync]
     peak_memory_bytes: int
     static_memory_bytes: int
-    """Parameters, masters, moments and gradients: what is there between two steps."""
+    """Parameters, masters, moments and gradients: what is kept between steps."""
 
     @property
     def total(self) -> Total:
@@ -73,7 +74,7 @@ class Trace:
     @property
     def tokens_per_second(self) -> float:
         """Of all devices together."""
-        return self.settings.train.global_batch_size * sequence_length(self.settings) / self.step_seconds
+        return self.settings.train.global_batch_size * self.phase.sequence_length / self.step_seconds
 
     @property
     def mfu(self) -> dict[str, float] | None:
@@ -81,7 +82,7 @@ class Trace:
         peak = self.device.peak_tflops.get(DTYPES[COMPUTE_DTYPES[self.settings.train.precision]])
         if peak is None:
             return None
-        flops = flops_per_token(self.settings.model, sequence_length(self.settings))
+        flops = flops_per_token(self.settings.model, self.phase.sequence_length)
         per_device = self.tokens_per_second / self.world_size / (peak * 1e12)
         return {"full": flops.full * per_device, "causal": flops.causal * per_device}
 
@@ -96,7 +97,7 @@ class Trace:
         return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
 
     def within(self, file: str) -> Total:
-        """All that is called from a file of ours, such as ``parallel/cross_entropy.py``: the output and its loss."""
+        """All that a file of megagap calls, such as ``parallel/cross_entropy.py``: the output and its loss."""
         return self._totals(lambda operation: file in operation.files).get(True, Total())
 
     def assumptions(self) -> list[str]:
@@ -107,9 +108,9 @@ class Trace:
         )
         if self.world_size > 1:
             lines.append(
-                f"rank 0 of {self.world_size}; collectives take what a ring's share of the bytes takes at "
+                f"rank 0 of {self.world_size}; collectives move a ring's share of the bytes at "
                 f"{self.device.link_gb:g} GB/s within {self.device.node} devices, at {self.device.network_gb:g} per "
-                "device beyond, and hide behind nothing"
+                "device beyond, and are not hidden behind computation"
             )
         if not compiled.AVAILABLE:
             lines.append("megagap's kernels are not built here (or MEGAGAP_OPS=plain): plain torch was traced")
@@ -156,13 +157,14 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
     if settings.parallel.pp > 1:
         raise ConfigError(
             f"parallel.pp = {settings.parallel.pp}: a stage waits for its neighbours, which a trace of one rank does "
-            "not show\n  trace --parallel.pp 1, with as many layers as a stage has if need be."
+            "not show\n  trace --parallel.pp 1, with as many layers as a stage has; its memory alone: --memory."
         )
+    phase = choose_phase(settings)
     pinned = PinnedMemory()
     recorder = Recorder(device.kind != "cpu", pinned)
     with _fake_groups(world_size):
         mesh = make_mesh(settings, Process(0, world_size, 0, min(world_size, device.node)), device.torch_device)
-        host_batch = _host_batch(settings, mesh)
+        host_batch = _host_batch(settings, mesh, phase)
         with pretending(device, pinned, recorder.host_sync), recorder:
             state = build_state(settings, mesh)
             batch = host_batch.to(mesh.device)
@@ -170,20 +172,21 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
             static = recorder.memory.live
             with recorder.recording():
                 train_step(state, batch, lambda: (False, False))
-    return Trace(settings, device, world_size, recorder.operations, recorder.host_syncs, recorder.memory.peak, static)
+    operations, host_syncs, peak = recorder.operations, recorder.host_syncs, recorder.memory.peak
+    return Trace(settings, phase, device, world_size, operations, host_syncs, peak, static)
 
 
-def _host_batch(settings: Settings, mesh: Mesh) -> Batch:
+def _host_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
     """Random tokens; the recipe's data where the documents in it decide what is computed."""
     if not settings.data.document_mask:
-        return random_batch(settings, mesh)
+        return random_batch(settings, mesh, phase)
     if (missing := missing_data(settings)) is not None:
         raise ConfigError(
             f"data.document_mask = true: what attention takes depends on the documents, and {missing}\n"
             "  name data that exists, or trace --data.document_mask false."
         )
-    with batches(settings, mesh) as next_batch:
-        return next_batch(0)
+    with batches(settings, mesh, phase) as next_batch:
+        return next_batch(phase.first * settings.train.global_batch_size)
 
 
 @contextmanager
@@ -289,7 +292,7 @@ def title(trace: Trace) -> str:
     ranks = f", rank 0 of {trace.world_size}" if trace.world_size > 1 else ""
     return (
         f"predicted step on {trace.device.key}{ranks}: {train.global_batch_size} sequences of "
-        f"{sequence_length(trace.settings):,} tokens, {train.precision}"
+        f"{trace.phase.sequence_length:,} tokens, {train.precision}"
     )
 
 

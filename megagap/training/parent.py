@@ -10,6 +10,7 @@ UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Set in the environment of torchrun's workers."""
 
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def end_with_parent() -> None:
@@ -18,10 +19,16 @@ def end_with_parent() -> None:
     Not without torchrun: a run under ``nohup`` is meant to outlive the shell that started it.
     """
     if sys.platform == "linux" and UNDER_TORCHRUN in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if _is_orphan(Path(f"/proc/{os.getppid()}")):
             print("torchrun, which started this process, has died", file=sys.stderr)
             os._exit(1)
+
+
+def end_with_starter() -> None:
+    """As ``preexec_fn`` of a process that must not outlive the one that starts it: have the kernel end it then."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _is_orphan(parent: Path) -> bool:

@@ -67,6 +67,8 @@ def test_an_output_folder_gets_step_png(tmp_path):
         (["--output", "x.docx"], "docx"),
         (["--output", "/proc/x.png"], "/proc"),
         (["--trainn.steps", "1"], "train"),
+        (["--memory", "--sites", "3"], "apply to a trace only, not to --memory"),
+        (["--memory", "--data.document_mask", "true"], "ask with --data.document_mask false"),
     ],
 )
 def test_faults_end_with_a_message_and_code_2(tmp_path, arguments, message):

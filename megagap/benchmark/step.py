@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.table import Table
 from tqdm import tqdm
 
-from megagap.config import Settings, Source, sources_of, spans
+from megagap.config import Settings, Source, Span, sources_of, spans
 from megagap.data.loader import Batch
+from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
 from megagap.observe.profile import Profile, profile_steps
 from megagap.observe.run_directory import RunDirectory, environment
@@ -27,6 +29,13 @@ from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state, make_loader
 
+PEAK_MEASUREMENTS = 5
+"""Times at which the peak is measured, before, between and after the timed steps: what it says of a machine that others
+use changes within seconds."""
+
+QUIET_SPREAD = 0.1
+"""Peaks that differ by more than this share are no longer those of a quiet machine."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -34,10 +43,13 @@ class Report:
 
     settings: Settings
     mesh: Mesh
+    phase: Span
+    """Whose steps were timed."""
     step_seconds: list[float]
     """Every timed step."""
-    measured_peak: float
-    """TFLOP/s of a large matrix product in the dtype of the run, on one device while all others do the same."""
+    measured_peaks: list[float]
+    """TFLOP/s of a large matrix product in the dtype of the run, on one device while all others do the same: before,
+    between and after the timed steps."""
     memory_bytes: int
     profile: Profile | None = None
     """Of a few steps after the timed ones; on a GPU only, and if it was asked for."""
@@ -45,11 +57,22 @@ class Report:
     @property
     def tokens_per_second(self) -> float:
         """Of all devices together, from the median step."""
-        tokens = self.settings.train.global_batch_size * sequence_length(self.settings)
+        tokens = self.settings.train.global_batch_size * self.phase.sequence_length
         return tokens / statistics.median(self.step_seconds)
 
+    @property
+    def measured_peak(self) -> float:
+        """The median, as of the steps: what else the machine does weighs on both alike. The best of them would charge
+        other programs to the step; the worst would flatter it."""
+        return statistics.median(self.measured_peaks)
+
+    @property
+    def peak_spread(self) -> float:
+        """Difference of the highest and the lowest measured peak, relative to the median."""
+        return (max(self.measured_peaks) - min(self.measured_peaks)) / self.measured_peak
+
     def as_dict(self) -> dict[str, Any]:
-        flops = flops_per_token(self.settings.model, sequence_length(self.settings))
+        flops = flops_per_token(self.settings.model, self.phase.sequence_length)
         per_device = self.tokens_per_second / self.mesh.world.size / 1e12
         achieved = {"full": flops.full * per_device, "causal": flops.causal * per_device}
         peaks = {"datasheet": peak_tflops(self.mesh.device), "measured": self.measured_peak}
@@ -59,11 +82,14 @@ class Report:
             "flops_per_token": {"full": flops.full, "causal": flops.causal},
             "tflops_per_device": achieved["full"],
             "peak_tflops": peaks,
+            "measured_peaks": self.measured_peaks,
+            "peak_tflops_spread": self.peak_spread,
             "mfu": {
                 name: None if peak is None else {formula: tflops / peak for formula, tflops in achieved.items()}
                 for name, peak in peaks.items()
             },
             "memory_bytes": self.memory_bytes,
+            "phase": {"name": self.phase.name, "sequence_length": self.phase.sequence_length},
             "tokens": "random" if missing_data(self.settings) else "recipe",
             "hardware": environment(self.mesh),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -77,10 +103,11 @@ class Report:
         table = Table(title="training step", show_header=False)
         seconds = sorted(self.step_seconds)
         rows = [
-            ("tokens a second", f"{numbers['tokens_per_second']:,.0f}"),
+            ("phase", self._phase_row()),
+            ("tokens per second", f"{numbers['tokens_per_second']:,.0f}"),
             ("step", f"{statistics.median(seconds):.3f} s (fastest {seconds[0]:.3f}, slowest {seconds[-1]:.3f})"),
-            ("TFLOP/s a device", f"{numbers['tflops_per_device']:.3f}"),
-            ("memory a device", f"{numbers['memory_bytes'] / 2**30:.2f} GiB"),
+            ("TFLOP/s per device", f"{numbers['tflops_per_device']:.3f}"),
+            ("memory per device", f"{numbers['memory_bytes'] / 2**30:.2f} GiB"),
             ("tokens", f"random: {missing}" if (missing := missing_data(self.settings)) else "the recipe's"),
         ]
         for name, peak in numbers["peak_tflops"].items():
@@ -94,41 +121,89 @@ class Report:
                     f"(peak {peak:,.3f} TFLOP/s)",
                 )
             )
+        low, high = min(self.measured_peaks), max(self.measured_peaks)
+        rows.append(
+            (
+                "measured peaks",
+                f"{low:,.3f} to {high:,.3f} TFLOP/s in {len(self.measured_peaks)} measurements, "
+                f"a spread of {self.peak_spread:.0%}",
+            )
+        )
         for row in rows:
             table.add_row(*row)
         return table
 
+    def warning(self) -> str | None:
+        """What to know before the numbers are used, if the machine was not quiet."""
+        if self.peak_spread <= QUIET_SPREAD:
+            return None
+        achieved = self.as_dict()["tflops_per_device"]
+        low, high = (achieved / peak for peak in (max(self.measured_peaks), min(self.measured_peaks)))
+        return (
+            f"the machine was not quiet: its measured peak varied by {self.peak_spread:.0%} during the benchmark\n"
+            f"  MFU of the measured peak is between {low:.1%} and {high:.1%}; repeat it when nothing else runs."
+        )
 
-def benchmark(settings: Settings, mesh: Mesh, warmup: int, steps: int, profiled_steps: int = 0) -> Report:
-    """Run ``warmup`` and then ``steps`` timed steps in the recipe's layout, with all that the trainer does at a step:
-    read the batch, update, record. Where the recipe's data files do not exist, tokens are random. On a GPU,
-    ``profiled_steps`` more are made under torch's profiler.
+    def _phase_row(self) -> str:
+        length = f"sequences of {self.phase.sequence_length:,} tokens"
+        names = [phase.name for phase in self.settings.data.phases]
+        if not names:
+            return f"the whole run, {length}"
+        return f"{self.phase.name} ({names.index(self.phase.name) + 1} of {len(names)}), {length}"
+
+
+def benchmark(settings: Settings, mesh: Mesh, phase: Span, warmup: int, steps: int, profiled_steps: int = 0) -> Report:
+    """Run ``warmup`` and then ``steps`` timed steps of a phase in the recipe's layout, with all that the trainer does
+    at a step: read the batch, update, record. A phase that is shorter starts again. Where the recipe's data files do
+    not exist, tokens are random. On a GPU, ``profiled_steps`` more are made under torch's profiler.
     """
     state = build_state(settings, mesh)
-    seconds = []
-    with TemporaryDirectory(prefix="megagap_benchmark_") as folder, batches(settings, mesh) as next_batch:
+    state.step = phase.first
+    seconds, peaks = [], []
+    with TemporaryDirectory(prefix="megagap_benchmark_") as folder, batches(settings, mesh, phase) as next_batch:
         recorder = Recorder(settings, mesh, RunDirectory(Path(folder), is_writer=mesh.world.rank == 0), state.step)
 
         def step() -> float:
+            if state.step >= phase.first + phase.steps:
+                state.step = phase.first
             batch = next_batch(state.consumed_samples).to(mesh.device)
             result = train_step(state, batch, lambda: (False, False))
             # On a GPU this waits for the step before only, as in training; the sum over steps is right all the same.
             return recorder.step_done(state.step, result)
 
-        for number in tqdm(range(warmup + steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
+        measured_before = peak_measurements(steps)
+        for number in tqdm(range(-warmup, steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
+            if number in measured_before:
+                with recorder.pause():
+                    peaks.append(measure_peak(settings, mesh))
             elapsed = step()
-            if number >= warmup:
+            if number >= 0:
                 seconds.append(elapsed)
         memory = peak_memory_bytes(mesh.device)
+        with recorder.pause():
+            peaks.append(measure_peak(settings, mesh))
         profiled = mesh.device.type == "cuda" and profiled_steps > 0
         profile = profile_steps(step, profiled_steps) if profiled else None
         recorder.close()
-    return Report(settings, mesh, seconds, measure_peak(settings, mesh), memory, profile)
+    return Report(settings, mesh, phase, seconds, peaks, memory, profile)
 
 
-def sequence_length(settings: Settings) -> int:
-    """Of the first phase, whose steps are timed."""
-    return spans(settings.data, settings.train, settings.model.rope_theta)[0].sequence_length
+def peak_measurements(steps: int) -> set[int]:
+    """The timed steps before which the peak is measured: the first, and others at equal distances."""
+    return {steps * part // (PEAK_MEASUREMENTS - 1) for part in range(PEAK_MEASUREMENTS - 1)}
+
+
+def choose_phase(settings: Settings, name: str | None = None) -> Span:
+    """The phase of this name, by default the first. Raises :class:`ConfigError` listing those that there are."""
+    plan = spans(settings.data, settings.train, settings.model.rope_theta)
+    if name is None:
+        return plan[0]
+    if not settings.data.phases:
+        raise ConfigError(f"--phase {name}: the recipe has no phases (data.phases)\n  leave --phase out.")
+    found = next((phase for phase in plan if phase.name == name), None)
+    if found is None:
+        raise ConfigError(f"--phase {name}: unknown; phases of the recipe: {', '.join(phase.name for phase in plan)}")
+    return found
 
 
 def sources(settings: Settings) -> list[Source]:
@@ -144,31 +219,33 @@ def missing_data(settings: Settings) -> str | None:
 
 
 @contextmanager
-def batches(settings: Settings, mesh: Mesh) -> Iterator[Callable[[int], Batch]]:
+def batches(settings: Settings, mesh: Mesh, phase: Span) -> Iterator[Callable[[int], Batch]]:
     """From the number of a step's first sample to this rank's batch; what reads ahead ends with the block."""
     if missing_data(settings) is None:
         with make_loader(settings, mesh, training_data(settings)) as loader:
             yield loader.step
     else:
-        batch = random_batch(settings, mesh)
+        batch = random_batch(settings, mesh, phase)
         yield lambda first_sample: batch
 
 
-def random_batch(settings: Settings, mesh: Mesh) -> Batch:
-    """What the loader would give, with random tokens: speed does not depend on the text."""
+def random_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
+    """What the loader would give in the phase, with random tokens: speed does not depend on the text."""
     train = settings.train
     shape = (train.global_batch_size // (train.micro_batch_size * mesh.dp.size), train.micro_batch_size)
     generator = torch.Generator().manual_seed(train.seed + mesh.dp.rank)
-    tokens = torch.randint(settings.model.vocab_size, (*shape, sequence_length(settings) + 1), generator=generator)
+    tokens = torch.randint(settings.model.vocab_size, (*shape, phase.sequence_length + 1), generator=generator)
     return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(sources(settings))))
 
 
-def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 8) -> float:
-    """TFLOP/s of the fastest of several large square matrix products: what no training step can exceed."""
+def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 4) -> float:
+    """TFLOP/s of the fastest of several large square matrix products, on all ranks at the same time."""
     size = 8192 if mesh.device.type == "cuda" else 2048
     dtype = COMPUTE_DTYPES[settings.train.precision]
     a, b = (torch.randn(size, size, device=mesh.device).to(dtype) for _ in range(2))
     best = float("inf")
+    if mesh.world.group is not None:
+        dist.barrier(mesh.world.group)
     for _ in range(repeats):
         _synchronise(mesh)
         start = time.perf_counter()

@@ -1,0 +1,390 @@
+"""A rank's peak memory in a training step, by arithmetic alone: what is kept, by kind and by layout.
+
+The formula follows Korthikanti et al. 2022 (section 4), for what this code really keeps; docs/memory.md derives it, and
+``tests/planning/test_memory.py`` holds it against measured peaks. It counts the tensors of the step: not what the
+driver, NCCL and the allocator's fragmentation take besides (:data:`RESERVE_BYTES`).
+
+Legend, for one microbatch on one rank, each in bytes: R the residual stream [b, s or s / tp, h], A an activation that
+is whole in a region [b, s, h], Q queries [b, s, heads / tp, d], K keys (and V values, as large), F a feed-forward
+activation [b, s, intermediate / tp].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from rich.table import Table
+
+from megagap.config import Settings, spans
+from megagap.errors import ConfigError
+from megagap.ops import compiled
+from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
+from megagap.optim.distributed import BUCKET_ELEMENTS
+from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.parallel.cross_entropy import chunk_tokens
+from megagap.planning.devices import Device
+
+GIB = 2**30
+
+RESERVE_BYTES = 4 * GIB
+"""Left free on a GPU for what the formula does not count: the driver's context (0.5 GiB), buffers of NCCL or RCCL (1 to
+2 GiB with several groups), workspaces of libraries, and fragmentation of the allocator."""
+
+FP32 = 4
+"""Bytes of an element of masters, moments and gradients, in every precision."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The ranks of one pipeline stage at the moment of a step in which most is live; all in bytes."""
+
+    stage: int
+    ranks: range
+    """Global ranks of the stage, all of which take as much."""
+    parameters: int
+    """In the dtype that is computed in."""
+    masters: int
+    """This data rank's slice in fp32; 0 where the parameters are fp32 and their own masters."""
+    moments: int
+    """AdamW's, of the slice."""
+    gradients: int
+    """fp32 sums of all local parameters and, with several data ranks, of the slice after the reduction."""
+    activations: int
+    """What backward passes need of the microbatches in flight."""
+    workspace: int
+    """Temporary tensors of the moment: gradients of activations, a chunk's logits, gathered sequences."""
+    inputs: int
+    """Tokens of the step, rotary tables."""
+    moment: str
+    """What is computed at the peak."""
+    in_flight: int
+    """Microbatches whose activations are kept."""
+
+    @property
+    def total(self) -> int:
+        return self.static + self.activations + self.workspace + self.inputs
+
+    @property
+    def static(self) -> int:
+        """What is kept between steps."""
+        return self.parameters + self.masters + self.moments + self.gradients
+
+    def fits(self, device: Device) -> bool | None:
+        """Whether the device has as much and the reserve; None where its memory is the machine's."""
+        return None if not device.memory_gib else self.total + RESERVE_BYTES <= device.memory_gib * GIB
+
+    def as_dict(self, device: Device) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "ranks": [self.ranks.start, self.ranks.stop - 1],
+            **{kind: getattr(self, kind) for kind in KINDS},
+            "total": self.total,
+            "fits": self.fits(device),
+            "peak_moment": self.moment,
+            "microbatches_in_flight": self.in_flight,
+        }
+
+
+KINDS = ("parameters", "masters", "moments", "gradients", "activations", "workspace", "inputs")
+"""Fields of :class:`RankMemory` that add up to the total."""
+
+
+def memory_by_stage(settings: Settings, device: Device, world_size: int) -> list[RankMemory]:
+    """The peak of each pipeline stage; ranks of one stage are alike. The longest sequences of all phases count.
+
+    Raises :class:`ConfigError` for a document mask where what attention keeps depends on the documents.
+    """
+    _require_known_attention(settings, device)
+    return [_Stage(settings, device, world_size, stage).memory() for stage in range(settings.parallel.pp)]
+
+
+def memory_of_rank(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
+    """The peak of one global rank."""
+    return next(memory for memory in memory_by_stage(settings, device, world_size) if rank in memory.ranks)
+
+
+def fullest(stages: list[RankMemory]) -> RankMemory:
+    """The stage that takes most: what has to fit."""
+    return max(stages, key=lambda memory: memory.total)
+
+
+def report(settings: Settings, device: Device, world_size: int) -> dict[str, Any]:
+    """What ``trace_step --memory --json`` prints."""
+    stages, parallel = memory_by_stage(settings, device, world_size), settings.parallel
+    dp = world_size // (parallel.pp * parallel.tp)
+    return {
+        "device": device.key,
+        "device_memory_bytes": int(device.memory_gib * GIB) or None,
+        "reserve_bytes": RESERVE_BYTES if device.memory_gib else 0,
+        "world_size": world_size,
+        "layout": {"pp": parallel.pp, "dp": dp, "tp": parallel.tp},
+        "peak_memory_bytes": fullest(stages).total,
+        "fits": fullest(stages).fits(device),
+        "stages": [memory.as_dict(device) for memory in stages],
+        "recipe": settings.model_dump(mode="json"),
+    }
+
+
+def stages_table(stages: list[RankMemory]) -> Table:
+    """For a person: one row per pipeline stage, GiB of each of its ranks."""
+    table = Table("stage", "ranks", *KINDS, "total", "peak in")
+    for column in table.columns[2:-1]:
+        column.justify = "right"
+    for memory in stages:
+        ranks = f"{memory.ranks.start}" + (f" to {memory.ranks.stop - 1}" if len(memory.ranks) > 1 else "")
+        sizes = [f"{getattr(memory, kind) / GIB:.2f}" for kind in (*KINDS, "total")]
+        table.add_row(str(memory.stage), ranks, *sizes, memory.moment)
+    return table
+
+
+def verdict(stages: list[RankMemory], device: Device) -> str:
+    """Whether the layout fits, in a line."""
+    most = fullest(stages)
+    peak = f"the fullest rank takes {most.total / GIB:.2f} GiB"
+    if most.fits(device) is None:
+        return f"{peak}; a {device.key} has what its machine has"
+    has = (
+        f"{device.key} has {device.memory_gib:g} GiB, of which {RESERVE_BYTES / GIB:g} are left for what is not counted"
+    )
+    return f"{peak}: {'fits' if most.fits(device) else 'does not fit'} ({has})"
+
+
+def assumptions(settings: Settings) -> list[str]:
+    """What the numbers count, one per line."""
+    longest = _longest_sequence(settings)
+    lines = [
+        f"counted: all tensors at the fullest moment of a step, with sequences of {longest:,} tokens"
+        + (", the longest of all phases" if settings.data.phases else ""),
+        "not counted: the driver's context, buffers of NCCL or RCCL, fragmentation (docs/memory.md)",
+    ]
+    if not compiled.AVAILABLE:
+        lines.append(
+            "megagap's kernels are not built here (or MEGAGAP_OPS=plain): plain torch keeps more than is counted"
+        )
+    return lines
+
+
+def _longest_sequence(settings: Settings) -> int:
+    plan = spans(settings.data, settings.train, settings.model.rope_theta)
+    return max(span.sequence_length for span in plan)
+
+
+def _require_known_attention(settings: Settings, device: Device) -> None:
+    if settings.data.document_mask and (device.kind == "cpu" or settings.train.precision == "fp32"):
+        raise ConfigError(
+            f"data.document_mask = true: what attention keeps on {device.key} in {settings.train.precision} depends on "
+            "the documents\n  ask with --data.document_mask false, or in bf16-mixed on a GPU."
+        )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Something that is computed in a step, and what is live besides the static memory meanwhile."""
+
+    name: str
+    activations: int
+    workspace: int
+
+
+class _Stage:
+    """The arithmetic of one stage's ranks."""
+
+    def __init__(self, settings: Settings, device: Device, world_size: int, stage: int) -> None:
+        model, parallel, train = settings.model, settings.parallel, settings.train
+        self.model, self.stage, self.is_gpu = model, stage, device.kind != "cpu"
+        self.pp, self.tp = parallel.pp, parallel.tp
+        self.dp = world_size // (self.pp * self.tp)
+        self.is_first, self.is_last = stage == 0, stage == self.pp - 1
+        self.layers = (parallel.layers_per_stage or [model.num_hidden_layers])[stage]
+        self.decays_embedding = settings.optim.decay_embeddings
+        self.dtype = COMPUTE_DTYPES[train.precision]
+        self.itemsize = self.dtype.itemsize
+
+        self.batch = train.micro_batch_size
+        self.length = _longest_sequence(settings)
+        self.microbatches = train.global_batch_size // (self.batch * self.dp)
+        in_flight = self.microbatches if parallel.schedule == "gpipe" else self.pp - stage
+        self.in_flight = min(in_flight, self.microbatches)
+
+        self.splits_sequence = self.tp > 1 and bool(parallel.sequence_parallel)
+        self.heads = model.num_attention_heads // self.tp
+        self.key_heads = max(1, model.num_key_value_heads // self.tp)
+        self.inner = model.intermediate_size // self.tp
+        self.rows = ceil(model.vocab_size / self.tp)
+        """Of the embedding and the output projection, with padding."""
+
+        tokens = self.batch * self.length
+        self.tokens, self.residual_tokens = tokens, tokens // self.tp if self.splits_sequence else tokens
+        self.R = self.residual_tokens * model.hidden_size * self.itemsize
+        self.A = tokens * model.hidden_size * self.itemsize
+        self.Q = tokens * self.heads * model.head_dim * self.itemsize
+        self.K = tokens * self.key_heads * model.head_dim * self.itemsize
+        self.F = tokens * self.inner * self.itemsize
+
+    def memory(self) -> RankMemory:
+        buckets = _bucket_elements(self._parameters())
+        elements = sum(buckets)
+        slices = elements // self.dp
+        peak = max(self._moments(max(buckets) // self.dp), key=lambda moment: moment.activations + moment.workspace)
+        per_stage = self.tp * self.dp
+        return RankMemory(
+            stage=self.stage,
+            ranks=range(self.stage * per_stage, (self.stage + 1) * per_stage),
+            parameters=elements * self.itemsize,
+            masters=0 if self.itemsize == FP32 else slices * FP32,
+            moments=2 * slices * FP32,
+            gradients=elements * FP32 + (slices * FP32 if self.dp > 1 else 0),
+            activations=peak.activations,
+            workspace=peak.workspace,
+            inputs=8 * self.microbatches * self.batch * (self.length + 1)
+            + 2 * FP32 * self.length * self.model.head_dim,
+            moment=peak.name,
+            in_flight=self.in_flight,
+        )
+
+    # -- static
+
+    def _parameters(self) -> list[tuple[object, int]]:
+        """Kind of bucket and local elements of every parameter, in the order of the forward pass."""
+        model, hidden = self.model, self.model.hidden_size
+        queries, keys = self.heads * model.head_dim, self.key_heads * model.head_dim
+        shared = "shared keys" if self.tp > model.num_key_value_heads else "split"
+        whole = "whole" if self.tp > 1 else "split"
+        embedding = ("split" if self.decays_embedding else "embedding", self.rows * hidden)
+        layer: list[tuple[object, int]] = [(whole, hidden)]
+        for kind, rows, columns, bias, bias_kind in (
+            ("split", queries, hidden, queries, "split"),
+            (shared, keys, hidden, keys, shared),
+            (shared, keys, hidden, keys, shared),
+            ("split", hidden, queries, hidden, whole),
+        ):
+            layer += [(kind, rows * columns), *([(bias_kind, bias)] if model.attention_bias else [])]
+        layer.append((whole, hidden))
+        for bias, bias_kind in ((self.inner, "split"), (self.inner, "split"), (hidden, whole)):
+            layer += [("split", self.inner * hidden), *([(bias_kind, bias)] if model.mlp_bias else [])]
+        tied = model.tie_word_embeddings
+        first = [embedding] if self.is_first or (self.is_last and tied) else []
+        last = [(whole, hidden), *([] if tied else [("split", self.rows * hidden)])] if self.is_last else []
+        return [*first, *(layer * self.layers), *last]
+
+    # -- activations
+
+    @property
+    def saved(self) -> int:
+        """What a microbatch keeps from its forward to its backward pass."""
+        rstd = FP32 * self.residual_tokens
+        total = self.layers * self._saved_by_layer(rstd)
+        if self.is_first and self.tp > 1:
+            total += 9 * self.tokens  # which tokens are this rank's rows: an int64 and a bool for each
+        if not self.is_last:
+            return total + self.R  # its output, for the next stage
+        # The last norm's input, and the gradient that the loss computes with itself.
+        return total + self.R + rstd + self.A
+
+    def _saved_by_layer(self, rstd: int) -> int:
+        norms = 2 * (self.R + rstd)
+        inputs = 2 * self.A  # of attention and feed-forward: gathered, under sequence parallelism
+        attention = self._saved_by_attention() + self.Q  # its result is the input of the output projection
+        return norms + inputs + attention + 3 * self.F  # gate, up, and their product
+
+    def _saved_by_attention(self) -> int:
+        if self._in_blocks:
+            return self.Q + 2 * self.K + self._block_scores
+        keys_repeated = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
+        log_sums = FP32 * self.tokens * self.heads
+        return self.Q + 2 * (self.Q if keys_repeated else self.K) + log_sums
+
+    @property
+    def _in_blocks(self) -> bool:
+        """On CPU, sequences of some lengths (``ops/attention.py``)."""
+        return not self.is_gpu and BLOCKED_FROM <= self.length <= BLOCKED_UP_TO.get(self.dtype, 0)
+
+    @property
+    def _block_scores(self) -> int:
+        """Probabilities of each block of queries with the keys up to its end."""
+        ends = (min(start + BLOCK, self.length) for start in range(0, self.length, BLOCK))
+        starts = range(0, self.length, BLOCK)
+        scores = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
+        return self.batch * self.heads * scores * self.itemsize
+
+    # -- moments
+
+    def _moments(self, largest_slice: int) -> Iterator[_Moment]:
+        """Those in which the peak can be. Earlier ones of a forward pass, and later layers' backward, hold less."""
+        others = (self.in_flight - 1) * self.saved
+        if self.is_last:
+            yield from self._loss(others)
+        if self.layers:
+            yield from self._last_layer_backward(others)
+        if self.is_first:
+            yield self._embedding_backward(others)
+        if not self.is_gpu:  # squares of a bucket, for the norm
+            yield _Moment("norm of the gradients", 0, largest_slice * FP32)
+
+    def _loss(self, others: int) -> Iterator[_Moment]:
+        device = "cuda" if self.is_gpu else "cpu"
+        chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, device))
+        logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
+        # The logits of the chunk before are live until the next ones are there.
+        two = 2 * logits if chunk < self.tokens else logits
+        product = logits + self._product_copy(self.rows)
+        output = self.R + (self.A if self.splits_sequence else 0)
+        # A middle or last stage may still be sending the gradient before.
+        sending = self.R if self.pp > 1 and self.microbatches > 1 else 0
+        yield _Moment("loss", others + self.saved, output + max(two, product) + sending)
+        yield _Moment("backward of the loss", others + self.saved, self._leave_gradient() + self.R + sending)
+
+    def _last_layer_backward(self, others: int) -> Iterator[_Moment]:
+        """The feed-forward, then attention, of the layer whose backward pass is first, beside all others' activations.
+
+        ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends.
+        """
+        kept = others + self.saved - (self.R + self.A + FP32 * self.residual_tokens if self.is_last else 0)
+        gathered = self.A if self.splits_sequence else 0
+        copied = self.A if self.splits_sequence and self.batch > 1 else 0
+        name = "backward of the last layer"
+        sending = self.R if self.is_last and self.pp > 1 and self.microbatches > 1 else 0
+        stream = self.R + sending  # the gradient of the residual stream
+        yield _Moment(name, kept, stream + gathered + max(copied, self.F + self._product_copy(self.inner)))
+        yield _Moment(name, kept - self.F, stream + 3 * self.F)
+        yield _Moment(name, kept - 3 * self.F, stream + 2 * self.F + self.A + self._product_copy(self.inner))
+        kept -= 3 * self.F + self.A
+        yield _Moment(name, kept, stream + self.A + self._leave_gradient())
+        kept -= self.R
+        stream += 0 if self.is_last else self.R
+        queries = self.heads * self.model.head_dim
+        yield _Moment(name, kept, stream + gathered + max(copied, self.Q + self._product_copy(queries)))
+        scores = 2 * self.batch * self.heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
+        kept -= self.Q if self._in_blocks else 0
+        yield _Moment(name, kept, stream + 2 * self.Q + 2 * self.K + scores)
+
+    def _leave_gradient(self) -> int:
+        """Beside the gradient of a region's input [b, s, h], its sum over tp: a copy, or parts of it and the result."""
+        if self.tp == 1:
+            return 0
+        if not self.splits_sequence:
+            return self.A
+        return self.R + (self.A if self.batch > 1 else 0)
+
+    def _embedding_backward(self, others: int) -> _Moment:
+        border = 2 * self.R if self.pp > 1 else 0  # the stage's output and its gradient
+        incoming = self.R if self.tp == 1 else self.A
+        table = self.rows * self.model.hidden_size * self.itemsize
+        return _Moment("backward of the embedding", others, border + incoming + table)
+
+    def _product_copy(self, rows: int) -> int:
+        """On CPU a weight's gradient in bf16 is computed before it is added to the fp32 sum."""
+        copies = not self.is_gpu and self.itemsize != FP32
+        return rows * self.model.hidden_size * self.itemsize if copies else 0
+
+
+def _bucket_elements(parameters: list[tuple[object, int]]) -> list[int]:
+    """Elements of each of the optimizer's buckets, closed as they are there (alignment left out)."""
+    open_buckets: dict[object, int] = {}
+    closed = []
+    for kind, elements in reversed(parameters):
+        open_buckets[kind] = open_buckets.get(kind, 0) + elements
+        if open_buckets[kind] >= BUCKET_ELEMENTS:
+            closed.append(open_buckets.pop(kind))
+    return [*closed, *open_buckets.values()]

@@ -1,0 +1,294 @@
+"""The formula of a rank's memory is what the real step keeps.
+
+Measured are the bytes of all storages that torch's operations have made and that are still referred to, in the
+trainer's own step on real processes, at its fullest moment. Not the process's resident size: that counts the
+interpreter and libraries, some hundred MB, and what the C library keeps of freed memory, whatever the layout.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megagap.benchmark.step import choose_phase, random_batch
+from megagap.config import Settings, load_recipe, parse_overrides
+from megagap.errors import ConfigError
+from megagap.model.llama import build_stage
+from megagap.model.shapes import parameter_count
+from megagap.ops import compiled
+from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.parallel.mesh import Axis, Mesh
+from megagap.planning.devices import load_device
+from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memory_of_rank
+from megagap.planning.recording import Memory
+from megagap.planning.trace import trace_step
+from megagap.train import make_mesh
+from megagap.training.rendezvous import Process
+from megagap.training.step import train_step
+from megagap.training.trainer import build_state
+from tests.planning import memory_table
+from tests.planning.test_trace import GAPERON, MEASURED_PEAK_BYTES
+
+ROOT = Path(__file__).parents[2]
+
+needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the formula counts what megagap's kernels keep")
+
+# Large enough that the activations of the model, not small tensors, decide.
+SMALL: dict[str, Any] = {
+    "model": {
+        "preset": "tiny",
+        "hidden_size": 256,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 704,
+        "vocab_size": 4096,
+    },
+    "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 512},
+}
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "one process, bf16-mixed": (1, {"train.precision": "bf16-mixed"}),
+    "one process, sequences of 1,024": (1, {"train.sequence_length": 1024, "train.micro_batch_size": 1}),
+    "tp 2": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
+    "tp 2, sequence parallel": (2, {"parallel.tp": 2}),
+    "pp 2": (2, {"parallel.pp": 2, "train.micro_batch_size": 1}),
+    "pp 2, gpipe": (2, {"parallel.pp": 2, "parallel.schedule": "gpipe", "train.micro_batch_size": 1}),
+    "dp 2": (2, {}),
+    "dp 2, bf16-mixed": (2, {"train.precision": "bf16-mixed"}),
+}
+
+
+def settings_of(folder: Path, ranks: int, changes: dict[str, Any], base: dict[str, Any] = SMALL) -> Settings:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(base))
+    overrides = [f"--{name}={str(value).lower()}" for name, value in changes.items()]
+    return load_recipe(recipe, parse_overrides(overrides), ranks, needs_data=False)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Follows every storage that an operation returns until nothing refers to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = Memory()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.memory.see(tensor)
+        return result
+
+
+def measured_peak(rank: int, ranks: int, settings: Settings) -> tuple[int, int]:
+    """Live bytes between steps, and the most within one."""
+    mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
+    with LiveStorages() as storages:
+        state = build_state(settings, mesh)
+        static = storages.memory.live
+        batch = random_batch(settings, mesh, choose_phase(settings))
+        storages.memory.peak = storages.memory.live
+        train_step(state, batch, lambda: (False, False))
+    return static, storages.memory.peak
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_takes_what_the_formula_says(workers, tmp_path, layout):
+    ranks, changes = LAYOUTS[layout]
+    settings = settings_of(tmp_path, ranks, changes)
+    measured = workers.run(ranks, measured_peak, settings)
+    for rank, (static, peak) in enumerate(measured):
+        formula = memory_of_rank(settings, load_device("cpu"), ranks, rank)
+        assert formula.static == pytest.approx(static, rel=0.005)
+        assert formula.total == pytest.approx(peak, rel=0.05)
+        assert formula.activations + formula.workspace > peak / 4  # else the layout would not test them
+
+
+@needs_kernels
+@pytest.mark.parametrize("sequences", MEASURED_PEAK_BYTES)
+def test_gaperon_1b_takes_on_an_h100_what_was_measured(sequences):
+    """4 sequences per microbatch, 1 or 8 microbatches per step; docs/performance.md."""
+    settings = load_recipe(GAPERON, [f"train.global_batch_size={4 * sequences}"], 1, needs_data=False)
+    (memory,) = memory_by_stage(settings, load_device("h100"), 1)
+    assert memory.total == pytest.approx(MEASURED_PEAK_BYTES[sequences], rel=0.01)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (2, {"parallel.tp": 2}),
+        (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
+        (8, {"parallel.tp": 8, "train.micro_batch_size": 1}),  # more ranks than key/value heads
+        (8, {"parallel.tp": 2, "train.micro_batch_size": 1}),
+        (1, {"train.precision": "fp32"}),
+        (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["h100", "mi250x"])
+def test_on_a_gpu_the_formula_agrees_with_the_traced_step(tmp_path, device, ranks, changes):
+    settings = settings_of(tmp_path, ranks, {"train.precision": "bf16-mixed", **changes})
+    traced = trace_step(settings, load_device(device), ranks)
+    memory = memory_of_rank(settings, load_device(device), ranks, 0)
+    assert memory.static == pytest.approx(traced.static_memory_bytes, rel=0.01)
+    assert memory.total == pytest.approx(traced.peak_memory_bytes, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------- what layouts change
+
+
+@pytest.fixture
+def memories(tmp_path):
+    def of(ranks: int = 1, device: str = "h100", **changes: Any) -> list[Any]:
+        names = {name.replace("__", "."): value for name, value in changes.items()}
+        return memory_by_stage(settings_of(tmp_path, ranks, names), load_device(device), ranks)
+
+    return of
+
+
+def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
+    """Norms, on every tp rank, apart; the vocabulary divides by tp."""
+    settings = settings_of(tmp_path, 4, {"parallel.pp": 2, "parallel.tp": 2})
+    stages = memory_by_stage(settings, load_device("h100"), 4)
+    norms = 256 * (2 * 8 + 1)
+    elements = sum(memory.gradients for memory in stages) // 4
+    assert 2 * elements == parameter_count(settings.model) + norms
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "changes"),
+    [
+        (1, 1, 1, {}),
+        (1, 1, 8, {}),
+        (2, 2, 2, {"model.tie_word_embeddings": True}),
+        (4, 1, 2, {"optim.decay_embeddings": True, "train.precision": "fp32"}),
+        (16, 1, 1, {"model.attention_bias": True, "model.mlp_bias": True, "model.vocab_size": 128001}),
+        (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),
+    ],
+    ids=str,
+)
+def test_static_memory_is_that_of_the_optimizers_buckets(tp, pp, dp, changes):
+    """Of Gaperon 1B on torch's meta device, for every stage; buckets are padded by some bytes."""
+    changes = {"parallel.tp": tp, "parallel.pp": pp, "train.global_batch_size": 32, **changes}
+    overrides = [f"{name}={str(value).lower()}" for name, value in changes.items()]
+    settings = load_recipe(GAPERON, overrides, tp * pp * dp, needs_data=False)
+    for stage, memory in enumerate(memory_by_stage(settings, load_device("h100"), tp * pp * dp)):
+        mesh = replace(
+            Mesh.single(torch.device("meta")),
+            pp=Axis("pp", tuple(range(pp)), stage),
+            tp=Axis("tp", tuple(range(tp)), 0),
+            kv=Axis("kv", tuple(range(max(1, tp // 8))), 0),
+            data=Axis("data", tuple(range(dp)), 0),
+        )
+        model = build_stage(
+            settings.model,
+            settings.parallel.layers_per_stage or [],
+            mesh,
+            sequence_parallel=bool(settings.parallel.sequence_parallel),
+            dtype=torch.float32,
+        )
+        dtype = COMPUTE_DTYPES[settings.train.precision]
+        buckets = DistributedOptimizer(model.sharded_parameters(), settings.optim, mesh, dtype).buckets
+        sizes = {
+            "parameters": [bucket.values for bucket in buckets],
+            "masters": [bucket.master for bucket in buckets if bucket.rounded is not None],
+            "moments": [x for bucket in buckets for x in (bucket.moments.exp_avg, bucket.moments.exp_avg_sq)],
+            "gradients": [bucket.gradients for bucket in buckets]
+            + [bucket.own_gradient for bucket in buckets if bucket.own_gradient is not bucket.gradients],
+        }
+        for kind, tensors in sizes.items():
+            assert getattr(memory, kind) == pytest.approx(sum(x.nbytes for x in tensors), rel=1e-4), (stage, kind)
+
+
+def test_data_parallel_ranks_share_masters_and_moments_but_not_gradients(memories):
+    (one,), (four,) = (
+        memories(train__precision="bf16-mixed"),
+        memories(4, train__precision="bf16-mixed", train__micro_batch_size=1),
+    )
+    assert (4 * four.masters, 4 * four.moments) == (one.masters, one.moments)
+    assert four.parameters == one.parameters and four.gradients == one.gradients * 5 / 4
+
+
+def test_the_first_stage_keeps_the_most_microbatches_with_1f1b_and_all_stages_all_with_gpipe(memories):
+    pipeline = {"parallel__pp": 4, "train__micro_batch_size": 1, "train__global_batch_size": 8}
+    assert [memory.in_flight for memory in memories(4, **pipeline)] == [4, 3, 2, 1]
+    assert [memory.in_flight for memory in memories(4, **pipeline, parallel__schedule="gpipe")] == [8] * 4
+    assert [memory.in_flight for memory in memories(4, **{**pipeline, "train__global_batch_size": 2})] == [2, 2, 2, 1]
+
+
+def test_sequence_parallelism_splits_the_residual_stream_only(memories):
+    (split,) = memories(2, parallel__tp=2)
+    (whole,) = memories(2, parallel__tp=2, parallel__sequence_parallel=False)
+    residual = 2 * 512 * 256 * 4  # a microbatch, fp32
+    streams = 2 * 8 + 1  # before each norm
+    rstd = 4 * 2 * 512 * streams
+    assert whole.activations - split.activations == (streams * residual + rstd) // 2
+
+
+def test_the_longest_phase_counts(tmp_path):
+    phases = [
+        {"name": name, "tokens": 10_000, "sources": [{"path": "x"}], "sequence_length": length}
+        for name, length in (("short", 256), ("long", 1024))
+    ]
+    base = {**SMALL, "data": {"phases": phases}, "train": {**SMALL["train"], "steps": 0}}
+    (several,) = memory_by_stage(settings_of(tmp_path, 1, {}, base), load_device("h100"), 1)
+    (long,) = memory_by_stage(settings_of(tmp_path, 1, {"train.sequence_length": 1024}), load_device("h100"), 1)
+    assert several.total == long.total
+
+
+def test_a_document_mask_is_refused_where_the_documents_decide(memories):
+    with pytest.raises(ConfigError, match=r"document_mask = true: what attention keeps on cpu in fp32 depends"):
+        memories(device="cpu", data__document_mask=True)
+    assert memories(data__document_mask=True, train__precision="bf16-mixed")
+
+
+def test_a_layout_fits_if_the_reserve_is_left(memories):
+    (memory,) = memories()
+    device = load_device("h100")
+    just = (memory.total + RESERVE_BYTES) / 2**30
+    assert memory.fits(replace(device, memory_gib=just * 1.001))
+    assert not memory.fits(replace(device, memory_gib=just * 0.999))
+    assert memory.fits(load_device("cpu")) is None
+
+
+# ------------------------------------------------------------------------------------------------------ pages and tool
+
+
+@pytest.mark.parametrize("page", memory_table.PAGES)
+def test_the_tables_in_the_pages_are_those_of_the_formula(tmp_path, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if page == "README.md" and memory_table.START not in text:
+        pytest.skip("the README has no table of memory")
+    expected = memory_table.replaced(text, memory_table.PAGES[page](tmp_path))
+    assert text == expected, "python -m tests.planning.memory_table writes it"
+
+
+def test_the_tool_prints_the_memory_of_every_stage(tmp_path):
+    settings_of(tmp_path, 1, {})
+    layout = ["--memory", "--world-size", "4", "--parallel.pp", "2", "--parallel.tp", "2", "--device", "mi250x"]
+    command = [sys.executable, ROOT / "tools/trace_step.py", tmp_path / "recipe.toml", *layout]
+    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [(stage["stage"], stage["ranks"], stage["fits"]) for stage in report["stages"]] == [
+        (0, [0, 1], True),
+        (1, [2, 3], True),
+    ]
+    for stage in report["stages"]:
+        assert stage["total"] == sum(stage[kind] for kind in KINDS) > 0
+    assert report["peak_memory_bytes"] == max(stage["total"] for stage in report["stages"])
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0 and "0 to 1" in done.stdout and "fits (mi250x has 64 GiB" in done.stdout, done.stderr

@@ -13,11 +13,6 @@ NARROWEST_COLUMN = 4
 """Characters: narrower columns could not hold a character of an East Asian script and its neighbour."""
 
 
-def counted(count: int, noun: str) -> str:
-    """``1 document``, ``2,000 documents``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 class Console(rich.console.Console):
     """That of rich, but it shows all that it is given, as it is written.
 

@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   python tools/benchmark_mfu.py examples/recipes/code.toml --steps 20
   python tools/benchmark_mfu.py examples/recipes/code.toml --train.precision bf16-mixed --output runs/benchmark
   torchrun --nproc-per-node 8 tools/benchmark_mfu.py examples/recipes/code.toml --parallel.tp 2
-  python tools/benchmark_mfu.py examples/recipes/code.toml --processes 8 --sweep parallel.tp=1,2,4 train.micro_batch_size=1,2
+  python tools/benchmark_mfu.py examples/recipes/code.toml --processes 4 --sweep parallel.tp=1,2 parallel.pp=1,2
 
 A timed step does all that the trainer does in one: read the batch, update, record. Where the recipe's data files do not
 exist, tokens are random. Of a recipe with phases the first is timed, or --phase NAME.
@@ -89,7 +89,7 @@ def sweep_layouts(options: argparse.Namespace, rest: list[str]) -> None:
     processes = options.processes or 1
     sweep = Sweep(options.recipe, overrides, values, processes, options.warmup, options.steps, options.phase, output)
     outcomes = run_sweep(sweep, Path(__file__).resolve())
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console()
     console.print(table(sweep, outcomes))
     for line in notes(outcomes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -115,7 +115,7 @@ def time_one_layout(options: argparse.Namespace, rest: list[str]) -> None:
                 print("note: --profile lists the kernels of a GPU; there is none here", file=sys.stderr)
             if (warning := report.warning()) is not None:
                 print(f"warning: {warning}", file=sys.stderr)
-            console = Console(width=None if sys.stdout.isatty() else 200)
+            console = Console()
             console.print(report.table())
             if report.profile is not None:
                 console.print(report.profile.table())

@@ -148,7 +148,7 @@ def run(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps(report(files, settings, results, byte_counts), allow_nan=False))
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(table(files, settings, results, byte_counts))
+        Console().print(table(files, settings, results, byte_counts))
     require_finite(files, results)
 
 

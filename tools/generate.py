@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megagap.console import counted
-from megagap.errors import DataError, run_tool
+from megagap.errors import DataError, counted, run_tool
 from megagap.generation import Sampling, TextStream, encode_prompt, generate, load_text_model
 
 EXAMPLES = """

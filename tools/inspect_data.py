@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from megagap.console import Console, counted
+from megagap.console import Console
 from megagap.data.agreement import Ids, differing
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import (
@@ -28,7 +28,7 @@ from megagap.data.manifest import Manifest, read_manifest
 from megagap.data.plan import draw_plan, plan, plan_table
 from megagap.data.search import as_stored, search, search_table
 from megagap.data.tokenizer import Tokenizer, load_tokenizer
-from megagap.errors import ConfigError, DataError, run_tool
+from megagap.errors import ConfigError, DataError, counted, run_tool
 
 EXAMPLES = """
 examples:

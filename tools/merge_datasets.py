@@ -3,10 +3,9 @@
 import argparse
 import sys
 
-from megagap.console import counted
 from megagap.data.manifest import manifest_path
 from megagap.data.merge import merge_datasets
-from megagap.errors import run_tool
+from megagap.errors import counted, run_tool
 
 EXAMPLES = """
 examples:

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def warn_of_skipped(summary: "Summary") -> None:
-    from megagap.console import counted
+    from megagap.errors import counted
 
     if not summary.skipped:
         return

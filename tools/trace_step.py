@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml
   python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml --device mi300x --output step.png
   python tools/trace_step.py examples/recipes/code.toml --world-size 8 --parallel.tp 2 --json
-  python tools/trace_step.py examples/recipes/code.toml --memory --world-size 64 --device mi250x --parallel.tp 2 --parallel.pp 4
+  python tools/trace_step.py examples/recipes/code.toml --memory --world-size 64 --device mi250x --parallel.tp 2
 
 The trainer's own step runs over tensors without storage, so no GPU is needed and no value is computed. The cost of an
 operation follows from the figures in megagap/planning/devices.toml: the longer of its arithmetic and its memory
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json:
         print(json.dumps(trace.as_dict()))
         return
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console()
     console.print(title(trace), style="bold", soft_wrap=True)
     console.print(kinds_table(trace))
     sites = 20 if options.sites is None else options.sites
@@ -85,7 +85,7 @@ def print_memory(settings: Settings, device: Device, options: argparse.Namespace
         print(json.dumps(report(settings, device, options.world_size)))
         return
     stages = memory_by_stage(settings, device, options.world_size)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console()
     console.print(f"memory per rank in GiB on {device.key}, {options.world_size} processes", style="bold")
     console.print(stages_table(stages))
     for line in (verdict(stages, device), *assumptions(settings)):

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from rich.filesize import decimal
 
-from megagap.console import counted
 from megagap.data.bpe import Trained, train_tokenizer
-from megagap.errors import DataError, run_tool
+from megagap.errors import DataError, counted, run_tool
 
 EXAMPLES = """
 examples:

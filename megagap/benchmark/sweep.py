@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 
 from megagap.benchmark.step import QUIET_SPREAD, choose_phase, missing_data
+from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.config.loading import override_faults
 from megagap.errors import ConfigError, MegagapError, ops_choice
@@ -233,7 +234,7 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
 def _prepare(sweep: Sweep, combination: dict[str, str]) -> Settings | ConfigError:
     overrides = [*sweep.overrides, *(f"{name}={value}" for name, value in combination.items())]
     try:
-        settings = load_recipe(sweep.recipe, overrides, sweep.processes, needs_data=False)
+        settings = load_recipe(sweep.recipe, overrides, sweep.processes, needs_data=False, find_model=find_model)
         choose_phase(settings, sweep.phase)
     except ConfigError as error:
         return error

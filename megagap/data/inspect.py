@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from megagap.console import counted
 from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.indexed import VERSION, IndexedDataset
 from megagap.data.manifest import Manifest
 from megagap.data.samples import Sample, TrainingData
 from megagap.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from megagap.errors import DataError, library_errors
+from megagap.errors import DataError, counted, library_errors
 
 SHOWN_TOKENS = 64
 

@@ -20,7 +20,6 @@ from typing import Self, get_args
 
 from rich.filesize import decimal
 
-from megagap.console import counted
 from megagap.data.inputs import shard
 from megagap.data.listing import list_inputs
 from megagap.data.manifest import Arguments, Manifest, OnError
@@ -28,7 +27,7 @@ from megagap.data.partial import CannotWriteError, lock_pair
 from megagap.data.preprocess.fast import Fast
 from megagap.data.preprocess.run import Run
 from megagap.data.tokenizer import SpecialTokens, find_tokenizer, load_tokenizer
-from megagap.errors import DataError, printable
+from megagap.errors import DataError, counted, printable
 from megagap.files import require_name
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagap.console import counted
 from megagap.data.inputs import Input
 from megagap.data.partial import Position, checksum_of
 from megagap.data.units import Mark, changed
-from megagap.errors import DataError
+from megagap.errors import DataError, counted
 from megagap.files import reading
 
 

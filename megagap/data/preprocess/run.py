@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megagap.console import counted
 from megagap.data.documents import fault_in
 from megagap.data.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
 from megagap.data.format import best_dtype
@@ -47,7 +46,7 @@ from megagap.data.preprocess.progress import Progress
 from megagap.data.tokenizer import Tokenizer
 from megagap.data.units import Unit, read_units
 from megagap.data.workers import map_in_order
-from megagap.errors import DataError, printable
+from megagap.errors import DataError, counted, printable
 from megagap.files import reading, write_text
 
 log = logging.getLogger(__name__)

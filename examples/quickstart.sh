@@ -12,7 +12,7 @@ tensor, pipeline and data parallelism, kill and resume it, convert to Hugging Fa
   ./examples/quickstart.sh --fresh              delete runs/quickstart first
 
 Everything is in runs/quickstart/. A second call resumes where the first one stopped. --help installs nothing.
-MEGAGAP_VENV=path: another place than .venv; MEGAGAP_PYTHON=python: an environment that already has torch.
+MEGAGAP_VENV=path: a virtual environment other than .venv; MEGAGAP_PYTHON=python: an environment that already has torch.
 END
 }
 

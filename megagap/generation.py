@@ -26,7 +26,7 @@ from megagap.errors import CheckpointError, DataError, library_errors
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the logits. The default is greedy: the likeliest one."""
+    """How a token is chosen from the logits. The default is greedy: the most likely one."""
 
     temperature: float = 0.0
     """Divides the logits; 0 is greedy."""
@@ -100,7 +100,7 @@ def _check_prompt(prompt: Sequence[int], vocab_size: int, positions: int) -> Non
 
 
 class TextStream:
-    """The text of ids that come one by one, as soon as it is certain.
+    """The text of ids that arrive one at a time, as soon as it is final.
 
     The bytes of a character may be spread over several tokens: it appears with the last of them. The pieces put
     together are the text of all ids.
@@ -198,8 +198,8 @@ def _opening(tokenizer: Tokenizer) -> list[int]:
     from tokenizers import Tokenizer as Backend
 
     with library_errors(f"{file} cannot encode a text"):
-        backend = Backend.from_str(file.read_text(encoding="utf-8"))  # it takes no path that is not valid UTF-8
-        backend.no_padding()  # else its filling would pass for the template's
+        backend = Backend.from_str(file.read_text(encoding="utf-8"))  # it accepts only paths that are valid UTF-8
+        backend.no_padding()  # else padding would be mistaken for the template's tokens
         encoding = backend.encode("a")
     return [
         token

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.table import Table
 
-from megagap.console import Console, counted
+from megagap.console import Console
+from megagap.errors import counted
 
 
 def some_table(name: str) -> Table:

@@ -1,7 +1,7 @@
 """Time a recipe's training step on this machine: tokens per second, TFLOP/s, and the share of the hardware's peak."""
 
 if __name__ == "__main__":
-    # Before torch is imported: a launcher that is killed in these seconds must not leave us behind.
+    # Before torch is imported: a launcher that is killed in these seconds must not leave this process behind.
     from megagap.training.parent import end_with_parent
 
     end_with_parent()
@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 A timed step does all that the trainer does in one: read the batch, update, record. Where the recipe's data files do not
 exist, tokens are random. Of a recipe with phases the first is timed, or --phase NAME.
 
-MFU (model FLOPs utilisation) is given by two formulas, counting the whole attention square or its causal half, and of
+MFU (model FLOPs utilisation) is given by two formulas, counting the full attention matrix or its causal half, and of
 two peaks: that of the data sheet, and that of a matrix product measured here. The latter is measured before, between
 and after the timed steps. Its median counts, as of the steps; where it varies, other programs used the machine too.
 
@@ -107,7 +107,7 @@ def time_one_layout(options: argparse.Namespace, rest: list[str]) -> None:
         )
         phase = choose_phase(settings, options.phase)
         if options.output and process.rank == 0:
-            require_writable(options.output / "benchmark.json")  # before the time is spent
+            require_writable(options.output / "benchmark.json")  # before spending time
         mesh = make_mesh(settings, process, launch.start(process))
         report = benchmark(settings, mesh, phase, options.warmup, options.steps, options.profile)
         if process.rank == 0:

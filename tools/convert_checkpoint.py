@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         type=byte_size,
         default=DEFAULT_SHARD_SIZE,
         metavar="SIZE",
-        help="of a safetensors file, such as 5GB (the default) or 500MB",
+        help="maximum size of a safetensors file, such as 5GB (the default) or 500MB",
     )
     to_hf.set_defaults(convert=convert_to_hugging_face)
     from_hf = commands.add_parser(

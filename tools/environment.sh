@@ -1,6 +1,6 @@
 # Makes the Python environment of this checkout. To be sourced by bash scripts, which then use "$PYTHON".
 #
-#   MEGAGAP_VENV=path      another place than .venv for the virtual environment
+#   MEGAGAP_VENV=path      use this virtual environment instead of .venv
 #   MEGAGAP_PYTHON=python  use this Python's environment, which has torch (a cluster's module, say): nothing but
 #                          megagap itself is installed into it
 #

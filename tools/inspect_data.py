@@ -195,7 +195,7 @@ def verify(pair: Pair) -> None:
 
 def verified(pair: Pair) -> str:
     return (
-        "verified: every entry is sound"
+        "verified: every entry is valid"
         + (", every token is in the vocabulary" if pair.tokenizer else "")
         + (", the checksums are right" if pair.manifest else "")
     )

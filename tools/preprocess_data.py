@@ -26,7 +26,7 @@ Inputs are JSON lines ({"text": "…"}), Parquet files with such columns, or pla
 compression with gzip or Zstandard is recognised. Content decides, not the name; other files in a folder or matched by a
 pattern are not read, and are listed in a note and in the manifest. Documents without text are left out and counted.
 --tokenizer is a file or a folder: a Hugging Face tokenizer.json, a sentencepiece model or a tiktoken rank file (Llama
-3's tokenizer.model), told apart by content; a prefix hf:, sentencepiece: or tiktoken: forces the kind. The bar shows
+3's tokenizer.model), detected by content; a prefix hf:, sentencepiece: or tiktoken: forces the kind. The bar shows
 bytes of the input files, compressed or not, and the rate in uncompressed bytes, as the summary does. More in
 docs/data.md.
 """

@@ -1,4 +1,4 @@
-"""A Hugging Face Llama, ``config.json`` and safetensors, as a checkpoint or at once as a model.
+"""A Hugging Face Llama, ``config.json`` and safetensors, as a checkpoint or directly as a model.
 
 The folder is untrusted input: nothing is used of it before names, shapes and dtypes are found to fit its
 ``config.json``, and the safetensors library has checked its headers. Pickled weights are never opened.
@@ -40,9 +40,9 @@ SINGLE_FILE = "model.safetensors"
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that weights may have."""
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no way out of the folder
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no path out of the folder
 
-# What config.json may leave out, and what transformers' LlamaConfig then takes.
+# What config.json may leave out, and the defaults of transformers' LlamaConfig.
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL = {
     "max_position_embeddings": 2048,
@@ -65,7 +65,7 @@ class Imported:
     size: int
     """Bytes of all weights."""
     tokenizer: str | None
-    """Where the checkpoint says that the tokenizer is; None if the folder has none."""
+    """The tokenizer's path as recorded in the checkpoint; None if the folder has none."""
     is_tokenizer_readable: bool
 
 
@@ -134,7 +134,7 @@ def load_hugging_face_model(folder: Path, device: torch.device | None = None) ->
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """Whether ``folder`` means to be a Hugging Face model."""
+    """Whether ``folder`` is meant to be a Hugging Face model."""
     return (folder / CONFIG).is_file()
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it: the ``state`` of its index, checked.
+"""What a checkpoint says about the run that wrote it: the ``state`` of its index, checked.
 
 It is untrusted input, as the rest of the index is: every number is typed and bounded, the model's settings fit each
 other and the tensors that are stored, before anything is built from them.
@@ -33,7 +33,7 @@ class IdsState(_Part):
 
 
 class ModelState(_Part):
-    """What every checkpoint holds."""
+    """The state that every checkpoint has."""
 
     model: Model
     """As last trained: with the ``rope_theta`` of the phase."""
@@ -103,7 +103,7 @@ def read_recipe_model(folder: Path, index: Index) -> Model:
 
 
 def read_ids(folder: Path, index: Index) -> Ids | None:
-    """What the checkpoint says of the token ids, if it does.
+    """What the checkpoint declares about the token ids, if anything.
 
     Raises :class:`CheckpointError` naming the folder and the field.
     """

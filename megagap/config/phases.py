@@ -39,7 +39,7 @@ def phase_spans(
 
 
 def sources_of(plan: Sequence[Span]) -> list[Source]:
-    """Those of all phases, each once: a source of the same name is the same one."""
+    """Those of all phases, each once: sources are identified by name."""
     return list({source.name: source for span in plan for source in span.sources}.values())
 
 
@@ -55,7 +55,7 @@ def tokens_after(plan: Sequence[Span], global_batch_size: int, step: int) -> int
 
 
 def steps_for(plan: Sequence[Span], global_batch_size: int, tokens: int) -> int:
-    """The steps that it takes to train on so many tokens; beyond the last phase its steps are counted on."""
+    """The steps that it takes to train on so many tokens; beyond the last phase, counting continues with its steps."""
     for span in plan[:-1]:
         here = span.steps * span.sequence_length * global_batch_size
         if tokens <= here:

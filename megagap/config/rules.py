@@ -13,11 +13,11 @@ Rule = Callable[[Lookup], Iterator[Fault]]
 
 
 class _Unsound(Exception):
-    """A rule asked for a setting that is itself faulty: the rule does not apply."""
+    """A rule needs a setting that is itself invalid: the rule does not apply."""
 
 
 def check_rules(values: dict[str, Any], world_size: int | None, needs_data: bool = False) -> list[Fault]:
-    """All faults between settings, checked on those that are sound by themselves."""
+    """All faults between settings, checked on those that are valid by themselves."""
 
     def lookup(name: str) -> Any:
         if name not in values:

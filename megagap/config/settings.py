@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """Llama 3.1's stretch of the rotary wavelengths to longer contexts."""
+    """Llama 3.1's scaling of the rotary frequencies to longer contexts."""
 
     rope_type: Literal["llama3"]
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -115,17 +115,17 @@ class Data(Section):
     sources: list[Source] = []
     """What to train on, `[{path = "…", weight = …}, …]`."""
     phases: list[Phase] = []
-    """Instead of `sources`: mixtures that follow each other, `[[data.phases]]` with `name`, `tokens` and `sources`."""
+    """Instead of `sources`: consecutive mixtures, `[[data.phases]]` with `name`, `tokens` and `sources`."""
     validation: list[Source] = []
     """Held-out sources; by default the second part of `split`."""
     split: str = "100,0,0"
     """Shares of each source's documents for training, validation and test."""
     order: Literal["shuffled", "megatron"] = "shuffled"
-    """Order of the samples; `shuffled` depends on the seed and the sample number only, `megatron` on the steps too."""
+    """Order of the samples; `shuffled` depends only on the seed and the sample number, `megatron` also on the steps."""
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Threads of each process that read batches ahead; 0: each is read when it is needed."""
     document_mask: bool = False
-    """Attend within documents only, count positions from their start, predict nothing across their borders."""
+    """Attend within documents only, count positions from their start, predict nothing across their boundaries."""
 
 
 class Train(Section):
@@ -142,7 +142,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16-mixed"] = "fp32"
     """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
     skip_samples: list[SampleRange] = []
-    """Global sample numbers to leave out, `["lo:hi", …]` without hi: the usual answer to a loss spike."""
+    """Global sample numbers to skip, `["lo:hi", …]` without hi: the usual remedy for a loss spike."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Determines the initial weights and the order of samples, whatever the layout."""
     evaluate_every: Count = 0
@@ -165,9 +165,9 @@ class Optim(Section):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """Learning rate after the warmup; `wsd` stays constant until a cooldown at the end."""
     cooldown_steps: Count = 0
-    """Last steps of `wsd`, in which the rate falls to min_lr."""
+    """Last steps of `wsd`, in which the rate decays to min_lr."""
     cooldown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    """Shape of that fall; `sqrt` is 1 - sqrt(progress)."""
+    """Shape of that decay; `sqrt` is 1 - sqrt(progress)."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay (AdamW)."""
     decay_embeddings: bool = False
@@ -177,7 +177,7 @@ class Optim(Section):
     eps: AboveZero = 1e-8
     """AdamW's epsilon."""
     clip_grad: NonNegative = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
     zero: Literal[1] = 1
     """What is sharded over data-parallel ranks; 1: optimizer state and masters."""
 

@@ -20,7 +20,7 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SMALLEST = 256 + 2
 """Every byte and both special tokens."""
 LARGEST = 2**24
-"""Far beyond any vocabulary in use; the trainer makes room for all ids at once."""
+"""Far beyond any vocabulary in use; the trainer allocates all ids at once."""
 SAMPLED_PARTS, SAMPLED_CHARACTERS = 2048, 2048
 """Of the text, parts on which bytes per token are measured, and the characters of each: all of a text of some 4 MB."""
 
@@ -89,7 +89,7 @@ def train_tokenizer(
     folder = Path(output)
     is_new = not folder.exists()
     _require_no_tokenizer(folder)
-    require_writable_folder(folder)  # before the time is spent
+    require_writable_folder(folder)  # before spending time
     try:
         files = list_texts(inputs, key)
         text = _TrainingText(sum(file.share for file in files), show_progress)

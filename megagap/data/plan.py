@@ -14,9 +14,9 @@ TOLERANCE = 1e-3
 
 
 def unnormalised_weights(phase: Phase) -> str:
-    """A warning with a table of effective shares if the weights seem meant as shares and do not add up; else empty.
+    """A warning with a table of effective shares if the weights seem to be shares and do not add up; else empty.
 
-    Weights of which all are 1 or more are taken for ratios, as in 3 : 2 : 1.
+    If all weights are 1 or more, they are taken as ratios, as in 3 : 2 : 1.
     """
     weights = [source.weight for source in phase.sources]
     if len(weights) == 1 or abs(sum(weights) - 1) <= TOLERANCE or min(weights) >= 1:

@@ -38,7 +38,7 @@ class ValidationData:
         return self._read(name, first, count)[0]
 
     def positions(self, name: str, first: int, count: int) -> NDArray[np.int64]:
-        """How far each of these tokens lies behind its document's start, or the window's: int64 [count, s + 1]."""
+        """The position of each of these tokens in its document, or in the window: int64 [count, s + 1]."""
         return self._read(name, first, count)[1]
 
     def _read(self, name: str, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

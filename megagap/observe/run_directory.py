@@ -58,7 +58,7 @@ class RunDirectory:
     def __init__(self, path: Path, is_writer: bool) -> None:
         self.path, self.is_writer = path, is_writer
         self.step = 0
-        """Last step begun or loaded, for the status."""
+        """Last step started or loaded, for the status."""
         self.has_begun = False
         self._has_ended = False
         self._writing = threading.RLock()
@@ -235,7 +235,7 @@ class RunDirectory:
             try:
                 self._write(STATUS, text)
             except DataError:
-                # A full disk has no room for a new file beside the old one, but mostly for the same file.
+                # A full disk has no space for a new file beside the old one, but usually for overwriting it.
                 if state == "failed" and (self.path / STATUS).exists():
                     with suppress(OSError):
                         (self.path / STATUS).write_text(text, encoding="utf-8")

@@ -38,7 +38,7 @@ class Device:
 
     @property
     def torch_device(self) -> torch.device:
-        """What a tensor on it names as its device."""
+        """The device that a tensor on it reports."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", 0)  # ROCm's are called cuda, too
 
     def product_rate(self, dtype: torch.dtype, smallest: int) -> float:

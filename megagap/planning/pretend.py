@@ -25,7 +25,7 @@ from megagap.planning.devices import Device
 META = torch.device("meta")
 
 OnHostSync = Callable[[str], None]
-"""Told what made the host wait for the device."""
+"""Called with what made the host wait for the device."""
 
 
 class PinnedMemory:
@@ -43,7 +43,7 @@ class PinnedMemory:
 
 
 class Pretence(TorchFunctionMode):
-    """While active, meta tensors answer as if they were on ``device``, and what is made there is made on meta.
+    """While active, meta tensors behave as if they were on ``device``, and tensors created there are created on meta.
 
     Values are unknown, and read as ones; only tensors that were moved there from real ones keep theirs.
     """

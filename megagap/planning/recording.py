@@ -93,10 +93,10 @@ class Work:
 
     dtype: torch.dtype
     flops: int = 0
-    """Of attention: counting its whole square, without what its backward pass computes again."""
+    """Of attention: counting the full matrix, without what its backward pass recomputes."""
     recomputed_flops: int = 0
     causal_flops: int = 0
-    """Of attention: counting the half below the diagonal, with what is computed again."""
+    """Of attention: counting the causal half, with what is recomputed."""
     product: tuple[int, int, int] | None = None
     """Rows, columns and inner dimension of a matrix product."""
     attention: tuple[str, int, bool] | None = None
@@ -218,7 +218,7 @@ class Recorder(TorchDispatchMode):
             host = args[1] if x.is_meta else x
             self._copy_between(host, args[2] if len(args) > 2 else kwargs.get("non_blocking", False), "copy_()")
             return x
-        if function is torch.ops.aten.addmm.dtype_out:  # torch has no form of it for meta
+        if function is torch.ops.aten.addmm.dtype_out:  # torch has no meta implementation of it
             return kwargs["out"]
         if name.startswith("index") and x is not None and x.is_meta and isinstance(args[1], list | tuple):
             args = (x, self._without_masks(args[1]), *args[2:])
@@ -365,13 +365,13 @@ def _attention(name: str, args: Any) -> Work | None:
         grouped = heads != key.shape[1]
     one = 2 * scores * head
     flops, again = (4 * one, one) if backward else (2 * one, 0)
-    # Gradients of shared keys are added up by two kernels more.
+    # Gradients of shared keys are added up by two more kernels.
     more = 2 if backward and grouped else 0
     return Work(query.dtype, flops, again, (flops + again) // 2, None, (kernel, head, backward), more)
 
 
 def _document_squares(query: Tensor, args: Any) -> int:
-    """The sum of the squared lengths of documents, from their borders; of equal ones if their values are unknown."""
+    """The sum of the squared lengths of documents, from their boundaries; of equal ones if their values are unknown."""
     borders = next(x for x in args if isinstance(x, Tensor) and x.dim() == 1 and x.dtype == torch.int32)
     real = getattr(borders, "real_values", None)
     if real is not None:

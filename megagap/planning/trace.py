@@ -34,7 +34,7 @@ OUTPUT_AND_LOSS = "parallel/cross_entropy.py"
 
 @dataclass
 class Total:
-    """What some operations take together."""
+    """The total cost of some operations."""
 
     kernels: int = 0
     flops: int = 0
@@ -87,7 +87,7 @@ class Trace:
         return {"full": flops.full * per_device, "causal": flops.causal * per_device}
 
     def by_kind(self) -> dict[str, Total]:
-        """Every kind, also those that the step has nothing of."""
+        """Every kind, including those that do not occur in the step."""
         totals = self._totals(lambda operation: operation.kind)
         return {kind: totals.get(kind, Total()) for kind in KINDS}
 
@@ -149,7 +149,7 @@ class Trace:
 
 
 def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace:
-    """Trace the second step of rank 0: what only a first step does is done.
+    """Trace the second step of rank 0, without the one-time work of a first step.
 
     Raises :class:`ConfigError` for what cannot be traced: pipeline stages, which wait for each other, a document mask
     without the data that it follows from, an operation whose result torch cannot know without values.
@@ -182,7 +182,7 @@ def _host_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
         return random_batch(settings, mesh, phase)
     if (missing := missing_data(settings)) is not None:
         raise ConfigError(
-            f"data.document_mask = true: what attention takes depends on the documents, and {missing}\n"
+            f"data.document_mask = true: the cost of attention depends on the documents, and {missing}\n"
             "  name data that exists, or trace --data.document_mask false."
         )
     with batches(settings, mesh, phase) as next_batch:
@@ -191,7 +191,7 @@ def _host_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
 
 @contextmanager
 def _fake_groups(world_size: int) -> Iterator[None]:
-    """Process groups of one process that takes itself for rank 0 of many, whose collectives do nothing."""
+    """Process groups of one process that acts as rank 0 of many, whose collectives do nothing."""
     if world_size == 1:
         yield
         return
@@ -242,10 +242,10 @@ def summary(trace: Trace) -> list[str]:
     share = (
         "MFU unknown: no peak in the data sheet"
         if mfu is None
-        else f"MFU {mfu['full']:.1%} full attention square, {mfu['causal']:.1%} causal half"
+        else f"MFU {mfu['full']:.1%} full attention matrix, {mfu['causal']:.1%} causal half"
     )
     output = trace.within(OUTPUT_AND_LOSS)
-    syncs = "no host synchronisation" if not trace.host_syncs else f"{len(trace.host_syncs)} host synchronisations:"
+    syncs = "no host synchronisation" if not trace.host_syncs else f"host synchronisations: {len(trace.host_syncs)}"
     return [
         f"predicted step {trace.step_seconds:.4f} s, {trace.tokens_per_second:,.0f} tokens per second, {share}",
         f"{memory}; {trace.static_memory_bytes / 2**30:.2f} GiB between steps",
@@ -255,7 +255,7 @@ def summary(trace: Trace) -> list[str]:
 
 
 def draw(trace: Trace, output: Path) -> None:
-    """A bar for each kind. Raises :class:`DataError` where the file's ending names no kind of image."""
+    """One bar per kind. Raises :class:`DataError` if the file's ending is not an image format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -6,7 +6,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed instead of giving it back: activations of one step are the next one's memory.
+    """Make glibc keep freed memory instead of returning it: one step's activations reuse the memory of the last.
 
     By default it maps each block above 32 MiB anew and returns it when freed, so that a step touches all its pages for
     the first time, with a page fault each. Returns whether it was set; other C libraries have no such default.

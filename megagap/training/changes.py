@@ -24,7 +24,7 @@ _FIXED: dict[str, tuple[str, ...]] = {
 }
 _FREE = {"preset", "initializer_range", "path"}
 
-_IS_DEFAULT = ", the default: set it to the value that is meant"
+_IS_DEFAULT = ", the default: set it to the value you mean"
 """Nobody asks for another model by leaving a setting out."""
 
 _FROM_HERE_ON = ("max_position_embeddings", "rope_theta", "rope_scaling")
@@ -44,7 +44,7 @@ def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
     then, now = (_skipped(train, saved.last_sample) for train in (saved.train, settings.train))
     if then != now:
         refused.append(
-            f"train.skip_samples: up to {saved.last_sample} it left out {then or 'none'}, now {now or 'none'}; "
+            f"train.skip_samples: up to {saved.last_sample} it skipped {then or 'none'}, now {now or 'none'}; "
             "only later numbers can be skipped"
         )
     _refuse(refused, folder, "another run", "restore these settings, or choose another run.dir")
@@ -63,7 +63,7 @@ def _refused_model_differences(saved: Model, now: Model) -> list[str]:
                 refused.append(f"{line}{_IS_DEFAULT}")
         elif name == "vocab_size":
             if saved.vocab_size > now.vocab_size:
-                refused.append(f"{line}: it can grow only, its last tokens would be lost")
+                refused.append(f"{line}: it can only grow; its last tokens would be lost")
         else:
             refused.append(line)
     return refused
@@ -84,7 +84,7 @@ def model_changes(saved: Model, now: Model, theta: bool = False) -> list[Change]
 
 
 def _past_differences(saved: RunState, settings: Settings) -> list[str]:
-    """What differs between the phases up to the saved step; what lies ahead may change."""
+    """What differs between the phases up to the saved step; later phases may change."""
     then, now = _both_pasts(saved, settings)
     if [phase["steps"] for phase in then] != [phase["steps"] for phase in now]:
         borders = [", ".join(f"{phase['name']} {phase['steps']:,}" for phase in past) for past in (then, now)]

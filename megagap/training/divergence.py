@@ -23,7 +23,7 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import DistributedCommunicator, Mesh
 from megagap.training.datasets import skipped_ranges
 from megagap.training.next_start import newest_checkpoint, start_over
-from megagap.training.step import TrainState, next_step_is_sound
+from megagap.training.step import TrainState, next_step_is_finite
 
 PROBLEM = "loss or gradients were not finite or all gradients were zero"
 """Why steps are skipped, for messages."""
@@ -111,7 +111,7 @@ def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Ma
         return f"the {which} skipped: {PROBLEM}"
     if any_not_finite(state.optimizer, state.mesh):
         return "weights or moments are not finite"
-    if not next_step_is_sound(state, batch):
+    if not next_step_is_finite(state, batch):
         return "the updated weights give a loss or gradients that are not finite, or no gradients"
     bad = [name for name, loss in validation.items() if not math.isfinite(loss)]
     return f"the validation loss of {', '.join(bad)} is not finite" if bad else None
@@ -131,15 +131,15 @@ def diverged(
 
     ``start``: the step that this start of the run began at.
     """
-    samples = ", ".join(f'"{text}"' for text in _samples_to_leave_out(settings, run, first, last, start))
+    samples = ", ".join(f'"{text}"' for text in _samples_to_skip(settings, run, first, last, start))
     return DivergedError(
         f"{problem}\n  {_where_to_resume(settings, run, first)}\n"
-        "  Change what made it diverge: a lower optim.lr or a longer optim.warmup_steps; or leave out the samples of "
+        "  Change what made it diverge: a lower optim.lr or a longer optim.warmup_steps; or skip the samples of "
         f"these steps with --train.skip_samples '[{samples}]'."
     )
 
 
-def _samples_to_leave_out(settings: Settings, run: RunDirectory, first: int, last: int, start: int) -> list[str]:
+def _samples_to_skip(settings: Settings, run: RunDirectory, first: int, last: int, start: int) -> list[str]:
     """``train.skip_samples`` with the samples of the steps ``first`` to ``last`` added, and of the step before: its
     update may have ruined the weights. What comes before the checkpoint to resume from cannot be left out any more."""
     batch = settings.train.global_batch_size

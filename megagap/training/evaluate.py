@@ -11,7 +11,7 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute, plan
 from megagap.parallel.schedule import forward_only
-from megagap.training.step import BoundStage, TrainState, border, count_targets, counts_loss, targets_of
+from megagap.training.step import BoundStage, TrainState, boundary, count_targets, counts_loss, targets_of
 
 MICROBATCHES_PER_STAGE = 8
 """Microbatches computed between two looks for a stop, times the pipeline's stages: the pipeline runs empty there."""
@@ -43,7 +43,7 @@ def evaluate(
 
 
 def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Callable[[], None]) -> float:
-    """Each data rank takes a contiguous part of the windows; where they do not divide, ignored ones fill up."""
+    """Each data rank takes a contiguous part of the windows; if they do not divide evenly, ignored ones fill up."""
     mesh, micro = state.mesh, state.settings.train.micro_batch_size
     windows = len(data.windows[name])
     microbatches = -(-windows // (mesh.dp.size * micro))
@@ -70,7 +70,7 @@ def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Call
         pause()
         part = slice(begin, begin + MICROBATCHES_PER_STAGE * mesh.pp.size)
         work = BoundStage(state.stage, inputs[part], targets[part], scale, documents[part] if documents else None)
-        execute(plan(forward_only, mesh, len(work.inputs)), [work], border(state.stage, inputs), mesh)
+        execute(plan(forward_only, mesh, len(work.inputs)), [work], boundary(state.stage, inputs), mesh)
         losses.append(work.sequence_losses)
     own_loss = torch.cat(losses).sum() * scale * counts_loss(mesh)
     return float(all_reduce(own_loss, mesh.world))

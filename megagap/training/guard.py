@@ -1,4 +1,4 @@
-"""Decides, on the device and equally on every rank, whether a step's update is made."""
+"""Decides, on the device and identically on every rank, whether a step's update is applied."""
 
 import torch
 from torch import Tensor

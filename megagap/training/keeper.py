@@ -19,7 +19,7 @@ class CheckpointKeeper:
     def __init__(self, state: TrainState, run: RunDirectory, data: TrainingData, skipped: SkippedSteps) -> None:
         self.state, self.run, self.data, self.skipped = state, run, data, skipped
         self.withheld: str | None = None
-        """Why the checkpoint that was due last is not written yet."""
+        """Why the last due checkpoint has not been written yet."""
         self._untried: int | None = None
         """The step of a checkpoint that no update has followed yet: older ones are kept beside it."""
 

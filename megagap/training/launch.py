@@ -37,7 +37,7 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
 
 LINGER_SECONDS = 5.0
-"""How long the other ranks wait before leaving, so that torchrun's SIGTERM does not swallow the message."""
+"""How long the other ranks wait before exiting, so that torchrun's SIGTERM does not swallow the message."""
 
 ABORT_SECONDS = 3.0
 """How long recording an abort may take, as on a file system that hangs, before the process ends without it."""
@@ -66,7 +66,7 @@ def start(process: Process) -> torch.device:
         if threads is None:
             torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:
-        # gloo beside NCCL carries the small objects that checkpoints exchange.
+        # gloo, besides NCCL, carries the small objects that checkpoints exchange.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         join(process, backend, GROUP_TIMEOUT)
     return device
@@ -86,7 +86,7 @@ def available_cores() -> int:
 
 
 def chosen_threads() -> int | None:
-    """OMP_NUM_THREADS, if the user set it. torchrun sets it to 1 by itself: what it was started with tells.
+    """OMP_NUM_THREADS, if the user set it. torchrun sets it to 1 itself: its own environment tells.
 
     Raises :class:`ConfigError` if it is not a number of threads.
     """
@@ -199,7 +199,7 @@ def _end_with(caught: BaseException, ending: Ending) -> int:
 
 
 def _lost_peer(error: BaseException, ending: Ending) -> LostPeerError | None:
-    """What a failed collective means: torch reports it by types and texts of its back ends."""
+    """What a failed collective means: torch reports it by the error types and messages of its backends."""
     text = str(error)
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         reason = text.strip().splitlines()[0] if text else repr(error)
@@ -245,5 +245,5 @@ def _exit(code: int) -> NoReturn:
 
 
 def _print(message: str) -> None:
-    with suppress(OSError):  # nobody reads standard error, or its disk is full: the exit code still tells
+    with suppress(OSError):  # nobody reads standard error, or its disk is full: the exit code still says so
         print(message, file=sys.stderr, flush=True)

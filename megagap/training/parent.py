@@ -1,4 +1,4 @@
-"""A worker ends with its launcher. Imports nothing heavy: this runs before torch, whose import takes seconds."""
+"""A worker exits with its launcher. Imports nothing heavy: this runs before torch, whose import takes seconds."""
 
 import ctypes
 import os
@@ -35,7 +35,7 @@ def _is_orphan(parent: Path) -> bool:
     """Whether torchrun died before the kernel was told, so that init or a subreaper is the ``parent`` now.
 
     torchrun makes each worker the leader of a session, and has torch in its memory; who adopts orphans has not. Behind
-    a wrapper, which leads the session in our place, nothing can be told.
+    a wrapper, which leads the session instead, this cannot be determined.
     """
     if os.getsid(0) != os.getpid():
         return False

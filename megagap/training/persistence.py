@@ -153,9 +153,9 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
 
 
 def compare_ids(before: Ids | None, now: Ids | None, settings: Settings, refuse: bool = True) -> None:
-    """Warn of other ids than the checkpoint's. The recipe's tokenizer may have tokens added.
+    """Warn of ids that differ from the checkpoint's. The recipe's tokenizer may have added tokens.
 
-    ``refuse``: raise :class:`DataError` if ids mean other tokens; a new run may start from weights all the same.
+    ``refuse``: raise :class:`DataError` if ids mean different tokens; a new run may still start from the weights.
     """
     spec = settings.data.tokenizer
     if before is None or now is None:

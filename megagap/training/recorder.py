@@ -97,7 +97,7 @@ class Recorder:
         by_source = {
             f"loss/{name}": value
             for name, value in zip(self.sources, numbers["source_losses"], strict=False)
-            if math.isfinite(value)  # not where the batch had nothing of the source
+            if math.isfinite(value)  # not if the batch had nothing from the source
         }
         record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}
         self.skipped.count(record["step"], bool(accepted), self.run)

@@ -60,7 +60,7 @@ class Process:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Process":
-        """Raises :class:`DistributedError` if the environment holds only a part of what torchrun sets, or values that
+        """Raises :class:`DistributedError` if the environment has only part of what torchrun sets, or values that
         contradict each other, or if another launcher has started several processes and none knows its place.
         """
         given = {name: environment[name].strip() for name in PLACE if name in environment}
@@ -73,7 +73,7 @@ class Process:
             names = (*PLACE, *MEETING)
             found = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
             raise DistributedError(
-                f"the environment does not say where this process belongs: {error}\n"
+                f"the environment does not say which rank this process is: {error}\n"
                 f"  found: {found}\n"
                 "  start with torchrun, which sets these, or unset them for a run of one process."
             ) from None
@@ -135,7 +135,7 @@ def warn_of_several_runs(environment: Mapping[str, str] = os.environ) -> None:
     """Under srun, a torchrun that was not told of the others (--nnodes) starts a run of its own on each machine."""
     tasks = _count(environment, "SLURM_STEP_NUM_TASKS")
     if tasks > 1 and UNDER_TORCHRUN in environment and _count(environment, "GROUP_WORLD_SIZE") == 1:
-        log.warning("srun has started %d tasks, this run has the processes of one: is torchrun given --nnodes?", tasks)
+        log.warning("srun has started %d tasks, this run has the processes of one: was torchrun given --nnodes?", tasks)
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
@@ -257,7 +257,7 @@ class Meeting:
 
 
 def call_roll(process: Process, store: Store, deadline: float) -> None:
-    """Have every rank present itself, and rank 0 check that each came once and all count the same ranks.
+    """Every rank registers, and rank 0 checks that each did so once and all agree on the number of ranks.
 
     Raises :class:`DistributedError` on every rank if not.
     """

@@ -31,7 +31,7 @@ class TrainState:
     optimizer: DistributedOptimizer
     program: list[Action]
     step: int = 0
-    """Updates made, skipped ones included."""
+    """Steps made, including those whose update was skipped."""
     phases: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,12 +84,12 @@ class HostCopy:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Device tensors, the same on every rank: nobody has waited for the host yet."""
+    """Device tensors, the same on every rank: the host has not synchronised yet."""
 
     loss: Tensor
     """Mean over the valid tokens of the global batch, before the update."""
     source_losses: Tensor
-    """The same for each source [sources]; NaN for one that the batch had nothing of."""
+    """The same for each source [sources]; NaN for one that the batch had nothing from."""
     grad_norm: Tensor
     """Global, before clipping."""
     accepted: Tensor
@@ -133,7 +133,7 @@ class BoundStage:
         return loss
 
     def own_loss(self) -> Tensor:
-        """This rank's share of the loss: summed over the world it is whole."""
+        """This rank's share of the loss: the sum over the world is the loss."""
         return self.sequence_losses.sum() * self.scale * counts_loss(self.stage.tensor_parallel.mesh)
 
 
@@ -167,7 +167,7 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) ->
     work = BoundStage(state.stage, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
     optimizer.zero_gradients()
     optimizer.wait_for_parameters()
-    execute(program, [work], border(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward)
+    execute(program, [work], boundary(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward)
     optimizer.finish_gradients()
     return work
 
@@ -193,7 +193,7 @@ def counts_loss(mesh: Mesh) -> bool:
     return mesh.is_last_stage and mesh.tp.rank == 0
 
 
-def next_step_is_sound(state: TrainState, batch: Batch) -> bool:
+def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
     """Whether a step on the first microbatch of each data rank's ``batch`` would be accepted with the weights as they
     are; the same on every rank. Overwrites the gradients, which no update needs any more."""
     part = Batch(
@@ -226,8 +226,8 @@ def count_targets(targets: Tensor, mesh: Mesh) -> Tensor:
     return all_reduce((targets != IGNORED_TARGET).sum().float(), mesh.data).clamp(min=1)
 
 
-def border(stage: LlamaStage, inputs: Tensor) -> Boundary:
-    """What crosses between stages for inputs [m, b, s]."""
+def boundary(stage: LlamaStage, inputs: Tensor) -> Boundary:
+    """What is sent between stages for inputs [m, b, s]."""
     _, batch, length = inputs.shape
     parallel = stage.tensor_parallel
     return Boundary((batch, parallel.sequence_part(length), stage.model.hidden_size), stage.dtype)

@@ -49,7 +49,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
 def train_from(
     start: Start, state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory
 ) -> None:
-    """Make the steps that are left."""
+    """Run the remaining steps."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)

@@ -104,7 +104,7 @@ def test_a_state_that_no_run_can_resume_from_is_refused(tmp_path: Path, field: s
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("num_hidden_layers", 10**9, "state.model.num_hidden_layers = 1000000000, but it holds 21 weights"),
+        ("num_hidden_layers", 10**9, "state.model.num_hidden_layers = 1000000000, but it contains 21 weights"),
         ("num_hidden_layers", 3, "does not contain weight of model.layers.2"),
         ("num_hidden_layers", 1, "holds model.layers.1"),
         ("hidden_size", 10**12, "has shape"),

@@ -107,4 +107,4 @@ def test_an_environment_with_half_of_torchruns_variables_is_refused(tmp_path, ha
     command = [sys.executable, "-m", "megagap.train", write_recipe(tmp_path)]
     done = subprocess.run(command, env={**os.environ, **half_set}, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "where this process belongs: " in done.stderr and "start with torchrun" in done.stderr
+    assert "which rank this process is: " in done.stderr and "start with torchrun" in done.stderr

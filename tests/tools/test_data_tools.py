@@ -65,7 +65,7 @@ def test_inspect_shows_counts_and_text_of_a_pair(folder: Path) -> None:
     printed = succeed("inspect_data.py", folder / "fr_text_document", "--tokenizer", folder / "bpe", "--verify")
     assert f"{IndexedDataset(folder / 'fr_text_document').token_count:,}" in printed
     assert "bonjour [tout]" in printed
-    assert "verified: every entry is sound" in printed and "the checksums are right" in " ".join(printed.split())
+    assert "verified: every entry is valid" in printed and "the checksums are right" in " ".join(printed.split())
     assert "fr.jsonl" in printed and "append_eod" in printed
 
 

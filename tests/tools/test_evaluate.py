@@ -260,7 +260,7 @@ def names(made, tmp_path):
         (missing_model, "nowhere does not exist"),
         (file_of_model, "is a file of a Hugging Face model\n  give its folder"),
         (no_prefix, "--data has an empty prefix"),
-        (no_model, "holds no checkpoint"),
+        (no_model, "is not a checkpoint|contains no checkpoint"),
         (too_long, "--sequence-length 65 is longer than the model's max_position_embeddings = 64"),
         (same_name, "two sources are called fr: .*\n  give each a name with --name"),
         (twice, "two sources are called fr"),

@@ -174,7 +174,7 @@ def test_weights_are_refused_for_every_setting_with_which_the_result_would_be_wr
     with pytest.raises(CheckpointError) as refusal:
         refuse_another_model(other, recipe, tmp_path)
     assert f"model.{name} was" in str(refusal.value)
-    assert ("can grow only" in str(refusal.value)) == (name == "vocab_size")
+    assert ("can only grow" in str(refusal.value)) == (name == "vocab_size")
     assert ("the default: set it" in str(refusal.value)) == (name == "rope_scaling")
 
 
@@ -192,5 +192,5 @@ def test_wavelengths_that_the_recipe_leaves_to_the_default_do_not_replace_those_
 def test_a_smaller_vocabulary_is_refused_when_a_run_goes_on(workers, tmp_path):
     recipe = write_recipe(tmp_path, model={"num_hidden_layers": 1}, train={"steps": 2})
     workers.run(1, train_recipe, recipe, [f"model.vocab_size={GROWN}"])
-    with pytest.raises(AssertionError, match=rf"model.vocab_size was {GROWN}, is {VOCABULARY}: it can grow only"):
+    with pytest.raises(AssertionError, match=rf"model.vocab_size was {GROWN}, is {VOCABULARY}: it can only grow"):
         workers.run(1, train_recipe, recipe, ["train.steps=3"])

@@ -15,21 +15,9 @@ START, END = "<!-- memory table: python -m tests.planning.memory_table -->", "<!
 
 MODELS: dict[str, dict[str, Any]] = {
     "Gaperon 1B": {"preset": "gaperon-1b"},
-    "Llama 3.2 3B": {
-        "preset": "llama3.2-1b",
-        "hidden_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "head_dim": 128,
-    },
-    "Llama 3.1 8B": {"preset": "llama3-8b"},
-    "Llama 3.1 70B": {
-        "preset": "llama3-8b",
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "intermediate_size": 28672,
-    },
+    "Llama 3.2 3B": {"preset": "llama3.2-3b"},
+    "Llama 3.1 8B": {"preset": "llama3.1-8b"},
+    "Llama 3.1 70B": {"preset": "llama3.1-70b"},
 }
 """Settings of ``[model]``."""
 

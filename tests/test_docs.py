@@ -1,0 +1,141 @@
+"""The commands of README and docs work, as they stand there, and what the pages say of the settings is true."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagap.config.settings import PLANNED
+from megagap.observe.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+README, RUNNING = ROOT / "README.md", ROOT / "docs/running.md"
+TESTED = re.compile(r"<!-- tested: (.+?) -->\n```bash\n(.*?)```", re.DOTALL)
+
+
+def blocks(page: Path) -> dict[str, str]:
+    """The shell blocks behind ``<!-- tested: NAME -->``, by name, in order."""
+    return dict(TESTED.findall(page.read_text(encoding="utf-8")))
+
+
+def run(script: str, folder: Path) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """A folder in which the README's main job has been done."""
+    folder = tmp_path_factory.mktemp("example")
+    for name in ("examples", "tools"):
+        shutil.copytree(ROOT / name, folder / name)
+    run(blocks(README)["the main job"], folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_main_job_by_hand(example):
+    results = ("run/metrics.jsonl", "loss.png", "hf/config.json", "hf/model.safetensors", "hf/tokenizer.json")
+    for result in results:
+        assert (example / "runs/example" / result).stat().st_size > 0, result
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_commands_beside_the_main_job(example):
+    shutil.copytree(example / "runs/example/hf", example / "runs/other/hf")
+    script = blocks(README)["other jobs"].replace("--output runs/example/base", "--output runs/other/base")
+    assert "load_mode" in run(script, example)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_the_page_on_running_does_with_a_run(example):
+    """Its commands in order, and what it says of their results."""
+    runs = example / "runs/example"
+    parts = blocks(RUNNING)
+    assert list(parts) == ["stop and resume", "change the layout", "cooldown", "fine-tune", "loss spike", "look"]
+
+    stopped = run(parts["stop and resume"], example)
+    assert '"preempted"' in stopped and status(runs / "stopped") == ("finished", 40)
+    run(parts["change the layout"], example)
+    assert status(runs / "stopped") == ("finished", 44)
+    log = (runs / "stopped/logs/rank_00000.log").read_text()
+    assert "parallel.pp was 1, is 2" in log and "train.steps was 40, is 44" in log
+
+    run(parts["cooldown"], example)
+    rates = {record["step"]: record["lr"] for record in read_metrics(runs / "cooldown/metrics.jsonl")}
+    assert min(rates) == 21 and rates[21] < 3e-3 and rates[30] < rates[29] < rates[22]
+    assert status(runs / "constant") == ("finished", 60)
+
+    run(parts["fine-tune"], example)
+    assert status(runs / "finetuned") == ("finished", 10)
+
+    run(parts["loss spike"], example)
+    samples = json.loads(run(f"{SPIKE} --step 25 --json", example))
+    assert [sample["sample"] for sample in samples] == list(range(384, 400))
+    without = json.loads(run(f"{SPIKE} --step 25 --json --train.skip_samples '[\"384:400\"]'", example))
+    assert [sample["sample"] for sample in without] == list(range(400, 416))
+    assert status(runs / "without_spike") == ("finished", 40)
+
+    commands = [line for line in parts["look"].splitlines() if "not run by the test" not in line]
+    run("\n".join(commands), example)
+    assert (runs / "compare.png").stat().st_size > 0
+
+
+SPIKE = "python tools/inspect_data.py examples/recipes/code.toml"
+
+
+def status(folder: Path) -> tuple[str, int]:
+    record = json.loads((folder / "status.json").read_text())
+    return record["state"], record["step"]
+
+
+def test_the_training_path_can_be_read_in_an_afternoon():
+    assert 1500 < int(run(blocks(README)["line count"], ROOT)) < 6500
+
+
+def test_what_is_planned_is_said_in_the_readme():
+    """Each planned setting stands in the column of what is planned, and nothing that exists does."""
+    rows = [line.split("|")[1:-1] for line in README.read_text(encoding="utf-8").splitlines() if line.count("|") == 5]
+    features = {row[0].strip(): row[1:] for row in rows}
+    planned = {name for row in features.values() for name in SETTING.findall(row[1])}
+    assert planned == {f"{section}.{key}" for section, keys in PLANNED.items() for key in keys}
+
+
+SETTING = re.compile(r"`([a-z]+\.[a-z_]+)`")
+
+
+def test_links_between_the_pages_lead_somewhere():
+    missing = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not missing
+
+
+def test_anchors_of_the_pages_exist():
+    missing = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            where = page if not target else page.parent / target
+            if "://" not in target and where.suffix == ".md" and anchor not in anchors(where):
+                missing.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+    assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -8,7 +8,7 @@ from megagap.config import Settings, span_of, tokens_after
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
-from megagap.errors import DivergedError
+from megagap.errors import DivergedError, counted
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.model.shapes import parameter_count
@@ -178,19 +178,16 @@ def build_state(settings: Settings, mesh: Mesh) -> TrainState:
 def log_start(start: Start, state: TrainState) -> None:
     """Log the run's size, its layout, and where its weights come from."""
     settings, mesh = state.settings, state.mesh
-    processes = "GPU" if mesh.device.type == "cuda" else "process"
-    if mesh.world.size > 1:
-        processes += "s" if processes == "GPU" else "es"
+    size = mesh.world.size
+    processes = counted(size, "GPU") if mesh.device.type == "cuda" else counted(size, "process", "processes")
     axes = " · ".join(f"{axis} {mesh.axis(axis).size}" for axis in ("pp", "dp", "cp", "tp"))
     steps = settings.train.steps
     log.info(
-        "%s parameters on %s %s (%s), %s step%s on %s tokens, %s",
-        f"{parameter_count(settings.model):,}",
-        mesh.world.size,
+        "%s on %s (%s), %s on %s, %s",
+        counted(parameter_count(settings.model), "parameter"),
         processes,
         axes,
-        f"{steps:,}",
-        "" if steps == 1 else "s",
-        f"{tokens_after(state.phases, settings.train.global_batch_size, steps):,}",
+        counted(steps, "step"),
+        counted(tokens_after(state.phases, settings.train.global_batch_size, steps), "token"),
         start,
     )

@@ -13,7 +13,7 @@ from tools.processes import descendants, kill_tree
 
 __all__ = ["descendants", "finish", "free_port", "is_alive", "kill_all", "launch", "wait_until"]
 
-SECONDS = 300.0
+SECONDS = 900.0
 """Upper bound of every wait, only to end what hangs: a busy machine takes many times as long as a free one."""
 
 _launched: list[subprocess.Popen[str]] = []

@@ -60,7 +60,6 @@ def test_the_tests_of_every_example_fail_without_its_change(tree: Path):
 
 
 # Compiling takes 65 s of one core, minutes where it is shared; the parity runs of the others 10 to 40 s (2026-11-26).
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name", ["setting", *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES if name != "setting")]
 )

@@ -43,7 +43,6 @@ def example(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_main_job_by_hand(example):
     results = ("run/metrics.jsonl", "loss.png", "hf/config.json", "hf/model.safetensors", "hf/tokenizer.json")
     for result in results:
@@ -51,7 +50,6 @@ def test_the_main_job_by_hand(example):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_commands_beside_the_main_job(example):
     shutil.copytree(example / "runs/example/hf", example / "runs/other/hf")
     script = blocks(README)["other jobs"].replace("--output runs/example/base", "--output runs/other/base")
@@ -59,7 +57,6 @@ def test_the_commands_beside_the_main_job(example):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_what_the_page_on_running_does_with_a_run(example):
     """Its commands in order, and what it says of their results."""
     runs = example / "runs/example"

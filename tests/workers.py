@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.launching import SECONDS
+
 MOST_RANKS = 8
 
 
@@ -23,7 +25,7 @@ class Workers:
         self._context.set_forkserver_preload(["torch", "torch.distributed", "megagap.training.trainer"])
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+    def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = SECONDS) -> list[Any]:
         """``function(rank, world_size, *arguments)`` on each rank; a module-level function.
 
         Raises AssertionError with the traceback of the first rank that fails.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megagap.data.bpe import train_tokenizer
 from megagap.parallel.shard import Shard, Slice
+from tests.launching import SECONDS
 
 Tensors = dict[tuple[str, str], torch.Tensor]
 """Whole tensors by (kind, name)."""
@@ -29,9 +30,9 @@ class ThreadCommunicator:
 
     def _exchange(self, value: object) -> list[object]:
         self._board[self.rank] = value
-        self._barrier.wait(timeout=300)
+        self._barrier.wait(timeout=SECONDS)
         values = list(self._board)
-        self._barrier.wait(timeout=300)
+        self._barrier.wait(timeout=SECONDS)
         return values
 
     def gather(self, value: object) -> list[object] | None:

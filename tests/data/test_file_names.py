@@ -21,6 +21,7 @@ from megagap.data.merge import merge_datasets
 from megagap.data.preprocess import preprocess, run
 from megagap.data.sources import Source, TokenSource
 from megagap.errors import DataError, MegagapError, printable
+from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -51,7 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS)
     assert b"Traceback" not in done.stderr, done.stderr
     return done
 

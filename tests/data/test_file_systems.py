@@ -20,6 +20,7 @@ from megagap.data.preprocess import arrange, preprocess
 from megagap.data.preprocess import run as run_module
 from megagap.data.sources import Source, TokenSource
 from megagap.errors import DataError
+from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -122,7 +123,7 @@ def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.Comp
             resource.setrlimit(getattr(resource, name), (value, value))
 
     command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=limit)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_a_standard_output_that_cannot_be_written_is_reported(
     arguments += ["--tokenizer", finished["tokenizer"]] if tool == "preprocess_data.py" else []
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     assert done.returncode == 2 and "cannot write to standard output: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -201,7 +202,7 @@ run_tool(lambda: print(TokenSource(Source("x", tuple(sys.argv[2:])), "100,0,0", 
 def test_shards_are_opened_beyond_the_soft_limit_and_the_hard_one_is_reported(shards: list[str]) -> None:
     def run(hard: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", PROGRAM, str(hard), *shards]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
 
     assert run(500).stdout == "500\n"
     done = run(24)

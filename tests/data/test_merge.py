@@ -20,6 +20,7 @@ from megagap.data.preprocess import arrange as arrange_module
 from megagap.data.preprocess import preprocess
 from megagap.data.preprocess.arrange import document_keys
 from megagap.errors import DataError
+from tests.launching import SECONDS
 
 Write = Callable[..., str]
 
@@ -221,7 +222,7 @@ def test_a_full_disk_leaves_what_was_there(made: Write, tmp_path: Path, limit: i
 
     tool = Path(__file__).parents[2] / "tools/merge_datasets.py"
     command = [sys.executable, str(tool), "--input", one, one, "--output-prefix", str(tmp_path / "merged"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=SECONDS)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "File too large" in done.stderr and str(tmp_path / "merged") in done.stderr
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -16,6 +16,7 @@ from megagap.data.preprocess import Pair, preprocess
 from megagap.data.preprocess import run as module
 from megagap.data.units import read_units
 from megagap.errors import DataError
+from tests.launching import SECONDS
 
 
 def documents_of(path: Path) -> list[str]:
@@ -258,7 +259,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 def test_killed_worker_ends_the_run_with_a_message(endless_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run, workers = endless_run
     os.kill(workers[0], signal.SIGKILL)
-    _, errors = run.communicate(timeout=300)
+    _, errors = run.communicate(timeout=SECONDS)
     assert run.returncode == 2
     assert errors.startswith("data error: a worker process died")
     assert "--resume continues it" in errors

@@ -21,6 +21,7 @@ from megagap.data.partial import lock_pair
 from megagap.data.preprocess import preprocess, run
 from megagap.data.units import Unit, read_units
 from megagap.errors import DataError
+from tests.launching import SECONDS
 
 # Writes a journal entry after each unit, cuts inputs into small ones, and kills itself at the n-th call of those that
 # make something durable or visible, so also between two of them.
@@ -61,7 +62,7 @@ def start(folder: Path, calls: int, arguments: dict[str, Any], **options: Any) -
     program = folder / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, program, str(calls), json.dumps(arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
 
 
 @pytest.fixture

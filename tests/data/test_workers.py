@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import SECONDS
+
 PROGRAM = """
 import os, signal, sys
 from multiprocessing.connection import Connection
@@ -29,7 +31,7 @@ if __name__ == "__main__":
 def run(folder: Path, items: int, threads: int) -> subprocess.CompletedProcess[str]:
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, folder / "program.py", str(items), str(threads)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -72,5 +74,5 @@ if __name__ == "__main__":
 def test_the_error_of_a_dead_worker_says_how_and_on_what(tmp_path: Path, threads: int, how: str, message: str) -> None:
     (tmp_path / "program.py").write_text(FATAL.format(how=how))
     command = [sys.executable, tmp_path / "program.py", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -17,6 +17,7 @@ from megagap.checkpoint import find_model, load_model, save_checkpoint
 from megagap.config import Model, load_recipe
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
+from tests.launching import SECONDS
 from tests.models import SHAPE
 from tests.recipes import write_tokens
 from tests.training_run import train_recipe
@@ -41,7 +42,7 @@ def run(tmp_path: Path) -> Path:
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), "to-hf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
 def test_a_run_is_converted_from_its_latest_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_users_mistake_ends_with_2_and_a_message_without_traceback(tmp_path: P
 def test_a_hugging_face_model_becomes_a_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
     assert convert("--checkpoint", run, "--output", run / "hf").returncode == 0
     command = [sys.executable, str(TOOL), "from-hf", "--input", str(run / "hf"), "--output", str(run / "back")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert "has no tokenizer" in done.stderr
     parameters = sum(prod(shape) for shape in model_tensors(Model(**MODEL)).values())
@@ -90,7 +91,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def from_hf(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), "from-hf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
 @pytest.fixture

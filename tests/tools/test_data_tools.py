@@ -14,6 +14,7 @@ import pytest
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.samples import Phase, TrainingData
 from megagap.data.sources import Source
+from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -33,7 +34,7 @@ seed = 5
 
 def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
 
 
 def succeed(tool: str, *arguments: object) -> str:
@@ -247,7 +248,7 @@ def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(folder: Path, argumen
         *map(str, arguments[1:]),
     ]
     with os.fdopen(write_end, "wb") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
 
 

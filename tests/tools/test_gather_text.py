@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.launching import SECONDS
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -30,7 +32,7 @@ def gather(*arguments: object, path: str = "/nowhere") -> subprocess.CompletedPr
         [sys.executable, str(TOOLS / "gather_text.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
         env=os.environ | {"PATH": path},
     )
 

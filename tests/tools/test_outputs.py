@@ -16,6 +16,7 @@ from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import import_model
 from megagap.errors import CheckpointError, MegagapError
 from megagap.parallel.shard import Slice, whole
+from tests.launching import SECONDS
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -72,7 +73,7 @@ def run_limited(name, trained, out, limit):
     script, *arguments = [part.format(trained=trained, out=out) for part in COMMANDS[name]]
     command = [sys.executable, str(TOOLS / script), *arguments]
     environment = os.environ | {"MPLCONFIGDIR": str(trained / "mpl"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment, timeout=SECONDS)
 
 
 def files_of(folder):
@@ -133,7 +134,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path, trained, name, place
 def test_a_training_run_writes_all_files_by_the_umask(tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 2}, model={"num_hidden_layers": 1}, run={"tensorboard": True})
     command = [sys.executable, "-m", "megagap.train", str(recipe)]
-    done = subprocess.run(command, umask=0o027, capture_output=True, timeout=120)
+    done = subprocess.run(command, umask=0o027, capture_output=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in files_of(tmp_path / "run").values()}
     assert "rank_00000.safetensors" in modes and set(modes.values()) == {0o640}, modes

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 
 from megagap.observe.curves import Curve, Difference
+from tests.launching import SECONDS
 from tools import plot_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
@@ -17,7 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def plot(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS
     )
 
 

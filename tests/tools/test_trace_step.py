@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import SECONDS
 from tests.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "tools/trace_step.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=SECONDS)
 
 
 def test_json_is_one_object_with_the_keys_of_the_contract_and_nothing_else(tmp_path):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megagap.ops import compiled
+from megagap.ops.wide import wide, wide_dtype
 
 ABSENT = -1
 """Target of a row whose target is in none of the columns, or is ignored."""
@@ -28,20 +29,20 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scal
 
 def reference_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not logits.shape[1]:
-        nothing = targets.new_zeros(targets.shape, dtype=torch.float32)
+        nothing = targets.new_zeros(targets.shape, dtype=wide_dtype(logits.dtype))
         return nothing - float("inf"), nothing, nothing
-    wide = logits.float()
-    maximum = wide.amax(-1)
-    total = (wide - maximum.unsqueeze(-1)).exp_().sum(-1)
-    at_target = wide.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    values = wide(logits)
+    maximum = values.amax(-1)
+    total = (values - maximum.unsqueeze(-1)).exp_().sum(-1)
+    at_target = values.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return maximum, total, at_target.where(targets != ABSENT, 0)
 
 
 def reference_gradient_(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale: Tensor) -> None:
     if not logits.shape[1]:
         return
-    softmax = (logits.float() - log_sum_exp.unsqueeze(-1)).exp_()
-    hit = (targets != ABSENT).float().unsqueeze(-1)
+    softmax = (wide(logits) - log_sum_exp.unsqueeze(-1)).exp_()
+    hit = (targets != ABSENT).to(softmax.dtype).unsqueeze(-1)
     softmax.scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -hit)
     logits.copy_(softmax.mul_(scale.unsqueeze(-1)))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library
+from megagap.ops.wide import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gain_scale: float = 1.0) -> Tensor:
@@ -38,9 +39,9 @@ def add_rms_norm(
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5, gain_scale: float = 1.0) -> Tensor:
-    wide = x.float()
-    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    gain = weight if gain_scale == 1 else (weight.float() * gain_scale).to(weight.dtype)
+    values = wide(x)
+    normalised = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+    gain = weight if gain_scale == 1 else (wide(weight) * gain_scale).to(weight.dtype)
     return gain * normalised.to(x.dtype)
 
 

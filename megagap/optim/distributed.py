@@ -18,6 +18,7 @@ from torch import Tensor
 from megagap.config import Optim
 from megagap.ops import adamw_
 from megagap.ops.products import add_product
+from megagap.ops.wide import wide_dtype
 from megagap.optim.adamw import Moments
 from megagap.optim.clipping import squared_norm
 from megagap.parallel.collectives import all_gather_flat_async, all_reduce, reduce_scatter_flat_async
@@ -56,7 +57,8 @@ class Bucket:
         slice_length = length // self.data.size
         self.first = self.data.rank * slice_length
 
-        initial = torch.zeros(length, dtype=torch.float32, device=mesh.device)
+        sums = wide_dtype(dtype)
+        initial = torch.zeros(length, dtype=sums, device=mesh.device)
         for parameter, start in zip(parameters, self.starts, strict=True):
             initial[start : start + parameter.numel()].view_as(parameter).copy_(parameter.detach())
         self.values = initial.to(dtype)
@@ -64,10 +66,8 @@ class Bucket:
         for parameter, start in zip(parameters, self.starts, strict=True):
             parameter.data = self.values[start : start + parameter.numel()].view_as(parameter)
         # In fp32 the parameters are their own masters.
-        self.master = (
-            self.own_values if dtype == torch.float32 else initial[self.first : self.first + slice_length].clone()
-        )
-        self.gradients = torch.zeros(length, dtype=torch.float32, device=mesh.device)
+        self.master = self.own_values if dtype == sums else initial[self.first : self.first + slice_length].clone()
+        self.gradients = torch.zeros(length, dtype=sums, device=mesh.device)
         self.moments = Moments.zeros_like(self.master)
         self.own_gradient = self.gradients if self.data.size == 1 else torch.zeros_like(self.master)
         self.missing: list[int] = []

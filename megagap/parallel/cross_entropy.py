@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megagap.ops import softmax_gradient_, softmax_statistics
 from megagap.ops.cross_entropy import ABSENT
+from megagap.ops.wide import wide, wide_dtype
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import Axis
 from megagap.parallel.shard import GradientSink, Shard, ShardedParameter
@@ -74,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         first, columns = shard.offsets[0], shard.sizes[0]  # sizes: without padding
         rows, inputs, ids = weight[:columns], x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        losses = ids.new_empty(ids.shape, dtype=torch.float32)
+        losses = ids.new_empty(ids.shape, dtype=wide_dtype(x.dtype))
         grad_x = torch.empty_like(inputs) if need_gradients else None
         own_sum = None if sink is not None or not need_gradients else _ProductSum(weight, columns)
         products: GradientSink | _ProductSum | None = sink if own_sum is None else own_sum
@@ -91,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is None:
                 continue
             assert products is not None
-            softmax_gradient_(logits, target, log_sum_exp, counted * scale.float())
+            softmax_gradient_(logits, target, log_sum_exp, counted * scale.to(losses.dtype))
             torch.mm(logits, rows, out=grad_x[chunk])
             products.add_product(logits, inputs[chunk])
         ctx.save_for_backward(
@@ -123,7 +124,7 @@ class _ProductSum:
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
         product = left.T @ right
-        self._sum = product if self._sum is None else self._sum.float().add_(product)
+        self._sum = product if self._sum is None else wide(self._sum).add_(product)
 
     def gradient(self) -> Tensor | None:
         """With rows of zeros for padding."""

@@ -1,0 +1,208 @@
+"""Every parameter's gradient after one step, in float64, from the real processes of a layout; and mutated collectives.
+
+In float64 rounding is 1e-16 and layouts may differ by little more, so that a wrong reduction of the smallest gradient
+stands out. Losses over steps cannot show it: one compared with a right and a wrong reduction differed by 1.7e-5 and
+2.2e-5.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+import megagap.optim.distributed
+import megagap.parallel.cross_entropy
+import megagap.parallel.tensor
+import megagap.training.step
+from megagap.config import load_recipe
+from megagap.model.init import initialise
+from megagap.model.llama import build_stage
+from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.mesh import Axis
+from megagap.train import make_mesh
+from megagap.training.datasets import training_data
+from megagap.training.rendezvous import Process
+from megagap.training.step import TrainState, build_program, compute_gradients
+from megagap.training.trainer import make_loader
+
+MODULES = {
+    "tensor": megagap.parallel.tensor,
+    "cross_entropy": megagap.parallel.cross_entropy,
+    "distributed": megagap.optim.distributed,
+    "step": megagap.training.step,
+}
+"""Where gradients are computed by collectives."""
+
+_MAX = dist.ReduceOp.MAX
+
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "reduce_scatter_flat_async")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements ``[start, stop)`` of the rectangle of a global tensor that one rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+    stop: int
+    values: NDArray[np.float64]
+
+    def of(self, whole: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same elements of the whole tensor."""
+        rectangle = tuple(slice(first, first + size) for first, size in zip(self.offsets, self.sizes, strict=True))
+        return whole[rectangle].reshape(-1)[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One call of a collective in a step that does nothing, or counts twice, on all ranks that take part in it."""
+
+    site: str
+    call: int
+    """Which of the calls that the site makes in a step on a rank, from 0."""
+    how: str
+    """``drop`` or ``double``."""
+
+
+def gradients(
+    rank: int, ranks: int, recipe: Path, overrides: list[str], mutation: Mutation | None = None
+) -> tuple[list[Part], Counter[str]]:
+    """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
+    passed."""
+    settings = load_recipe(recipe, overrides, ranks)
+    mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
+    stage = build_stage(
+        settings.model,
+        settings.parallel.layers_per_stage or [settings.model.num_hidden_layers],
+        mesh,
+        sequence_parallel=bool(settings.parallel.sequence_parallel),
+        dtype=torch.float64,
+    )
+    parameters = stage.sharded_parameters()
+    initialise(parameters, settings.model, settings.train.seed)
+    _move_from_the_start(parameters)
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, torch.float64, bucket_elements=20_000)
+    state = TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
+    with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
+        compute_gradients(state, loader.step(0), state.program)
+    parts = [
+        Part(
+            part.shard.name,
+            part.shard.shape,
+            part.shard.offsets,
+            part.shard.sizes,
+            part.start,
+            part.stop,
+            part.tensor.numpy().copy(),
+        )
+        for bucket in optimizer.buckets
+        for part in bucket.slices("gradient", bucket.own_gradient)
+    ]
+    return parts, calls
+
+
+def _move_from_the_start(parameters: list[Any]) -> None:
+    """Gains are not 1 and biases not 0, so that none of them is without effect on another's gradient."""
+    for parameter in parameters:
+        if len(parameter.shard.shape) == 1:
+            first, size = parameter.shard.offsets[0], parameter.shard.sizes[0]
+            with torch.no_grad():
+                parameter[:size] += 0.1 * torch.cos(torch.arange(first, first + size, dtype=torch.float64))
+
+
+def assembled(parts: list[Part]) -> dict[str, NDArray[np.float64]]:
+    """Whole gradients by name. Fails if an element is in no part."""
+    whole: dict[str, NDArray[np.float64]] = {}
+    for part in parts:
+        tensor = whole.setdefault(part.name, np.full(part.shape, np.nan))
+        rectangle = tuple(slice(first, first + size) for first, size in zip(part.offsets, part.sizes, strict=True))
+        block = tensor[rectangle].reshape(-1)
+        block[part.start : part.stop] = part.values
+        tensor[rectangle] = block.reshape(part.sizes)
+    for name, tensor in whole.items():
+        assert not np.isnan(tensor).any(), name
+    return whole
+
+
+def largest_difference(
+    results: list[tuple[list[Part], Counter[str]]], expected: dict[str, NDArray[np.float64]]
+) -> float:
+    """Over all parts of all ranks: the norm of the difference, relative to that of the whole parameter's gradient."""
+    parts = [part for parts, _ in results for part in parts]
+    assert {part.name for part in parts} == set(expected)
+    return max(
+        float(np.linalg.norm(part.values - part.of(expected[part.name])) / np.linalg.norm(expected[part.name]))
+        for part in parts
+    )
+
+
+@contextmanager
+def _mutated(mutation: Mutation | None) -> Iterator[Counter[str]]:
+    """Count the calls of every collective in :data:`MODULES`, and let one of them go wrong."""
+    calls: Counter[str] = Counter()
+    replaced: list[tuple[Any, str, Any]] = []
+    for short, module in MODULES.items():
+        for name in COLLECTIVES:
+            if (collective := getattr(module, name, None)) is not None:
+                replaced.append((module, name, collective))
+                setattr(module, name, _watched(short, name, collective, mutation, calls))
+    try:
+        yield calls
+    finally:
+        for module, name, collective in replaced:
+            setattr(module, name, collective)
+
+
+def _watched(
+    module: str, name: str, collective: Callable[..., Any], mutation: Mutation | None, calls: Counter[str]
+) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        axis = next(argument for argument in arguments if isinstance(argument, Axis))
+        if axis.size == 1:
+            return collective(*arguments, **options)
+        caller = inspect.currentframe().f_back.f_code.co_qualname  # type: ignore[union-attr]
+        operation = " MAX" if any(argument is _MAX for argument in arguments) else ""
+        site = f"{module}.{caller}: {name}{operation}"
+        number = calls[site]
+        calls[site] += 1
+        if mutation is None or (mutation.site, mutation.call) != (site, number):
+            return collective(*arguments, **options)
+        if mutation.how == "drop":
+            return _DROPPED[name](*arguments)
+        result = collective(*arguments, **options)
+        if name == "reduce_scatter_flat_async":
+            result.wait()
+            arguments[0].mul_(2)
+            return None
+        return result.mul_(2)
+
+    return call
+
+
+def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+    return tensor.unflatten(dim, (axis.size, -1)).select(dim, axis.rank).contiguous()
+
+
+def _copy_own_part(output: Tensor, tensor: Tensor, axis: Axis) -> None:
+    output.copy_(_own_part(tensor, axis, 0))
+
+
+_DROPPED: dict[str, Callable[..., Any]] = {
+    "all_reduce": lambda tensor, axis, *operation: tensor,
+    "reduce_scatter": _own_part,
+    "all_gather": lambda tensor, axis, dim: torch.cat([tensor] * axis.size, dim),
+    "reduce_scatter_flat_async": _copy_own_part,
+}
+"""What is left of each collective without its communication."""

@@ -1,0 +1,86 @@
+"""In every layout, every parameter's gradient is that of one process; one wrong reduction, anywhere, is seen."""
+
+import pytest
+
+from tests.parity.gradients import Mutation, assembled, gradients, largest_difference
+from tests.parity.test_layouts import LAYOUTS
+from tests.recipes import write_recipe
+
+TOLERANCE = 1e-10
+
+MODELS = {
+    "untied": {},
+    "tied, biases, scaled gains": dict(
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True, norm_gain_scale=20.0
+    ),
+}
+
+LAYOUTS = LAYOUTS | {"tp2, document mask": (2, dict(tp=2)), "tp4 pp2": (8, dict(tp=4, pp=2))}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, workers, tmp_path_factory):
+    """A recipe, and the gradients of one process with and without a document mask."""
+    recipe = write_recipe(tmp_path_factory.mktemp("gradients"), model=MODELS[request.param])
+    expected = {}
+    for masked in (False, True):
+        ((parts, calls),) = workers.run(1, gradients, recipe, [f"data.document_mask={str(masked).lower()}"])
+        assert not calls
+        expected[masked] = assembled(parts)
+    return recipe, expected
+
+
+def run(workers, recipe, layout, mutation=None):
+    ranks, parallel = LAYOUTS[layout]
+    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
+    overrides.append(f"data.document_mask={str('mask' in layout).lower()}")
+    return workers.run(ranks, gradients, recipe, overrides, mutation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_gradient_equals_that_of_one_process(layout, model, workers):
+    recipe, expected = model
+    assert largest_difference(run(workers, recipe, layout), expected["mask" in layout]) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
+def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
+    """In layouts that together reach every call site of a collective between the batch and the gradients."""
+    recipe, expected = model
+    seen: set[str] = set()
+    missed = []
+    for layout in ("tp2 pp2 dp2", "tp2 without sequence parallelism", "tp4, more ranks than key/value heads"):
+        counts = [calls for _, calls in run(workers, recipe, layout)]
+        most = {site: max(calls[site] for calls in counts) for site in set().union(*counts)}
+        for site in sorted(set(most) - seen):
+            for mutation in mutations(site, most[site]):
+                difference = largest_difference(run(workers, recipe, layout, mutation), expected[False])
+                if not difference > 1000 * TOLERANCE:
+                    missed.append((layout, mutation, difference))
+        seen |= set(most)
+    assert not missed
+    assert seen == SITES
+
+
+def mutations(site, calls):
+    """Of all calls of a site, or of some if it makes many: those of first and last layers and microbatches."""
+    chosen = range(calls) if calls <= 4 else sorted({0, calls // 3, calls - 1})
+    # Any number that is the same on all ranks may be subtracted before exponentials are taken.
+    ways = ("drop",) if site.endswith("MAX") else ("drop", "double")
+    return [Mutation(site, call, how) for call in chosen for how in ways]
+
+
+SITES = {
+    "cross_entropy._over_vocabulary: all_reduce",
+    "cross_entropy._over_vocabulary: all_reduce MAX",
+    "distributed.Bucket.finish_reduction: all_reduce",
+    "distributed.Bucket.start_reduction: reduce_scatter_flat_async",
+    "step.count_targets: all_reduce",
+    "tensor._GatherSequence.backward: reduce_scatter",
+    "tensor._GatherSequence.forward: all_gather",
+    "tensor._Replicate.backward: all_reduce",
+    "tensor._ScatterSequence.backward: all_gather",
+    "tensor._ScatterSequence.forward: reduce_scatter",
+    "tensor._Sum.forward: all_reduce",
+}
+"""A collective that is added to the step is to be added here, once it is reached by the layouts above."""

@@ -69,6 +69,7 @@ def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mes
 def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m megagap.train",
+        usage="%(prog)s [-h] RECIPE [--section.key value ...]",
         description="Train a Llama-3 model from a recipe; more than one process under torchrun. Rerun to resume. "
         "The first Ctrl-C (or SIGTERM) saves and stops, a second one stops at once.",
         epilog="examples:\n"

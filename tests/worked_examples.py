@@ -77,11 +77,26 @@ def apply(example: Example, part: str, root: Path, *options: str) -> None:
     done = subprocess.run(
         ["git", "apply", *options, "-"], cwd=root, input=example.diff(part), capture_output=True, text=True
     )
-    if done.returncode:
+    if not done.returncode:
+        return
+    where = f"{example.page}: {part} of example {example.name}"
+    if _would_apply(example, part, root, reverse="--reverse" not in options):
+        raise ExampleError(f"{where} is {'not applied' if '--reverse' in options else 'applied already'}")
+    if "--reverse" in options:
+        files = " ".join(_FILE.findall(example.diff(part)))
         raise ExampleError(
-            f"{example.page}: {part} of example {example.name} cannot be applied:\n{done.stderr}"
-            "  apply what fits with --reject, edit the rest by hand (*.rej has it), then record the example."
+            f"{where} cannot be undone, since a file was changed besides:\n{done.stderr}"
+            f"  undo your own change first, or restore what git knows of: git checkout {files}"
         )
+    raise ExampleError(
+        f"{where} cannot be applied:\n{done.stderr}"
+        "  apply what fits with --reject, edit the rest by hand (*.rej has it), then record the example."
+    )
+
+
+def _would_apply(example: Example, part: str, root: Path, reverse: bool) -> bool:
+    command = ["git", "apply", "--check", *(["--reverse"] if reverse else []), "-"]
+    return subprocess.run(command, cwd=root, input=example.diff(part), capture_output=True, text=True).returncode == 0
 
 
 def record(example: Example, root: Path) -> None:

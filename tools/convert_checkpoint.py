@@ -113,7 +113,7 @@ def convert_from_hugging_face(given: argparse.Namespace) -> None:
     )
     if given.recipe:
         with writing(given.recipe):
-            write_text(given.recipe, recipe_for(result, given.input, given.output, given.recipe.name))
+            write_text(given.recipe, recipe_for(result, given.input, given.output, given.recipe))
         print(f"{summary}\nsaved {given.recipe}, the recipe that continues from it: fill in its data.sources")
         return
     # A comment, so that the output as a whole is a recipe too.

@@ -279,6 +279,7 @@ def inspect_plan(recipe: str, arguments: list[str], output: str, as_json: bool) 
     planned = plan(training_data(settings), settings.train.global_batch_size, settings.train.steps)
     if output:
         draw_plan(planned, output)
+        print(f"written: {output}", file=sys.stderr)
     if as_json:
         print(json.dumps(planned))
     else:

@@ -11,19 +11,20 @@ SEQUENCE_LENGTH = 4096
 """Where the model is meant for as much: longer sequences are rarely worth their memory."""
 
 
-def recipe_for(imported: Imported, source: Path, checkpoint: Path, name: str = "recipe.toml") -> str:
+def recipe_for(imported: Imported, source: Path, checkpoint: Path, path: Path | None = None) -> str:
     """A complete recipe that continues from ``checkpoint``, which ``source`` was imported as; only the paths of the
-    data are left to fill in. ``name``: what the file will be called.
+    data are left to fill in. ``path``: where it is going to be written; None: it is printed.
     """
     tokenizer = f"tokenizer = {_text(imported.tokenizer or '…')}"
     if not imported.is_tokenizer_readable:
         tokenizer = f"# {tokenizer}"
     spec = one_line(shlex.quote(imported.tokenizer)) if imported.tokenizer else "SPEC"
-    name = one_line(shlex.quote(name))
+    name = one_line(shlex.quote(str(path or "recipe.toml")))
+    first = "Before the first start," if path else f"Save this as {name},"
     length = min(SEQUENCE_LENGTH, imported.model.max_position_embeddings)
     return printable(f"""\
 # Continues training {one_line(str(source))}, {counted(imported.parameters, "parameter")}.
-# Save this as {name}, fill in data.sources, then:
+# {first} fill in data.sources, then:
 #   python -m megagap.train {name}
 #   torchrun --nproc-per-node 8 -m megagap.train {name} --parallel.tp 2
 # `python -m megagap.train --help` lists all settings. [model] is left out: it comes from the checkpoint.

@@ -142,7 +142,7 @@ def check_tensors(checkpoint: Path, index: Index, model: Model) -> dict[str, tup
     if model.num_hidden_layers > len(stored):  # before as many names are made
         raise CheckpointError(
             f"{checkpoint}/{INDEX_NAME}: state.model.num_hidden_layers = {model.num_hidden_layers}, "
-            f"but it holds {counted(len(stored), 'weight')}"
+            f"but it contains {counted(len(stored), 'weight')}"
         )
     wanted = model_tensors(model)
     unknown = sorted(set(stored) - set(wanted))

@@ -47,7 +47,12 @@ def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
             f"train.skip_samples: up to {saved.last_sample} it skipped {then or 'none'}, now {now or 'none'}; "
             "only later numbers can be skipped"
         )
-    _refuse(refused, folder, "another run", "restore these settings, or choose another run.dir")
+    _refuse(
+        refused,
+        folder,
+        "another run",
+        "restore these settings, or choose another run.dir; or take only the weights: --checkpoint.load_mode model",
+    )
 
 
 def _refused_model_differences(saved: Model, now: Model) -> list[str]:

@@ -78,14 +78,17 @@ def record_changes(start: Start, settings: Settings, mesh: Mesh, run: RunDirecto
         changes = [change for change in changes if change.setting not in _OF_THE_START]
     if kept is None and changes and since == _LAST_START:
         kept = run.keep_config(start.step)
-    changes += differences(run.last_layout() or layout(mesh), layout(mesh))
+    changed = {change.setting for change in changes}
+    for change in differences(run.last_layout() or layout(mesh), layout(mesh)):
+        if change.setting.replace("layout.", "parallel.") not in changed:
+            changes.append(change)
 
     logged = {change.setting for change in start.model_changes}
     for change in changes:
         if change.setting not in logged:
             log.info("changed since %s: %s", since, change)
     if kept is not None:
-        log.info("the former %s is kept as %s", CONFIG, kept)
+        log.info("the previous %s was saved as %s", CONFIG, kept)
     if changes:
         run.event("settings_changed", since=since, changes=[change.as_dict() for change in changes], config_before=kept)
 
@@ -121,7 +124,7 @@ def warn_of_rising_rate(start: Start, settings: Settings, run: RunDirectory) -> 
     if rate <= decay.rate:
         return
     log.warning(
-        "the learning rate rises again: %.3g at step %d, %.3g at step %d; %s, so what was gained since is mostly lost"
+        "the learning rate rises again: %.3g at step %d, %.3g at step %d; %s, so what it has gained is partly undone"
         "\n  %s.",
         decay.rate,
         start.step,
@@ -152,7 +155,7 @@ class _Decay:
         """What to do to train longer, as an imperative."""
         if self.schedule != "wsd":
             return (
-                f"A {self.schedule} schedule cannot be prolonged: keep train.steps, or start a new run from these "
+                f"A {self.schedule} schedule cannot be extended: keep train.steps, or start a new run from these "
                 f"weights with a schedule of its own (--checkpoint.load {self.checkpoint} --checkpoint.load_mode model)"
             )
         folders = [folder for folder in step_folders(self.checkpoint.parent) if (folder / INDEX_NAME).is_file()]

@@ -191,7 +191,7 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(text, val
         (["nothing.at_all=1"], "unknown"),
         (["parallel.tp=1,two"], "parallel.tp = two  must be a whole number"),
         (["parallel.tp=0"], "parallel.tp = 0  must be at least 1"),
-        (["train.precision=fp32,fp8"], "train.precision = fp8  possible here: 'fp32' or 'bf16-mixed'"),
+        (["train.precision=fp32,fp8"], 'train.precision = fp8  must be one of "fp32", "bf16-mixed"'),
         (["parallel.vpp=1,2"], "parallel.vpp = 2  not yet supported"),
     ],
 )

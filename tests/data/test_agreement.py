@@ -170,7 +170,7 @@ def test_a_model_reads_data_of_its_tokenizer_or_of_one_that_its_tokenizer_extend
     sources = {"fr": [made("base", **EOD)]}
     assert require_ids_of_model(Ids.of_tokenizer(base), None, 270, sources) == []
     assert require_ids_of_model(Ids.of_tokenizer(base), more, 300, sources) == []
-    with pytest.raises(DataError, match=r"mean other tokens than those of the tokenizer .*base"):
+    with pytest.raises(DataError, match=r"mean different tokens from those of the tokenizer .*base"):
         require_ids_of_model(Ids.of_tokenizer(base), None, 300, {"fr": [made("more", **EOD)]})
     with pytest.raises(DataError, match="name the tokenizer that the model was trained with"):
         require_ids_of_model(Ids.of_tokenizer(base), load_tokenizer(tokenizers / "other"), 300, {})

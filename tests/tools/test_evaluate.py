@@ -249,8 +249,11 @@ def names(made, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (other_tokenizer, "mean other tokens than those of the tokenizer .*\n  .*other_text_document was made with"),
-        (other_tokenizer_given, "mean other tokens .*\n  name the tokenizer that the model was trained with"),
+        (
+            other_tokenizer,
+            "mean different tokens from those of the tokenizer .*\n  .*other_text_document was made with",
+        ),
+        (other_tokenizer_given, "mean different tokens .*\n  name the tokenizer that the model was trained with"),
         (foreign_id, "token id 300 in source large .* outside the vocabulary of 300"),
         (empty_file, "source empty .* has no tokens, none to predict"),
         (cut_short, r"cut.bin is 150 bytes, its .idx promises 200"),
@@ -260,7 +263,7 @@ def names(made, tmp_path):
         (missing_model, "nowhere does not exist"),
         (file_of_model, "is a file of a Hugging Face model\n  give its folder"),
         (no_prefix, "--data has an empty prefix"),
-        (no_model, "is not a checkpoint|contains no checkpoint"),
+        (no_model, "is an empty folder, not a checkpoint"),
         (too_long, "--sequence-length 65 is longer than the model's max_position_embeddings = 64"),
         (same_name, "two sources are called fr: .*\n  give each a name with --name"),
         (twice, "two sources are called fr"),

@@ -76,7 +76,6 @@ def train_from(
         keeper.step_done()
         known = result if mesh.device.type == "cpu" else previous
         stopping, saving = map(bool, known.host.read()["requests"]) if known is not None else (False, False)
-        stopping = requests.ends_at(state.step) or stopping
         previous = result
 
         last = state.step == steps
@@ -84,6 +83,8 @@ def train_from(
         if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
             losses = try_to_evaluate(state, held_out, recorder, requests)
             stopping = stopping or losses is None
+        # After the evaluation, which a stop would cut short: this one was known beforehand and can wait for it.
+        stopping = requests.ends_at(state.step) or stopping
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause():
                 recorder.sync()

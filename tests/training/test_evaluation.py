@@ -164,6 +164,13 @@ def test_stop_after_makes_so_many_steps_a_start_and_leaves_the_schedule_alone(wo
     assert [m["lr"] for m in metrics] == [m["lr"] for m in whole]
 
 
+def test_stop_after_a_step_that_is_evaluated_evaluates_it(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train={"steps": 5, "evaluate_every": 2, "evaluate_samples": 2})
+    for _ in range(3):
+        metrics = workers.run(2, train_recipe, recipe, ["run.stop_after=2"])[0]
+    assert [m["step"] for m in metrics if "validation_loss" in m] == [2, 4, 5]
+
+
 def test_stop_after_the_last_step_finishes_the_run(workers, tmp_path):
     workers.run(1, train_recipe, write_recipe(tmp_path, train={"steps": 2}), ["run.stop_after=2"])
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"

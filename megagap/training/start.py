@@ -108,9 +108,9 @@ def _last_settings(start: Start, run: RunDirectory) -> tuple[str, dict[str, Any]
     if start.folder is None or not start.saved:
         return "", None, kept
     before = settings_of(start.saved)
-    # A checkpoint's rope_theta is that of its phase: what differs there is among the model's changes.
-    if before.get("data", {}).get("phases"):
-        before["model"]["rope_theta"] = None
+    # A checkpoint's rope_theta is that of its phase.
+    if theta := start.saved.get("recipe_rope_theta"):
+        before["model"]["rope_theta"] = theta
     return start.folder.name, before, kept
 
 

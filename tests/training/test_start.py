@@ -137,6 +137,20 @@ def test_a_run_that_branches_from_anothers_checkpoint_lists_what_differs_from_it
     assert "changed since step_00000002: optim.lr was 0.003, is 0.0001\n" in log_of(tmp_path / "branch")
 
 
+def test_the_wavelengths_of_a_phase_are_no_change_of_the_recipes(workers, tmp_path):
+    sources = [{"path": "fr_text_document"}]
+    phases = [{"name": "one", "tokens": 128, "sources": sources, "rope_theta": 2e4}]
+    phases += [{"name": "two", "tokens": 512, "sources": sources}]
+    recipe = recipe_of(tmp_path, data={"sources": [], "phases": phases})
+    workers.run(1, train_recipe, recipe, ["run.stop_after=1"])
+    branch = [f"checkpoint.load={tmp_path / 'run'}", f"run.dir={tmp_path / 'branch'}", "run.stop_after=1"]
+    workers.run(1, train_recipe, recipe, branch)
+    assert changes_of(tmp_path / "branch") == []
+    other = [f"checkpoint.load={tmp_path / 'run'}", f"run.dir={tmp_path / 'other'}", "model.rope_theta=3e4"]
+    workers.run(1, train_recipe, recipe, [*other, "run.stop_after=1"])
+    assert changes_of(tmp_path / "other")[0]["model.rope_theta"] == (1e4, 3e4)
+
+
 def test_a_config_that_cannot_be_compared_is_kept_and_said(workers, tmp_path):
     recipe, run = recipe_of(tmp_path), tmp_path / "run"
     workers.run(1, train_recipe, recipe, [])

@@ -390,6 +390,7 @@ def test_phases_that_are_no_plan_are_refused(recipe, phases, more, complaint):
         ("optim.betas", "[0.9]", "must be 2 values in brackets, such as '[0.9, 0.95]'"),
         ("optim.betas", "[0.9, 0.95, 1]", "must be 2 values in brackets"),
         ("optim.betas", "[0.9, 'x']", "must be a number"),
+        ("optim.betas", "['0.9', 0.95]", "must be a number"),
         ("data.sources", "path", """write '[{path = "path"}]'"""),
         ("data.sources", "['a']", "must be a table, such as {path = "),
         ("data.sources", "[{path = 3}]", "must be text in quotes"),

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -231,7 +231,7 @@ def _validate(tree: dict[str, Any], typed: Collection[str] = ()) -> tuple[dict[s
             annotation = annotation_of(field)
             adapter: TypeAdapter[Any] = TypeAdapter(
                 annotation,
-                config=None if _is_section(field.annotation) else ConfigDict(strict=_is_strict(field.metadata)),
+                config=None if _is_section(field.annotation) else ConfigDict(strict=True),
             )
             try:
                 values[name] = adapter.validate_python(given[key])
@@ -245,10 +245,6 @@ def _validate(tree: dict[str, Any], typed: Collection[str] = ()) -> tuple[dict[s
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _is_strict(metadata: Iterable[Any]) -> bool:
-    return not any(getattr(item, "strict", None) is False for item in metadata)
 
 
 def _all_sources(settings: Settings) -> list[Source]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from megagap.checkpoint import find_model as find_model_to_start_from
 from megagap.config import Source as SourceSettings
 from megagap.config import load_recipe
 from megagap.config.settings import source_name
@@ -185,7 +186,7 @@ def open_sources(data: Sequence[str], names: Sequence[str], vocab_size: int) -> 
                 f"--data {recipes[0]} is a recipe, whose sources have names of their own\n"
                 "  give it alone, without --name; or give the prefixes of .bin/.idx pairs."
             )
-        found = held_out(load_recipe(recipes[0]), vocab_size)
+        found = held_out(load_recipe(recipes[0], find_model=find_model_to_start_from), vocab_size)
         if not found:
             raise ConfigError(
                 f"{recipes[0]} holds nothing out: it has no data.validation, and data.split has no share for "

@@ -133,6 +133,9 @@ def test_a_recipe_stands_for_what_it_holds_out(capsys, made, fr, en, tmp_path):
     held_out = IndexedDataset(fr)[6:]
     found, _ = evaluate(capsys, made / "hf", "--data", recipe)
     assert found["sources"]["fr"]["tokens"] == sum(map(len, held_out)) - 1
+    load = f'[checkpoint]\nload = "{made / "checkpoint"}"\nload_mode = "model"\n'
+    recipe.write_text(f'{load}[data]\nsources = [{{path = "{fr}"}}]\nsplit = "50,50,0"\n{train}')
+    assert evaluate(capsys, made / "hf", "--data", recipe)[0] == found
     recipe.write_text(f'{model}[data]\nsources = [{{path = "{fr}"}}]\nvalidation = [{{path = "{en}"}}]\n{train}')
     assert evaluate(capsys, made / "hf", "--data", recipe)[0]["sources"].keys() == {"en"}
     recipe.write_text(f'{model}[data]\nsources = [{{path = "{fr}"}}]\n{train}')

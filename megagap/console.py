@@ -44,6 +44,8 @@ class Console(rich.console.Console):
         for column in table.columns:
             column.overflow = "fold"
             column.min_width = max(column.min_width or 0, NARROWEST_COLUMN)
+        if self.width == UNLIMITED:
+            table.caption_justify = "left"
         if self.width == UNLIMITED and table.title:
             title = table.title if isinstance(table.title, str) else str(table.title)
             table.min_width = max(table.min_width or 0, cell_len(title))

@@ -1,5 +1,6 @@
 """A pool of real processes for distributed tests: started once, used by many tests, each with its own process group."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -81,6 +82,9 @@ def _serve(connection: Connection) -> None:
             if ranks > 1:
                 dist.barrier()
                 dist.destroy_process_group()
+                # Meshes are in reference cycles, and each group that is left keeps three threads that poll: a thousand
+                # of them slowed everything down.
+                gc.collect()
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send(answer)

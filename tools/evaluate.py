@@ -158,10 +158,10 @@ def sequence_length(files: ModelFiles, asked: int | None) -> int:
     longest = files.settings.max_position_embeddings
     if asked is None:
         length = files.default_length()
-        if files.trained_length is None and length < longest:
+        if files.trained_length is None:
             log.warning(
-                "windows of %d tokens: it is not known what the model was trained on, and its %d positions may be many "
-                "more than that; --sequence-length sets another length",
+                "windows of %d tokens: it is not known what the model, which has %d positions, was trained on; "
+                "--sequence-length sets another length",
                 length,
                 longest,
             )

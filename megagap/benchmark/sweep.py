@@ -149,7 +149,7 @@ def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
     if len(combinations) > MAX_COMBINATIONS:
         raise ConfigError(f"--sweep: {len(combinations):,} combinations; at most {MAX_COMBINATIONS:,} are possible")
     prepared = [_prepare(sweep, combination) for combination in combinations]
-    refusals = [settings for settings in prepared if isinstance(settings, ConfigError)]
+    refusals = [settings for settings in prepared if isinstance(settings, MegagapError)]
     if len(refusals) == len(combinations):
         raise _nothing_to_start(refusals)
     make_folder(sweep.output)
@@ -159,7 +159,7 @@ def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
     try:
         for number, (combination, settings) in enumerate(zip(combinations, prepared, strict=True), start=1):
-            if isinstance(settings, ConfigError):
+            if isinstance(settings, MegagapError):
                 outcomes.append(Outcome(combination, REFUSED, str(settings)))
             else:
                 outcomes.append(_measure(sweep, tool, combination, settings, where))
@@ -231,12 +231,12 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def _prepare(sweep: Sweep, combination: dict[str, str]) -> Settings | ConfigError:
+def _prepare(sweep: Sweep, combination: dict[str, str]) -> Settings | MegagapError:
     overrides = [*sweep.overrides, *(f"{name}={value}" for name, value in combination.items())]
     try:
         settings = load_recipe(sweep.recipe, overrides, sweep.processes, needs_data=False, find_model=find_model)
         choose_phase(settings, sweep.phase)
-    except ConfigError as error:
+    except MegagapError as error:
         return error
     return settings
 
@@ -349,7 +349,7 @@ def _all_errors() -> list[type[MegagapError]]:
     return [kind for kind in found if kind is not MegagapError]
 
 
-def _nothing_to_start(refusals: list[ConfigError]) -> ConfigError:
+def _nothing_to_start(refusals: list[MegagapError]) -> MegagapError:
     """What is wrong with all of them, such as a recipe that does not exist; else with the first."""
     if len(set(map(str, refusals))) == 1:
         return refusals[0]
@@ -364,8 +364,9 @@ def _shown(combination: dict[str, str]) -> str:
 def _result(outcome: Outcome) -> str:
     if outcome.status != DONE:
         lines = [line.strip() for line in outcome.reason.splitlines()]
-        # The first line of a fault in the settings only counts them.
-        return f"{outcome.status}: {lines[1] if outcome.status == REFUSED and len(lines) > 1 else lines[0]}"
+        # The first line of faults in the settings only counts them.
+        only_counts = outcome.reason.startswith(ConfigError.kind) and len(lines) > 1
+        return f"{outcome.status}: {lines[1] if only_counts else lines[0]}"
     before = " (measured before)" if outcome.is_from_before else ""
     return f"{outcome.tokens_per_second:,.0f} tokens per second{before}"
 

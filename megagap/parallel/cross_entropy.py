@@ -43,8 +43,9 @@ def linear_cross_entropy(
     """``scale`` · the sum over tokens of the cross-entropy of ``x Wᵀ``; and each token's, unscaled, without gradient.
 
     x: [b, s, h] whole. weight: this rank's rows of W [vocab, h], padding after them. targets: [b, s] global ids, or
-    ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returns an fp32 scalar and fp32 [b, s], the same on
-    every tp rank. The gradient of x is this rank's share: it is summed where x entered the region.
+    ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returns an fp32 scalar and fp32 [b, s] (float64 for
+    x in float64), the same on every tp rank. The gradient of x is this rank's share: it is summed where x entered the
+    region.
 
     If the weight has a sink, its gradient is there after the forward pass: the loss must then be the root of the
     backward pass, with a gradient of 1.

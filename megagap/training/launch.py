@@ -30,7 +30,7 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.training.allocator import keep_freed_memory
 from megagap.training.interrupt import watch_interrupts
 from megagap.training.next_start import next_start
-from megagap.training.parent import UNDER_TORCHRUN
+from megagap.training.parent import UNDER_TORCHRUN, handle_interrupts
 from megagap.training.rendezvous import Process, join, warn_of_several_runs
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -168,6 +168,7 @@ def orderly_exit(process: Process) -> Iterator[Ending]:
     An OSError is not a bug in megagap: it says what the system refused. Yields what to complete once there is a run.
     """
     ending = Ending(process)
+    handle_interrupts()
     # Until the run's own log is open, faults are printed here only, not by logging's last resort too.
     logging.getLogger("megagap").addHandler(logging.NullHandler())
     with watch_interrupts(ending.announce_stop, ending.abort):

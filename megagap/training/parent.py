@@ -25,6 +25,19 @@ def end_with_parent() -> None:
             os._exit(1)
 
 
+def end_on_interrupt() -> None:
+    """Have Ctrl-C end the process as it does programs in C, until the run handles it: while torch is imported, Python
+    would answer with a traceback of it."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where it is ignored, as in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def handle_interrupts() -> None:
+    """The opposite of :func:`end_on_interrupt`."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end_with_starter() -> None:
     """As ``preexec_fn`` of a process that must not outlive the one that starts it: have the kernel end it then."""
     if sys.platform == "linux":

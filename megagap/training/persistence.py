@@ -90,15 +90,34 @@ def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
     return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
 
 
-def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
-    """Load ``source``, which :func:`find_source` found, in whatever layout it was written.
+def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> None:
+    """Compare the settings with those of ``source``, before a model is built that it may not fit.
 
-    Raises :class:`CheckpointError` if it is damaged or belongs to another model or other data, and
-    :class:`DataError` if a data set is not what it was.
+    Raises :class:`CheckpointError` if it is damaged, or belongs to another model or run.
+    """
+    if source is None:
+        return
+    index = Index.read(source)
+    if continues(settings, run, source):
+        refuse_changes(read_run(source, index), settings, source)
+    else:
+        same_gain_scale = {"norm_gain_scale": settings.model.norm_gain_scale}
+        refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
+
+
+def continues(settings: Settings, run: RunDirectory, source: Path) -> bool:
+    """Whether everything is loaded from ``source``, not its weights only."""
+    return source.parent == run.checkpoints or settings.checkpoint.load_mode == "continue"
+
+
+def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
+    """Load ``source``, which :func:`require_loadable` accepted, in whatever layout it was written.
+
+    Raises :class:`CheckpointError` if it is damaged, and :class:`DataError` if a data set is not what it was.
     """
     if source is None:
         return Start()
-    if source.parent == run.checkpoints or state.settings.checkpoint.load_mode == "continue":
+    if continues(state.settings, run, source):
         return resume(state, run, data, source)
     return load_weights(state, run, data, source)
 
@@ -107,7 +126,6 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     """Load everything: the run continues from the folder's step."""
     index = Index.read(folder)
     saved = read_run(folder, index)
-    refuse_changes(saved, state.settings, folder)
     refuse_rebuilt_data(saved, data, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings)
     changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
@@ -135,7 +153,6 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     """Load the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
     index = Index.read(folder)
     saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
-    refuse_another_model(saved.model_copy(update={"norm_gain_scale": gain_scale}), state.settings, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings, refuse=False)
     changes = model_changes(saved, state.settings.model, theta=True)
     log_model_changes(changes, run, folder)

@@ -1,6 +1,7 @@
 """How a start of a run begins: from which weights, with which settings changed, at which learning rate."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ def record_changes(start: Start, settings: Settings, mesh: Mesh, run: RunDirecto
     if not run.is_writer:
         return
     since, before, kept = _last_settings(start, run)
-    changes = list(differences(before, settings.model_dump(mode="json"))) if before else []
+    found = differences(before, settings.model_dump(mode="json")) if before else ()
+    changes = [change for change in found if not _means_the_same(change)]
     if since != _LAST_START:
         changes = [change for change in changes if change.setting not in _OF_THE_START]
     if kept is None and changes and since == _LAST_START:
@@ -91,6 +93,18 @@ def record_changes(start: Start, settings: Settings, mesh: Mesh, run: RunDirecto
         log.info("the previous %s was saved as %s", CONFIG, kept)
     if changes:
         run.event("settings_changed", since=since, changes=[change.as_dict() for change in changes], config_before=kept)
+
+
+def _means_the_same(change: Change) -> bool:
+    """Whether only the spelling changed: a path as another folder's recipe has it, or a preset written out."""
+    if not change.setting.endswith((".path", ".tokenizer")):
+        return change.setting == "model.preset"
+    before, after = (_real_paths(value) for value in (change.before, change.after))
+    return before == after
+
+
+def _real_paths(value: Any) -> list[str]:
+    return [os.path.realpath(path) for path in ([value] if isinstance(value, str) else value or []) if path]
 
 
 _LAST_START = "the last start"

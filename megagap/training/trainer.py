@@ -21,7 +21,7 @@ from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
 from megagap.training.keeper import CheckpointKeeper
 from megagap.training.next_start import next_start
-from megagap.training.persistence import find_source, load
+from megagap.training.persistence import find_source, load, require_loadable
 from megagap.training.recorder import Recorder, due
 from megagap.training.requests import Requests
 from megagap.training.start import Start, record_changes, warn_of_rising_rate
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     source = find_source(settings, run, mesh)
+    require_loadable(settings, run, source)
     data, held_out = training_data(settings), validation_data(settings)
     state = build_state(settings, mesh)
     start = load(state, run, data, source)

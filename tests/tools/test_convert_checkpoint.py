@@ -129,7 +129,7 @@ def test_from_hf_writes_the_recipe_to_a_new_file_only(hugging_face: Path, tmp_pa
     done = from_hf("--input", hugging_face, "--output", tmp_path / "base", "--recipe", path)
     assert done.returncode == 0 and f"saved {path}" in done.stdout and "[train]" not in done.stdout
     text = path.read_text()
-    assert tomllib.loads(text)["checkpoint"]["load"] == str(tmp_path / "base") and "megagap.train mine.toml" in text
+    assert tomllib.loads(text)["checkpoint"]["load"] == str(tmp_path / "base") and f"megagap.train {path}" in text
     again = from_hf("--input", hugging_face, "--output", tmp_path / "other", "--recipe", path)
     assert again.returncode == 2 and f"{path} exists already" in again.stderr
     assert path.read_text() == text and not (tmp_path / "other").exists()

@@ -86,7 +86,6 @@ def test_every_setting_that_changed_between_two_starts_is_listed_and_the_config_
         "parallel.sequence_parallel": (False, True),
         "processes": (1, 4),
         "layout.dp": (1, 2),
-        "layout.tp": (1, 2),
     }
     assert changes_of(run) == [expected]
     log = log_of(run)

@@ -119,6 +119,21 @@ def test_a_sweep_of_which_nothing_can_be_started_is_refused_before_it_writes(tri
     assert not tried.sweep.output.exists() and not tried.called()
 
 
+def test_a_checkpoint_that_is_missing_is_the_refusal_of_one_combination(tried, tmp_path):
+    recipe = tmp_path / "without_model.toml"
+    text = tried.sweep.recipe.read_text()
+    recipe.write_text(text[: text.index("[model]")] + text[text.index("[parallel]") :])
+    values = {
+        "checkpoint.load": [str(tmp_path / "none")],
+        "train.micro_batch_size": ["1"],
+        "model.preset": ["tiny", ""],
+    }
+    tried.sweep = replace(tried.sweep, recipe=recipe, overrides=["checkpoint.load_mode=model"], values=values)
+    outcomes = tried.run()
+    assert [outcome.status for outcome in outcomes] == [DONE, REFUSED]
+    assert outcomes[1].reason.startswith(f"checkpoint error: {tmp_path / 'none'} does not exist")
+
+
 def test_two_sweeps_do_not_write_into_one_folder(tried):
     tried.sweep.output.mkdir()
     lock = Lock(tried.sweep.output / "lock")

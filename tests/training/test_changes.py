@@ -1,6 +1,7 @@
 """Going on, or starting from weights, with a longer context, other wavelengths or a larger vocabulary."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def seeds(workers, tmp_path_factory):
         workers.run(2, train_recipe, recipe, ["parallel.tp=2"])
         found[tied] = recipe
     return found
+
+
+def refused_before_it_is_built(rank, ranks, recipe, overrides):
+    """The message of the refusal. Building any model would be an AssertionError."""
+    not_reached = patch("megagap.training.trainer.build_state", side_effect=AssertionError)
+    with not_reached, pytest.raises(CheckpointError) as refusal:
+        train_recipe(rank, ranks, recipe, overrides)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("mode", ["continue", "model"])
+def test_a_model_that_a_checkpoint_does_not_fit_is_refused_before_it_is_built(workers, tmp_path, seeds, mode):
+    """It may be far larger than the checkpoint's, and than the machine's memory."""
+    recipe = seeds[False]
+    loading = [f"checkpoint.load={recipe.parent / 'run'}", f"checkpoint.load_mode={mode}", f"run.dir={tmp_path}"]
+    (message,) = workers.run(1, refused_before_it_is_built, recipe, ["model.hidden_size=1048576", *loading])
+    assert "model.hidden_size was 64, is 1048576" in message
 
 
 @pytest.mark.parametrize("mode", ["continue", "model"])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,14 @@ INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 def test_ctrl_c_is_counted_from_what_a_process_receives(under_torchrun, received, counts):
     counter = InterruptCounter(under_torchrun)
     assert [counter.count(number, seconds) for number, seconds in received] == counts
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
+    process = launch(write_recipe(tmp_path), 1)
+    wait_until(lambda: b"libtorch" in Path(f"/proc/{process.pid}/maps").read_bytes(), process)
+    process.send_signal(INT)
+    code, output = finish(process)
+    assert code in (-INT, 130) and "Traceback" not in output, output  # 130: once the run handles it
 
 
 def test_the_first_and_the_second_ctrl_c_are_each_answered_once():

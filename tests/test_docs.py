@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megagap.config.settings import PLANNED
 from megagap.observe.metrics import read_metrics
@@ -86,6 +88,48 @@ def test_what_the_page_on_running_does_with_a_run(example):
     commands = [line for line in parts["look"].splitlines() if "not run by the test" not in line]
     run("\n".join(commands), example)
     assert (runs / "compare.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_pages_on_evaluation_memory_and_prediction(example):
+    for page, name, said in (
+        ("evaluation", "evaluation", '"bits_per_byte"'),
+        ("memory", "memory", '"fits"'),
+        ("trace", "trace", '"step_seconds"'),
+    ):
+        assert said in run(blocks(ROOT / f"docs/{page}.md")[name], example), page
+
+
+@pytest.mark.slow
+def test_the_page_on_mixtures(example):
+    """On the example's data: 32,768 tokens are shortened, and step 1,200 is step 12."""
+    recipe = (example / "examples/recipes/code.toml").read_text()
+    (example / "recipe.toml").write_text(recipe.replace("../../runs", "runs"))
+    parts = blocks(ROOT / "docs/mixtures.md")
+    run(parts["plan"].replace("--step 1200", "--step 12"), example)
+    assert (example / "plan.png").stat().st_size > 0
+    shutil.copytree(example / "runs/example/run", example / "runs/base")
+    run(parts["longer"].replace("32768", "512"), example)
+    assert status(example / "runs/long") == ("finished", 40)
+
+
+@pytest.mark.slow
+def test_the_page_on_token_files(example, tmp_path):
+    """In a folder that has what the commands name; with 1,500 documents, and a smaller vocabulary."""
+    texts = [f"Veuillez accepter les cookies, s'il vous plaît : document {i}." for i in range(1500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for folder in ("crawl", "books", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "crawl/a.jsonl").write_text(lines)
+    (tmp_path / "data/a.jsonl").write_text(lines)
+    parquet.write_table(pyarrow.table({"text": texts[:3]}), tmp_path / "books/a.parquet")
+    shutil.copy(example / "runs/example/tokenizer/tokenizer.json", tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    parts = blocks(ROOT / "docs/data.md")
+    assert "verified" in run(parts["preprocess"], tmp_path)
+    assert "in 1,503 of 1,503 documents" in run(parts["inspect"], tmp_path)
+    run(parts["tokenizer"].replace("32768", "300"), tmp_path)
+    assert (tmp_path / "data/tokenizer/tokenizer.json").exists()
 
 
 SPIKE = "python tools/inspect_data.py examples/recipes/code.toml"

@@ -44,7 +44,7 @@ def test_a_value_that_is_no_place_is_named(name, value):
     if (name, value) == ("WORLD_SIZE", "99999"):  # a large world, why not
         return
     message = refusal(environment)
-    assert message.startswith("distributed error: the environment does not say where this process belongs: ")
+    assert message.startswith("distributed error: the environment does not say which rank this process is: ")
     assert name in message.splitlines()[0] and "start with torchrun" in message
 
 

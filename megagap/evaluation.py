@@ -65,7 +65,7 @@ class ModelFiles:
         return self.trained_length or min(self.settings.max_position_embeddings, LONGEST_DEFAULT)
 
 
-def find_model(path: Path, tokenizer: str | None = None) -> ModelFiles:
+def find_model_files(path: Path, tokenizer: str | None = None) -> ModelFiles:
     """A checkpoint of any layout, a run (its latest), or a Hugging Face folder.
 
     ``tokenizer``: None means the one beside a Hugging Face model, or the one that the run was trained with, if it can

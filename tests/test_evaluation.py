@@ -15,7 +15,7 @@ from megagap.checkpoint.huggingface_import import load_hugging_face_model
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.sources import WHOLE, Source, TokenSource
 from megagap.errors import DataError
-from megagap.evaluation import SourceLoss, evaluate_source, find_model
+from megagap.evaluation import SourceLoss, evaluate_source, find_model_files
 from tests.huggingface import reference_model
 from tests.models import tiny_model
 from tests.recipes import VOCABULARY, write_recipe, write_tokens
@@ -58,7 +58,7 @@ def test_the_loss_of_any_layouts_checkpoint_is_that_of_transformers_and_of_the_r
     train = {"steps": 2, "evaluate_every": 2, "evaluate_samples": 10_000}
     recipe = write_recipe(tmp_path, model=model, data=data, train=train)
     metrics = workers.run(ranks, train_recipe, recipe, layout)[0]
-    files = find_model(tmp_path / "run")
+    files = find_model_files(tmp_path / "run")
     assert (files.step, files.default_length()) == (2, LENGTH)
     export(files.path, tmp_path / "hf")
 

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from megagap.checkpoint import find_model as find_model_to_start_from
+from megagap.arguments import positive
+from megagap.checkpoint import find_model
 from megagap.config import Source as SourceSettings
 from megagap.config import load_recipe
 from megagap.config.settings import source_name
@@ -24,8 +25,8 @@ from megagap.console import Console
 from megagap.data.agreement import require_ids_of_model
 from megagap.data.sources import WHOLE, Source, TokenSource
 from megagap.data.text_bytes import TextBytes, UnknownBytesError, text_bytes
-from megagap.errors import CheckpointError, ConfigError, DataError, run_tool
-from megagap.evaluation import ModelFiles, SourceLoss, evaluate_source, find_model, require_targets, targets_in
+from megagap.errors import CheckpointError, ConfigError, DataError, counted, run_tool
+from megagap.evaluation import ModelFiles, SourceLoss, evaluate_source, find_model_files, require_targets, targets_in
 from megagap.files import pair_prefix
 from megagap.training.datasets import held_out
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    files = find_model(given.checkpoint, given.tokenizer)
+    files = find_model_files(given.checkpoint, given.tokenizer)
     length = sequence_length(files, given.sequence_length)
     sources = open_sources(given.data, given.name, files.settings.vocab_size)
     for source in sources:
@@ -186,7 +187,7 @@ def open_sources(data: Sequence[str], names: Sequence[str], vocab_size: int) -> 
                 f"--data {recipes[0]} is a recipe, whose sources have names of their own\n"
                 "  give it alone, without --name; or give the prefixes of .bin/.idx pairs."
             )
-        found = held_out(load_recipe(recipes[0], find_model=find_model_to_start_from), vocab_size)
+        found = held_out(load_recipe(recipes[0], find_model=find_model), vocab_size)
         if not found:
             raise ConfigError(
                 f"{recipes[0]} holds nothing out: it has no data.validation, and data.split has no share for "
@@ -200,9 +201,8 @@ def list_sources(patterns: Sequence[str], names: Sequence[str]) -> list[Source]:
     """One source for each prefix or pattern, with distinct names."""
     shards = [prefixes_of(pattern) for pattern in without_other_files(patterns)]
     if names and len(names) != len(shards):
-        counted = "1 source" if len(shards) == 1 else f"{len(shards)} sources"
-        given = "1 name" if len(names) == 1 else f"{len(names)} names"
-        raise ConfigError(f"--name gives {given} for {counted}\n  give one for each, in their order.")
+        given = f"{counted(len(names), 'name')} for {counted(len(shards), 'source')}"
+        raise ConfigError(f"--name gives {given}\n  give one for each, in their order.")
     named = names or [source_name(SourceSettings(path=prefixes)) for prefixes in shards]
     sources = [Source(name, tuple(prefixes)) for name, prefixes in zip(named, shards, strict=True)]
     seen: dict[str, Source] = {}
@@ -331,13 +331,6 @@ def require_finite(files: ModelFiles, results: dict[str, SourceLoss]) -> None:
             f"the loss of {files.path} is not finite on {', '.join(faulty)}\n"
             "  its training diverged, or its weights are damaged."
         )
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megagap.arguments import positive
 from megagap.errors import DataError, counted, run_tool
 from megagap.generation import Sampling, TextStream, encode_prompt, generate, load_text_model
 
@@ -106,13 +107,6 @@ def show(text: str) -> None:
     """Write at once, in UTF-8 whatever the terminal's settings."""
     sys.stdout.buffer.write(text.encode("utf-8"))
     sys.stdout.buffer.flush()
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
 
 
 def seed(text: str) -> int:

@@ -196,8 +196,8 @@ def _figure(runs: Sequence[Run], compared: Sequence[Difference], key: str, axis:
         style = curve_style(curve, COLOURS[run.colour % len(COLOURS)], marks)
         draw_curve(panels[0], curve, smooth, style | {"label": _in_legend(run.label_of(curve))})
     for difference in compared:
-        curve = Curve(difference.key, difference.x, difference.y)
-        panels[1].plot(curve.x, curve.y, label=_in_legend(curve.key), **curve_style(curve, "black", marks))
+        style = curve_style(difference, "black", marks)
+        panels[1].plot(difference.x, difference.y, label=_in_legend(difference.key), **style)
     panels[0].set_ylabel(f"{key} (nats per token)" if key == "loss" else key)
     panels[-1].set_xlabel({"hours": "hours of training"}.get(axis, axis))
     if axis in ("tokens", "samples"):

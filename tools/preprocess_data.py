@@ -5,6 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from megagap.arguments import positive
 from megagap.errors import run_tool
 
 if TYPE_CHECKING:
@@ -129,13 +130,6 @@ def warn_of_skipped(summary: "Summary") -> None:
         print(f"  {fault}", file=sys.stderr)
     if summary.skipped > len(summary.first_skipped):
         print("  …", file=sys.stderr)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def worker_count(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.console import Console
-from megagap.errors import run_tool
+from megagap.errors import counted, run_tool
 from megagap.planning.devices import Device, known_devices, load_device
 from megagap.planning.memory import assumptions, memory_by_stage, report, stages_table, verdict
 from megagap.planning.trace import draw, kinds_table, sites_table, summary, title, trace_step
@@ -86,7 +86,9 @@ def print_memory(settings: Settings, device: Device, options: argparse.Namespace
         return
     stages = memory_by_stage(settings, device, options.world_size)
     console = Console()
-    console.print(f"memory per rank in GiB on {device.key}, {options.world_size} processes", style="bold")
+    console.print(
+        f"memory per rank in GiB on {device.key}, {counted(options.world_size, 'process', 'processes')}", style="bold"
+    )
     console.print(stages_table(stages))
     for line in (verdict(stages, device), *assumptions(settings)):
         console.print(line, highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +69,18 @@ class Report:
     @property
     def peak_spread(self) -> float:
         """Difference of the highest and the lowest measured peak, relative to the median."""
-        return (max(self.measured_peaks) - min(self.measured_peaks)) / self.measured_peak
+        return spread(self.measured_peaks)
+
+    @property
+    def tflops_per_device(self) -> float:
+        """Counting the full attention square."""
+        per_token = flops_per_token(self.settings.model, self.phase.sequence_length).full
+        return per_token * self.tokens_per_second / self.mesh.world.size / 1e12
 
     def as_dict(self) -> dict[str, Any]:
         flops = flops_per_token(self.settings.model, self.phase.sequence_length)
         per_device = self.tokens_per_second / self.mesh.world.size / 1e12
-        achieved = {"full": flops.full * per_device, "causal": flops.causal * per_device}
+        achieved = {"full": self.tflops_per_device, "causal": flops.causal * per_device}
         peaks = {"datasheet": peak_tflops(self.mesh.device), "measured": self.measured_peak}
         return {
             "tokens_per_second": self.tokens_per_second,
@@ -137,8 +143,7 @@ class Report:
         """What to know before the numbers are used, if the machine was not quiet."""
         if self.peak_spread <= QUIET_SPREAD:
             return None
-        achieved = self.as_dict()["tflops_per_device"]
-        low, high = (achieved / peak for peak in (max(self.measured_peaks), min(self.measured_peaks)))
+        low, high = (self.tflops_per_device / peak for peak in (max(self.measured_peaks), min(self.measured_peaks)))
         return (
             f"the machine was not quiet: its measured peak varied by {self.peak_spread:.0%} during the benchmark\n"
             f"  MFU of the measured peak is between {low:.1%} and {high:.1%}; repeat it when nothing else runs."
@@ -186,6 +191,11 @@ def benchmark(settings: Settings, mesh: Mesh, phase: Span, warmup: int, steps: i
         profile = profile_steps(step, profiled_steps) if profiled else None
         recorder.close()
     return Report(settings, mesh, phase, seconds, peaks, memory, profile)
+
+
+def spread(peaks: Sequence[float]) -> float:
+    """Difference of the highest and the lowest, relative to the median."""
+    return (max(peaks) - min(peaks)) / statistics.median(peaks)
 
 
 def peak_measurements(steps: int) -> set[int]:

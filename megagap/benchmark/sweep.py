@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megagap.benchmark.step import QUIET_SPREAD, choose_phase, missing_data
+from megagap.benchmark.step import QUIET_SPREAD, choose_phase, missing_data, spread
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.config.loading import override_faults
-from megagap.errors import ConfigError, MegagapError, ops_choice
+from megagap.errors import ConfigError, MegagapError, counted, ops_choice
 from megagap.files import Lock, LockedError, file_errors, make_folder, require_writable, write_text, writing
 from megagap.observe.run_directory import environment
 from megagap.parallel.mesh import Mesh
@@ -115,8 +115,9 @@ def parse_sweep(items: Sequence[str]) -> dict[str, list[str]]:
         for value in values:
             faults += [f"  {name} = {value}  {fault.message}" for fault in override_faults(f"{name}={value}")]
     if faults:
-        count = "1 value" if len(faults) == 1 else f"{len(faults)} values"
-        raise ConfigError(f"--sweep has {count} that cannot be used\n" + "\n".join(dict.fromkeys(faults)))
+        raise ConfigError(
+            f"--sweep has {counted(len(faults), 'value')} that cannot be used\n" + "\n".join(dict.fromkeys(faults))
+        )
     return found
 
 
@@ -222,9 +223,8 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
         peak = "datasheet" if done[0]["mfu"]["datasheet"] else "measured"
         lines.append(f"MFU: of the {peak} peak, counting the full attention square")
         peaks = [value for report in done for value in report["measured_peaks"]]
-        spread = (max(peaks) - min(peaks)) / statistics.median(peaks)
-        lines.append(f"measured peaks: {min(peaks):,.3f} to {max(peaks):,.3f} TFLOP/s, a spread of {spread:.0%}")
-        if spread > QUIET_SPREAD:
+        lines.append(f"measured peaks: {min(peaks):,.3f} to {max(peaks):,.3f} TFLOP/s, a spread of {spread(peaks):.0%}")
+        if spread(peaks) > QUIET_SPREAD:
             lines.append(
                 "  the machine was not quiet, or the dtype differs: small differences between rows mean nothing"
             )

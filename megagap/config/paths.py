@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megagap.errors import ConfigError, system_reason
+from megagap.errors import ConfigError, is_unicode, system_reason
 
 
 def unusable_text(value: Any) -> str:
@@ -16,17 +16,9 @@ def unusable_text(value: Any) -> str:
             left += item if isinstance(item, list) else item.values()
         elif isinstance(item, str) and "\0" in item:
             return "has a NUL character, which no name or path can have"
-        elif isinstance(item, str) and not _is_unicode(item):
+        elif isinstance(item, str) and not is_unicode(item):
             return "is not valid UTF-8, which config.toml cannot hold; rename the file or folder"
     return ""
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def absolute(path: Path, what: str) -> Path:

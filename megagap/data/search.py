@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import decode_document, document_tokens, known_places, one_line
 from megagap.data.tokenizer import Tokenizer
-from megagap.errors import DataError
+from megagap.errors import DataError, is_unicode
 
 CONTEXT = 40
 """Characters that are shown on either side of a text that was found."""
@@ -63,7 +63,7 @@ def search(dataset: IndexedDataset, tokenizer: Tokenizer, text: str, most: int, 
     """
     if not text:
         raise DataError("the text to search for is empty: every document contains it")
-    if not _is_unicode(text):
+    if not is_unicode(text):
         raise DataError("the text to search for is not valid UTF-8")
     occurrences, found_in = 0, 0
     hits: list[Hit] = []
@@ -116,11 +116,3 @@ def search_table(found: Search) -> Table:
 def as_stored(tokenizer: Tokenizer, text: str) -> str:
     """What becomes of ``text`` on its way through the tokenizer, as of every document: mostly, it stays the same."""
     return tokenizer.decode(tokenizer.encode(text))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

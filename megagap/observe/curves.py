@@ -67,13 +67,8 @@ class RunCurves:
     """The number that was asked for first."""
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Curve):
     """A number of the second run minus that of the first, where both have the same x."""
-
-    key: str
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
 
     @property
     def mean(self) -> float:

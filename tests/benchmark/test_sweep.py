@@ -101,7 +101,7 @@ def test_what_changes_the_measurement_is_measured_again(tried, monkeypatch, chan
     assert tried.called() == ["1", "2", "4", "8"]
 
 
-def test_a_torn_result_is_measured_again(tried):
+def test_an_incomplete_result_is_measured_again(tried):
     outcomes = tried.run()
     tried.called()
     (outcomes[0].folder / "benchmark.json").write_text("{")

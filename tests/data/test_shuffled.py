@@ -1,4 +1,4 @@
-"""Which tokens a source's samples read: each once per epoch, in one order, whatever the lengths."""
+"""The tokens that a source's samples read: each once per epoch, in an order that lengths do not change."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,6 @@
 """A pool of real processes for distributed tests: started once, used by many tests, each with its own process group."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -14,10 +15,6 @@ import torch.distributed as dist
 from tests.launching import SECONDS
 
 MOST_RANKS = 8
-
-MOST_THREADS = 40
-"""A worker with more is replaced: what a run leaves behind keeps its process groups alive, whose threads poll. A
-thousand of them slowed all tests down."""
 
 
 class Workers:
@@ -46,11 +43,9 @@ class Workers:
                     failures.append(f"rank {rank}: no answer")
                     continue
                 try:
-                    succeeded, value, retires = connection.recv()
+                    succeeded, value = connection.recv()
                 except EOFError:
-                    succeeded, value, retires = False, "process died", False
-                if retires:
-                    self._replace(rank)
+                    succeeded, value = False, "process died"
                 (results if succeeded else failures).append(value if succeeded else f"rank {rank}:\n{value}")
         if failures:
             self.close()
@@ -59,20 +54,11 @@ class Workers:
 
     def _start(self, ranks: int) -> None:
         while len(self._workers) < ranks:
-            self._workers.append(self._new())
-
-    def _new(self) -> tuple[Any, Connection]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours
-
-    def _replace(self, rank: int) -> None:
-        process, connection = self._workers[rank]
-        connection.close()
-        process.join()
-        self._workers[rank] = self._new()
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
 
     def close(self) -> None:
         for process, connection in self._workers:
@@ -98,7 +84,7 @@ def _serve(connection: Connection) -> None:
                 dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
-        retires = answer[0] and len(os.listdir("/proc/self/task")) > MOST_THREADS
-        connection.send((*answer, retires))
-        if retires or not answer[0]:
-            os._exit(not answer[0])  # after a failure its group is in an unknown state
+        connection.send(answer)
+        if not answer[0]:
+            os._exit(1)  # its group is in an unknown state
+        gc.collect()  # a run's process groups, which its reference cycles keep: their threads poll

@@ -144,6 +144,12 @@ class _Sink:
         self.finished()
 
 
+def _collect(parameter: Tensor) -> None:
+    """Autograd's hook. A method of the sink would do, but torch hides what a hook refers to from Python's garbage
+    collector: the optimizer, its memory and its process groups would then live as long as the process."""
+    parameter.sink.collect(parameter)  # type: ignore[attr-defined]
+
+
 class DistributedOptimizer:
     """AdamW over this rank's slices. Parameters become views of flat buckets: build it before anything reads them."""
 
@@ -162,9 +168,8 @@ class DistributedOptimizer:
         self._last_backward = False
         for bucket in self.buckets:
             for index, parameter in enumerate(bucket.parameters):
-                sink = _Sink(bucket, index, self._reported)
-                parameter.sink = sink
-                parameter.register_post_accumulate_grad_hook(sink.collect)
+                parameter.sink = _Sink(bucket, index, self._reported)
+                parameter.register_post_accumulate_grad_hook(_collect)
 
     # -- gradients
 

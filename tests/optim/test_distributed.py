@@ -1,5 +1,8 @@
 """The distributed optimizer equals torch.optim.AdamW with clip_grad_norm_, whatever the ranks and buckets."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +160,15 @@ def test_a_loss_that_is_not_the_root_of_the_backward_pass_is_an_error():
     loss, _ = linear_cross_entropy(x, weight, torch.zeros(1, 3, dtype=torch.long), torch.ones(()), Mesh.single().tp)
     with pytest.raises(AssertionError, match="root of the backward pass"):
         (2 * loss).backward()
+
+
+def test_an_optimizer_that_is_no_longer_used_is_freed():
+    """With its buckets and the process groups of its mesh, although autograd calls it."""
+    made = parameters()
+    optimizer = DistributedOptimizer(made, OPTIM, Mesh.single())
+    optimizer.zero_gradients()
+    torch.autograd.backward(made, [gradient(0, 0, 0, parameter.shape) for parameter in made])
+    found = weakref.ref(optimizer)
+    del optimizer, made
+    gc.collect()
+    assert found() is None

@@ -8,7 +8,8 @@
 #   build       megagap with kernels for this GPU; without them the rest uses plain torch
 #   training    the step, the loop, resuming and saving against the CPU
 #   mfu         Gaperon 1B's training step, with its kernels by kind
-#   prediction  tools/trace_step.py's prediction of that step
+#   layouts     processes that share the GPU, over gloo: gradients against the CPU in every kind of layout
+#   predictions steps of several shapes, each beside tools/trace_step.py's prediction
 #   kernels     bandwidth of each kernel, forward and backward, beside eager, torch.compile, Liger and quack
 #   attention   every back end that torch has, on whole sequences
 #   documents   the same on sequences packed from documents
@@ -80,7 +81,8 @@ stage training 120 "$PYTHON" -m pytest -q -p no:cacheprovider -s tests/gpu/test_
 if [[ $device == cuda ]]; then
     recipe=examples/recipes/gaperon-1b-one-gpu.toml
     stage mfu 90 "$PYTHON" tools/benchmark_mfu.py $recipe --profile 3 --output "$reports"
-    stage prediction 40 "$PYTHON" tools/trace_step.py $recipe --sites 0
+    stage layouts 90 "$PYTHON" -m pytest -q -p no:cacheprovider -s tests/gpu/test_layouts.py
+    stage predictions 150 "$PYTHON" tests/benchmarks/predictions.py --device "${DEVICE:-h100}" --output "$reports"
     stage kernels 120 "$PYTHON" tests/benchmarks/kernels.py --device cuda --dtypes bfloat16 --rows 32768 --rounds 5 \
         --ops rms_norm add_rms_norm rotary swiglu adamw --output "$reports"
     stage attention 60 "$PYTHON" tests/benchmarks/attention.py --output "$reports"

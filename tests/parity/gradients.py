@@ -77,26 +77,32 @@ class Mutation:
 
 
 def gradients(
-    rank: int, ranks: int, recipe: Path, overrides: list[str], mutation: Mutation | None = None
+    rank: int,
+    ranks: int,
+    recipe: Path,
+    overrides: list[str],
+    mutation: Mutation | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
     passed."""
     settings = load_recipe(recipe, overrides, ranks)
-    mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
+    mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device(device))
     stage = build_stage(
         settings.model,
         settings.parallel.layers_per_stage or [settings.model.num_hidden_layers],
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
-        dtype=torch.float64,
+        dtype=dtype,
     )
     parameters = stage.sharded_parameters()
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, torch.float64, bucket_elements=20_000)
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000)
     state = TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
-        compute_gradients(state, loader.step(0), state.program)
+        compute_gradients(state, loader.step(0).to(mesh.device), state.program)
     parts = [
         Part(
             part.shard.name,
@@ -105,7 +111,7 @@ def gradients(
             part.shard.sizes,
             part.start,
             part.stop,
-            part.tensor.numpy().copy(),
+            part.tensor.to("cpu", torch.float64, copy=True).numpy(),
         )
         for bucket in optimizer.buckets
         for part in bucket.slices("gradient", bucket.own_gradient)
@@ -119,7 +125,8 @@ def _move_from_the_start(parameters: list[Any]) -> None:
         if len(parameter.shard.shape) == 1:
             first, size = parameter.shard.offsets[0], parameter.shard.sizes[0]
             with torch.no_grad():
-                parameter[:size] += 0.1 * torch.cos(torch.arange(first, first + size, dtype=torch.float64))
+                places = torch.arange(first, first + size, dtype=torch.float64, device=parameter.device)
+                parameter[:size] += 0.1 * torch.cos(places)
 
 
 def assembled(parts: list[Part]) -> dict[str, NDArray[np.float64]]:

@@ -6,7 +6,7 @@ One process without torchrun is a run like any other. Reading order: this file, 
 
 if __name__ == "__main__":
     # Before torch is imported: a launcher that is killed in these seconds must not leave this process behind.
-    from megagap.training.parent import end_on_interrupt, end_with_parent
+    from megagap.process.parent import end_on_interrupt, end_with_parent
 
     end_with_parent()
     end_on_interrupt()
@@ -21,10 +21,12 @@ import torch
 from megagap.checkpoint import find_model
 from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
 from megagap.errors import run_tool
-from megagap.observe.run_directory import RunDirectory, log_to, log_to_console
-from megagap.parallel.mesh import DistributedCommunicator, Mesh
-from megagap.training import launch
-from megagap.training.rendezvous import Process
+from megagap.observe.logs import log_to, log_to_console
+from megagap.observe.run_directory import RunDirectory
+from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
+from megagap.process import launch
+from megagap.process.rendezvous import Process
 from megagap.training.trainer import train
 
 log = logging.getLogger("megagap.train")  # by name: run as a program, this module is called __main__

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 from tests import launching
 from tests.workers import Workers
 
+pytest_plugins = ["tests.token_files"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts commands in the background with Ctrl-C ignored, which what we start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ then, on a busy machine.
 """
 
 if __name__ == "__main__":
-    from megagap.training.parent import end_with_parent
+    from megagap.process.parent import end_with_parent
 
     end_with_parent()
 

@@ -129,7 +129,7 @@ def test_the_page_on_token_files(example, tmp_path):
     assert "verified" in run(parts["preprocess"], tmp_path)
     assert "in 1,503 of 1,503 documents" in run(parts["inspect"], tmp_path)
     run(parts["tokenizer"].replace("32768", "300"), tmp_path)
-    assert (tmp_path / "data/tokenizer/tokenizer.json").exists()
+    assert (tmp_path / "tokenizer/tokenizer.json").exists()
 
 
 SPIKE = "python tools/inspect_data.py examples/recipes/code.toml"

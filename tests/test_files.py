@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from megagap.checkpoint.huggingface_import import read_model_folder
-from megagap.data.documents import read_texts
 from megagap.data.indexed import IndexedDataset
-from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError, MegagapError
 from megagap.files import (
     LineFile,
@@ -28,6 +26,8 @@ from megagap.files import (
     writing,
     written_by_library,
 )
+from megagap.preprocess.documents import read_texts
+from megagap.tokenizer import load_tokenizer
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ PACKAGE = ROOT / "megagap"
 
 # Rooms from the bottom up; rooms of one level may import each other, but not in a circle (checked by importing them).
 LEVELS = [
-    {"errors", "files", "console", "arguments"},
-    {"config"},
+    {"errors", "files", "terminal"},
+    {"config", "tokenizer"},
     {"ops", "parallel"},
     {"model", "data", "optim", "observe", "checkpoint"},
-    {"training", "generation", "evaluation"},
+    {"preprocess"},
+    {"training", "resume", "process", "inference"},
     {"train", "benchmark"},
     {"planning"},
 ]

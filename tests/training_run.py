@@ -7,10 +7,11 @@ import torch
 
 from megagap.checkpoint import find_model
 from megagap.config import load_recipe
+from megagap.observe.logs import log_to
 from megagap.observe.metrics import read_metrics
-from megagap.observe.run_directory import RunDirectory, log_to
+from megagap.observe.run_directory import RunDirectory
+from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
-from megagap.training.rendezvous import Process
 from megagap.training.trainer import train
 
 

@@ -2,7 +2,7 @@
 
 if __name__ == "__main__":
     # Before torch is imported: a launcher that is killed in these seconds must not leave this process behind.
-    from megagap.training.parent import end_with_parent
+    from megagap.process.parent import end_with_parent
 
     end_with_parent()
 
@@ -17,14 +17,14 @@ from megagap.benchmark.step import benchmark, choose_phase
 from megagap.benchmark.sweep import DONE, Sweep, notes, parse_sweep, run_sweep, table
 from megagap.checkpoint import find_model
 from megagap.config import load_recipe, parse_overrides
-from megagap.console import Console
 from megagap.errors import ConfigError, run_tool
 from megagap.files import require_writable, write_text, writing
-from megagap.observe.run_directory import log_to_console
+from megagap.observe.logs import log_to_console
+from megagap.process import launch
+from megagap.process.parent import UNDER_TORCHRUN
+from megagap.process.rendezvous import Process
+from megagap.terminal.console import Console
 from megagap.train import make_mesh
-from megagap.training import launch
-from megagap.training.parent import UNDER_TORCHRUN
-from megagap.training.rendezvous import Process
 
 EXAMPLES = """examples:
   python tools/benchmark_mfu.py examples/recipes/code.toml --steps 20

@@ -16,18 +16,25 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from megagap.arguments import positive
 from megagap.checkpoint import find_model
 from megagap.config import Source as SourceSettings
 from megagap.config import load_recipe
 from megagap.config.settings import source_name
-from megagap.console import Console
 from megagap.data.agreement import require_ids_of_model
 from megagap.data.sources import WHOLE, Source, TokenSource
 from megagap.data.text_bytes import TextBytes, UnknownBytesError, text_bytes
 from megagap.errors import CheckpointError, ConfigError, DataError, counted, run_tool
-from megagap.evaluation import ModelFiles, SourceLoss, evaluate_source, find_model_files, require_targets, targets_in
 from megagap.files import pair_prefix
+from megagap.inference.evaluation import (
+    ModelFiles,
+    SourceLoss,
+    evaluate_source,
+    find_model_files,
+    require_targets,
+    targets_in,
+)
+from megagap.terminal.arguments import positive
+from megagap.terminal.console import Console
 from megagap.training.datasets import held_out
 
 log = logging.getLogger(__name__)

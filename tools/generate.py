@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megagap.arguments import positive
 from megagap.errors import DataError, counted, run_tool
-from megagap.generation import Sampling, TextStream, encode_prompt, generate, load_text_model
+from megagap.inference.generation import Sampling, TextStream, encode_prompt, generate, load_text_model
+from megagap.terminal.arguments import positive
 
 EXAMPLES = """
 examples:

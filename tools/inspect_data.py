@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from megagap.console import Console
 from megagap.data.agreement import Ids, differing
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import (
@@ -27,8 +26,9 @@ from megagap.data.inspect import (
 from megagap.data.manifest import Manifest, read_manifest
 from megagap.data.plan import draw_plan, plan, plan_table
 from megagap.data.search import as_stored, search, search_table
-from megagap.data.tokenizer import Tokenizer, load_tokenizer
 from megagap.errors import ConfigError, DataError, counted, run_tool
+from megagap.terminal.console import Console
+from megagap.tokenizer import Tokenizer, load_tokenizer
 
 EXAMPLES = """
 examples:

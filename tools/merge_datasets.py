@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from megagap.data.manifest import manifest_path
-from megagap.data.merge import merge_datasets
 from megagap.errors import counted, run_tool
+from megagap.preprocess.merge import merge_datasets
 
 EXAMPLES = """
 examples:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from megagap.console import Console
 from megagap.errors import library_errors, printable, run_tool
 from megagap.files import write_bytes, writing
 from megagap.observe.curves import AXES, Axis, Curve, Difference, RunCurves, differences, read_curves
+from megagap.terminal.console import Console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

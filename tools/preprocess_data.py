@@ -5,15 +5,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from megagap.arguments import positive
 from megagap.errors import run_tool
+from megagap.terminal.arguments import positive
 
 if TYPE_CHECKING:
-    from megagap.data.preprocess import Summary
+    from megagap.preprocess import Summary
 
 EXAMPLES = r"""
 examples:
-  python tools/preprocess_data.py --input fr.jsonl --output-prefix data/fr --tokenizer data/tokenizer --append-eod
+  python tools/preprocess_data.py --input fr.jsonl --output-prefix data/fr --tokenizer tokenizer --append-eod
       writes data/fr_text_document.bin, .idx and .json
   python tools/preprocess_data.py --input crawl/ 'books/*.parquet' --output-prefix all --tokenizer tokenizer.json
   python tools/preprocess_data.py --input web.jsonl.zst --output-prefix web --tokenizer llama3/tokenizer.model \
@@ -34,7 +34,7 @@ docs/data.md.
 
 
 def main(argv: list[str] | None = None) -> None:
-    from megagap.data.preprocess import preprocess  # here, as worker processes import this file and need none of it
+    from megagap.preprocess import preprocess  # here, as worker processes import this file and need none of it
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter

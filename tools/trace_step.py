@@ -8,11 +8,11 @@ from pathlib import Path
 
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe, parse_overrides
-from megagap.console import Console
 from megagap.errors import counted, run_tool
 from megagap.planning.devices import Device, known_devices, load_device
 from megagap.planning.memory import assumptions, memory_by_stage, report, stages_table, verdict
 from megagap.planning.trace import draw, kinds_table, sites_table, summary, title, trace_step
+from megagap.terminal.console import Console
 
 EXAMPLES = """examples:
   python tools/trace_step.py examples/recipes/gaperon-1b-one-gpu.toml

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rich.filesize import decimal
 
-from megagap.data.bpe import Trained, train_tokenizer
 from megagap.errors import DataError, counted, run_tool
+from megagap.preprocess.bpe import Trained, train_tokenizer
 
 EXAMPLES = """
 examples:

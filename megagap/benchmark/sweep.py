@@ -27,7 +27,7 @@ from megagap.errors import ConfigError, MegagapError, counted, ops_choice
 from megagap.files import Lock, LockedError, file_errors, make_folder, require_writable, write_text, writing
 from megagap.observe.run_directory import environment
 from megagap.parallel.mesh import Mesh
-from megagap.training.parent import end_with_starter
+from megagap.process.parent import end_with_starter
 
 MAX_COMBINATIONS = 1000
 """More of them are a mistake: at a minute each, most of a day."""

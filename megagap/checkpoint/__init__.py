@@ -7,8 +7,9 @@ verifies; ``huggingface`` turns a checkpoint into a model that ``transformers`` 
 from megagap.checkpoint.index import Chunk, Index, StoredFile, StoredTensor, rectangles
 from megagap.checkpoint.load import find_latest, load_slices, load_tensor, resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
-from megagap.checkpoint.save import Communicator, SingleProcess, prune, save_checkpoint
+from megagap.checkpoint.save import prune, save_checkpoint
 from megagap.checkpoint.starting_point import find_model
+from megagap.parallel.communicator import Communicator, SingleProcess
 
 __all__ = [
     "Chunk",

@@ -11,12 +11,12 @@ from pydantic_core import from_json
 
 from megagap.checkpoint.index import Index
 from megagap.data.agreement import Ids, differing, is_extension, too_large
-from megagap.data.tokenizer import KINDS, Tokenizer, find_tokenizer, load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.files import file_errors, require_fetched, write_bytes, write_text
+from megagap.tokenizer import KINDS, Tokenizer, find_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from megagap.data.tokenizer.sentencepiece import SentencePieceTokenizer
+    from megagap.tokenizer.sentencepiece import SentencePieceTokenizer
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -141,7 +141,7 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
     """
     kind, file = find_tokenizer(source)
     if kind == "tiktoken":
-        from megagap.data.tokenizer.tiktoken import to_hugging_face
+        from megagap.tokenizer.tiktoken import to_hugging_face
 
         write_text(folder / "tokenizer.json", to_hugging_face(file).to_str() + "\n")
     else:
@@ -167,7 +167,7 @@ def copy_tokenizer(source: str, tokenizer: Tokenizer, max_length: int, folder: P
 
 def _keep_ids(tokenizer: Tokenizer, folder: Path) -> None:
     """Ensure that the tokenizer in an exported ``folder`` is ``tokenizer``."""
-    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
+    from megagap.tokenizer.huggingface import HuggingFaceTokenizer
 
     wanted = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
     state = wanted.whole_state() if wanted else json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

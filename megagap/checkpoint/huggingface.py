@@ -31,10 +31,10 @@ from megagap.checkpoint.output import new_folder, require_new
 from megagap.checkpoint.state import check_tensors, read_ids, read_model
 from megagap.config import Model
 from megagap.data.agreement import Ids, too_large
-from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.files import written_by_library
 from megagap.model.shapes import is_norm_gain
+from megagap.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Element types that a model can be exported in, by their names in ``config.json``."""

@@ -26,11 +26,11 @@ from megagap.checkpoint.recognise import require_path
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
 from megagap.data.agreement import Ids
-from megagap.data.tokenizer import Tokenizer, load_tokenizer
 from megagap.errors import CheckpointError, DataError, library_errors
 from megagap.files import file_errors, require_fetched
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
+from megagap.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
@@ -31,6 +31,7 @@ from megagap.checkpoint.index import (
 )
 from megagap.errors import CheckpointError, system_reason
 from megagap.files import publish, write_text
+from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
 
 LATEST = "latest"
@@ -42,32 +43,6 @@ UNFINISHED = "partial_"
 """Prefix of the name of a folder that is being written or removed."""
 
 log = logging.getLogger(__name__)
-
-
-class Communicator(Protocol):
-    """Exchange of small Python objects between the ranks that save together."""
-
-    rank: int
-    size: int
-
-    def gather(self, value: object) -> list[object] | None:
-        """The values of all ranks, on rank 0; None elsewhere."""
-
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value, on every rank."""
-
-
-class SingleProcess:
-    """The communicator of a single process."""
-
-    rank = 0
-    size = 1
-
-    def gather(self, value: object) -> list[object] | None:
-        return [value]
-
-    def broadcast(self, value: object) -> object:
-        return value
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Manifest, read_manifest
 from megagap.data.sources import same_pairs
-from megagap.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megagap.errors import DataError
+from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SAMPLED_STRETCHES, STRETCH = 16, 1024
 """Stretches that are sampled from every token file, and tokens per stretch."""
@@ -35,7 +35,7 @@ class Ids:
     vocab_size: int
     """The highest id + 1."""
     fingerprint: str
-    """Fingerprint of the ordinary tokens (:func:`megagap.data.tokenizer.fingerprint`)."""
+    """Fingerprint of the ordinary tokens (:func:`megagap.tokenizer.fingerprint`)."""
     bos: int | None
     eod: int | None
 

@@ -16,8 +16,8 @@ from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.indexed import VERSION, IndexedDataset
 from megagap.data.manifest import Manifest
 from megagap.data.samples import Sample, TrainingData
-from megagap.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megagap.errors import DataError, counted, library_errors
+from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SHOWN_TOKENS = 64
 

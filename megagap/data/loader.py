@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from megagap.data.samples import TrainingData
-from megagap.ops.documents import Documents
+from megagap.ops.document_mask import Documents
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Non
 
 from megagap.data.format import DTYPE_OF_CODE
 from megagap.data.partial import checksum_of
-from megagap.data.tokenizer import SpecialTokens, Tokenizer, find_tokenizer, fingerprint, usual_special_tokens
 from megagap.errors import DataError, printable
 from megagap.files import read_regular, reading
+from megagap.tokenizer import SpecialTokens, Tokenizer, find_tokenizer, fingerprint, usual_special_tokens
 
 if TYPE_CHECKING:
-    from megagap.data.tokenizer.huggingface import HuggingFaceTokenizer
+    from megagap.tokenizer.huggingface import HuggingFaceTokenizer
 
 OnError = Literal["stop", "skip"]
 """What to do about a document that is malformed or lacks a text: stop with an error, or leave it out."""
@@ -72,7 +72,7 @@ class TokenizerRecord(_Strict):
     spec: Text
     kind: str
     fingerprint: str
-    """Checksum of what its ids mean (:func:`megagap.data.tokenizer.fingerprint`)."""
+    """Checksum of what its ids mean (:func:`megagap.tokenizer.fingerprint`)."""
     checksum: str
     """xxh3_64 of its file."""
     effective: str | None = None

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import decode_document, document_tokens, known_places, one_line
-from megagap.data.tokenizer import Tokenizer
 from megagap.errors import DataError, is_unicode
+from megagap.tokenizer import Tokenizer
 
 CONTEXT = 40
 """Characters that are shown on either side of a text that was found."""

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from megagap.data.agreement import Ids, is_extension
 from megagap.data.manifest import Manifest, read_manifest, tokenizer_record
-from megagap.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megagap.errors import DataError
+from megagap.tokenizer import KINDS, Tokenizer, load_tokenizer
 
 UNKNOWN = -1
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megagap.config import Model
 from megagap.ops import attention, rotary
-from megagap.ops.documents import Documents, document_attention
+from megagap.ops.document_mask import Documents, document_attention
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 

@@ -8,56 +8,19 @@ from torch import Tensor, nn
 
 from megagap.config import Model
 from megagap.model.attention import Attention, KeyValueCache
+from megagap.model.feed_forward import FeedForward
+from megagap.model.norm import RMSNorm
 from megagap.model.rotary import rotary_tables
-from megagap.ops import add_rms_norm, rms_norm, swiglu
-from megagap.ops.documents import Documents
+from megagap.ops.document_mask import Documents
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter
 from megagap.parallel.tensor import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
-    column_parallel,
     vocab_logits,
     vocab_shard,
 )
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learnt gain (Zhang & Sennrich 2019), outside of regions."""
-
-    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
-        super().__init__()
-        shard = tensor_parallel.replicated(f"{name}.weight", (model.hidden_size,))
-        self.weight = tensor_parallel.parameter(shard)
-        self.eps, self.gain_scale = model.rms_norm_eps, model.norm_gain_scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.gain_scale)
-
-    def after_adding(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum. Without an x, of the residual."""
-        if x is None:
-            return self(residual), residual
-        return add_rms_norm(x, residual, self.weight, self.eps, self.gain_scale)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x)); a region."""
-
-    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
-        super().__init__()
-        self.tensor_parallel = tensor_parallel
-        narrow, wide, bias = model.hidden_size, model.intermediate_size, model.mlp_bias
-        self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", narrow, wide, tensor_parallel, bias=bias)
-        self.up_proj = ColumnParallelLinear(f"{name}.up_proj", narrow, wide, tensor_parallel, bias=bias)
-        self.down_proj = RowParallelLinear(f"{name}.down_proj", wide, narrow, tensor_parallel, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.tensor_parallel.enter(x)
-        return self.down_proj(swiglu(*column_parallel(x, self.gate_proj, self.up_proj)))
 
 
 class Layer(nn.Module):

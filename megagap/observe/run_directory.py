@@ -9,7 +9,6 @@ RUN/
 """
 
 import json
-import logging
 import os
 import platform
 import socket
@@ -28,7 +27,7 @@ import torch
 
 from megagap.checkpoint.save import LATEST
 from megagap.config import Settings, spans
-from megagap.errors import ConfigError, DataError, DistributedError, system_reason
+from megagap.errors import ConfigError, DataError, DistributedError
 from megagap.files import (
     LineFile,
     Lock,
@@ -42,8 +41,10 @@ from megagap.files import (
     writing,
 )
 from megagap.model.flops import flops_per_token
+from megagap.observe.logs import log_file
 from megagap.observe.utilisation import peak_tflops
-from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
 
 CONFIG, ENVIRONMENT, EVENTS, LOCK, STATUS = "config.toml", "environment.json", "events.jsonl", "lock", "status.json"
 LOCK_SECONDS = 10.0
@@ -271,52 +272,6 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def log_to(folder: Path, rank: int) -> None:
-    """Send the package's log to ``folder/rank_NNNNN.log``, and rank 0's to the console too.
-
-    Raises :class:`ConfigError` if the file cannot be written. Where that happens later, the call that logs raises
-    :class:`DataError`.
-    """
-    path = log_file(folder, rank)
-    require_writable(path, ConfigError)
-    with file_errors(f"cannot write {path}", path, ConfigError):
-        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log_to_console(logging.INFO if rank == 0 else None)
-    logging.getLogger("megagap").addHandler(file)
-
-
-def log_to_console(level: int | None) -> None:
-    """Send the package's log to the console only, from ``level`` up; None: to nowhere."""
-    logger = logging.getLogger("megagap")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.handlers.clear()
-    logger.addHandler(logging.NullHandler())  # else logging's last resort would print faults a second time
-    if level is not None:
-        console = logging.StreamHandler(sys.stderr)
-        console.setLevel(level)
-        console.addFilter(lambda record: record.levelno < logging.ERROR)  # faults are printed as the process ends
-        console.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(console)
-
-
-def log_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05}.log"
-
-
-class _LogFile(logging.FileHandler):
-    """A log that cannot be written ends the run like any other of its files, instead of a traceback per line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        # An error is logged as the process ends, and printed then: it must not be replaced by this one.
-        elif record.levelno < logging.ERROR:
-            raise DataError(f"cannot write {self.baseFilename}: {system_reason(error)}") from None
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:

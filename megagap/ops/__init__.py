@@ -9,9 +9,9 @@ Every file has the plain form (``reference``), which defines the operation, besi
 
 from megagap.ops.adamw import adamw_
 from megagap.ops.attention import attention
-from megagap.ops.cross_entropy import softmax_gradient_, softmax_statistics
 from megagap.ops.rms_norm import add_rms_norm, rms_norm
 from megagap.ops.rotary import rotary, rotary_
+from megagap.ops.softmax import softmax_gradient_, softmax_statistics
 from megagap.ops.swiglu import swiglu
 
 __all__ = [

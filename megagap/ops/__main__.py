@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from megagap import ops
-from megagap.console import Console
 from megagap.errors import run_tool
 from megagap.ops import compiled
 from megagap.ops.optional import gpu_library
+from megagap.terminal.console import Console
 
 ROUNDS = 5
 HEAD = 64

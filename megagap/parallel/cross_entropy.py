@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagap.ops import softmax_gradient_, softmax_statistics
-from megagap.ops.cross_entropy import ABSENT
+from megagap.ops.softmax import ABSENT
 from megagap.ops.wide import wide, wide_dtype
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import Axis

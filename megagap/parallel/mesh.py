@@ -127,26 +127,3 @@ class Mesh:
             world=Axis("world", everyone, rank, made.get(everyone)),
             device=device,
         )
-
-
-class DistributedCommunicator:
-    """Exchange of small Python objects between all ranks of a mesh, for checkpoints and agreement."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.rank, self.size = mesh.world.rank, mesh.world.size
-
-    def gather(self, value: object) -> list[object] | None:
-        """The values of all ranks, on rank 0; None elsewhere."""
-        if self.size == 1:
-            return [value]
-        values: list[object] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values)
-        return values
-
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value, on every rank."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]

@@ -48,8 +48,8 @@ _KIND_OF_NAME = (
 
 _KIND_OF_FILE = {
     "ops/attention.py": "attention",
-    "ops/documents.py": "attention",
-    "ops/cross_entropy.py": "loss",
+    "ops/document_mask.py": "attention",
+    "ops/softmax.py": "loss",
     "parallel/cross_entropy.py": "loss",
     "ops/rms_norm.py": "norms and rotary",
     "ops/rotary.py": "norms and rotary",

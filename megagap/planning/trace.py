@@ -24,8 +24,8 @@ from megagap.planning.devices import DTYPES, Device
 from megagap.planning.pretend import PinnedMemory, pretending
 from megagap.planning.recording import KINDS, HostSync, Operation, Recorder
 from megagap.planning.roofline import cost
+from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
-from megagap.training.rendezvous import Process
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 

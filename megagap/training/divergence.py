@@ -20,9 +20,10 @@ from megagap.errors import DivergedError
 from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import all_reduce
-from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
+from megagap.resume.next_start import newest_checkpoint, start_over
 from megagap.training.datasets import skipped_ranges
-from megagap.training.next_start import newest_checkpoint, start_over
 from megagap.training.step import TrainState, next_step_is_finite
 
 PROBLEM = "loss or gradients were not finite or all gradients were zero"

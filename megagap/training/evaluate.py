@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from megagap.data.validation import ValidationData
-from megagap.ops.documents import Documents
+from megagap.ops.document_mask import Documents
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute, plan

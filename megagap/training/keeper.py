@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.observe.run_directory import RunDirectory
+from megagap.resume.persistence import drop_old, save
 from megagap.training.divergence import SkippedSteps, unfit
-from megagap.training.persistence import drop_old, save
 from megagap.training.step import TrainState
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from torch import Tensor
 from megagap.config import Settings, Span, span_of, spans, tokens_after
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage
-from megagap.ops.documents import Documents
+from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
-from megagap.optim.schedule import learning_rate
+from megagap.optim.learning_rate import learning_rate
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh

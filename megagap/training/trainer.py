@@ -16,16 +16,16 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
+from megagap.resume.next_start import next_start
+from megagap.resume.persistence import find_source, load, require_loadable
+from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.training.datasets import training_data, validation_data
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
 from megagap.training.keeper import CheckpointKeeper
-from megagap.training.next_start import next_start
-from megagap.training.persistence import find_source, load, require_loadable
 from megagap.training.recorder import Recorder, due
-from megagap.training.requests import Requests
-from megagap.training.start import Start, record_changes, warn_of_rising_rate
 from megagap.training.step import StepResult, TrainState, build_program, train_step
+from megagap.training.stop_requests import Requests
 
 log = logging.getLogger(__name__)
 

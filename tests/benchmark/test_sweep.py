@@ -163,7 +163,7 @@ def test_an_interrupted_sweep_keeps_what_it_measured(tried, monkeypatch, capsys)
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked to end it")
 def test_a_measurement_ends_with_the_sweep_that_started_it():
     script = (
-        "import subprocess, sys, time; from megagap.training.parent import end_with_starter\n"
+        "import subprocess, sys, time; from megagap.process.parent import end_with_starter\n"
         "child = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         "print(subprocess.Popen(child, preexec_fn=end_with_starter).pid, flush=True); time.sleep(600)"
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagap.ops import attention
-from megagap.ops.documents import Documents, document_attention
+from megagap.ops.document_mask import Documents, document_attention
 from tests.benchmarks.kernels import DTYPES, ForwardAndBackward, alternate, hardware, installed
 
 SHAPES = {"d64": (4, 4096, 32, 8, 64), "d128": (2, 4096, 32, 8, 128)}

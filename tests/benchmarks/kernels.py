@@ -33,7 +33,7 @@ from torch import Tensor
 
 from megagap import ops
 from megagap.ops import compiled
-from megagap.training.allocator import keep_freed_memory
+from megagap.process.allocator import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-5

@@ -45,7 +45,7 @@ def bare(name: str, corpus: Path, folder: Path, cores: int) -> float:
     threads = int(name.split(", ")[1].split()[0])
     encode: Callable[[], Any]
     if name.startswith("tiktoken"):
-        from megagap.data.tokenizer import load_tokenizer
+        from megagap.tokenizer import load_tokenizer
 
         encoding = load_tokenizer(rank_file())._backend  # type: ignore[attr-defined]
         encode = lambda: encoding.encode_ordinary_batch(texts, num_threads=threads)  # noqa: E731
@@ -218,7 +218,7 @@ def sources() -> Iterator[bytes]:
 
 def write_hugging_face(path: Path) -> None:
     """Llama 3's rank file in Hugging Face's format, for those that read nothing else."""
-    from megagap.data.tokenizer.tiktoken import to_hugging_face
+    from megagap.tokenizer.tiktoken import to_hugging_face
 
     to_hugging_face(rank_file()).save(str(path))
 

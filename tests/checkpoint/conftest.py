@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from megagap.data.bpe import train_tokenizer
 from megagap.parallel.shard import Shard, Slice
+from megagap.preprocess.bpe import train_tokenizer
 from tests.launching import SECONDS
 
 Tensors = dict[tuple[str, str], torch.Tensor]

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megagap.checkpoint import Index, save_checkpoint
 from megagap.checkpoint.huggingface import export, plan_shards
-from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError, DataError
 from megagap.parallel.shard import Slice, whole
+from megagap.tokenizer import load_tokenizer
 from tests.models import SCALING, tiny_model
 
 LLAMA3_SCALING = SCALING.model_dump()

@@ -14,11 +14,11 @@ from megagap.checkpoint.companions import companions_of
 from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model, read_settings
 from megagap.config import Model
-from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import CheckpointError
-from megagap.generation import load_text_model
+from megagap.inference.generation import load_text_model
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, split
+from megagap.tokenizer import load_tokenizer
 from tests import models
 from tests.huggingface import reference_model
 from tests.models import SCALING

@@ -9,7 +9,7 @@ import torch
 from megagap.checkpoint import load_model, resolve_checkpoint, save_checkpoint
 from megagap.checkpoint.huggingface_import import import_model
 from megagap.errors import CheckpointError
-from megagap.generation import load_text_model
+from megagap.inference.generation import load_text_model
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 from tests.models import tiny_model

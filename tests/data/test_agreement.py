@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from megagap.data.agreement import Ids, differing, is_extension, require_agreement, require_ids_of_model
-from megagap.data.bpe import train_tokenizer
 from megagap.data.indexed import IndexedDatasetWriter
-from megagap.data.preprocess import preprocess
-from megagap.data.tokenizer import load_tokenizer
 from megagap.errors import DataError
+from megagap.preprocess import preprocess
+from megagap.preprocess.bpe import train_tokenizer
+from megagap.tokenizer import load_tokenizer
 
 IM_END, SPECIAL = "<|im_end|>", "<|eot_id|>"
 

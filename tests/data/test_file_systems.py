@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from megagap.data import inputs as inputs_module
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megagap.data.merge import merge_datasets
 from megagap.data.partial import CannotWriteError, lock_pair
-from megagap.data.preprocess import arrange, preprocess
-from megagap.data.preprocess import run as run_module
 from megagap.data.sources import Source, TokenSource
 from megagap.errors import DataError
+from megagap.preprocess import arrange, preprocess
+from megagap.preprocess import inputs as inputs_module
+from megagap.preprocess import job as job_module
+from megagap.preprocess.merge import merge_datasets
 from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -71,7 +71,7 @@ def test_an_impossible_final_rename_is_reported_before_any_work(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     (tmp_path / f"o_text_document{ending}").mkdir()
-    monkeypatch.setattr(run_module, "read_units", None)
+    monkeypatch.setattr(job_module, "read_units", None)
     with pytest.raises(CannotWriteError, match=rf"cannot write .*o_text_document\{ending}: Is a folder"):
         preprocess([corpus], str(tmp_path / "o"), str(tokenizer_folder))
     assert sorted(path.name for path in tmp_path.glob("o_*")) == [f"o_text_document{ending}"]
@@ -237,8 +237,8 @@ def test_an_input_that_vanishes_is_named(
     path = tmp_path / "a.jsonl"
     for i in ("a", "b"):
         (tmp_path / f"{i}.jsonl").write_text('{"text": "one"}\n')
-    load = run_module.choose_encoder
-    monkeypatch.setattr(run_module, "choose_encoder", lambda *given: (path.unlink(), load(*given))[1])
+    load = job_module.choose_encoder
+    monkeypatch.setattr(job_module, "choose_encoder", lambda *given: (path.unlink(), load(*given))[1])
     with pytest.raises(DataError, match=r"cannot read .*a\.jsonl: No such file"):
         preprocess([tmp_path], str(tmp_path / "o"), str(tokenizer_folder))
 
@@ -302,17 +302,17 @@ def test_an_input_that_is_written_while_it_is_read_is_refused_even_if_its_size_s
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' * 1000)
-    choose = run_module.choose_encoder
+    choose = job_module.choose_encoder
 
     def touch(*given: Any) -> Any:
         os.utime(path, ns=(1, 1))
         return choose(*given)
 
     def write(*given: Any) -> Any:
-        monkeypatch.setattr(run_module, "read_units", written_between)
+        monkeypatch.setattr(job_module, "read_units", written_between)
         return choose(*given)
 
-    read_units = run_module.read_units
+    read_units = job_module.read_units
 
     def written_between(*given: Any) -> Any:
         units = read_units(*given, unit_bytes=1000)
@@ -322,9 +322,9 @@ def test_an_input_that_is_written_while_it_is_read_is_refused_even_if_its_size_s
         yield from units
 
     arguments = ([path], str(tmp_path / "o"), str(tokenizer_folder))
-    monkeypatch.setattr(run_module, "choose_encoder", touch)
+    monkeypatch.setattr(job_module, "choose_encoder", touch)
     assert preprocess(*arguments).pairs[0].documents == 1000
-    monkeypatch.setattr(run_module, "choose_encoder", write)
+    monkeypatch.setattr(job_module, "choose_encoder", write)
     with pytest.raises(DataError, match=r"a\.jsonl was written while it was read"):
         preprocess(*arguments, workers=workers)
 

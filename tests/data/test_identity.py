@@ -11,7 +11,7 @@ from megagap.data.identity import differences, identify
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.sources import Source
 from megagap.errors import DataError
-from tests.data.few import WriteTokens, numbered, training
+from tests.few import WriteTokens, numbered, training
 
 
 def test_a_rebuilt_pair_differs_in_what_changed(write_tokens: WriteTokens) -> None:

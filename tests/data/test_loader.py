@@ -8,7 +8,7 @@ import torch
 
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.sources import Source
-from tests.data.few import S, training
+from tests.few import S, training
 
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 12), (2, 3), (4, 1), (6, 2)])

@@ -9,8 +9,8 @@ import xxhash
 
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.manifest import Manifest, read_manifest
-from megagap.data.preprocess import preprocess
 from megagap.errors import DataError
+from megagap.preprocess import preprocess
 
 
 @pytest.fixture

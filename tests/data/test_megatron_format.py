@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megagap.data.indexed import IndexedDataset
-from megagap.data.preprocess import preprocess
+from megagap.preprocess import preprocess
 
 DTYPES = {4: "<i4", 8: "<u2"}
 
@@ -43,10 +43,9 @@ def ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """A pair that preprocessing wrote."""
-    from megagap.data import encoder
-    from megagap.data.preprocess import run
+    from megagap.preprocess import encoder, job
 
-    for module in (encoder, run):
+    for module in (encoder, job):
         monkeypatch.setattr(module, "best_dtype", lambda size: np.dtype(request.param).newbyteorder("<"))
     preprocess([corpus], str(tmp_path / "ours"), str(tokenizer_folder), append_eod=True)
     return tmp_path / "ours_text_document"

@@ -13,7 +13,7 @@ from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import Phase, TrainingData
 from megagap.data.sources import Source
 from megagap.errors import DataError
-from tests.data.few import S, WriteTokens, numbered, training
+from tests.few import S, WriteTokens, numbered, training
 
 
 def test_an_epoch_of_a_source_reads_each_window_once(sources: list[Source]) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.search import CONTEXT, as_stored, search
-from megagap.data.tokenizer import Tokenizer, load_tokenizer
 from megagap.errors import DataError
+from megagap.tokenizer import Tokenizer, load_tokenizer
 
 
 def written(path: Path, documents: Sequence[Sequence[int]], dtype: str = "uint16") -> IndexedDataset:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megagap.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetWriter
 from megagap.data.sources import TRAINING, WHOLE, Source, TokenSource, positions_in
 from megagap.errors import DataError
-from tests.data.few import S, WriteTokens, numbered
+from tests.few import S, WriteTokens, numbered
 
 
 @settings(deadline=None, max_examples=60)

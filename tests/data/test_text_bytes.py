@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers, pre_tokenizers
 
 from megagap.data.indexed import IndexedDataset
-from megagap.data.preprocess import preprocess
 from megagap.data.text_bytes import UnknownBytesError, text_bytes
-from megagap.data.tokenizer import load_tokenizer
-from tests.data.few import WriteTokens
+from megagap.preprocess import preprocess
+from megagap.tokenizer import load_tokenizer
+from tests.few import WriteTokens
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from megagap.data.sources import Source
 from megagap.data.validation import open_validation
 from megagap.errors import DataError
-from tests.data.few import S, WriteTokens, numbered
+from tests.few import S, WriteTokens, numbered
 
 
 def test_validation_is_spread_evenly_over_the_held_out_documents(sources: list[Source]) -> None:

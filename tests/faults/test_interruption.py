@@ -126,7 +126,7 @@ def test_workers_end_with_a_launcher_that_is_killed_as_they_start(tmp_path):
 @pytest.mark.parametrize("adopter", ["another program", "init"])
 def test_a_worker_that_another_than_torchrun_has_adopted_ends_at_once(adopter):
     """The worker leads a session, as torchrun has it; its parent is a shell, or whoever takes over from that."""
-    command = "import os; os.setsid(); from megagap.training.parent import end_with_parent; "
+    command = "import os; os.setsid(); from megagap.process.parent import end_with_parent; "
     command += "end_with_parent(); print('goes on')"
     line = f'{sys.executable} -c "{command}"' + ("; true" if adopter == "another program" else " & disown")
     done = subprocess.run(
@@ -136,7 +136,7 @@ def test_a_worker_that_another_than_torchrun_has_adopted_ends_at_once(adopter):
 
 
 def test_a_worker_of_a_living_launcher_goes_on_and_so_does_one_behind_a_wrapper():
-    worker = "from megagap.training.parent import end_with_parent; end_with_parent(); print('goes on')"
+    worker = "from megagap.process.parent import end_with_parent; end_with_parent(); print('goes on')"
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
     for command in ([sys.executable, "-c", worker], ["bash", "-c", f'{sys.executable} -c "{worker}"; true']):
         # This process has torch in its memory, as torchrun has.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megagap.ops import attention
-from megagap.ops.documents import Documents, document_attention
+from megagap.ops.document_mask import Documents, document_attention
 from megagap.ops.products import add_product
 
 pytestmark = pytest.mark.gpu

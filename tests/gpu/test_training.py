@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from megagap.config import load_recipe
+from megagap.observe.logs import log_to
 from megagap.observe.metrics import read_metrics
-from megagap.observe.run_directory import RunDirectory, log_to
+from megagap.observe.run_directory import RunDirectory
+from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
 from megagap.training import keeper, trainer
-from megagap.training.rendezvous import Process
 from tests.recipes import write_recipe
 
 pytestmark = pytest.mark.gpu

@@ -5,8 +5,8 @@ import torch
 
 from megagap.model.init import initialise
 from megagap.model.llama import LlamaStage, build_stage
-from megagap.ops import documents as documents_module
-from megagap.ops.documents import Documents, document_attention
+from megagap.ops import document_mask as documents_module
+from megagap.ops.document_mask import Documents, document_attention
 from megagap.parallel.mesh import Mesh
 from megagap.training.step import targets_of
 from tests.models import tiny_model

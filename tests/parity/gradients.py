@@ -28,9 +28,9 @@ from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.mesh import Axis
+from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
 from megagap.training.datasets import training_data
-from megagap.training.rendezvous import Process
 from megagap.training.step import TrainState, build_program, compute_gradients
 from megagap.training.trainer import make_loader
 

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 from megagap.checkpoint import load_model
 from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model
 from megagap.config import Model
-from megagap.generation import generate
+from megagap.inference.generation import generate
 from tests.huggingface import reference_model
 from tests.models import SCALING, tiny_model
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from megagap.config import Settings, load_recipe
 from megagap.data.inspect import step_samples
-from megagap.optim.schedule import learning_rate
+from megagap.optim.learning_rate import learning_rate
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data
 from megagap.training.trainer import build_state

@@ -30,8 +30,8 @@ from megagap.planning.devices import load_device
 from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memory_of_rank
 from megagap.planning.recording import Memory
 from megagap.planning.trace import trace_step
+from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
-from megagap.training.rendezvous import Process
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 from tests.planning import memory_table

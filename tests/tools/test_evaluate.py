@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megagap.checkpoint.huggingface_import import import_model
-from megagap.data.bpe import train_tokenizer
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megagap.data.preprocess import preprocess
 from megagap.errors import MegagapError
+from megagap.preprocess import preprocess
+from megagap.preprocess.bpe import train_tokenizer
 from tests.huggingface import reference_model
 from tests.models import tiny_model
 from tools.evaluate import main

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megagap.data.bpe import train_tokenizer
+from megagap.preprocess.bpe import train_tokenizer
 from tests.huggingface import reference_model
 from tests.launching import SECONDS
 from tests.models import tiny_model

@@ -36,7 +36,7 @@ def trained(workers, tmp_path_factory, bpe_folder):
 
 @pytest.fixture(scope="module")
 def bpe_folder(tmp_path_factory):
-    from megagap.data.bpe import train_tokenizer
+    from megagap.preprocess.bpe import train_tokenizer
 
     folder = tmp_path_factory.mktemp("bpe")
     (folder / "text.jsonl").write_text('{"text": "the quick brown fox, le vif renard brun"}\n' * 5)

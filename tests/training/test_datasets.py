@@ -11,10 +11,10 @@ from megagap.checkpoint import find_latest
 from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import import_model
 from megagap.config import load_recipe
-from megagap.data.bpe import train_tokenizer
-from megagap.data.preprocess import preprocess
 from megagap.errors import DataError
-from megagap.generation import encode_prompt, load_text_model
+from megagap.inference.generation import encode_prompt, load_text_model
+from megagap.preprocess import preprocess
+from megagap.preprocess.bpe import train_tokenizer
 from megagap.training.datasets import training_data, validation_data
 from tests.recipes import write_recipe, write_tokens
 from tests.training_run import train_recipe

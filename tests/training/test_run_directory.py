@@ -14,10 +14,11 @@ import torch
 from megagap.errors import ConfigError, DataError, DistributedError
 from megagap.observe import run_directory
 from megagap.observe.run_directory import RunDirectory
-from megagap.parallel.mesh import DistributedCommunicator, Mesh
+from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
+from megagap.process.launch import chosen_threads
 from megagap.training import trainer
-from megagap.training.launch import chosen_threads
-from megagap.training.requests import Requests
+from megagap.training.stop_requests import Requests
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 

@@ -1,0 +1,230 @@
+"""What a checkpoint of a run holds, and which one a run resumes from."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint.save import step_folder_name
+from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
+from megagap.config import Settings
+from megagap.data.agreement import Ids, differing, is_extension
+from megagap.data.identity import differences
+from megagap.data.samples import TrainingData
+from megagap.data.skipping import SampleNumbers
+from megagap.errors import CheckpointError, ConfigError, DataError, MegagapError
+from megagap.model.shapes import is_norm_gain, vocabulary_tensors
+from megagap.observe.metrics import read_metrics
+from megagap.observe.run_directory import RunDirectory
+from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
+from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
+from megagap.resume.differences import Change
+from megagap.resume.start import Start
+from megagap.tokenizer import load_tokenizer
+from megagap.training.datasets import skipped_ranges
+from megagap.training.divergence import any_not_finite
+from megagap.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
+    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
+    settings = state.settings
+    folder = run.checkpoints / step_folder_name(state.step)
+    progress = Progress(
+        step=state.step,
+        updates=state.optimizer.updates,
+        consumed_samples=state.consumed_samples,
+        consumed_tokens=state.consumed_tokens,
+        last_sample=last_sample(settings, state.consumed_samples),
+    )
+    slices = state.optimizer.slices(owned_only=True)
+    saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
+    saved["recipe_rope_theta"] = settings.model.rope_theta
+    saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
+    if data.ids is not None:
+        saved["ids"] = data.ids.record()
+    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+    run.event("checkpoint", folder=folder.name)
+    log.info("checkpoint %s", folder)
+
+
+def drop_old(settings: Settings, run: RunDirectory) -> None:
+    """Remove all but the newest ``checkpoint.keep`` checkpoints, once the newest is known to work."""
+    if run.is_writer:
+        prune(run.checkpoints, settings.checkpoint.keep)
+
+
+def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:
+    """The checkpoint that the settings ask to load; None for a fresh run. The same on every rank.
+
+    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
+    """
+    # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
+    communicator = DistributedCommunicator(mesh)
+    found: Path | MegagapError | None = None
+    if communicator.rank == 0:
+        try:
+            found = _find_source(settings, run)
+        except MegagapError as error:
+            found = error
+    found = cast("Path | MegagapError | None", communicator.broadcast(found))
+    if isinstance(found, MegagapError):
+        raise found
+    return found
+
+
+def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
+    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
+    if own is not None and not wanted:
+        raise ConfigError(
+            f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
+            '  choose another run.dir, or checkpoint.load = "latest" to resume.'
+        )
+    if own is not None:
+        if wanted != "latest":
+            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
+        return own
+    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+
+
+def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> None:
+    """Compare the settings with those of ``source``, before a model is built that it may not fit.
+
+    Raises :class:`CheckpointError` if it is damaged, or belongs to another model or run.
+    """
+    if source is None:
+        return
+    index = Index.read(source)
+    if continues(settings, run, source):
+        refuse_changes(read_run(source, index), settings, source)
+    else:
+        same_gain_scale = {"norm_gain_scale": settings.model.norm_gain_scale}
+        refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
+
+
+def continues(settings: Settings, run: RunDirectory, source: Path) -> bool:
+    """Whether everything is loaded from ``source``, not its weights only."""
+    return source.parent == run.checkpoints or settings.checkpoint.load_mode == "continue"
+
+
+def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
+    """Load ``source``, which :func:`require_loadable` accepted, in whatever layout it was written.
+
+    Raises :class:`CheckpointError` if it is damaged, and :class:`DataError` if a data set is not what it was.
+    """
+    if source is None:
+        return Start()
+    if continues(state.settings, run, source):
+        return resume(state, run, data, source)
+    return load_weights(state, run, data, source)
+
+
+def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
+    """Load everything: the run continues from the folder's step."""
+    index = Index.read(folder)
+    saved = read_run(folder, index)
+    refuse_rebuilt_data(saved, data, folder)
+    compare_ids(read_ids(folder, index), data.ids, state.settings)
+    changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
+    log_model_changes(changes, run, folder)
+    slices = state.optimizer.slices(owned_only=False)
+    load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
+    refuse_not_finite(state, folder)
+    state.optimizer.updates = saved.updates
+    state.optimizer.gather_parameters()
+    state.step = run.step = saved.step
+    # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.
+    is_own = folder.parent == run.checkpoints
+    run.event("resume", folder=str(folder), lost_steps=lost_steps(run) if is_own else 0)
+    return Start(saved.step, folder, "continue", is_own, saved.step, index.state, tuple(changes))
+
+
+def lost_steps(run: RunDirectory) -> int:
+    """Steps in the metrics that lie after the run's own checkpoint, and are made again."""
+    if not run.is_writer or not run.metrics.exists():
+        return 0
+    return sum(record["step"] > run.step for record in read_metrics(run.metrics))
+
+
+def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
+    """Load the weights only, whatever precision and gain scale they are stored in: a new run starts from them."""
+    index = Index.read(folder)
+    saved, gain_scale = read_model(folder, index), state.settings.model.norm_gain_scale
+    compare_ids(read_ids(folder, index), data.ids, state.settings, refuse=False)
+    changes = model_changes(saved, state.settings.model, theta=True)
+    log_model_changes(changes, run, folder)
+    weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
+    load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
+    if saved.norm_gain_scale != gain_scale:
+        for part in weights:
+            if is_norm_gain(part.shard.name):
+                part.tensor.mul_(saved.norm_gain_scale / gain_scale)
+    refuse_not_finite(state, folder)
+    state.optimizer.gather_parameters()
+    run.event("load", folder=str(folder), mode="model")
+    step = index.state.get("step") if "train" in index.state else None  # an imported model comes from no run
+    return Start(0, folder, "model", False, step if isinstance(step, int) else None, {}, tuple(changes))
+
+
+def compare_ids(before: Ids | None, now: Ids | None, settings: Settings, refuse: bool = True) -> None:
+    """Warn of ids that differ from the checkpoint's. The recipe's tokenizer may have added tokens.
+
+    ``refuse``: raise :class:`DataError` if ids mean different tokens; a new run may still start from the weights.
+    """
+    spec = settings.data.tokenizer
+    if before is None or now is None:
+        return
+    extended = before.fingerprint != now.fingerprint and bool(spec) and is_extension(before, load_tokenizer(spec))
+    if extended:
+        before = replace(before, fingerprint=now.fingerprint)
+    if refuse and before.fingerprint != now.fingerprint:
+        raise DataError(
+            f"{differing(before, now)[-1]}\n  resume with data and a tokenizer of the same vocabulary. It may have "
+            "tokens added after the others: name it in data.tokenizer."
+        )
+    for difference in differing(before, now):
+        log.warning("%s", difference)
+
+
+def log_model_changes(changes: list[Change], run: RunDirectory, folder: Path) -> None:
+    """Log and record how the model differs from that of the checkpoint."""
+    for change in changes:
+        log.info("changed since %s: %s", folder.name, change)
+    if changes:
+        run.event("model_changed", folder=str(folder), changes=list(map(str, changes)))
+
+
+def refuse_not_finite(state: TrainState, folder: Path) -> None:
+    """Raises :class:`CheckpointError`, on every rank, if what was loaded from ``folder`` is not finite."""
+    if any_not_finite(state.optimizer, state.mesh):
+        raise CheckpointError(
+            f"{folder} has values that are not finite: the run that wrote it had diverged\n"
+            "  resume from an earlier one: name it in checkpoint.load, or remove this folder if it is the run's own."
+        )
+
+
+def refuse_rebuilt_data(saved: RunState, data: TrainingData, folder: Path) -> None:
+    """Raises :class:`DataError` naming a source that is not what it was when the checkpoint was written."""
+    drawn = dict(zip(data.names, data.drawn(saved.consumed_samples), strict=True))
+    for name, now in data.identities().items():
+        before = saved.identities.get(name)
+        if before is None or not drawn[name]:
+            continue  # not recorded, or nothing was read of it yet
+        changes = [f"shards: it had {len(before)}, has {len(now)}"] if len(before) != len(now) else []
+        for i, pair in enumerate(zip(before, now, strict=False)):
+            shard = f"shard {i}: " if len(now) > 1 else ""
+            changes += [shard + change for change in differences(*pair)]
+        if changes:
+            raise DataError(
+                f"source {name} was rebuilt since {folder} was written: {'; '.join(changes)}\n"
+                "  put the old one back, or start a new run: which of its samples were read is no longer known."
+            )
+
+
+def last_sample(settings: Settings, consumed: int) -> int | None:
+    """The global number of the last of ``consumed`` samples; None before the first."""
+    return SampleNumbers(skipped_ranges(settings.train)).number(consumed - 1) if consumed else None

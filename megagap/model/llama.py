@@ -13,14 +13,10 @@ from megagap.model.norm import RMSNorm
 from megagap.model.rotary import rotary_tables
 from megagap.ops.document_mask import Documents
 from megagap.parallel.cross_entropy import linear_cross_entropy
+from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter
-from megagap.parallel.tensor import (
-    TensorParallel,
-    VocabParallelEmbedding,
-    vocab_logits,
-    vocab_shard,
-)
+from megagap.parallel.tensor import TensorParallel
 
 
 class Layer(nn.Module):
@@ -47,9 +43,9 @@ class Layer(nn.Module):
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream [b, s or s / tp, h]; update: what the previous layer adds to it. Returns both, updated."""
-        normalised, x = self.input_layernorm.after_adding(update, x)
+        normalised, x = self.input_layernorm(x, update)
         mixed = self.self_attn(normalised, cos, sin, cache, documents)
-        normalised, x = self.post_attention_layernorm.after_adding(mixed, x)
+        normalised, x = self.post_attention_layernorm(x, mixed)
         return x, self.mlp(normalised)
 
 
@@ -111,7 +107,7 @@ class LlamaStage(nn.Module):
         if caches:
             x, update = x[:, -1:], update if update is None else update[:, -1:]
         if self.is_last:
-            return self.norm.after_adding(update, x)[0]
+            return self.norm(x, update)[0]
         return x if update is None else x + update
 
     def loss(self, y: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +133,21 @@ class LlamaStage(nn.Module):
         """The dtype it computes in."""
         return next(self.parameters()).dtype
 
+    def blocks(self) -> list[tuple[nn.Module, list[ShardedParameter]]]:
+        """The modules in the order in which a forward pass calls them, each with the parameters used from there on."""
+        blocks: list[tuple[nn.Module, list[ShardedParameter]]] = []
+        if self.is_first:
+            blocks.append((self.embed_tokens, [self.embed_tokens.weight]))
+        blocks += [(layer, list(layer.parameters())) for layer in self.layers]  # type: ignore[arg-type]
+        if self.is_last:
+            blocks.append((self.norm, [self.norm.weight, self.output]))
+        return blocks
+
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter once, in the order in which the forward pass uses them."""
-        parameters = list(self.parameters())
-        assert all(isinstance(parameter, ShardedParameter) for parameter in parameters)
-        return parameters  # type: ignore[return-value]
+        in_order = {id(parameter): parameter for _, parameters in self.blocks() for parameter in parameters}
+        assert in_order.keys() == {id(parameter) for parameter in self.parameters()}
+        return list(in_order.values())
 
 
 def build_stage(

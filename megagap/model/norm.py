@@ -16,11 +16,8 @@ class RMSNorm(nn.Module):
         self.weight = tensor_parallel.parameter(shard)
         self.eps, self.gain_scale = model.rms_norm_eps, model.norm_gain_scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.gain_scale)
-
-    def after_adding(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum. Without an x, of the residual."""
-        if x is None:
-            return self(residual), residual
-        return add_rms_norm(x, residual, self.weight, self.eps, self.gain_scale)
+    def forward(self, residual: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of residual + update, and that sum. Without an update, of the residual."""
+        if update is None:
+            return rms_norm(residual, self.weight, self.eps, self.gain_scale), residual
+        return add_rms_norm(update, residual, self.weight, self.eps, self.gain_scale)

@@ -1,11 +1,21 @@
-"""Matrix products that are accumulated in fp32, whatever the dtype of their factors."""
+"""Gradients of matrices that are accumulated in fp32, whatever the dtype of what they are computed from."""
 
 import torch
 from torch import Tensor
 
 
+def set_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Set ``total`` to leftᵀ right; total: fp32 [r, c], left: [n, r], right: [n, c], both of one dtype."""
+    if left.dtype == total.dtype:
+        torch.mm(left.T, right, out=total)
+    elif left.is_cuda and _HAS_FP32_SUMS:
+        torch.mm(left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        total.copy_(left.T @ right)
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add leftᵀ right to ``total`` in place; total: fp32 [r, c], left: [n, r], right: [n, c], both of one dtype.
+    """Add leftᵀ right to ``total`` in place; shapes as in :func:`set_product`.
 
     On GPU a half-precision product is accumulated inside the matrix product, if torch supports it (from 2.9 on):
     otherwise it is rounded, written, and read again, at three times the memory traffic.
@@ -16,6 +26,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left.T @ right)
+
+
+def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add rows[i] to total[ids[i]] for each i; total: fp32 [r, c], ids: [n], in which an id may recur, rows: [n, c].
+
+    Always in the same order, so that it repeats bit for bit: ``index_add_`` does so on a CPU only, ``index_put_`` on
+    a GPU only, where it sorts the ids.
+    """
+    rows = rows.to(total.dtype)
+    if total.is_cuda:
+        total.index_put_((ids,), rows, accumulate=True)
+    else:
+        total.index_add_(0, ids, rows)
 
 
 _HAS_FP32_SUMS = any(

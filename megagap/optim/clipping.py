@@ -1,5 +1,7 @@
 """Clipping by the global gradient norm (Pascanu et al. 2013, algorithm 1)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,11 @@ def clip_divisor(norm: Tensor, limit: float) -> Tensor:
     return ((norm + 1e-6) / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
 
 
-def squared_norm(flat: Tensor) -> Tensor:
-    """The sum of squares of a flat fp32 tensor, in one pass over memory on a GPU; fp32 scalar.
+def squared_norm(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of flat fp32 tensors, at least one, in one pass over memory on a GPU; fp32 scalar.
 
     Not on CPU: there ``vector_norm`` uses so few accumulators that over millions of elements it loses four digits.
     """
-    return torch.linalg.vector_norm(flat).square() if flat.is_cuda else flat.square().sum()
+    if parts[0].is_cuda:
+        return torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
+    return torch.stack([part.square().sum() for part in parts]).sum()

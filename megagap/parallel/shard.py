@@ -96,8 +96,11 @@ class GradientSink(Protocol):
     def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add leftᵀ right, for left [n, rows] and right [n, columns], to the parameter's first rows."""
 
+    def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows[i], of rows [n, columns], to the parameter's row ids[i], of ids [n]."""
+
     def finished(self) -> None:
-        """One use of the parameter has made all its :meth:`add_product` calls of this backward pass."""
+        """One use of the parameter has added all that it has to add in this backward pass."""
 
 
 class ShardedParameter(nn.Parameter):

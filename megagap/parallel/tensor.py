@@ -149,41 +149,6 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class VocabParallelEmbedding(nn.Module):
-    """Rows of the embedding table split over tp (Shoeybi et al. 2019, section 3); also the tied output projection.
-
-    tokens: [b, s], the same on every tp rank. Result: [b, s or s / tp, h].
-    A vocabulary that tp does not divide is padded at its end, for storage only: padded rows are never used.
-    """
-
-    def __init__(self, shard: Shard, tensor_parallel: TensorParallel) -> None:
-        super().__init__()
-        self.tensor_parallel = tensor_parallel
-        self.weight = tensor_parallel.parameter(shard)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.tensor_parallel.mesh.tp.size == 1:
-            return F.embedding(tokens, self.weight)
-        rows = tokens - self.weight.shard.offsets[0]
-        mine = (rows >= 0) & (rows < self.weight.shard.sizes[0])
-        x = F.embedding(rows.where(mine, 0), self.weight)
-        return self.tensor_parallel.leave(x.where(mine.unsqueeze(-1), 0))
-
-
-def vocab_shard(name: str, vocab_size: int, hidden_size: int, tp: Axis, tied_across_stages: bool = False) -> Shard:
-    """The record of an embedding or output projection, its rows split over tp and padded to equal parts."""
-    replicas: dict[str, Any] = dict(replica_axis="embedding", partial_gradient=True) if tied_across_stages else {}
-    return split(name, (vocab_size, hidden_size), dim=0, rank=tp.rank, size=tp.size, **replicas)
-
-
-def vocab_logits(x: Tensor, weight: ShardedParameter) -> Tensor:
-    """This rank's columns of the logits, without padding: x [b, s, h] whole -> [b, s, sizes[0]].
-
-    Training does not need them: see ``parallel/cross_entropy.py``.
-    """
-    return F.linear(x, weight[: weight.shard.sizes[0]])
-
-
 def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
     """The outputs of several layers for one input.
 

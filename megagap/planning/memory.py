@@ -20,7 +20,7 @@ from megagap.config import Settings, spans
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
-from megagap.optim.distributed import BUCKET_ELEMENTS
+from megagap.optim.buckets import Kind, arrange
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.cross_entropy import chunk_tokens
 from megagap.planning.devices import Device
@@ -223,7 +223,7 @@ class _Stage:
         self.F = tokens * self.inner * self.itemsize
 
     def memory(self) -> RankMemory:
-        buckets = _bucket_elements(self._parameters())
+        buckets = [bucket.stop - bucket.start for bucket in arrange(self._parameters(), self.dp).buckets]
         elements = sum(buckets)
         slices = elements // self.dp
         peak = max(self._moments(max(buckets) // self.dp), key=lambda moment: moment.activations + moment.workspace)
@@ -245,28 +245,29 @@ class _Stage:
 
     # -- static
 
-    def _parameters(self) -> list[tuple[object, int]]:
+    def _parameters(self) -> list[tuple[Kind, int]]:
         """Kind of bucket and local elements of every parameter, in the order of the forward pass."""
-        model, hidden = self.model, self.model.hidden_size
+        model, hidden, tied = self.model, self.model.hidden_size, self.model.tie_word_embeddings
         queries, keys = self.heads * model.head_dim, self.key_heads * model.head_dim
-        shared = "shared keys" if self.tp > model.num_key_value_heads else "split"
-        whole = "whole" if self.tp > 1 else "split"
-        embedding = ("split" if self.decays_embedding else "embedding", self.rows * hidden)
-        layer: list[tuple[object, int]] = [(whole, hidden)]
+        split = Kind(True, None, False)
+        shared = Kind(True, "kv", True) if self.tp > model.num_key_value_heads else split
+        whole = Kind(True, "tp", self.splits_sequence) if self.tp > 1 else split
+        replicas = "embedding" if tied and self.pp > 1 else None
+        embedding = (Kind(self.decays_embedding, replicas, replicas is not None), self.rows * hidden)
+        layer: list[tuple[Kind, int]] = [(whole, hidden)]
         for kind, rows, columns, bias, bias_kind in (
-            ("split", queries, hidden, queries, "split"),
+            (split, queries, hidden, queries, split),
             (shared, keys, hidden, keys, shared),
             (shared, keys, hidden, keys, shared),
-            ("split", hidden, queries, hidden, whole),
+            (split, hidden, queries, hidden, whole),
         ):
             layer += [(kind, rows * columns), *([(bias_kind, bias)] if model.attention_bias else [])]
         layer.append((whole, hidden))
-        for bias, bias_kind in ((self.inner, "split"), (self.inner, "split"), (hidden, whole)):
-            layer += [("split", self.inner * hidden), *([(bias_kind, bias)] if model.mlp_bias else [])]
-        tied = model.tie_word_embeddings
-        first = [embedding] if self.is_first or (self.is_last and tied) else []
-        last = [(whole, hidden), *([] if tied else [("split", self.rows * hidden)])] if self.is_last else []
-        return [*first, *(layer * self.layers), *last]
+        for bias, bias_kind in ((self.inner, split), (self.inner, split), (hidden, whole)):
+            layer += [(split, self.inner * hidden), *([(bias_kind, bias)] if model.mlp_bias else [])]
+        first = [embedding] if self.is_first else []
+        output = [] if tied and self.is_first else [embedding if tied else (split, self.rows * hidden)]
+        return [*first, *(layer * self.layers), *([(whole, hidden), *output] if self.is_last else [])]
 
     # -- activations
 
@@ -370,21 +371,10 @@ class _Stage:
     def _embedding_backward(self, others: int) -> _Moment:
         border = 2 * self.R if self.pp > 1 else 0  # the stage's output and its gradient
         incoming = self.R if self.tp == 1 else self.A
-        table = self.rows * self.model.hidden_size * self.itemsize
-        return _Moment("backward of the embedding", others, border + incoming + table)
+        rows = self.tokens * self.model.hidden_size * FP32 if self.itemsize != FP32 else 0
+        return _Moment("backward of the embedding", others, border + incoming + rows)
 
     def _product_copy(self, rows: int) -> int:
         """On CPU a weight's gradient in bf16 is computed before it is added to the fp32 sum."""
         copies = not self.is_gpu and self.itemsize != FP32
         return rows * self.model.hidden_size * self.itemsize if copies else 0
-
-
-def _bucket_elements(parameters: list[tuple[object, int]]) -> list[int]:
-    """Elements of each of the optimizer's buckets, closed as they are there (alignment left out)."""
-    open_buckets: dict[object, int] = {}
-    closed = []
-    for kind, elements in reversed(parameters):
-        open_buckets[kind] = open_buckets.get(kind, 0) + elements
-        if open_buckets[kind] >= BUCKET_ELEMENTS:
-            closed.append(open_buckets.pop(kind))
-    return [*closed, *open_buckets.values()]

@@ -66,6 +66,9 @@ _COPIES = {"copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "fill_", 
 _WRITES_ONLY = {"copy_", "fill_", "zero_"}
 """In-place operations that do not read what they overwrite."""
 
+_WRITTEN_ONLY = {("adamw_", "rounded")}
+"""Arguments that an operation overwrites without reading them."""
+
 _NO_KERNEL = {
     "empty",
     "empty_like",
@@ -78,6 +81,7 @@ _NO_KERNEL = {
 
 _KERNELS = {
     "embedding_dense_backward": 15,  # clears, sorts the tokens, finds their segments, adds up
+    "index_put_": 9,  # sorts the ids, adds up the rows of each
     "_scaled_dot_product_cudnn_attention_backward": 3,  # dot products of output and gradient, gradients, cast of dq
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
@@ -413,7 +417,7 @@ def _traffic(name: str, schema: Any, args: Any, kwargs: Any, inputs: list[Tensor
             continue
         for x in _tensors(value):
             written[id(x)] = x
-            if argument.is_out or name in _WRITES_ONLY:
+            if argument.is_out or name in _WRITES_ONLY or (name, argument.name) in _WRITTEN_ONLY:
                 overwritten.add(id(x))
     table = {"embedding": 1, "gather": 0, "index_select": 0, "index": 0}
     if name in table:  # reads the rows that it picks
@@ -421,5 +425,7 @@ def _traffic(name: str, schema: Any, args: Any, kwargs: Any, inputs: list[Tensor
         return 2 * rows + _unique_bytes(inputs[-1])
     if name == "embedding_dense_backward":  # clears the table; reads the rows, adds up parts, reads and writes these
         return sum(map(_unique_bytes, outputs)) + 4 * _unique_bytes(inputs[0])
+    if name in ("index_put_", "index_add_"):  # reads the rows given; reads and writes, at most, as many of the table
+        return 3 * _unique_bytes(max(inputs[1:], key=_unique_bytes))
     read = {id(x): x for x in inputs if id(x) not in overwritten}
     return sum(map(_unique_bytes, read.values())) + sum(map(_unique_bytes, written.values()))

@@ -135,7 +135,7 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates
-    state.optimizer.gather_parameters()
+    state.optimizer.store.gather_parameters()
     state.step = run.step = saved.step
     # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.
     is_own = folder.parent == run.checkpoints
@@ -164,7 +164,7 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
             if is_norm_gain(part.shard.name):
                 part.tensor.mul_(saved.norm_gain_scale / gain_scale)
     refuse_not_finite(state, folder)
-    state.optimizer.gather_parameters()
+    state.optimizer.store.gather_parameters()
     run.event("load", folder=str(folder), mode="model")
     step = index.state.get("step") if "train" in index.state else None  # an imported model comes from no run
     return Start(0, folder, "model", False, step if isinstance(step, int) else None, {}, tuple(changes))

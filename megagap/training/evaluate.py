@@ -37,7 +37,7 @@ def evaluate(
             if all_reduce(asked, state.mesh.world) > 0:
                 raise EvaluationStoppedError
 
-    state.optimizer.wait_for_parameters()
+    state.optimizer.store.wait_for_parameters()
     state.stage.use_rope_theta(state.phase.rope_theta)
     return {name: _source_loss(state, data, name, pause) for name in data.windows}
 

@@ -151,7 +151,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
     loss, squared_norm, by_source, requests = _sum_over_world(
-        mesh, work.own_loss(), optimizer.squared_norm(), losses_by_source(work, batch), own_requests
+        mesh, work.own_loss(), optimizer.store.squared_norm(), losses_by_source(work, batch), own_requests
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
@@ -162,13 +162,12 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
 
 def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> BoundStage:
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
-    mesh, optimizer = state.mesh, state.optimizer
+    mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
     work = BoundStage(state.stage, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
-    optimizer.zero_gradients()
-    optimizer.wait_for_parameters()
-    execute(program, [work], boundary(state.stage, inputs), mesh, before_last_backward=optimizer.expect_last_backward)
-    optimizer.finish_gradients()
+    store.begin()
+    execute(program, [work], boundary(state.stage, inputs), mesh, before_last_backward=store.expect_last_backward)
+    store.finish()
     return work
 
 
@@ -204,7 +203,7 @@ def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
         batch.documents[:1] if batch.documents else None,
     )
     work = compute_gradients(state, part, build_program(state.settings, state.mesh, microbatches=1))
-    loss, squared_norm = _sum_over_world(state.mesh, work.own_loss(), state.optimizer.squared_norm())
+    loss, squared_norm = _sum_over_world(state.mesh, work.own_loss(), state.optimizer.store.squared_norm())
     return bool(accept_update(loss, squared_norm.sqrt()))
 
 

@@ -174,6 +174,7 @@ def build_state(settings: Settings, mesh: Mesh) -> TrainState:
     parameters = stage.sharded_parameters()
     initialise(parameters, settings.model, settings.train.seed)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
+    optimizer.store.wait_as_used(stage.blocks())
     return TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
 
 

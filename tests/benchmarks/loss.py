@@ -21,9 +21,9 @@ from rich.table import Table
 
 from megagap.ops.products import add_product
 from megagap.parallel import cross_entropy
+from megagap.parallel.embedding import vocab_shard
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter
-from megagap.parallel.tensor import vocab_shard
 from tests.benchmarks.kernels import hardware, installed
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-import megagap.optim.distributed
+import megagap.optim.gradient_store
 import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
@@ -37,7 +37,7 @@ from megagap.training.trainer import make_loader
 MODULES = {
     "tensor": megagap.parallel.tensor,
     "cross_entropy": megagap.parallel.cross_entropy,
-    "distributed": megagap.optim.distributed,
+    "gradient_store": megagap.optim.gradient_store,
     "step": megagap.training.step,
 }
 """Where gradients are computed by collectives."""
@@ -113,7 +113,7 @@ def gradients(
             part.stop,
             part.tensor.to("cpu", torch.float64, copy=True).numpy(),
         )
-        for bucket in optimizer.buckets
+        for bucket in optimizer.store.buckets
         for part in bucket.slices("gradient", bucket.own_gradient)
     ]
     return parts, calls

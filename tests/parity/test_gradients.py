@@ -73,8 +73,8 @@ def mutations(site, calls):
 SITES = {
     "cross_entropy._over_vocabulary: all_reduce",
     "cross_entropy._over_vocabulary: all_reduce MAX",
-    "distributed.Bucket.finish_reduction: all_reduce",
-    "distributed.Bucket.start_reduction: reduce_scatter_flat_async",
+    "gradient_store.Bucket.finish_reduction: all_reduce",
+    "gradient_store.Bucket.start_reduction: reduce_scatter_flat_async",
     "step.count_targets: all_reduce",
     "tensor._GatherSequence.backward: reduce_scatter",
     "tensor._GatherSequence.forward: all_gather",

@@ -201,11 +201,12 @@ def test_static_memory_is_that_of_the_optimizers_buckets(tp, pp, dp, changes):
             dtype=torch.float32,
         )
         dtype = COMPUTE_DTYPES[settings.train.precision]
-        buckets = DistributedOptimizer(model.sharded_parameters(), settings.optim, mesh, dtype).buckets
+        optimizer = DistributedOptimizer(model.sharded_parameters(), settings.optim, mesh, dtype)
+        buckets = optimizer.store.buckets
         sizes = {
             "parameters": [bucket.values for bucket in buckets],
             "masters": [bucket.master for bucket in buckets if bucket.rounded is not None],
-            "moments": [x for bucket in buckets for x in (bucket.moments.exp_avg, bucket.moments.exp_avg_sq)],
+            "moments": [x for state in optimizer.states for x in state.tensors.values()],
             "gradients": [bucket.gradients for bucket in buckets]
             + [bucket.own_gradient for bucket in buckets if bucket.own_gradient is not bucket.gradients],
         }

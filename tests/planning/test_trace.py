@@ -239,7 +239,8 @@ def test_attention_is_computed_by_the_operator_that_the_device_would_choose(tmp_
 def test_on_a_gpu_weight_gradients_are_added_inside_of_products_in_fp32(tmp_path):
     traced = trace(write_recipe(tmp_path, train={"precision": "bf16-mixed"}))
     sums = [x for x in traced.operations if x.site.startswith("ops/products.py")]
-    assert sums and {x.name for x in sums} == {"addmm"}
+    # The first microbatch sets them, the others add; the embedding's rows are cast: one per token.
+    assert {x.name for x in sums if x.name not in ("_to_copy", "index_put_")} == {"mm", "addmm"}
 
 
 @pytest.mark.parametrize("name", ["item", "tolist", "cpu", "bool", "nonzero"])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,19 +16,18 @@ from safetensors.torch import save_file
 from megagap.checkpoint.companions import (
     CONFIG,
     GENERATION_CONFIG,
-    Companions,
     companions_of,
     copy_tokenizer,
     recorded_tokenizer,
     warn_of_other_ids,
     write_json,
 )
+from megagap.checkpoint.huggingface_config import hugging_face_config
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
 from megagap.checkpoint.model import stored_dtype
 from megagap.checkpoint.output import new_folder, require_new
 from megagap.checkpoint.state import check_tensors, read_ids, read_model
-from megagap.config import Model
 from megagap.data.agreement import Ids, too_large
 from megagap.errors import CheckpointError, DataError
 from megagap.files import written_by_library
@@ -129,37 +127,6 @@ def plan_shards(tensors: dict[str, tuple[int, ...]], itemsize: int, max_size: in
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dict[str, Any]:
-    """``config.json``, with the rotary settings and the dtype where transformers 4 and 5 look for them."""
-    scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "head_dim": model.head_dim,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})},
-        "rms_norm_eps": model.rms_norm_eps,
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "attention_bias": model.attention_bias,
-        "attention_dropout": 0.0,
-        "mlp_bias": model.mlp_bias,
-        "initializer_range": model.initializer_range,
-        "use_cache": True,
-        **companions.special_ids,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
 
 
 def _default_dtype(checkpoint: Path, index: Index) -> str:

@@ -4,7 +4,6 @@ The folder is untrusted input: nothing is used of it before names, shapes and dt
 ``config.json``, and the safetensors library has checked its headers. Pickled weights are never opened.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -13,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from megagap.checkpoint.companions import CONFIG, read_companions, read_json, tokenizer_of, warn_of_other_ids
-from megagap.checkpoint.huggingface_extensions import refuse_extensions
-from megagap.checkpoint.load import resolve_checkpoint
+from megagap.checkpoint.huggingface_config import read_settings
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.output import require_new
-from megagap.checkpoint.recognise import require_path
 from megagap.checkpoint.save import save_checkpoint
-from megagap.config import Model, check_rules
+from megagap.config import Model
 from megagap.data.agreement import Ids
 from megagap.errors import CheckpointError, DataError, library_errors
 from megagap.files import file_errors, require_fetched
@@ -41,17 +37,6 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that weights may have."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")  # a plain name: no path out of the folder
-
-# What config.json may leave out, and the defaults of transformers' LlamaConfig.
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_OPTIONAL = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "initializer_range": 0.02,
-}
 
 
 @dataclass(frozen=True)
@@ -194,118 +179,6 @@ def _check_finite(folder: Path, name: str, tensor: Tensor) -> None:
     """The files carry no checksums: this finds at least the worst of what may have happened to them."""
     if not all(bound.isfinite() for bound in tensor.aminmax()):
         raise CheckpointError(f"{folder}: {name} has values that are not finite\n  download the model again.")
-
-
-# -------------------------------------------------------------------------------------------------------- config.json
-
-
-def read_settings(folder: Path) -> Model:
-    """The model's settings from ``config.json``, as transformers 4 or 5 writes it.
-
-    Raises :class:`CheckpointError`, naming the field, if it is not a Llama or has features that we lack.
-    """
-    require_path(folder)
-    path = folder / CONFIG
-    with file_errors(f"cannot read {folder}", folder, CheckpointError):
-        if not path.is_file():
-            raise _no_hugging_face_model(folder)
-    config = read_json(path)
-    _refuse_others(path, config)
-    missing = [name for name in _REQUIRED if config.get(name) is None]
-    if missing:
-        raise _unusable(path, missing[0], "is missing")
-    values = {name: config[name] for name in _REQUIRED} | {
-        name: default if config.get(name) is None else config[name] for name, default in _OPTIONAL.items()
-    }
-    heads = values["num_attention_heads"]
-    values["num_key_value_heads"] = (
-        heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]
-    )
-    values["head_dim"] = config.get("head_dim") or 0
-    values |= _rotary(path, config, values["max_position_embeddings"])
-    try:
-        model = Model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise _unusable(path, field, f"is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
-    faults = check_rules({f"model.{name}": value for name, value in model}, None)
-    if faults:
-        field = faults[0].setting.removeprefix("model.")
-        raise _unusable(path, field, f"is {faults[0].value}: {faults[0].message.replace('model.', '')}")
-    return model.model_copy(update={"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads})
-
-
-def _no_hugging_face_model(folder: Path) -> CheckpointError:
-    try:
-        checkpoint = resolve_checkpoint(folder)
-    except CheckpointError as error:
-        reason, _, cure = str(error.args[0]).partition("\n")
-        if not folder.is_dir() or "make it a checkpoint" in cure or "download" in cure:
-            return CheckpointError(f"{reason}\n  give the folder of a Hugging Face model, with its {CONFIG}.")
-        return CheckpointError(f"{folder} is not a Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
-    return CheckpointError(
-        f"{folder} is not a Hugging Face model but already a checkpoint of megagap\n  use it as it is, or make it a "
-        f"Hugging Face model: python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output DIR"
-    )
-
-
-def _refuse_others(path: Path, config: dict[str, Any]) -> None:
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if config.get("model_type") != "llama":
-        raise _no_llama(path, "model_type", config.get("model_type"))
-    if architectures != ["LlamaForCausalLM"]:
-        raise _no_llama(path, "architectures", architectures)
-    if config.get("hidden_act", "silu") != "silu":
-        raise _unusable(path, "hidden_act", f"is {config['hidden_act']!r}; only 'silu' is supported")
-    if config.get("quantization_config"):
-        raise _unusable(path, "quantization_config", "is set; quantised weights are not supported")
-    refuse_extensions(path, config)
-
-
-def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling`` of either form: at top level, or in ``rope_parameters``."""
-    merged: dict[str, Any] = {}
-    for field in ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"):
-        value = config.get(field)
-        if value is None:
-            continue
-        if field in ("rope_scaling", "rope_parameters"):
-            if not isinstance(value, dict):
-                raise _unusable(path, field, f"is {value!r}; it must be an object")
-        else:
-            value = {field: value}
-        for key, inner in value.items():
-            key = "rope_type" if key == "type" else key
-            if merged.setdefault(key, inner) != inner:
-                raise _unusable(path, field, f"says {key} = {inner!r}, but elsewhere it is {merged[key]!r}")
-    kind, theta = merged.pop("rope_type", None), merged.pop("rope_theta", 10000.0)
-    if merged.pop("partial_rotary_factor", 1.0) != 1:
-        raise _unusable(path, "partial_rotary_factor", "is set; only whole heads can be rotated")
-    if kind is None and merged:
-        raise _unusable(path, "rope_scaling", f"says {next(iter(merged))}, but no rope_type")
-    kind = kind or "default"
-    if kind == "default":
-        ignored = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        for key in merged.keys() - ignored:
-            if merged[key] is not None:
-                raise _unusable(path, "rope_scaling", f"says {key} = {merged[key]!r}, which is not supported")
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "llama3":
-        raise _unusable(path, "rope_scaling", f"is of type {kind!r}; only 'llama3' is supported")
-    defaults = {"original_max_position_embeddings": max_position_embeddings}
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | defaults | merged}
-
-
-def _no_llama(path: Path, field: str, value: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{path.parent} is not a Llama model: {path.name} says {field} = {json.dumps(value)}\n"
-        '  only models of type "llama" (LlamaForCausalLM: Llama 2 and 3) can be read.'
-    )
-
-
-def _unusable(path: Path, field: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {field} {problem}")
 
 
 # -------------------------------------------------------------------------------------------------------- safetensors

@@ -15,7 +15,8 @@ from megagap.checkpoint.companions import (
     tokenizer_of,
     warn_of_other_ids,
 )
-from megagap.checkpoint.huggingface_import import is_hugging_face, load_hugging_face_model, read_settings
+from megagap.checkpoint.huggingface_config import read_settings
+from megagap.checkpoint.huggingface_import import is_hugging_face, load_hugging_face_model
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model

@@ -2,7 +2,11 @@
 
 from math import prod
 
+import torch
+
 from megagap.config import Model
+from megagap.model.llama import build_stage
+from megagap.parallel.mesh import Mesh
 
 
 def parameter_count(model: Model) -> int:
@@ -21,28 +25,8 @@ def vocabulary_tensors(model: Model) -> tuple[str, ...]:
 
 
 def model_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """Global shape of every parameter by name, in the order of the forward pass."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    linears = {
-        "self_attn.q_proj": (queries, hidden, model.attention_bias),
-        "self_attn.k_proj": (keys, hidden, model.attention_bias),
-        "self_attn.v_proj": (keys, hidden, model.attention_bias),
-        "self_attn.o_proj": (hidden, queries, model.attention_bias),
-        "mlp.gate_proj": (inner, hidden, model.mlp_bias),
-        "mlp.up_proj": (inner, hidden, model.mlp_bias),
-        "mlp.down_proj": (hidden, inner, model.mlp_bias),
-    }
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for layer in range(model.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, has_bias) in linears.items():
-            tensors[f"{prefix}.{name}.weight"] = (rows, columns)
-            if has_bias:
-                tensors[f"{prefix}.{name}.bias"] = (rows,)
-    tensors["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        tensors["lm_head.weight"] = (model.vocab_size, hidden)
-    return tensors
+    """Global shape of every parameter by name, in the order of the forward pass: those of the model itself, which is
+    built without storage."""
+    layers, mesh = [model.num_hidden_layers], Mesh.single(torch.device("meta"))
+    stage = build_stage(model, layers, mesh, sequence_parallel=False, dtype=torch.float32)
+    return {parameter.shard.name: parameter.shard.shape for parameter in stage.sharded_parameters()}

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from megagap.checkpoint import Index, load_model, load_slices, load_tensor
 from megagap.checkpoint.companions import companions_of
 from megagap.checkpoint.huggingface import export
-from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model, read_settings
+from megagap.checkpoint.huggingface_config import read_settings
+from megagap.checkpoint.huggingface_import import import_model, load_hugging_face_model
 from megagap.config import Model
 from megagap.errors import CheckpointError
 from megagap.inference.generation import load_text_model

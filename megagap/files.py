@@ -114,17 +114,6 @@ def require_name(name: str | Path, kind: type[MegagapError] = DataError) -> None
         raise kind(f"{str(name)!r} is not a valid file name: it contains a NUL character")
 
 
-def pair_prefix(name: str | Path) -> str:
-    """The prefix of a ``.bin``/``.idx`` pair, given that prefix or the name of one of its files."""
-    require_name(name)
-    prefix = str(name)
-    for ending in (".bin", ".idx", ".json"):
-        stem = prefix.removesuffix(ending)
-        if stem != prefix and not os.path.exists(f"{prefix}.idx"):
-            return stem
-    return prefix
-
-
 @contextmanager
 def reading(path: str | Path, kind: type[MegagapError] = DataError) -> Iterator[None]:
     """For a block that opens or reads a file that a user named, as bytes or as UTF-8.

@@ -24,7 +24,6 @@ from megagap.data.agreement import require_ids_of_model
 from megagap.data.sources import WHOLE, Source, TokenSource
 from megagap.data.text_bytes import TextBytes, UnknownBytesError, text_bytes
 from megagap.errors import CheckpointError, ConfigError, DataError, counted, run_tool
-from megagap.files import pair_prefix
 from megagap.inference.evaluation import (
     ModelFiles,
     SourceLoss,
@@ -35,6 +34,7 @@ from megagap.inference.evaluation import (
 )
 from megagap.terminal.arguments import positive
 from megagap.terminal.console import Console
+from megagap.token_formats import pair_prefix
 from megagap.training.datasets import held_out
 
 log = logging.getLogger(__name__)

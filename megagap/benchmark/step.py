@@ -24,6 +24,7 @@ from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
+from megagap.token_formats import find_format, format_of
 from megagap.training.datasets import training_data
 from megagap.training.recorder import Recorder
 from megagap.training.step import train_step
@@ -224,7 +225,7 @@ def sources(settings: Settings) -> list[Source]:
 def missing_data(settings: Settings) -> str | None:
     """Why the recipe's own data cannot be read, if so."""
     paths = [path for source in sources(settings) for path in source.paths]
-    missing = [f"{path}.idx does not exist" for path in paths if not Path(f"{path}.idx").exists()]
+    missing = [f"{path}{format_of(path).index} does not exist" for path in paths if find_format(path) is None]
     return missing[0] if missing else None if paths else "the recipe names none"
 
 

@@ -19,7 +19,7 @@ from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
 from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
 from megagap.errors import CheckpointError, ConfigError, system_reason
-from megagap.files import pair_prefix
+from megagap.token_formats import FORMATS, find_format, pair_prefix
 
 MAX_RECIPE_BYTES = 1 << 24
 """Larger files are something else; some devices and pipes have no end."""
@@ -82,9 +82,10 @@ def load_recipe(
 
 def _ending_notes(settings: Settings, folder: Path) -> Iterator[str]:
     """On sources that are named by one of their files."""
+    endings = {ending for known in FORMATS for ending in (known.index, known.tokens)}
     for name in dict.fromkeys(path for source in _all_sources(settings) for path in source.paths):
         ending = Path(name).suffix
-        if ending in (".bin", ".idx") and pair_prefix(folder / name) != str(folder / name):
+        if ending in endings and pair_prefix(folder / name) != str(folder / name):
             yield f"the source {name} is named by one of its files: leave {ending} out, the prefix names the pair"
 
 
@@ -286,10 +287,11 @@ def _resolve_source(source: Source, folder: Path) -> Source:
         pattern = pair_prefix(pattern) if glob.has_magic(pattern) else pattern
         full = pair_prefix(folder / pattern)
         matches: list[str] = []
-        if glob.has_magic(pattern) and not Path(full + ".idx").exists():
+        if glob.has_magic(pattern) and find_format(full) is None:
             # A pattern names prefixes, the files carry an ending: match on the index files.
-            found = glob.glob(pattern + ".idx", root_dir=folder)
-            matches = sorted(str(folder / name).removesuffix(".idx") for name in found)
+            for ending in (known.index for known in FORMATS):
+                found = glob.glob(pattern + ending, root_dir=folder)
+                matches += sorted(str(folder / name).removesuffix(ending) for name in found)
         paths += matches or [full]
     return _with(source, path=paths, name=source_name(source))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megagap.files import pair_prefix
+from megagap.token_formats import pair_prefix
 
 Positive = Annotated[int, Field(ge=1, le=2**60)]
 Count = Annotated[int, Field(ge=0, le=2**60)]

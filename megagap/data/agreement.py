@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Manifest, read_manifest
 from megagap.data.sources import same_pairs
+from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
 from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
@@ -87,7 +87,7 @@ def require_agreement(
             )
             (faults if is_used else warnings).append(difference + cure * is_used)
     for prefix, name in prefixes.items():
-        dataset = IndexedDataset(prefix)
+        dataset = open_tokens(prefix)
         faults += _foreign_ids(dataset, name, vocab_size)
         warnings += _narrow_type(dataset, reference.vocab_size if reference else vocab_size)
         if prefix not in manifests and own is not None:
@@ -120,7 +120,7 @@ def require_ids_of_model(
         faults.append(f"{differing(told, own)[-1]}\n  name the tokenizer that the model was trained with.")
     for name, prefixes in sources.items():
         for prefix in prefixes:
-            faults += _foreign_ids(IndexedDataset(prefix), name, vocab_size)
+            faults += _foreign_ids(open_tokens(prefix), name, vocab_size)
             manifest = read_manifest(prefix)
             if manifest is None or own is None:
                 what = "the tokenizer of the model is not known" if own is None else f"there is no {prefix}.json"
@@ -275,7 +275,7 @@ def _mixed_options(manifests: Mapping[str, Manifest]) -> Iterator[str]:
             yield f"documents of {with_id[0]} {what}, those of {without[0]} do not ({flag} when preprocessing)"
 
 
-def _foreign_ids(dataset: IndexedDataset, source: str, vocab_size: int) -> Iterator[str]:
+def _foreign_ids(dataset: TokenFile, source: str, vocab_size: int) -> Iterator[str]:
     """A token outside the model's vocabulary, if there is one in the sampled stretches."""
     tokens = dataset.tokens
     for i in range(SAMPLED_STRETCHES):
@@ -291,7 +291,7 @@ def _foreign_ids(dataset: IndexedDataset, source: str, vocab_size: int) -> Itera
             return
 
 
-def _narrow_type(dataset: IndexedDataset, vocab_size: int) -> Iterator[str]:
+def _narrow_type(dataset: TokenFile, vocab_size: int) -> Iterator[str]:
     largest = int(np.iinfo(dataset.dtype).max) if dataset.dtype.kind in "iu" else vocab_size
     if largest < vocab_size - 1:
         yield (
@@ -300,7 +300,7 @@ def _narrow_type(dataset: IndexedDataset, vocab_size: int) -> Iterator[str]:
         )
 
 
-def _other_end(dataset: IndexedDataset, own: Ids) -> Iterator[str]:
+def _other_end(dataset: TokenFile, own: Ids) -> Iterator[str]:
     """In a file without a manifest: all sampled documents end with the same id, which is not the end-of-text id."""
     count = min(len(dataset), SAMPLED_DOCUMENTS)
     documents = [dataset[i * len(dataset) // count] for i in range(count)]

@@ -8,9 +8,10 @@ from typing import Any
 import xxhash
 
 from megagap.data.format import HEADER
-from megagap.data.indexed import IndexedDataset
+from megagap.data.token_file import open_tokens
 from megagap.errors import DataError
 from megagap.files import read_regular, reading
+from megagap.token_formats import format_of
 
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 4096
@@ -24,7 +25,7 @@ _WORDS = {"checksum": "checksum of sampled blocks", "manifest": "checksums of th
 
 def identify(prefix: str) -> Identity:
     """Reads at most about 130 KB of a pair. Raises :class:`DataError` if it cannot be read."""
-    dataset = IndexedDataset(prefix)
+    dataset = open_tokens(prefix)
     digest = xxhash.xxh3_64()
     for path in (dataset.index_path, dataset.tokens_path):
         with reading(path), open(path, "rb") as file:
@@ -98,7 +99,8 @@ class Watch:
 
     def _look(self) -> list[_Stamp | None]:
         stamps: list[_Stamp | None] = []
-        for ending in (".idx", ".bin"):
+        known = format_of(self.prefix)
+        for ending in (known.index, known.tokens):
             try:
                 found = os.stat(self.prefix + ending)
             except (OSError, ValueError):

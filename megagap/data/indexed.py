@@ -3,17 +3,15 @@
 import errno
 import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megagap.data.format import BLOCK, CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, VERSION, best_dtype
+from megagap.data.format import CODE_OF_DTYPE, DTYPE_OF_CODE, HEADER, MAGIC, VERSION, best_dtype
 from megagap.data.partial import (
     CannotWriteError,
     PartialPair,
@@ -23,21 +21,22 @@ from megagap.data.partial import (
     write_index,
     writing_pair,
 )
+from megagap.data.token_file import TokenFile
 from megagap.errors import DataError
 from megagap.files import (
     allow_more_open_files,
     is_there,
-    pair_prefix,
     reading,
     require_fetched,
     require_regular,
 )
+from megagap.token_formats import pair_prefix
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 
 
-class IndexedDataset(Sequence[NDArray[Any]]):
-    """The sequences of a ``.bin``/``.idx`` pair, memory-mapped: ``ds[i]`` is a read-only view of the file.
+class IndexedDataset(TokenFile):
+    """A ``.bin``/``.idx`` pair, memory-mapped: ``ds[i]`` is a read-only view of the file.
 
     It is given by its prefix, or by one of its files. While it is open, both files count as open files.
 
@@ -45,20 +44,8 @@ class IndexedDataset(Sequence[NDArray[Any]]):
     at every entry. Raises :class:`DataError` for files that are missing, cut short, or of another format.
     """
 
-    prefix: str
-    dtype: np.dtype[Any]
-    lengths: NDArray[np.int32]
-    """[S] Tokens of each sequence."""
-    pointers: NDArray[np.int64]
-    """[S] Byte of the ``.bin`` at which each sequence starts."""
-    document_indices: NDArray[np.int64]
-    """[documents + 1] First sequence of each document; the last entry is S."""
-    tokens: NDArray[Any]
-    """[token_count] The whole ``.bin``."""
-
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = pair_prefix(prefix)
-        self.index_path, self.tokens_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
+        super().__init__(pair_prefix(prefix), ".idx", ".bin")
         index_size, tokens_size = _size_of(self.index_path), _size_of(self.tokens_path)
         for path in (self.index_path, self.tokens_path):
             require_fetched(path)
@@ -107,101 +94,6 @@ class IndexedDataset(Sequence[NDArray[Any]]):
                 f"{self.tokens_path} is {tokens_size:,} bytes, not a multiple of {self.dtype.itemsize} bytes per token"
             )
         self.tokens = np.frombuffer(_map(self.tokens_path) if tokens_size else b"", self.dtype)
-
-    def __len__(self) -> int:
-        """Number of sequences."""
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> NDArray[Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[NDArray[Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> NDArray[Any] | list[NDArray[Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start, remainder = divmod(int(self.pointers[index]), self.dtype.itemsize)
-        stop = start + int(self.lengths[index])
-        if remainder or not 0 <= start <= stop <= len(self.tokens):
-            raise DataError(
-                f"{self.index_path} is damaged: sequence {index} should lie at tokens {start:,} to {stop:,} "
-                f"of {len(self.tokens):,}\n  check the whole file with tools/inspect_data.py PREFIX --verify."
-            )
-        return self.tokens[start:stop]
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        return (self[i] for i in range(len(self)))
-
-    @property
-    def token_count(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def document_count(self) -> int:
-        return len(self.document_indices) - 1
-
-    def document(self, index: int) -> NDArray[Any]:
-        """The tokens of a document, all its sequences joined."""
-        first, stop = int(self.document_indices[index]), int(self.document_indices[index + 1])
-        return self[first] if stop == first + 1 else np.concatenate([self.tokens[:0], *self[first:stop]])
-
-    def start_of(self, sequence: int) -> int:
-        """Index in :attr:`tokens` of the sequence's first token; the end of the file for ``sequence == len(self)``."""
-        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else len(self.tokens)
-
-    def sequences_between(self, start: int, stop: int) -> list[int]:
-        """Numbers of the sequences that have a token in ``tokens[start:stop]``, start < stop, of a contiguous file."""
-        assert 0 <= start < stop <= len(self.tokens), (start, stop)
-        # bisect rather than searchsorted, which would copy the whole unaligned array to align it.
-        first = bisect_right(self.pointers, start * self.dtype.itemsize) - 1
-        sequences = []
-        for sequence in range(first, len(self)):
-            if self.start_of(sequence) >= stop:
-                break
-            if self.lengths[sequence]:
-                sequences.append(sequence)
-        return sequences
-
-    def require_contiguous(self) -> None:
-        """Check in one pass that the sequences follow each other in file order without gaps. Raises DataError."""
-        expected = 0
-        for first in range(0, len(self), BLOCK):
-            lengths = self.lengths[first : first + BLOCK]
-            pointers = self.pointers[first : first + BLOCK]
-            ends = expected + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-            starts = np.concatenate(([expected], ends[:-1]))
-            wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
-            if wrong.size:
-                i = int(wrong[0])
-                raise DataError(
-                    f"{self.index_path}: sequence {first + i} has length {lengths[i]} and starts at byte "
-                    f"{pointers[i]:,}, but the one before ends at byte {starts[i]:,}\n"
-                    "  the index is damaged or not in file order. Preprocess the text again."
-                )
-            expected = int(ends[-1])
-
-    def verify(self, vocab_size: int | None = None) -> None:
-        """A full pass over both files; with ``vocab_size``, every token must be below it. Raises DataError."""
-        self.require_contiguous()
-        for first in range(0, len(self.document_indices), BLOCK):
-            indices = self.document_indices[first : first + BLOCK + 1]
-            wrong = np.flatnonzero(np.diff(indices) < 0)
-            if wrong.size:
-                raise DataError(f"{self.index_path} is damaged: document {first + int(wrong[0])} has no end")
-        if vocab_size is None:
-            return
-        for first in range(0, len(self.tokens), BLOCK):
-            tokens = self.tokens[first : first + BLOCK]
-            wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-            if wrong.size:
-                at = first + int(wrong[0])
-                sequence = self.sequences_between(at, at + 1)[0]
-                raise DataError(
-                    f"{self.tokens_path}: token id {self.tokens[at]} in document {sequence} at position "
-                    f"{at - self.start_of(sequence)} is outside the vocabulary of {vocab_size:,}\n"
-                    "  the file was made with another tokenizer."
-                )
 
 
 def _size_of(path: str) -> int:

@@ -13,16 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from megagap.data.agreement import Ids, differing, is_extension
-from megagap.data.indexed import VERSION, IndexedDataset
+from megagap.data.indexed import VERSION
 from megagap.data.manifest import Manifest
 from megagap.data.samples import Sample, TrainingData
+from megagap.data.token_file import TokenFile
 from megagap.errors import DataError, counted, library_errors
 from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SHOWN_TOKENS = 64
 
 
-def dataset_json(dataset: IndexedDataset, manifest: Manifest | None) -> dict[str, Any]:
+def dataset_json(dataset: TokenFile, manifest: Manifest | None) -> dict[str, Any]:
     """Counts, lengths (null without sequences) and manifest (null without one) of a token file."""
     lengths, statistics = dataset.lengths, None
     if len(lengths):
@@ -43,7 +44,7 @@ def dataset_json(dataset: IndexedDataset, manifest: Manifest | None) -> dict[str
     }
 
 
-def dataset_table(dataset: IndexedDataset) -> Table:
+def dataset_table(dataset: TokenFile) -> Table:
     """Header, counts and document lengths of a token file."""
     table = Table(title=dataset.prefix, show_header=False)
     lengths = dataset.lengths
@@ -90,7 +91,7 @@ def input_size(manifest: Manifest) -> str:
 
 
 def documents_table(
-    dataset: IndexedDataset, numbers: Iterable[int], tokenizer: Tokenizer | None = None, title: str | None = None
+    dataset: TokenFile, numbers: Iterable[int], tokenizer: Tokenizer | None = None, title: str | None = None
 ) -> Table:
     """The documents of these numbers: their first ids and, with a tokenizer, the text of these.
 
@@ -105,19 +106,19 @@ def documents_table(
 
 
 def documents_json(
-    dataset: IndexedDataset, numbers: Iterable[int], tokenizer: Tokenizer | None = None
+    dataset: TokenFile, numbers: Iterable[int], tokenizer: Tokenizer | None = None
 ) -> list[dict[str, Any]]:
     """Whole documents: ``{"document": int, "tokens": [int], "text": str}``, the text null without a tokenizer."""
     return [_document_json(dataset, number, tokenizer) for number in numbers]
 
 
-def _document_json(dataset: IndexedDataset, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _document_json(dataset: TokenFile, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
     tokens = document_tokens(dataset, number)
     text = decode_document(dataset, number, tokens, tokenizer) if tokenizer else None
     return {"document": number, "tokens": tokens.tolist(), "text": text}
 
 
-def whole_document(dataset: IndexedDataset, number: int, tokenizer: Tokenizer | None = None) -> str:
+def whole_document(dataset: TokenFile, number: int, tokenizer: Tokenizer | None = None) -> str:
     """A document for a person: a line that says which, then its text, or without a tokenizer its ids."""
     tokens = document_tokens(dataset, number)
     head = f"document {number} of {dataset.prefix}: {counted(len(tokens), 'token')}"
@@ -126,7 +127,7 @@ def whole_document(dataset: IndexedDataset, number: int, tokenizer: Tokenizer | 
     return f"{head}\n{visible(decode_document(dataset, number, tokens, tokenizer))}"
 
 
-def document_tokens(dataset: IndexedDataset, number: int) -> NDArray[Any]:
+def document_tokens(dataset: TokenFile, number: int) -> NDArray[Any]:
     """The tokens of a document. Raises :class:`DataError` if there is none of this number, or the index is damaged."""
     count = dataset.document_count
     if not 0 <= number < count:
@@ -141,7 +142,7 @@ def document_tokens(dataset: IndexedDataset, number: int) -> NDArray[Any]:
     return dataset.document(number)
 
 
-def decode_document(dataset: IndexedDataset, number: int, tokens: NDArray[Any], tokenizer: Tokenizer) -> str:
+def decode_document(dataset: TokenFile, number: int, tokens: NDArray[Any], tokenizer: Tokenizer) -> str:
     """The text of a document's ``tokens``, special tokens written out, ids outside the vocabulary left out.
 
     Raises :class:`DataError` for numbers that are not token ids.
@@ -160,7 +161,7 @@ def known_places(tokens: NDArray[Any], tokenizer: Tokenizer) -> NDArray[np.intp]
     return np.flatnonzero(tokens < tokenizer.vocab_size)
 
 
-def drawn_documents(dataset: IndexedDataset, count: int, seed: int) -> list[int]:
+def drawn_documents(dataset: TokenFile, count: int, seed: int) -> list[int]:
     """Numbers of ``count`` different documents, or of all if there are fewer, drawn by ``seed``; in file order."""
     documents = range(dataset.document_count)
     return sorted(random.Random(seed).sample(documents, min(count, len(documents))))

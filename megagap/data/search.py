@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import decode_document, document_tokens, known_places, one_line
+from megagap.data.token_file import TokenFile
 from megagap.errors import DataError, is_unicode
 from megagap.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class Search:
         return asdict(self)
 
 
-def search(dataset: IndexedDataset, tokenizer: Tokenizer, text: str, most: int, show_progress: bool = False) -> Search:
+def search(dataset: TokenFile, tokenizer: Tokenizer, text: str, most: int, show_progress: bool = False) -> Search:
     """Search all documents for ``text``, as it is written; the first ``most`` that contain it are described.
 
     Raises :class:`DataError` for a text that is empty or not valid Unicode, and a document that cannot be decoded.
@@ -82,16 +82,14 @@ def search(dataset: IndexedDataset, tokenizer: Tokenizer, text: str, most: int, 
     return Search(text, dataset.document_count, dataset.token_count, occurrences, found_in, tuple(hits))
 
 
-def _describe(
-    dataset: IndexedDataset, tokenizer: Tokenizer, number: int, decoded: str, text: str, occurrences: int
-) -> Hit:
+def _describe(dataset: TokenFile, tokenizer: Tokenizer, number: int, decoded: str, text: str, occurrences: int) -> Hit:
     position = decoded.index(text)
     start, stop = max(position - CONTEXT, 0), position + len(text) + CONTEXT
     context = ("…" if start else "") + one_line(decoded[start:stop]) + ("…" if stop < len(decoded) else "")
     return Hit(number, occurrences, position, _token_at(dataset, tokenizer, number, position), context)
 
 
-def _token_at(dataset: IndexedDataset, tokenizer: Tokenizer, number: int, position: int) -> int:
+def _token_at(dataset: TokenFile, tokenizer: Tokenizer, number: int, position: int) -> int:
     """The number of the token at a character: with it, the text of the tokens so far first reaches beyond it."""
     tokens = document_tokens(dataset, number)
     places = known_places(tokens, tokenizer)

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagap.data.identity import Identity, Watch
-from megagap.data.indexed import IndexedDataset
 from megagap.data.order import split_ranges, window_count
+from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
-from megagap.files import pair_prefix
+from megagap.token_formats import format_of, pair_prefix
 
 TRAINING, VALIDATION, WHOLE = 0, 1, None
 """Which part of a source's split to read."""
@@ -40,7 +40,7 @@ class Source:
 class _Piece:
     """A stretch of a shard: its share of a part's tokens."""
 
-    dataset: IndexedDataset
+    dataset: TokenFile
     watch: Watch
     first_document: int
     """Number within the source of the shard's document 0."""
@@ -65,7 +65,7 @@ class TokenSource:
             count = same.count(same[0]) + 1
             raise DataError(f"source {source.name} lists {same[0]} {count} times: an epoch would read it that often")
         self._watches = [Watch(prefix) for prefix in source.prefixes]
-        datasets = [IndexedDataset(prefix) for prefix in source.prefixes]
+        datasets = [open_tokens(prefix) for prefix in source.prefixes]
         self._datasets = datasets
         self.document_count = sum(map(len, datasets))
         self.document_range = (
@@ -75,7 +75,7 @@ class TokenSource:
         self._ends = list(accumulate(piece.tokens for piece in self._pieces))
         self.token_count = self._ends[-1] if self._ends else 0
 
-    def _cut(self, datasets: Sequence[IndexedDataset]) -> Iterator[_Piece]:
+    def _cut(self, datasets: Sequence[TokenFile]) -> Iterator[_Piece]:
         start, stop = self.document_range
         first = 0
         for dataset, watch in zip(datasets, self._watches, strict=True):
@@ -220,7 +220,8 @@ def shared_pairs(sources: Sequence[Source]) -> list[str]:
 def _file_of(prefix: str) -> tuple[int, int] | None:
     """Device and inode of the index: the same for all its names."""
     try:
-        status = os.stat(f"{pair_prefix(prefix)}.idx")
+        name = pair_prefix(prefix)
+        status = os.stat(name + format_of(name).index)
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
@@ -265,7 +266,7 @@ def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np
     return sequence, np.minimum(ends[: beyond[0] + 1], last)
 
 
-def _require_row(dataset: IndexedDataset, low: int, high: int) -> None:
+def _require_row(dataset: TokenFile, low: int, high: int) -> None:
     """Raises :class:`DataError` unless sequences [low, high) follow each other, the first of all from byte 0."""
     if low >= high:
         return

@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from megagap.data.agreement import AS_THE_OTHER, require_same_ids, same_texts
-from megagap.data.indexed import IndexedDataset
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
 from megagap.data.partial import (
     PartialPair,
@@ -23,10 +22,12 @@ from megagap.data.partial import (
     writing_pair,
 )
 from megagap.data.sources import same_pairs
+from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
-from megagap.files import pair_prefix, write_text
+from megagap.files import write_text
 from megagap.preprocess.arrange import arrange, take_over
 from megagap.preprocess.encoder import REPORTED
+from megagap.token_formats import pair_prefix
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def merge_datasets(
     shuffle_documents: int | None = None,
     dedup: bool = False,
     show_progress: bool = False,
-) -> IndexedDataset:
+) -> TokenFile:
     """Write the documents of the pairs ``inputs``, in this order, to ``output_prefix``; the new pair.
 
     ``shuffle_documents`` and ``dedup`` are those of :func:`megagap.preprocess.preprocess`. There is a manifest if
@@ -58,7 +59,7 @@ def merge_datasets(
     with making_pair(output_prefix), writing_pair(output_prefix):
         with closing(PartialPair(output_prefix, dtype)) as pair:
             for prefix in tqdm(inputs, desc="merge", unit=" pairs", disable=not show_progress):
-                dataset = IndexedDataset(prefix)
+                dataset = open_tokens(prefix)
                 dataset.require_contiguous()
                 pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])
             position, duplicates = pair.sync(), 0
@@ -71,7 +72,7 @@ def merge_datasets(
             merged = _merged([manifest for _, manifest in known], records, shuffle_documents, dedup, duplicates)
             write_text(partial_path(output_prefix, "manifest"), merged.model_dump_json(indent=2) + "\n")
         publish_pair(output_prefix)
-    return IndexedDataset(output_prefix)
+    return open_tokens(output_prefix)
 
 
 def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
@@ -79,9 +80,9 @@ def _common_type(inputs: Sequence[str], arranged: bool) -> np.dtype[Any]:
 
     Raises :class:`DataError` if they are of different types, or cannot be rearranged.
     """
-    first = IndexedDataset(inputs[0])
+    first = open_tokens(inputs[0])
     for prefix in inputs:
-        dataset = IndexedDataset(prefix)
+        dataset = open_tokens(prefix)
         if dataset.dtype != first.dtype:
             raise DataError(
                 f"{first.prefix} has tokens of type {first.dtype.name}, {prefix} of type {dataset.dtype.name}\n"

@@ -30,6 +30,7 @@ from megagap.errors import CheckpointError, DataError, library_errors
 from megagap.files import file_errors, require_fetched
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
+from megagap.terminal.programs import typed
 from megagap.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ def _no_hugging_face_model(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder} is not a Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
     return CheckpointError(
         f"{folder} is not a Hugging Face model but already a checkpoint of megagap\n  use it as it is, or make it a "
-        f"Hugging Face model: python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output DIR"
+        f"Hugging Face model: {typed('convert')} to-hf --checkpoint {checkpoint} --output DIR"
     )
 
 

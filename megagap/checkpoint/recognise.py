@@ -9,6 +9,7 @@ from pathlib import Path
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import LATEST, STEP_FOLDER, UNFINISHED
 from megagap.errors import CheckpointError, system_reason
+from megagap.terminal.programs import typed
 
 CONFIG = "config.json"
 _RANK_FILE = re.compile(r"rank_[0-9]{5,9}\.safetensors")
@@ -154,7 +155,7 @@ def _runs_within(path: Path, names: list[str]) -> str | None:
 
 def import_command(folder: Path, output: str) -> str:
     """The command that makes a Hugging Face model the checkpoint ``output``."""
-    return f"python tools/convert_checkpoint.py from-hf --input {shlex.quote(str(folder))} --output {output}"
+    return f"{typed('convert')} from-hf --input {shlex.quote(str(folder))} --output {output}"
 
 
 def _import_advice(folder: Path = Path("DIR")) -> str:

@@ -32,6 +32,7 @@ from megagap.files import (
     require_fetched,
     require_regular,
 )
+from megagap.terminal.programs import typed
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
 
@@ -72,7 +73,7 @@ class IndexedDataset(Sequence[NDArray[Any]]):
         if magic != MAGIC:
             raise DataError(
                 f"{self.index_path} is not a token index: it starts with {bytes(magic)!r} instead of {MAGIC!r}\n"
-                "  give the prefix of a .bin/.idx pair written by tools/preprocess_data.py or by Megatron."
+                f"  give the prefix of a .bin/.idx pair written by {typed('preprocess')} or by Megatron."
             )
         if version != VERSION:
             raise DataError(f"{self.index_path} is of format version {version}; only version {VERSION} can be read")
@@ -126,7 +127,7 @@ class IndexedDataset(Sequence[NDArray[Any]]):
         if remainder or not 0 <= start <= stop <= len(self.tokens):
             raise DataError(
                 f"{self.index_path} is damaged: sequence {index} should lie at tokens {start:,} to {stop:,} "
-                f"of {len(self.tokens):,}\n  check the whole file with tools/inspect_data.py PREFIX --verify."
+                f"of {len(self.tokens):,}\n  check the whole file with {typed('inspect')} PREFIX --verify."
             )
         return self.tokens[start:stop]
 
@@ -219,7 +220,7 @@ def _size_of(path: str) -> int:
     elif os.path.isdir(prefix):
         hint = f"{prefix} is a folder: give the prefix of a .bin/.idx pair in it."
     else:
-        hint = "give the prefix of a .bin/.idx pair that tools/preprocess_data.py or Megatron wrote."
+        hint = f"give the prefix of a .bin/.idx pair that {typed('preprocess')} or Megatron wrote."
     raise DataError(f"{path} does not exist\n  {hint}")
 
 

@@ -38,11 +38,10 @@ class BuildWithRecipes(build_py):
     """Adds the recipes, which stand beside the package in a checkout."""
 
     def run(self) -> None:
-        super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "megagap/recipes")
-            shutil.rmtree(target, ignore_errors=True)  # an earlier build may have left others
-            shutil.copytree("examples/recipes", target)
+            shutil.rmtree(Path(self.build_lib, "megagap"), ignore_errors=True)  # it may have modules that were removed
+            shutil.copytree("examples/recipes", Path(self.build_lib, "megagap/recipes"))
+        super().run()
 
 
 class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
@@ -86,10 +85,12 @@ class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
             raise
 
     def _go_without(self, reason: str) -> None:
-        # The extension of an earlier build would be loaded in place of the one that failed.
+        # The extension of an earlier build would be loaded in place of the one that failed. A wheel is built elsewhere,
+        # often by a Python without torch: the checkout's own extension stays.
+        root = Path("." if self.inplace else self.build_lib)
         for extension in self.extensions:
             folder, _, name = extension.name.replace(".", "/").rpartition("/")
-            for stale in Path(folder).glob(f"{name}.*.so"):
+            for stale in (root / folder).glob(f"{name}.*.so"):
                 stale.unlink()
         self.extensions = []
         print(f"warning: megagap is installed without compiled kernels: {reason}", file=sys.stderr)

@@ -131,6 +131,8 @@ def requirement(package: str) -> str | None:
 
     Packages and modules of this name are the same for all that megagap needs, but for ``-`` and ``_``.
     """
+    if package == "megagap":  # an extra names others
+        return None
     try:
         requirements = metadata.requires("megagap") or []
     except metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ from megagap.checkpoint.huggingface_extensions import refuse_extensions
 from megagap.checkpoint.load import resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.output import require_new
-from megagap.checkpoint.recognise import require_path
+from megagap.checkpoint.recognise import export_command, require_path
 from megagap.checkpoint.save import save_checkpoint
 from megagap.config import Model, check_rules
 from megagap.data.agreement import Ids
@@ -30,7 +30,6 @@ from megagap.errors import CheckpointError, DataError, library_errors
 from megagap.files import file_errors, require_fetched
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
-from megagap.terminal.programs import typed
 from megagap.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -247,7 +246,7 @@ def _no_hugging_face_model(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder} is not a Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
     return CheckpointError(
         f"{folder} is not a Hugging Face model but already a checkpoint of megagap\n  use it as it is, or make it a "
-        f"Hugging Face model: {typed('convert')} to-hf --checkpoint {checkpoint} --output DIR"
+        f"Hugging Face model: {export_command(checkpoint)}"
     )
 
 

@@ -153,6 +153,11 @@ def _runs_within(path: Path, names: list[str]) -> str | None:
     return f"{path} is a folder of runs: {', '.join(runs[:5])}\n  give one of them." if runs else None
 
 
+def export_command(checkpoint: Path) -> str:
+    """The command that makes a checkpoint a Hugging Face model."""
+    return f"{typed('convert')} to-hf --checkpoint {checkpoint} --output DIR"
+
+
 def import_command(folder: Path, output: str) -> str:
     """The command that makes a Hugging Face model the checkpoint ``output``."""
     return f"{typed('convert')} from-hf --input {shlex.quote(str(folder))} --output {output}"

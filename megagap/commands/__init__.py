@@ -9,9 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 
 from megagap.errors import MegagapError, run_tool
 from megagap.process.parent import end_on_interrupt, end_with_parent, handle_interrupts
@@ -66,7 +65,11 @@ def main() -> None:
 
 
 def run(program: Callable[[], None]) -> None:
-    """Run ``program`` as this process and exit, as :func:`megagap.errors.run_tool` does."""
+    """Run ``program`` as this process and exit, as :func:`megagap.errors.run_tool` does.
+
+    Ctrl-C ends the process without a word until :func:`call` has imported the subcommand: an extension module that is
+    interrupted while it is imported may raise anything.
+    """
     end_with_parent()
     end_on_interrupt()
     run_tool(program)
@@ -80,6 +83,8 @@ def dispatch(arguments: list[str], called_as: CalledAs) -> None:
     elif name in ("-h", "--help"):
         print(help_text(called_as), end="")
     elif name == "--version":
+        from importlib import metadata
+
         print(f"megagap {metadata.version('megagap')}")
     else:
         raise UsageError(unknown(name, called_as))
@@ -93,6 +98,8 @@ def help_text(called_as: CalledAs) -> str:
 
 def unknown(name: str, called_as: CalledAs) -> str:
     """What is wrong with ``name``, in one line."""
+    from difflib import get_close_matches
+
     listed = f"{called_as.value} --help lists them"
     if not name or name.startswith("-"):
         return f"the first argument must be a subcommand{f', not {name}' if name else ''}; {listed}"
@@ -131,6 +138,8 @@ def requirement(package: str) -> str | None:
 
     Packages and modules of this name are the same for all that megagap needs, but for ``-`` and ``_``.
     """
+    from importlib import metadata
+
     if package == "megagap":  # an extra names others
         return None
     try:

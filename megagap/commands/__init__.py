@@ -1,4 +1,4 @@
-"""The command ``megagap SUBCOMMAND ...``, one module per subcommand; ``tools/*.py`` are doors to the same functions.
+"""The command ``megagap SUBCOMMAND ...``, one module per subcommand; ``tools/*.py`` call the same functions.
 
 A module is imported when its subcommand is called, so that ``megagap --help`` is quick and an interrupted import of
 torch leaves no traceback. Each has ``main(arguments, called_as)``: it parses its arguments, does the work, and raises
@@ -102,7 +102,7 @@ def unknown(name: str, called_as: CalledAs) -> str:
 
     listed = f"{called_as.value} --help lists them"
     if not name or name.startswith("-"):
-        return f"the first argument must be a subcommand{f', not {name}' if name else ''}; {listed}"
+        return f"the first argument must be a subcommand{f', not {name!r}' if name else ''}; {listed}"
     spellings = {tool: subcommand for subcommand, tool in TOOLS.items()} | {name: name for name in SUMMARIES}
     asked = re.sub(r"^.*/|\.py$", "", name.lower())
     near = get_close_matches(asked, spellings, 1) or get_close_matches(asked.replace("_", "-"), spellings, 1)

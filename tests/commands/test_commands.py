@@ -1,4 +1,4 @@
-"""The command ``megagap``: its subcommands, the doors to them in ``tools/``, and how each starts and ends."""
+"""The command ``megagap``: its subcommands, ``tools/*.py`` that call them too, and how each starts and ends."""
 
 import os
 import re

@@ -6,15 +6,19 @@ extension of torch: ``TORCH_CUDA_ARCH_LIST``, ``PYTORCH_ROCM_ARCH``, else the GP
 
 Else, where kernels for GPUs do not build, those for the CPU are tried, and where torch or a C++ compiler is missing,
 the package installs without them, with one warning, and computes with plain torch.
+
+A wheel also gets the recipes of ``examples/``, as ``megagap/recipes``.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     import torch
@@ -28,6 +32,16 @@ CPU_SOURCES = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cp
 GPU_SOURCES = ["csrc/gpu/bindings.cpp", *sorted(map(str, Path("csrc/gpu").glob("*.cu")))]
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 GPU_LIBRARIES = {"cuda": ["cudart", "c10_cuda", "torch_cuda"], "hip": ["amdhip64", "c10_hip", "torch_hip"]}
+
+
+class BuildWithRecipes(build_py):
+    """Adds the recipes, which stand beside the package in a checkout."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "megagap"), ignore_errors=True)  # it may have modules that were removed
+            shutil.copytree("examples/recipes", Path(self.build_lib, "megagap/recipes"))
+        super().run()
 
 
 class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
@@ -71,10 +85,12 @@ class BuildOrWarn(BuildExtension):  # type: ignore[misc,valid-type]
             raise
 
     def _go_without(self, reason: str) -> None:
-        # The extension of an earlier build would be loaded in place of the one that failed.
+        # The extension of an earlier build would be loaded in place of the one that failed. A wheel is built elsewhere,
+        # often by a Python without torch: the checkout's own extension stays.
+        root = Path("." if self.inplace else self.build_lib)
         for extension in self.extensions:
             folder, _, name = extension.name.replace(".", "/").rpartition("/")
-            for stale in Path(folder).glob(f"{name}.*.so"):
+            for stale in (root / folder).glob(f"{name}.*.so"):
                 stale.unlink()
         self.extensions = []
         print(f"warning: megagap is installed without compiled kernels: {reason}", file=sys.stderr)
@@ -138,4 +154,4 @@ def extension() -> Extension:
     return CppExtension("megagap._C", CPU_SOURCES, depends=HEADERS)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildOrWarn})
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildOrWarn, "build_py": BuildWithRecipes})

@@ -3,6 +3,7 @@
 A new one is a reader, a subclass of :class:`megagap.data.token_file.TokenFile`, and a line in :data:`FORMATS`.
 """
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,3 +46,11 @@ def pair_prefix(name: str | Path) -> str:
         if stem != prefix and find_format(prefix) is None:
             return stem
     return prefix
+
+
+def matching_prefixes(pattern: str, folder: Path | None = None) -> list[str]:
+    """The prefixes of the token files that a shell pattern of prefixes matches, as the pattern is written."""
+    found = []
+    for ending in (known.index for known in FORMATS):
+        found += [name.removesuffix(ending) for name in glob.glob(pattern + ending, root_dir=folder)]
+    return sorted(found)

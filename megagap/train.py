@@ -27,13 +27,21 @@ from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.process import launch
 from megagap.process.rendezvous import Process
+from megagap.terminal.programs import CalledAs
 from megagap.training.trainer import train
+
+EXAMPLES = """\
+examples:
+  megagap train examples/recipes/code.toml --train.steps 100 --optim.betas '[0.9, 0.95]'
+  torchrun --nproc-per-node 8 -m megagap train examples/recipes/quickstart.toml --parallel.tp 2
+"""
 
 log = logging.getLogger("megagap.train")  # by name: run as a program, this module is called __main__
 
 
-def main(arguments: list[str]) -> None:
-    recipe, overrides = parse_arguments(arguments)
+def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
+    """Train; ends the process. ``called_as``: how it was started, for its help."""
+    recipe, overrides = parse_arguments(arguments, called_as)
     process = Process.from_environment()
     with launch.orderly_exit(process) as ending:
         log_to_console(logging.WARNING)
@@ -69,16 +77,15 @@ def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mes
     )
 
 
-def parse_arguments(arguments: list[str]) -> tuple[Path, list[str]]:
+def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> tuple[Path, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m megagap.train",
+        prog=called_as.program("train"),
         usage="%(prog)s [-h] RECIPE [--section.key value ...]",
         description="Train a Llama-3 model from a recipe; more than one process under torchrun. Rerun to resume. "
         "The first Ctrl-C (or SIGTERM) saves and stops, a second one stops at once.",
-        epilog="examples:\n"
-        "  python -m megagap.train examples/recipes/code.toml --train.steps 100 --optim.betas '[0.9, 0.95]'\n"
-        "  torchrun --nproc-per-node 8 -m megagap.train examples/recipes/quickstart.toml --parallel.tp 2\n\n"
-        "settings, which a recipe gives as key = value below its [section]:\n" + describe_settings(),
+        epilog=called_as.spell(EXAMPLES)
+        + "\nsettings, which a recipe gives as key = value below its [section]:\n"
+        + describe_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="TOML file with the settings that differ from the defaults")

@@ -3,40 +3,57 @@
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megagap.commands import SUMMARIES, call
+from megagap.commands.recipe import recipes
 from megagap.config import describe_settings
 from megagap.config.settings import PLANNED, SECTIONS
+from megagap.terminal.programs import TOOLS, CalledAs
 from megagap.train import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if "ArgumentParser" in path.read_text(encoding="utf-8"))
 SCRIPTS = ("tests/run.sh", "examples/quickstart.sh", "examples/multi_node/launch.sh", "tests/gpu/run_all.sh", ".ci/run")
 
 
-def help_of(tool: Path, capsys, monkeypatch) -> str:
-    monkeypatch.setattr(sys, "argv", [tool.name])
-    monkeypatch.syspath_prepend(ROOT / "tools")
+def help_of(subcommand: str, called_as: CalledAs, capsys) -> str:
     with pytest.raises(SystemExit) as end:
-        if tool.name == "train.py":
+        if called_as is not CalledAs.TOOL:
+            call(subcommand, called_as, ["--help"])
+        elif subcommand == "train":
             parse_arguments(["--help"])
         else:
-            runpy.run_path(str(tool))["main"](["--help"])
+            runpy.run_path(str(ROOT / f"tools/{TOOLS[subcommand]}.py"))["main"](["--help"])
     assert end.value.code == 0
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tool", [*TOOLS, ROOT / "megagap/train.py"], ids=lambda path: path.name)
-def test_help_names_only_files_that_exist(tool, capsys, monkeypatch):
-    text = help_of(tool, capsys, monkeypatch)
-    written = set(re.findall(r"--(?:recipe|output) (\S+)", text))  # by an example itself
-    named = re.findall(r"(?<![\w./{*-])[\w./-]+\.(?:toml|md|py|sh|sbatch)\b", text)
-    for name in named:
-        is_placeholder = Path(name).stem.isupper() or name.startswith("runs/")
-        assert is_placeholder or name in written or (ROOT / name).is_file() or name == tool.name, name
+def named_files(text: str) -> set[str]:
+    """The files that a help text names, without placeholders and those that its examples write."""
+    written = set(re.findall(r"--(?:recipe|output) (\S+)", text))
+    named = set(re.findall(r"(?<![\w./{*-])[\w./-]+\.(?:toml|md|py|sh|sbatch)\b", text)) - written
+    return {name for name in named if name == "README.md" or not (Path(name).stem.isupper() or name[:5] == "runs/")}
+
+
+@pytest.mark.parametrize("subcommand", [*TOOLS, "train"])
+def test_help_names_only_files_that_exist(subcommand, capsys):
+    missing = [name for name in named_files(help_of(subcommand, CalledAs.TOOL, capsys)) if not (ROOT / name).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("subcommand", SUMMARIES)
+def test_help_of_the_command_names_files_of_the_wheel_or_says_where_they_are(subcommand, capsys):
+    text = help_of(subcommand, CalledAs.COMMAND, capsys)
+    printed = {f"{name}.toml" for name in recipes()}
+    for name in named_files(text):
+        if name in printed:
+            assert "megagap recipe NAME > NAME.toml" in text or f"megagap recipe {Path(name).stem} > {name}" in text
+        elif name.startswith("megagap/"):
+            assert (ROOT / name).is_file(), name
+        else:
+            assert f"{name} of megagap's repository" in text, name
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -14,10 +14,12 @@ LEVELS = [
     {"config", "tokenizer"},
     {"ops", "parallel"},
     {"model", "data", "optim", "observe", "checkpoint"},
-    {"preprocess"},
+    {"preprocess", "gather"},
     {"training", "resume", "process", "inference"},
     {"train", "benchmark"},
     {"planning"},
+    {"commands"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

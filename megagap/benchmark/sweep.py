@@ -138,8 +138,8 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
-    """Measure all combinations by ``tool`` (benchmark_mfu.py) in processes of their own, and rank them, the fastest
+def run_sweep(sweep: Sweep) -> list[Outcome]:
+    """Measure all combinations by ``megagap benchmark-mfu`` in processes of their own, and rank them, the fastest
     first. ``sweep.json`` in the output folder is replaced after each.
 
     A combination that an earlier call has measured, with the same settings, versions and hardware, is not measured
@@ -163,7 +163,7 @@ def run_sweep(sweep: Sweep, tool: Path) -> list[Outcome]:
             if isinstance(settings, MegagapError):
                 outcomes.append(Outcome(combination, REFUSED, str(settings)))
             else:
-                outcomes.append(_measure(sweep, tool, combination, settings, where))
+                outcomes.append(_measure(sweep, combination, settings, where))
             print(f"{number}/{len(combinations)} {_shown(combination)}: {_result(outcomes[-1])}", file=sys.stderr)
             _write(sweep, outcomes)
     except KeyboardInterrupt:
@@ -241,9 +241,7 @@ def _prepare(sweep: Sweep, combination: dict[str, str]) -> Settings | MegagapErr
     return settings
 
 
-def _measure(
-    sweep: Sweep, tool: Path, combination: dict[str, str], settings: Settings, where: dict[str, Any]
-) -> Outcome:
+def _measure(sweep: Sweep, combination: dict[str, str], settings: Settings, where: dict[str, Any]) -> Outcome:
     identity = {**where, "tokens": missing_data(settings) or "recipe", "recipe": settings.model_dump(mode="json")}
     # As JSON reads it back, to be compared.
     identity = json.loads(json.dumps(identity, sort_keys=True))
@@ -257,7 +255,7 @@ def _measure(
         write_text(folder / "combination.json", json.dumps(identity, indent=2) + "\n")
     with writing(folder / "output.log"), open(folder / "output.log", "wb") as output:
         code = subprocess.run(
-            _command(sweep, tool, combination, folder),
+            _command(sweep, combination, folder),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -270,14 +268,22 @@ def _measure(
     return Outcome(combination, FAILED, reason_of(text, code), {}, folder)
 
 
-def _command(sweep: Sweep, tool: Path, combination: dict[str, str], folder: Path) -> list[str]:
+def _command(sweep: Sweep, combination: dict[str, str], folder: Path) -> list[str]:
     launcher = [sys.executable]
     if sweep.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(sweep.processes)]
     options = ["--warmup", str(sweep.warmup), "--steps", str(sweep.steps), "--output", str(folder)]
     options += ["--phase", sweep.phase] if sweep.phase is not None else []
     settings = [*sweep.overrides, *(f"{name}={value}" for name, value in combination.items())]
-    return [*launcher, str(tool), str(sweep.recipe), *options, *(f"--{setting}" for setting in settings)]
+    return [
+        *launcher,
+        "-m",
+        "megagap",
+        "benchmark-mfu",
+        str(sweep.recipe),
+        *options,
+        *(f"--{setting}" for setting in settings),
+    ]
 
 
 def _surroundings(sweep: Sweep) -> dict[str, Any]:

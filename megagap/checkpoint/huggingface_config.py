@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from megagap.checkpoint.companions import CONFIG, Companions, read_json
 from megagap.checkpoint.huggingface_extensions import refuse_extensions
 from megagap.checkpoint.load import resolve_checkpoint
-from megagap.checkpoint.recognise import require_path
+from megagap.checkpoint.recognise import export_command, require_path
 from megagap.config import Model, check_rules
 from megagap.errors import CheckpointError
 from megagap.files import file_errors
@@ -115,7 +115,7 @@ def _no_hugging_face_model(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder} is not a Hugging Face model: it has no {CONFIG}\n  give the folder of one.")
     return CheckpointError(
         f"{folder} is not a Hugging Face model but already a checkpoint of megagap\n  use it as it is, or make it a "
-        f"Hugging Face model: python tools/convert_checkpoint.py to-hf --checkpoint {checkpoint} --output DIR"
+        f"Hugging Face model: {export_command(checkpoint)}"
     )
 
 

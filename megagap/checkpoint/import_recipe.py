@@ -6,6 +6,7 @@ from pathlib import Path
 from megagap.checkpoint.huggingface_import import Imported
 from megagap.config.describe import as_toml
 from megagap.errors import counted, printable
+from megagap.terminal.programs import typed
 
 SEQUENCE_LENGTH = 4096
 """Where the model is meant for as much: longer sequences are rarely worth their memory."""
@@ -31,7 +32,7 @@ def recipe_for(imported: Imported, source: Path, checkpoint: Path, path: Path | 
 
 [data]
 {tokenizer}
-# The prefixes that tools/preprocess_data.py --tokenizer {spec} --append-eod wrote:
+# The prefixes that {typed("preprocess")} --tokenizer {spec} --append-eod wrote:
 sources = [{{ path = "PREFIX_text_document", weight = 1.0 }}]
 
 [train]

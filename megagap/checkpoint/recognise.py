@@ -9,6 +9,7 @@ from pathlib import Path
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import LATEST, STEP_FOLDER, UNFINISHED
 from megagap.errors import CheckpointError, system_reason
+from megagap.terminal.programs import typed
 
 CONFIG = "config.json"
 _RANK_FILE = re.compile(r"rank_[0-9]{5,9}\.safetensors")
@@ -152,9 +153,14 @@ def _runs_within(path: Path, names: list[str]) -> str | None:
     return f"{path} is a folder of runs: {', '.join(runs[:5])}\n  give one of them." if runs else None
 
 
+def export_command(checkpoint: Path) -> str:
+    """The command that makes a checkpoint a Hugging Face model."""
+    return f"{typed('convert')} to-hf --checkpoint {checkpoint} --output DIR"
+
+
 def import_command(folder: Path, output: str) -> str:
     """The command that makes a Hugging Face model the checkpoint ``output``."""
-    return f"python tools/convert_checkpoint.py from-hf --input {shlex.quote(str(folder))} --output {output}"
+    return f"{typed('convert')} from-hf --input {shlex.quote(str(folder))} --output {output}"
 
 
 def _import_advice(folder: Path = Path("DIR")) -> str:

@@ -19,7 +19,7 @@ from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
 from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
 from megagap.errors import CheckpointError, ConfigError, system_reason
-from megagap.token_formats import FORMATS, find_format, pair_prefix
+from megagap.token_formats import FORMATS, find_format, matching_prefixes, pair_prefix
 
 MAX_RECIPE_BYTES = 1 << 24
 """Larger files are something else; some devices and pipes have no end."""
@@ -288,10 +288,7 @@ def _resolve_source(source: Source, folder: Path) -> Source:
         full = pair_prefix(folder / pattern)
         matches: list[str] = []
         if glob.has_magic(pattern) and find_format(full) is None:
-            # A pattern names prefixes, the files carry an ending: match on the index files.
-            for ending in (known.index for known in FORMATS):
-                found = glob.glob(pattern + ending, root_dir=folder)
-                matches += sorted(str(folder / name).removesuffix(ending) for name in found)
+            matches = [str(folder / name) for name in matching_prefixes(pattern, folder)]
         paths += matches or [full]
     return _with(source, path=paths, name=source_name(source))
 

@@ -30,6 +30,7 @@ from megagap.files import (
     require_fetched,
     require_regular,
 )
+from megagap.terminal.programs import typed
 from megagap.token_formats import pair_prefix
 
 __all__ = ["VERSION", "IndexedDataset", "IndexedDatasetWriter", "best_dtype"]
@@ -59,7 +60,7 @@ class IndexedDataset(TokenFile):
         if magic != MAGIC:
             raise DataError(
                 f"{self.index_path} is not a token index: it starts with {bytes(magic)!r} instead of {MAGIC!r}\n"
-                "  give the prefix of a .bin/.idx pair written by tools/preprocess_data.py or by Megatron."
+                f"  give the prefix of a .bin/.idx pair written by {typed('preprocess')} or by Megatron."
             )
         if version != VERSION:
             raise DataError(f"{self.index_path} is of format version {version}; only version {VERSION} can be read")
@@ -111,7 +112,7 @@ def _size_of(path: str) -> int:
     elif os.path.isdir(prefix):
         hint = f"{prefix} is a folder: give the prefix of a .bin/.idx pair in it."
     else:
-        hint = "give the prefix of a .bin/.idx pair that tools/preprocess_data.py or Megatron wrote."
+        hint = f"give the prefix of a .bin/.idx pair that {typed('preprocess')} or Megatron wrote."
     raise DataError(f"{path} does not exist\n  {hint}")
 
 

@@ -2,7 +2,7 @@
 
 Opening costs the same whatever the number of documents. What an index says about documents is checked where they are
 read: the sequences that contain the tokens must follow each other without gaps, in the order of the index and within
-the part. So every token returned is where the index says; ``tools/inspect_data.py PREFIX --verify`` checks all.
+the part. So every token returned is where the index says; ``megagap inspect PREFIX --verify`` checks all.
 """
 
 import os
@@ -18,6 +18,7 @@ from megagap.data.identity import Identity, Watch
 from megagap.data.order import split_ranges, window_count
 from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
+from megagap.terminal.programs import typed
 from megagap.token_formats import format_of, pair_prefix
 
 TRAINING, VALIDATION, WHOLE = 0, 1, None
@@ -260,7 +261,7 @@ def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np
     if sequence < piece.low or not beyond.size or starts[0] > first or not in_a_row[: beyond[0] + 1].all():
         raise DataError(
             f"{dataset.index_path}: the sequences around number {begin} do not contain tokens {first:,} to {last:,} "
-            "contiguously\n  the index is damaged or not in file order. Check it with tools/inspect_data.py PREFIX "
+            f"contiguously\n  the index is damaged or not in file order. Check it with {typed('inspect')} PREFIX "
             "--verify, and preprocess the text again."
         )
     return sequence, np.minimum(ends[: beyond[0] + 1], last)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megagap.data.format import BLOCK
 from megagap.errors import DataError
+from megagap.terminal.programs import typed
 from megagap.token_formats import format_of, pair_prefix
 
 
@@ -60,7 +61,7 @@ class TokenFile(Sequence[NDArray[Any]]):
         if remainder or not 0 <= start <= stop <= len(self.tokens):
             raise DataError(
                 f"{self.index_path} is damaged: sequence {index} should lie at tokens {start:,} to {stop:,} "
-                f"of {len(self.tokens):,}\n  check the whole file with tools/inspect_data.py PREFIX --verify."
+                f"of {len(self.tokens):,}\n  check the whole file with {typed('inspect')} PREFIX --verify."
             )
         return self.tokens[start:stop]
 

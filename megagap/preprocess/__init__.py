@@ -28,6 +28,7 @@ from megagap.preprocess.fast import Fast
 from megagap.preprocess.inputs import shard
 from megagap.preprocess.job import Job
 from megagap.preprocess.listing import list_inputs
+from megagap.terminal.programs import typed
 from megagap.tokenizer import SpecialTokens, find_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def preprocess(
         if dedup or shuffle_documents is not None:
             raise DataError(
                 "--dedup and --shuffle-documents do not apply to a shard, which sees only its own documents\n"
-                "  give them to tools/merge_datasets.py, which has both options."
+                f"  give them to {typed('merge')}, which has both options."
             )
         files = shard(files, *part)
         output_prefix = f"{output_prefix}-{part[0]:05}-of-{part[1]:05}"

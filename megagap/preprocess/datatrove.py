@@ -1,7 +1,7 @@
 """The last stage of a datatrove pipeline: documents to token files (optional extra ``megagap[curate]``).
 
 Each task of an executor (local, Slurm, Ray) writes one pair, ``PREFIX-{rank}-of-{tasks}_text_document``, which
-``tools/merge_datasets.py`` merges::
+``megagap merge`` merges::
 
     LocalPipelineExecutor(
         pipeline=[JsonlReader("crawl/"), GopherQualityFilter(), TokenFileWriter("web", "llama3/tokenizer.model")],

@@ -1,4 +1,4 @@
-"""The data that a recipe names, opened. Training, evaluation and ``tools/inspect_data.py`` all read through this."""
+"""The data that a recipe names, opened. Training, evaluation and ``megagap inspect`` all read through this."""
 
 import logging
 

@@ -1,7 +1,5 @@
-import argparse
 import json
 import math
-import runpy
 import subprocess
 import sys
 import tomllib
@@ -76,17 +74,6 @@ def test_a_hugging_face_model_becomes_a_checkpoint_with_a_warning_of_the_missing
     assert f"{parameters:,} parameters" in done.stdout and "float32" in done.stdout
     for parameter in load_model(run / "back").parameters():
         assert (parameter == 1).all()
-
-
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5KiB", 1536), ("77", 77)])
-def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
-    assert runpy.run_path(str(TOOL))["byte_size"](text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
-        runpy.run_path(str(TOOL))["byte_size"](text)
 
 
 def from_hf(*arguments: object) -> subprocess.CompletedProcess[str]:

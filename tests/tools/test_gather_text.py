@@ -1,30 +1,18 @@
 """Gathering text, without a network: the machine's packages are played by a fake apt-get."""
 
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from megagap.gather import markup
 from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def load_tool(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-markup = load_tool("text_from_markup")
 
 
 def gather(*arguments: object, path: str = "/nowhere") -> subprocess.CompletedProcess[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import to_rgb
 
+from megagap.commands import plot as plot_run
 from megagap.observe.curves import Curve, Difference
 from tests.launching import SECONDS
-from tools import plot_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
 PNG = b"\x89PNG\r\n\x1a\n"

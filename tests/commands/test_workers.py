@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from tools.preprocess_data import worker_count
+from megagap.commands.preprocess import worker_count
 
 
 def test_more_workers_than_a_machine_can_bear_are_refused_before_any_is_started():

@@ -87,12 +87,10 @@ def test_going_on_at_another_batch_size_keeps_the_samples_that_were_read_and_mis
 
 
 def test_a_cooldown_branch_has_its_own_schedule_from_its_own_origin_on():
-    long, branch = (
-        Schedule(partial(learning_rate, optim, steps)) for optim, steps in ((CONSTANT, 10**6), (COOLDOWN, 5))
-    )
+    long, branch = Schedule(partial(learning_rate, CONSTANT, 10**6)), Schedule(partial(learning_rate, COOLDOWN, 5), 100)
     phases = [Phase("all", None, 16)]
     run = Timeline(phases, [(0, 8)], 10**6, [long])
-    cooldown = Timeline(phases, [(0, 8)], 105, [Schedule(branch.rate, origin=100), long])
+    cooldown = Timeline(phases, [(0, 8)], 105, [branch, long])
     assert [cooldown.at(step).lr for step in range(1, 101)] == [run.at(step).lr for step in range(1, 101)]
     # The first step of the branch uses the new rate already.
     assert [cooldown.at(step).lr for step in range(101, 106)] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])

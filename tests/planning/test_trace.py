@@ -88,8 +88,8 @@ def test_a_step_on_a_gpu_never_waits_for_the_device(gaperon):
 def test_flops_are_those_of_the_formula(tmp_path, device, precision):
     """On a GPU always, and on CPU where attention computes the whole square."""
     traced = trace(write_recipe(tmp_path, train={"precision": precision}), device=device)
-    tokens = traced.settings.train.global_batch_size * traced.phase.sequence_length
-    formula = flops_per_token(traced.settings.model, traced.phase.sequence_length).full
+    tokens = traced.settings.train.global_batch_size * traced.moment.sequence_length
+    formula = flops_per_token(traced.settings.model, traced.moment.sequence_length).full
     assert traced.total.flops == pytest.approx(formula * tokens, rel=1e-9)
 
 

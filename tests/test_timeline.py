@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megagap.config import Optim, load_recipe, timeline_of
@@ -54,6 +54,7 @@ def test_every_step_is_what_the_steps_before_it_make_it_in_phases_and_a_batch_ra
 
 
 @given(shapes=phases_of_a_run, first=st.integers(1, 7), ramp=ramps, number=st.integers(0, 5000))
+@example(shapes=[(30, 3), (20, 2)], first=2, ramp=[(13, 5)], number=0)
 def test_steps_are_found_by_their_samples_and_by_tokens(shapes, first, ramp, number):
     phases = [Phase(str(i), tokens, length) for i, (tokens, length) in enumerate(shapes)]
     timeline = Timeline(phases, [(0, first), *sorted(dict(ramp).items())])

@@ -7,7 +7,7 @@ import tomli_w
 import torch
 from transformers import AutoModelForCausalLM
 
-from megagap.config import describe_settings, load_recipe, parse_overrides, span_of, spans, spread_layers, tokens_after
+from megagap.config import describe_settings, load_recipe, parse_overrides, spread_layers, timeline_of
 from megagap.config.describe import describe
 from megagap.config.presets import presets
 from megagap.config.settings import SECTIONS
@@ -322,10 +322,10 @@ def test_phases_make_the_length_of_the_run_and_end_at_whole_steps(recipe):
     assert settings.train.steps == 3 + 2
     assert [(p.sequence_length, p.rope_theta) for p in settings.data.phases] == [(64, 10000.0), (128, 50000.0)]
     assert settings.data.phases[0].sources[0].name == "web"
-    plan = spans(settings.data, settings.train, settings.model.rope_theta)
-    assert [(span.name, span.first, span.steps) for span in plan] == [("a", 0, 3), ("b", 3, 2)]
-    assert [span_of(plan, step).name for step in (1, 3, 4, 5, 6)] == ["a", "a", "b", "b", "b"]
-    assert [tokens_after(plan, 8, step) for step in (0, 1, 3, 4, 5)] == [0, 512, 1536, 2560, 3584]
+    timeline = timeline_of(settings)
+    assert [timeline.at(step).phase.name for step in (1, 3, 4, 5, 6)] == ["a", "a", "b", "b", "b"]
+    assert [timeline.last_step(phase) for phase in timeline.phases] == [3, 5]
+    assert [timeline.at(step).consumed_tokens for step in (0, 1, 3, 4, 5)] == [0, 512, 1536, 2560, 3584]
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (1536, 3), (1537, 4), (2561, 5)])

@@ -10,7 +10,7 @@ import tomli_w
 
 from megagap.config import load_recipe, parse_overrides
 from megagap.config.describe import annotation_of, as_argument, as_toml, describe, example
-from megagap.config.settings import SECTIONS, Phase, RopeScaling, Source
+from megagap.config.settings import SECTIONS, PhaseSettings, RopeScaling, SourceSettings
 from megagap.errors import ConfigError
 
 GOOD = {
@@ -96,7 +96,7 @@ def test_a_wrong_value_in_a_recipe_is_told_how_toml_writes_a_right_one(recipe, s
             "2 values in brackets, such as '[0.9, 0.95]'",
         ),
         (
-            list[Source],
+            list[SourceSettings],
             'a list of tables, such as [{path = "prefix_text_document", weight = 1.0}]',
             """a list of tables, such as '[{path = "prefix_text_document", weight = 1.0}]'""",
         ),
@@ -107,7 +107,7 @@ def test_each_kind_of_setting_is_described_with_an_example(annotation, in_toml, 
     assert describe(annotation, typed=True) == typed
 
 
-@pytest.mark.parametrize("table", [Source, Phase, RopeScaling])
+@pytest.mark.parametrize("table", [SourceSettings, PhaseSettings, RopeScaling])
 def test_the_example_of_a_table_is_one(table):
     table.model_validate(tomllib.loads(f"x = {as_toml(example(table))}")["x"])
 

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "megagap"
 
 # Rooms from the bottom up; rooms of one level may import each other, but not in a circle (checked by importing them).
 LEVELS = [
-    {"errors", "files", "terminal", "token_formats"},
+    {"errors", "files", "terminal", "timeline", "token_formats"},
     {"config", "tokenizer"},
     {"ops", "parallel"},
     {"model", "data", "optim", "observe", "checkpoint"},

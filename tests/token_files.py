@@ -13,8 +13,8 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from megagap.data.indexed import IndexedDatasetWriter
-from megagap.data.sources import Source
 from megagap.preprocess.bpe import train_tokenizer
+from megagap.timeline import Source
 from tests.few import WriteTokens, numbered
 
 TEXTS = [

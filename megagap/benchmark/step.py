@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.table import Table
 from tqdm import tqdm
 
-from megagap.config import Settings, Source, Span, sources_of, spans
+from megagap.config import Settings, timeline_of
 from megagap.data.loader import Batch
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
@@ -24,6 +24,7 @@ from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
+from megagap.timeline import Moment
 from megagap.token_formats import find_format, format_of
 from megagap.training.datasets import training_data
 from megagap.training.recorder import Recorder
@@ -44,8 +45,8 @@ class Report:
 
     settings: Settings
     mesh: Mesh
-    phase: Span
-    """Whose steps were timed."""
+    first: Moment
+    """The first step of the phase whose steps were timed."""
     step_seconds: list[float]
     """Every timed step."""
     measured_peaks: list[float]
@@ -58,8 +59,7 @@ class Report:
     @property
     def tokens_per_second(self) -> float:
         """Of all devices together, from the median step."""
-        tokens = self.settings.train.global_batch_size * self.phase.sequence_length
-        return tokens / statistics.median(self.step_seconds)
+        return self.first.tokens / statistics.median(self.step_seconds)
 
     @property
     def measured_peak(self) -> float:
@@ -75,11 +75,11 @@ class Report:
     @property
     def tflops_per_device(self) -> float:
         """Counting the full attention square."""
-        per_token = flops_per_token(self.settings.model, self.phase.sequence_length).full
+        per_token = flops_per_token(self.settings.model, self.first.sequence_length).full
         return per_token * self.tokens_per_second / self.mesh.world.size / 1e12
 
     def as_dict(self) -> dict[str, Any]:
-        flops = flops_per_token(self.settings.model, self.phase.sequence_length)
+        flops = flops_per_token(self.settings.model, self.first.sequence_length)
         per_device = self.tokens_per_second / self.mesh.world.size / 1e12
         achieved = {"full": self.tflops_per_device, "causal": flops.causal * per_device}
         peaks = {"datasheet": peak_tflops(self.mesh.device), "measured": self.measured_peak}
@@ -96,7 +96,7 @@ class Report:
                 for name, peak in peaks.items()
             },
             "memory_bytes": self.memory_bytes,
-            "phase": {"name": self.phase.name, "sequence_length": self.phase.sequence_length},
+            "phase": {"name": self.first.phase.name, "sequence_length": self.first.sequence_length},
             "tokens": "random" if missing_data(self.settings) else "recipe",
             "hardware": environment(self.mesh),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -151,28 +151,33 @@ class Report:
         )
 
     def _phase_row(self) -> str:
-        length = f"sequences of {self.phase.sequence_length:,} tokens"
+        length = f"sequences of {self.first.sequence_length:,} tokens"
         names = [phase.name for phase in self.settings.data.phases]
         if not names:
             return f"the whole run, {length}"
-        return f"{self.phase.name} ({names.index(self.phase.name) + 1} of {len(names)}), {length}"
+        return f"{self.first.phase.name} ({names.index(self.first.phase.name) + 1} of {len(names)}), {length}"
 
 
-def benchmark(settings: Settings, mesh: Mesh, phase: Span, warmup: int, steps: int, profiled_steps: int = 0) -> Report:
-    """Run ``warmup`` and then ``steps`` timed steps of a phase in the recipe's layout, with all that the trainer does
-    at a step: read the batch, update, record. A phase that is shorter starts again. Where the recipe's data files do
-    not exist, tokens are random. On a GPU, ``profiled_steps`` more are made under torch's profiler.
+def benchmark(
+    settings: Settings, mesh: Mesh, first: Moment, warmup: int, steps: int, profiled_steps: int = 0
+) -> Report:
+    """Run ``warmup`` and then ``steps`` timed steps, from the ``first`` one of a phase on, in the recipe's layout, with
+    all that the trainer does at a step: read the batch, update, record. A phase that is shorter starts again. Where the
+    recipe's data files do not exist, tokens are random. On a GPU, ``profiled_steps`` more are made under torch's
+    profiler.
     """
     state = build_state(settings, mesh)
-    state.step = phase.first
+    state.step = first.step - 1
+    last_step = state.timeline.last_step(state.timeline.at(first.step).phase)
     seconds, peaks = [], []
-    with TemporaryDirectory(prefix="megagap_benchmark_") as folder, batches(settings, mesh, phase) as next_batch:
-        recorder = Recorder(settings, mesh, RunDirectory(Path(folder), is_writer=mesh.world.rank == 0), state.step)
+    with TemporaryDirectory(prefix="megagap_benchmark_") as folder, batches(settings, mesh, first) as next_batch:
+        run = RunDirectory(Path(folder), is_writer=mesh.world.rank == 0)
+        recorder = Recorder(settings, state.timeline, mesh, run, state.step)
 
         def step() -> float:
-            if state.step >= phase.first + phase.steps:
-                state.step = phase.first
-            batch = next_batch(state.consumed_samples).to(mesh.device)
+            if state.step >= last_step:
+                state.step = first.step - 1
+            batch = next_batch(state.step + 1).to(mesh.device)
             result = train_step(state, batch, lambda: (False, False))
             # On a GPU this waits for the step before only, as in training; the sum over steps is right all the same.
             return recorder.step_done(state.step, result)
@@ -191,7 +196,7 @@ def benchmark(settings: Settings, mesh: Mesh, phase: Span, warmup: int, steps: i
         profiled = mesh.device.type == "cuda" and profiled_steps > 0
         profile = profile_steps(step, profiled_steps) if profiled else None
         recorder.close()
-    return Report(settings, mesh, phase, seconds, peaks, memory, profile)
+    return Report(settings, mesh, first, seconds, peaks, memory, profile)
 
 
 def spread(peaks: Sequence[float]) -> float:
@@ -204,49 +209,48 @@ def peak_measurements(steps: int) -> set[int]:
     return {steps * part // (PEAK_MEASUREMENTS - 1) for part in range(PEAK_MEASUREMENTS - 1)}
 
 
-def choose_phase(settings: Settings, name: str | None = None) -> Span:
-    """The phase of this name, by default the first. Raises :class:`ConfigError` listing those that there are."""
-    plan = spans(settings.data, settings.train, settings.model.rope_theta)
-    if name is None:
-        return plan[0]
+def first_step(settings: Settings, phase: str | None = None) -> Moment:
+    """The first step of the phase of this name, by default of the run.
+
+    Raises :class:`ConfigError` listing the phases that there are.
+    """
+    timeline = timeline_of(settings)
+    if phase is None:
+        return timeline.at(1)
     if not settings.data.phases:
-        raise ConfigError(f"--phase {name}: the recipe has no phases (data.phases)\n  leave --phase out.")
-    found = next((phase for phase in plan if phase.name == name), None)
+        raise ConfigError(f"--phase {phase}: the recipe has no phases (data.phases)\n  leave --phase out.")
+    found = next((known for known in timeline.phases if known.name == phase), None)
     if found is None:
-        raise ConfigError(f"--phase {name}: unknown; phases of the recipe: {', '.join(phase.name for phase in plan)}")
-    return found
-
-
-def sources(settings: Settings) -> list[Source]:
-    """Of all phases."""
-    return sources_of(spans(settings.data, settings.train, settings.model.rope_theta))
+        names = ", ".join(known.name for known in timeline.phases)
+        raise ConfigError(f"--phase {phase}: unknown; phases of the recipe: {names}")
+    return timeline.at(timeline.first_step(found))
 
 
 def missing_data(settings: Settings) -> str | None:
     """Why the recipe's own data cannot be read, if so."""
-    paths = [path for source in sources(settings) for path in source.paths]
+    paths = [prefix for source in timeline_of(settings).sources for prefix in source.prefixes]
     missing = [f"{path}{format_of(path).index} does not exist" for path in paths if find_format(path) is None]
     return missing[0] if missing else None if paths else "the recipe names none"
 
 
 @contextmanager
-def batches(settings: Settings, mesh: Mesh, phase: Span) -> Iterator[Callable[[int], Batch]]:
-    """From the number of a step's first sample to this rank's batch; what reads ahead ends with the block."""
+def batches(settings: Settings, mesh: Mesh, first: Moment) -> Iterator[Callable[[int], Batch]]:
+    """From a step to this rank's batch, in the phase of ``first``; what reads ahead ends with the block."""
     if missing_data(settings) is None:
         with make_loader(settings, mesh, training_data(settings)) as loader:
             yield loader.step
     else:
-        batch = random_batch(settings, mesh, phase)
-        yield lambda first_sample: batch
+        batch = random_batch(settings, mesh, first)
+        yield lambda step: batch
 
 
-def random_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
-    """What the loader would give in the phase, with random tokens: speed does not depend on the text."""
+def random_batch(settings: Settings, mesh: Mesh, moment: Moment) -> Batch:
+    """What the loader would return for the step, with random tokens: speed does not depend on the text."""
     train = settings.train
-    shape = (train.global_batch_size // (train.micro_batch_size * mesh.dp.size), train.micro_batch_size)
+    shape = (moment.samples // (train.micro_batch_size * mesh.dp.size), train.micro_batch_size)
     generator = torch.Generator().manual_seed(train.seed + mesh.dp.rank)
-    tokens = torch.randint(settings.model.vocab_size, (*shape, phase.sequence_length + 1), generator=generator)
-    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(sources(settings))))
+    tokens = torch.randint(settings.model.vocab_size, (*shape, moment.sequence_length + 1), generator=generator)
+    return Batch(tokens, torch.zeros(shape, dtype=torch.int64), max(1, len(timeline_of(settings).sources)))
 
 
 def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 4) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megagap.benchmark.step import QUIET_SPREAD, choose_phase, missing_data, spread
+from megagap.benchmark.step import QUIET_SPREAD, first_step, missing_data, spread
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.config.loading import override_faults
@@ -235,7 +235,7 @@ def _prepare(sweep: Sweep, combination: dict[str, str]) -> Settings | MegagapErr
     overrides = [*sweep.overrides, *(f"{name}={value}" for name, value in combination.items())]
     try:
         settings = load_recipe(sweep.recipe, overrides, sweep.processes, needs_data=False, find_model=find_model)
-        choose_phase(settings, sweep.phase)
+        first_step(settings, sweep.phase)
     except MegagapError as error:
         return error
     return settings

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megagap.checkpoint.index import INDEX_NAME, Index, unusable
-from megagap.config import Data, Model, Train, check_rules, spans, tokens_after
+from megagap.config import Data, Model, Train, check_rules, timeline_of_data
 from megagap.data.agreement import Ids
 from megagap.errors import CheckpointError, counted
 from megagap.model.shapes import model_tensors
@@ -75,11 +75,11 @@ class RunState(ModelState, Progress):
     def _counts_steps(self) -> Self:
         for fault in check_rules({"train.skip_samples": self.train.skip_samples}, None):
             raise ValueError(f"{fault.setting} = {fault.value} {fault.message}")
-        samples = self.step * self.train.global_batch_size
+        last = timeline_of_data(self.data, self.train).at(self.step)
+        samples, tokens = last.consumed_samples, last.consumed_tokens
         if self.consumed_samples != samples:
             steps = counted(self.step, "step")
             raise ValueError(f"consumed_samples = {self.consumed_samples}, but {steps} made it {samples}")
-        tokens = tokens_after(spans(self.data, self.train, 0.0), self.train.global_batch_size, self.step)
         if self.consumed_tokens != tokens:
             raise ValueError(f"consumed_tokens = {self.consumed_tokens}, but {samples} samples made it {tokens}")
         return self

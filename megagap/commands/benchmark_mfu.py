@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from megagap.benchmark.step import benchmark, choose_phase
+from megagap.benchmark.step import benchmark, first_step
 from megagap.benchmark.sweep import DONE, Sweep, notes, parse_sweep, run_sweep, table
 from megagap.checkpoint import find_model
 from megagap.commands.parser import make_parser
@@ -99,11 +99,11 @@ def time_one_layout(options: argparse.Namespace, rest: list[str]) -> None:
         settings = load_recipe(
             options.recipe, parse_overrides(rest), process.world_size, needs_data=False, find_model=find_model
         )
-        phase = choose_phase(settings, options.phase)
+        first = first_step(settings, options.phase)
         if options.output and process.rank == 0:
             require_writable(options.output / "benchmark.json")  # before spending time
         mesh = make_mesh(settings, process, launch.start(process))
-        report = benchmark(settings, mesh, phase, options.warmup, options.steps, options.profile)
+        report = benchmark(settings, mesh, first, options.warmup, options.steps, options.profile)
         if process.rank == 0:
             if options.profile and report.profile is None:
                 print("note: --profile lists the kernels of a GPU; there is none here", file=sys.stderr)

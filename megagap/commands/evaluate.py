@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from megagap.checkpoint import find_model
 from megagap.commands.parser import make_parser
-from megagap.config import Source as SourceSettings
-from megagap.config import load_recipe
+from megagap.config import SourceSettings, load_recipe
 from megagap.config.settings import source_name
 from megagap.data.agreement import require_ids_of_model
-from megagap.data.sources import WHOLE, Source, TokenSource
+from megagap.data.sources import WHOLE, TokenSource
 from megagap.data.text_bytes import TextBytes, UnknownBytesError, text_bytes
 from megagap.errors import CheckpointError, ConfigError, DataError, counted
 from megagap.inference.evaluation import (
@@ -35,6 +34,7 @@ from megagap.inference.evaluation import (
 from megagap.terminal.arguments import positive
 from megagap.terminal.console import Console
 from megagap.terminal.programs import CalledAs
+from megagap.timeline import Source
 from megagap.token_formats import find_format, matching_prefixes, pair_prefix
 from megagap.training.datasets import held_out
 

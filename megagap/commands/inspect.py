@@ -24,7 +24,7 @@ from megagap.data.inspect import (
     whole_document,
 )
 from megagap.data.manifest import Manifest, read_manifest
-from megagap.data.plan import draw_plan, plan, plan_table
+from megagap.data.mixture_plan import draw_mixture_plan, mixture_plan, mixture_plan_table
 from megagap.data.search import as_stored, search, search_table
 from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import ConfigError, DataError, counted
@@ -264,7 +264,7 @@ def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: s
     settings = load_recipe(recipe, parse_overrides(arguments), find_model=find_model)
     if step > settings.train.steps:
         raise ConfigError(f"--step {step} is beyond the end: the run's last step is {settings.train.steps}")
-    samples = step_samples(training_data(settings), settings.train.global_batch_size, step)
+    samples = step_samples(training_data(settings), step)
     if as_json:
         print(samples_json(samples))
         return
@@ -279,11 +279,11 @@ def inspect_plan(recipe: str, arguments: list[str], output: str, as_json: bool) 
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     settings = load_recipe(recipe, parse_overrides(arguments), find_model=find_model)
-    planned = plan(training_data(settings), settings.train.global_batch_size, settings.train.steps)
+    planned = mixture_plan(training_data(settings))
     if output:
-        draw_plan(planned, output)
+        draw_mixture_plan(planned, output)
         print(f"written: {output}", file=sys.stderr)
     if as_json:
         print(json.dumps(planned))
     else:
-        Console().print(plan_table(planned))
+        Console().print(mixture_plan_table(planned))

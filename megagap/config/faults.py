@@ -160,7 +160,7 @@ def _unknown_in_table(setting: str, place: str, value: Any) -> Fault:
 
 
 def _table_in(annotation: Any) -> type[Section] | None:
-    """The settings in an annotation such as ``list[Source]``."""
+    """The settings in an annotation such as ``list[SourceSettings]``."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(_table_in, get_args(annotation))), None)

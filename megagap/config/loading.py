@@ -15,9 +15,9 @@ from megagap.config.describe import annotation_of, as_argument, example, plain
 from megagap.config.faults import Fault, from_pydantic, nearest_setting, render, syntax_fault, unknown
 from megagap.config.model_section import FindModel, apply_preset, find_stored, missing_settings, origin_notes
 from megagap.config.paths import absolute, run_directory, unusable_text
-from megagap.config.phases import spans, steps_for
 from megagap.config.rules import check_rules
-from megagap.config.settings import PLANNED, SECTIONS, Phase, Section, Settings, Source, source_name
+from megagap.config.settings import PLANNED, SECTIONS, PhaseSettings, Section, Settings, SourceSettings, source_name
+from megagap.config.timeline import run_length, timeline_of_data
 from megagap.errors import CheckpointError, ConfigError, system_reason
 from megagap.token_formats import FORMATS, find_format, matching_prefixes, pair_prefix
 
@@ -248,15 +248,14 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _all_sources(settings: Settings) -> list[Source]:
+def _all_sources(settings: Settings) -> list[SourceSettings]:
     return [*settings.data.sources, *settings.data.validation, *sum((p.sources for p in settings.data.phases), [])]
 
 
 def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
     """Fill in what depends on other settings, and make paths absolute."""
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
-    plan = spans(data, train, model.rope_theta)
-    tokens = steps_for(plan, train.global_batch_size, train.tokens)
+    steps = run_length(timeline_of_data(data, train), train.steps, train.tokens)
     return _with(
         settings,
         model=_with(model, head_dim=model.head_dim or model.hidden_size // model.num_attention_heads),
@@ -272,7 +271,7 @@ def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
             phases=[_resolve_phase(phase, folder, settings) for phase in data.phases],
             validation=[_resolve_source(source, folder) for source in data.validation],
         ),
-        train=_with(train, steps=train.steps or tokens or plan[-1].first + plan[-1].steps, tokens=0),
+        train=_with(train, steps=steps, tokens=0),
         run=_with(settings.run, dir=str(run_directory(settings.run.dir, recipe))),
     )
 
@@ -281,7 +280,7 @@ def _with(section: _Section, **changes: Any) -> _Section:
     return section.model_copy(update=changes)
 
 
-def _resolve_source(source: Source, folder: Path) -> Source:
+def _resolve_source(source: SourceSettings, folder: Path) -> SourceSettings:
     paths = []
     for pattern in source.paths:
         pattern = pair_prefix(pattern) if glob.has_magic(pattern) else pattern
@@ -293,7 +292,7 @@ def _resolve_source(source: Source, folder: Path) -> Source:
     return _with(source, path=paths, name=source_name(source))
 
 
-def _resolve_phase(phase: Phase, folder: Path, settings: Settings) -> Phase:
+def _resolve_phase(phase: PhaseSettings, folder: Path, settings: Settings) -> PhaseSettings:
     return _with(
         phase,
         sources=[_resolve_source(source, folder) for source in phase.sources],

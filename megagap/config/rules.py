@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megagap.config.faults import Fault
-from megagap.config.phases import Span, phase_spans, steps_for
 from megagap.config.settings import source_name
+from megagap.config.timeline import phases_of, run_length
 from megagap.errors import counted
+from megagap.timeline import Timeline
 
 Lookup = Callable[[str], Any]
 Rule = Callable[[Lookup], Iterator[Fault]]
@@ -79,15 +80,14 @@ def _lengths(v: Lookup) -> Iterator[tuple[str, int]]:
             yield f"data.phases[{i}].sequence_length", phase.sequence_length
 
 
-def _plan(v: Lookup) -> list[Span]:
-    return phase_spans(v("data.phases"), v("train.global_batch_size"), v("train.sequence_length"))
+def _timeline(v: Lookup) -> Timeline:
+    phases = phases_of(v("data.phases"), v("train.sequence_length"))
+    return Timeline(phases, [(0, v("train.global_batch_size"))])
 
 
 def _steps(v: Lookup) -> int:
     """Of the run; 0 where its length is given wrongly."""
-    plan = _plan(v) or [Span("", 0, 0, v("train.sequence_length"), 0.0, [])]
-    by_tokens = steps_for(plan, v("train.global_batch_size"), v("train.tokens"))
-    return v("train.steps") or by_tokens or plan[-1].first + plan[-1].steps
+    return run_length(_timeline(v), v("train.steps"), v("train.tokens"))
 
 
 def _tp_divides_sequence(v: Lookup) -> Iterator[Fault]:
@@ -190,7 +190,8 @@ def _phases_are_a_plan(v: Lookup) -> Iterator[Fault]:
     names = [phase.name for phase in phases]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Fault("data.phases", name, "is the name of two phases; rename one")
-    held, steps = _plan(v)[-1].first + _plan(v)[-1].steps, _steps(v)
+    timeline, steps = _timeline(v), _steps(v)
+    held = timeline.last_step(timeline.phases[-1])
     if steps > held:
         yield Fault(
             "data.phases",

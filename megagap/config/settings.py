@@ -83,7 +83,7 @@ class Parallel(Section):
     """Layers of each pipeline stage; by default spread evenly, earlier stages first."""
 
 
-class Source(Section):
+class SourceSettings(Section):
     path: str | list[str]
     """Prefix of a .bin/.idx pair, without the ending; a glob or a list stands for shards of one source."""
     weight: AboveZero = 1.0
@@ -96,12 +96,12 @@ class Source(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
 
-class Phase(Section):
+class PhaseSettings(Section):
     name: str
     """Name in logs."""
     tokens: Positive
     """Tokens to train on, rounded up to a whole step."""
-    sources: Annotated[list[Source], Field(min_length=1)]
+    sources: Annotated[list[SourceSettings], Field(min_length=1)]
     """Its mixture, as in `data.sources`."""
     sequence_length: Count = 0
     """Tokens per sequence; 0 means train.sequence_length."""
@@ -112,11 +112,11 @@ class Phase(Section):
 class Data(Section):
     tokenizer: str = ""
     """Tokenizer of the sources (file or folder), exported with the model; optional for training."""
-    sources: list[Source] = []
+    sources: list[SourceSettings] = []
     """What to train on, `[{path = "…", weight = …}, …]`."""
-    phases: list[Phase] = []
+    phases: list[PhaseSettings] = []
     """Instead of `sources`: consecutive mixtures, `[[data.phases]]` with `name`, `tokens` and `sources`."""
-    validation: list[Source] = []
+    validation: list[SourceSettings] = []
     """Held-out sources; by default the second part of `split`."""
     split: str = "100,0,0"
     """Shares of each source's documents for training, validation and test."""
@@ -241,7 +241,7 @@ PLANNED: dict[str, dict[str, Any]] = {
 """Planned settings, each with the one value that it can be given today: what is done without it."""
 
 
-def source_name(source: Source) -> str:
+def source_name(source: SourceSettings) -> str:
     """The given name, or the file's name without folder and Megatron's ``_text_document``."""
     prefix = pair_prefix(Path(source.paths[0]).name)
     return source.name or prefix.removesuffix("_document").removesuffix("_text")

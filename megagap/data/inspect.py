@@ -188,10 +188,10 @@ def tokenizer_of_manifest(prefix: str, manifest: Manifest | None) -> tuple[Token
     return tokenizer, "; ".join(differences)
 
 
-def step_samples(data: TrainingData, global_batch_size: int, step: int) -> list[Sample]:
+def step_samples(data: TrainingData, step: int) -> list[Sample]:
     """The samples that training step ``step`` (from 1) reads, in batch order."""
-    first = (step - 1) * global_batch_size
-    return [data.sample(n) for n in range(first, first + global_batch_size)]
+    moment = data.timeline.at(step)
+    return [data.sample(position) for position in range(moment.first_sample, moment.consumed_samples)]
 
 
 def samples_json(samples: Sequence[Sample]) -> str:

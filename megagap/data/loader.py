@@ -46,40 +46,34 @@ class Batch:
 class MicrobatchLoader:
     """Gives data-parallel rank ``dp_rank`` of ``dp_size`` its part of each step's samples, in microbatches.
 
-    The rank's part is contiguous: the batch in rank order is the batch in sample order. ``global_batch_size`` must be
-    a multiple of ``micro_batch_size * dp_size``. ``workers`` threads read the steps that follow ahead, up to position
-    ``end`` if given; with 0, each step is read when it is asked for. A worker's exception is raised at the step that it
-    affects. A context manager, which stops them.
+    The rank's part is contiguous: the batch in rank order is the batch in sample order. Every batch must be a multiple
+    of ``micro_batch_size * dp_size``. ``workers`` threads read the steps that follow ahead, up to the end of the run;
+    with 0, each step is read when it is asked for. A worker's exception is raised at the step that it affects.
+    A context manager, which stops them.
     """
 
     def __init__(
         self,
         data: TrainingData,
-        global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
         *,
         workers: int = 0,
-        end: int | None = None,
         document_mask: bool = False,
     ) -> None:
-        assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        self.data, self.document_mask = data, document_mask
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.samples = global_batch_size // dp_size
-        self.offset = dp_rank * self.samples
-        self.end = end
+        self.data, self.timeline, self.document_mask = data, data.timeline, document_mask
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         self.workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="megagap-data") if workers else None
         self._ahead: dict[int, Future[Batch]] = {}
         self._epochs: tuple[int, list[int]] | None = None
 
-    def step(self, first_sample: int) -> Batch:
-        """This rank's part of the samples at positions ``first_sample … + global_batch_size``."""
-        batch = self._read(first_sample) if self._pool is None else self._next(first_sample)
-        self._log_epochs(first_sample)
+    def step(self, step: int) -> Batch:
+        """This rank's part of the samples of ``step``, counted from 1."""
+        batch = self._read(step) if self._pool is None else self._next(step)
+        self._log_epochs(step)
         return batch
 
     def close(self) -> None:
@@ -96,21 +90,25 @@ class MicrobatchLoader:
     ) -> None:
         self.close()
 
-    def _next(self, first: int) -> Batch:
+    def _next(self, step: int) -> Batch:
         assert self._pool is not None
-        wanted = [first + i * self.global_batch_size for i in range(self.workers + 1)]
-        wanted = [first, *(at for at in wanted[1:] if self.end is None or at < self.end)]
-        for at in self._ahead.keys() - set(wanted):
-            self._ahead.pop(at).cancel()
-        for at in wanted:
-            if at not in self._ahead:
-                self._ahead[at] = self._pool.submit(self._read, at)
-        return self._ahead.pop(first).result()
+        end = self.timeline.steps
+        following = range(step + 1, step + 1 + self.workers)
+        wanted = [step, *(later for later in following if end is None or later <= end)]
+        for unwanted in self._ahead.keys() - set(wanted):
+            self._ahead.pop(unwanted).cancel()
+        for number in wanted:
+            if number not in self._ahead:
+                self._ahead[number] = self._pool.submit(self._read, number)
+        return self._ahead.pop(step).result()
 
-    def _read(self, first_sample: int) -> Batch:
-        first = first_sample + self.offset
+    def _read(self, step: int) -> Batch:
+        moment = self.timeline.at(step)
+        assert moment.samples % (self.micro_batch_size * self.dp_size) == 0, moment
+        count = moment.samples // self.dp_size
+        first = moment.first_sample + self.dp_rank * count
         shape = (-1, self.micro_batch_size)
-        read, sources, read_positions = self.data.read(first, self.samples, with_positions=self.document_mask)
+        read, sources, read_positions = self.data.read(first, count, with_positions=self.document_mask)
         tokens = torch.from_numpy(read)
         positions = documents = None
         if read_positions is not None:
@@ -124,13 +122,14 @@ class MicrobatchLoader:
             documents,
         )
 
-    def _log_epochs(self, first: int) -> None:
+    def _log_epochs(self, step: int) -> None:
         """Log which sources begin another epoch within the step."""
+        moment = self.timeline.at(step)
         position, before = self._epochs or (-1, [])
-        if position != first:
-            before = self.data.epochs(first)
-        now = self.data.epochs(first + self.global_batch_size)
+        if position != moment.first_sample:
+            before = self.data.epochs(moment.first_sample)
+        now = self.data.epochs(moment.consumed_samples)
         for name, was, epoch in zip(self.data.names, before, now, strict=True):
             if epoch > was:
                 log.info("source %s repeats: epoch %d begins", name, epoch + 1)
-        self._epochs = (first + self.global_batch_size, now)
+        self._epochs = (moment.consumed_samples, now)

@@ -16,21 +16,11 @@ from numpy.typing import NDArray
 from megagap.data.agreement import Ids
 from megagap.data.identity import Identity
 from megagap.data.megatron import MegatronOrder
-from megagap.data.shuffled import PhaseDraws, Place, ShuffledOrder
+from megagap.data.shuffled import Draws, Place, ShuffledOrder
 from megagap.data.skipping import SampleNumbers
-from megagap.data.sources import TRAINING, Source, TokenSource, positions_in
+from megagap.data.sources import TRAINING, TokenSource, positions_in
 from megagap.errors import DataError
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with a mixture and a sequence length of its own."""
-
-    name: str
-    samples: int
-    """How many; ignored for the last phase."""
-    sequence_length: int
-    sources: tuple[Source, ...]
+from megagap.timeline import Source, Timeline
 
 
 @dataclass(frozen=True)
@@ -59,26 +49,27 @@ class Order(Protocol):
 
 
 class TrainingData:
-    """The sequence of training samples given by ``phases`` and ``seed``, without the numbers in ``skip``.
+    """The sequence of training samples given by ``timeline`` and ``seed``, without the numbers in ``skip``.
 
-    A phase has as many samples as it says, not counting skipped ones: positions are counted, numbers identify samples.
-    The last phase has no end. ``planned``: for how many samples Megatron's order is planned.
+    A phase has as many samples as its steps, not counting skipped ones: positions are counted, numbers identify
+    samples. ``megatron``: in Megatron's order, planned for the run's steps.
     The order within a source depends on its name, not on its path; the mixture on weights and order of the sources.
     """
 
     def __init__(
         self,
-        phases: Sequence[Phase],
+        timeline: Timeline,
         seed: int,
         split: str = "100,0,0",
         vocab_size: int | None = None,
         skip: Sequence[tuple[int, int]] = (),
-        planned: int | None = None,
+        *,
+        megatron: bool = False,
     ) -> None:
-        self.phases, self.seed, self.numbers = list(phases), seed, SampleNumbers(skip)
+        self.timeline, self.seed, self.numbers = timeline, seed, SampleNumbers(skip)
         self.ids: Ids | None = None
         """What their tokenizer declares about the ids, if known."""
-        self._positions = list(accumulate((phase.samples for phase in phases[:-1]), initial=0))
+        phases = timeline.phases
         named: dict[str, Source] = {}
         for phase in phases:
             require_distinct_names(phase.sources)
@@ -94,20 +85,23 @@ class TrainingData:
             for source in phase.sources:
                 self.sources[index[source.name]].require(phase.sequence_length)
         self.order: Order
-        if planned is not None:
+        if megatron:
             (phase,) = phases
+            assert timeline.steps is not None, "Megatron's order depends on the length of the run"
+            planned = timeline.at(timeline.steps).consumed_samples
             weights = [source.weight for source in phase.sources]
             drawn = self.numbers.number(planned - 1) + 1
             self.order = MegatronOrder(self.sources, weights, planned, phase.sequence_length, seed, drawn)
         else:
+            starts = [timeline.at(timeline.first_step(phase)).first_sample for phase in phases]
             draws = [
-                PhaseDraws(
+                Draws(
                     self.numbers.number(position) if position else 0,
                     phase.sequence_length,
                     [index[source.name] for source in phase.sources],
                     [source.weight for source in phase.sources],
                 )
-                for position, phase in zip(self._positions, phases, strict=True)
+                for position, phase in zip(starts, phases, strict=True)
             ]
             self.order = ShuffledOrder(draws, list(named), [source.token_count for source in self.sources], seed)
 
@@ -142,12 +136,12 @@ class TrainingData:
         a file that they come from was rebuilt since it was opened.
         """
         places = list(self._places(first, first + count))
-        spans: dict[int, list[tuple[int, int]]] = {}
+        stretches: dict[int, list[tuple[int, int]]] = {}
         for _, i, place in places:
-            spans.setdefault(i, []).extend(place.stretches)
-        self._require_unchanged(spans)  # reading a truncated memory-mapped file kills the process
+            stretches.setdefault(i, []).extend(place.stretches)
+        self._require_unchanged(stretches)  # reading a truncated memory-mapped file kills the process
         samples = [self._read_documents(i, place) for _, i, place in places]
-        self._require_unchanged(spans)
+        self._require_unchanged(stretches)
         tokens = np.stack([sample for sample, _ in samples])
         positions = positions_in([ends for _, ends in samples], tokens.shape[1]) if with_positions else None
         return tokens, np.array([i for _, i, _ in places], np.int64), positions
@@ -176,8 +170,8 @@ class TrainingData:
                 yield number, i, self.order.place(i, drawn[i])
                 drawn[i] += 1
 
-    def _require_unchanged(self, spans: dict[int, list[tuple[int, int]]]) -> None:
-        for i, stretches in spans.items():
+    def _require_unchanged(self, touched: dict[int, list[tuple[int, int]]]) -> None:
+        for i, stretches in touched.items():
             self.sources[i].require_unchanged(stretches)
 
     def _read(self, source: int, place: Place) -> NDArray[np.int64]:

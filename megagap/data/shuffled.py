@@ -171,8 +171,9 @@ class SourceOrder:
 
 
 @dataclass(frozen=True)
-class PhaseDraws:
-    """Samples from number ``first`` on: from which sources (indices), in which shares, how long."""
+class Draws:
+    """How a phase's samples, from number ``first`` on, are drawn: from which sources (indices), in which shares, how
+    long."""
 
     first: int
     sequence_length: int
@@ -183,7 +184,7 @@ class PhaseDraws:
 class ShuffledOrder:
     """Which source each sample comes from and where it lies in it, as functions of (seed, sample number)."""
 
-    def __init__(self, phases: Sequence[PhaseDraws], names: Sequence[str], tokens: Sequence[int], seed: int) -> None:
+    def __init__(self, phases: Sequence[Draws], names: Sequence[str], tokens: Sequence[int], seed: int) -> None:
         self.phases = phases
         self._firsts = [phase.first for phase in phases]
         # One rotation for all phases: if the next one has the same weights, the boundary makes no difference.

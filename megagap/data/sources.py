@@ -19,6 +19,7 @@ from megagap.data.order import split_ranges, window_count
 from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
 from megagap.terminal.programs import typed
+from megagap.timeline import Source
 from megagap.token_formats import format_of, pair_prefix
 
 TRAINING, VALIDATION, WHOLE = 0, 1, None
@@ -26,15 +27,6 @@ TRAINING, VALIDATION, WHOLE = 0, 1, None
 
 CHECKED_AT_OPENING = 1024
 """Index entries that are checked on opening: at the start, and around the part's ends."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source of tokens; several prefixes are shards that are read one after another."""
-
-    name: str
-    prefixes: tuple[str, ...]
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -151,9 +143,9 @@ class TokenSource:
         """The identity of each shard, which detects a rebuilt one."""
         return [watch.identity for watch in self._watches]
 
-    def require_unchanged(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Raises :class:`DataError` if a shard with a token in a span is no longer what was opened."""
-        touched = {id(piece.watch): piece.watch for span in spans for piece, _, _ in self._stretches(*span)}
+    def require_unchanged(self, stretches: Sequence[tuple[int, int]]) -> None:
+        """Raises :class:`DataError` if a shard with a token in a stretch is no longer what was opened."""
+        touched = {id(piece.watch): piece.watch for part in stretches for piece, _, _ in self._stretches(*part)}
         for watch in touched.values():
             watch.require_unchanged(self.source.name)
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from megagap.data.order import split_shares
 from megagap.data.samples import require_distinct_names
-from megagap.data.sources import VALIDATION, WHOLE, Source, TokenSource, positions_in, same_pairs
+from megagap.data.sources import VALIDATION, WHOLE, TokenSource, positions_in, same_pairs
+from megagap.timeline import Source
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import tomli_w
 import torch
 
 from megagap.checkpoint.save import LATEST
-from megagap.config import Settings, spans
+from megagap.config import Settings, timeline_of
 from megagap.errors import ConfigError, DataError, DistributedError
 from megagap.files import (
     LineFile,
@@ -298,7 +298,7 @@ def layout(mesh: Mesh) -> dict[str, Any]:
 
 def mfu_formula(settings: Settings, mesh: Mesh) -> dict[str, Any]:
     """What the ``mfu`` and ``tflops_per_device`` of metrics.jsonl mean in this run."""
-    lengths = sorted({span.sequence_length for span in spans(settings.data, settings.train, settings.model.rope_theta)})
+    lengths = timeline_of(settings).sequence_lengths
     peak = peak_tflops(mesh.device)
     device = torch.cuda.get_device_name(mesh.device) if peak is not None else None
     return {

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megagap.config import Settings, spans
+from megagap.config import Settings, timeline_of
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
@@ -166,8 +166,7 @@ def assumptions(settings: Settings) -> list[str]:
 
 
 def _longest_sequence(settings: Settings) -> int:
-    plan = spans(settings.data, settings.train, settings.model.rope_theta)
-    return max(span.sequence_length for span in plan)
+    return timeline_of(settings).sequence_lengths[-1]
 
 
 def _require_known_attention(settings: Settings, device: Device) -> None:
@@ -203,7 +202,7 @@ class _Stage:
 
         self.batch = train.micro_batch_size
         self.length = _longest_sequence(settings)
-        self.microbatches = train.global_batch_size // (self.batch * self.dp)
+        self.microbatches = timeline_of(settings).largest_batch // (self.batch * self.dp)
         in_flight = self.microbatches if parallel.schedule == "gpipe" else self.pp - stage
         self.in_flight = min(in_flight, self.microbatches)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from rich.table import Table
 
-from megagap.benchmark.step import batches, choose_phase, missing_data, random_batch
-from megagap.config import Settings, Span
+from megagap.benchmark.step import batches, first_step, missing_data, random_batch
+from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.errors import ConfigError, DataError
 from megagap.files import write_bytes, writing
@@ -25,6 +25,7 @@ from megagap.planning.pretend import PinnedMemory, pretending
 from megagap.planning.recording import KINDS, HostSync, Operation, Recorder
 from megagap.planning.roofline import cost
 from megagap.process.rendezvous import Process
+from megagap.timeline import Moment
 from megagap.train import make_mesh
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
@@ -54,7 +55,8 @@ class Trace:
     """One step of one rank, in the steady state; :meth:`as_dict` is what ``--json`` prints."""
 
     settings: Settings
-    phase: Span
+    moment: Moment
+    """The run's first step: others of its phase are like it."""
     device: Device
     world_size: int
     operations: list[Operation]
@@ -74,7 +76,7 @@ class Trace:
     @property
     def tokens_per_second(self) -> float:
         """Of all devices together."""
-        return self.settings.train.global_batch_size * self.phase.sequence_length / self.step_seconds
+        return self.moment.tokens / self.step_seconds
 
     @property
     def mfu(self) -> dict[str, float] | None:
@@ -82,7 +84,7 @@ class Trace:
         peak = self.device.peak_tflops.get(DTYPES[COMPUTE_DTYPES[self.settings.train.precision]])
         if peak is None:
             return None
-        flops = flops_per_token(self.settings.model, self.phase.sequence_length)
+        flops = flops_per_token(self.settings.model, self.moment.sequence_length)
         per_device = self.tokens_per_second / self.world_size / (peak * 1e12)
         return {"full": flops.full * per_device, "causal": flops.causal * per_device}
 
@@ -159,12 +161,12 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
             f"parallel.pp = {settings.parallel.pp}: a stage waits for its neighbours, which a trace of one rank does "
             "not show\n  trace --parallel.pp 1, with as many layers as a stage has; its memory alone: --memory."
         )
-    phase = choose_phase(settings)
+    first = first_step(settings)
     pinned = PinnedMemory()
     recorder = Recorder(device.kind != "cpu", pinned)
     with _fake_groups(world_size):
         mesh = make_mesh(settings, Process(0, world_size, 0, min(world_size, device.node)), device.torch_device)
-        host_batch = _host_batch(settings, mesh, phase)
+        host_batch = _host_batch(settings, mesh, first)
         with pretending(device, pinned, recorder.host_sync), recorder:
             state = build_state(settings, mesh)
             batch = host_batch.to(mesh.device)
@@ -173,20 +175,20 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
             with recorder.recording():
                 train_step(state, batch, lambda: (False, False))
     operations, host_syncs, peak = recorder.operations, recorder.host_syncs, recorder.memory.peak
-    return Trace(settings, phase, device, world_size, operations, host_syncs, peak, static)
+    return Trace(settings, first, device, world_size, operations, host_syncs, peak, static)
 
 
-def _host_batch(settings: Settings, mesh: Mesh, phase: Span) -> Batch:
+def _host_batch(settings: Settings, mesh: Mesh, first: Moment) -> Batch:
     """Random tokens; the recipe's data where the documents in it decide what is computed."""
     if not settings.data.document_mask:
-        return random_batch(settings, mesh, phase)
+        return random_batch(settings, mesh, first)
     if (missing := missing_data(settings)) is not None:
         raise ConfigError(
             f"data.document_mask = true: the cost of attention depends on the documents, and {missing}\n"
             "  name data that exists, or trace --data.document_mask false."
         )
-    with batches(settings, mesh, phase) as next_batch:
-        return next_batch(phase.first * settings.train.global_batch_size)
+    with batches(settings, mesh, first) as next_batch:
+        return next_batch(first.step)
 
 
 @contextmanager
@@ -291,8 +293,8 @@ def title(trace: Trace) -> str:
     train = trace.settings.train
     ranks = f", rank 0 of {trace.world_size}" if trace.world_size > 1 else ""
     return (
-        f"predicted step on {trace.device.key}{ranks}: {train.global_batch_size} sequences of "
-        f"{trace.phase.sequence_length:,} tokens, {train.precision}"
+        f"predicted step on {trace.device.key}{ranks}: {trace.moment.samples} sequences of "
+        f"{trace.moment.sequence_length:,} tokens, {train.precision}"
     )
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megagap.checkpoint.state import RunState
-from megagap.config import Data, Model, Settings, Span, Train, spans
+from megagap.config import Model, Settings, Train, timeline_of, timeline_of_data
 from megagap.data.skipping import SampleNumbers
 from megagap.errors import CheckpointError
 from megagap.model.shapes import vocabulary_tensors
 from megagap.resume.differences import Change, differences
+from megagap.timeline import Phase, Timeline
 from megagap.training.datasets import skipped_ranges
 
 # Beside the model, the settings that say which samples are trained on: they may not change when a run resumes.
@@ -22,7 +23,7 @@ _FIXED: dict[str, tuple[str, ...]] = {
     "data": ("split", "order"),
     "train": ("seed", "global_batch_size", "precision"),
 }
-_FREE = {"preset", "initializer_range", "path"}
+_FREE = {"preset", "initializer_range"}
 
 _IS_DEFAULT = ", the default: set it to the value you mean"
 """Nobody asks for another model by leaving a setting out."""
@@ -100,8 +101,8 @@ def _past_differences(saved: RunState, settings: Settings) -> list[str]:
         for i, (old, new) in enumerate(zip(then, now, strict=True))
         for key, single in own
         for change in differences(
-            _without_paths(old[key]),
-            _without_paths(new[key]),
+            old[key],
+            new[key],
             f"data.phases[{i}].{key}" if settings.data.phases else single,
         )
     ]
@@ -137,8 +138,8 @@ def past_changes(saved: RunState, settings: Settings) -> list[Change]:
 def _both_pasts(saved: RunState, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The phases up to the saved step, as they were and as the settings have them now."""
     return (
-        _past(saved.data, saved.train, saved.model.rope_theta, saved.step),
-        _past(settings.data, settings.train, settings.model.rope_theta, saved.step),
+        _past(timeline_of_data(saved.data, saved.train, saved.model.rope_theta), saved.step),
+        _past(timeline_of(settings), saved.step),
     )
 
 
@@ -148,24 +149,26 @@ def _skipped(train: Train, last: int | None) -> list[tuple[int, int]]:
     return [(start, min(stop, last + 1)) for start, stop in ranges if start <= last] if last is not None else []
 
 
-def _past(data: Data, train: Train, rope_theta: float, step: int) -> list[dict[str, Any]]:
+def _past(timeline: Timeline, step: int) -> list[dict[str, Any]]:
     """The phases of the first ``step`` steps; neighbours that differ in their names only are one."""
-
-    def described(span: Span) -> dict[str, Any]:
-        shape = {"sequence_length": span.sequence_length, "rope_theta": span.rope_theta}
-        return shape | {"sources": [source.model_dump(mode="json") for source in span.sources]}
-
     past: list[dict[str, Any]] = []
-    for span in spans(data, train, rope_theta):
-        steps = min(span.steps, step - span.first) if data.phases else step
+    for phase in timeline.phases:
+        last = step if phase.tokens is None else min(step, timeline.last_step(phase))
+        steps = last - timeline.first_step(phase) + 1
         if steps <= 0:
             break
-        own = described(span)
-        if past and _without_paths(own) == {key: _without_paths(past[-1][key]) for key in own}:
+        own = _described(phase)
+        if past and own == {key: past[-1][key] for key in own}:
             past[-1]["steps"] += steps
         else:
-            past.append({"name": span.name, "steps": steps, **own})
+            past.append({"name": phase.name, "steps": steps, **own})
     return past
+
+
+def _described(phase: Phase) -> dict[str, Any]:
+    """What determines a phase's samples, and its wavelengths. Files may move: sources have no paths."""
+    sources = [{"weight": source.weight, "name": source.name} for source in phase.sources]
+    return {"sequence_length": phase.sequence_length, "rope_theta": phase.rope_theta, "sources": sources}
 
 
 def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:
@@ -192,10 +195,3 @@ def _differences(saved: dict[str, Any], settings: Settings, compared: Mapping[st
         for key in keys
         if saved[section][key] != now[section][key]
     ]
-
-
-def _without_paths(value: Any) -> Any:
-    """Sources without their paths: files may move."""
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return {k: v for k, v in value.items() if k not in _FREE} if isinstance(value, dict) else value

@@ -34,17 +34,18 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
     settings = state.settings
     folder = run.checkpoints / step_folder_name(state.step)
+    moment = state.moment
     progress = Progress(
         step=state.step,
         updates=state.optimizer.updates,
-        consumed_samples=state.consumed_samples,
-        consumed_tokens=state.consumed_tokens,
-        last_sample=last_sample(settings, state.consumed_samples),
+        consumed_samples=moment.consumed_samples,
+        consumed_tokens=moment.consumed_tokens,
+        last_sample=last_sample(settings, moment.consumed_samples),
     )
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["recipe_rope_theta"] = settings.model.rope_theta
-    saved["model"]["rope_theta"] = state.phase.rope_theta  # which the weights were last trained with
+    saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
     if data.ids is not None:
         saved["ids"] = data.ids.record()
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))

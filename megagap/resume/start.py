@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import step_folders, step_of
-from megagap.config import Settings
+from megagap.config import Settings, timeline_of
 from megagap.errors import DataError
 from megagap.observe.run_directory import CONFIG, RunDirectory, layout
-from megagap.optim.learning_rate import learning_rate
 from megagap.parallel.mesh import Mesh
 from megagap.resume.differences import Change, differences
+from megagap.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +128,13 @@ def _last_settings(start: Start, run: RunDirectory) -> tuple[str, dict[str, Any]
     return start.folder.name, before, kept
 
 
-def warn_of_rising_rate(start: Start, settings: Settings, run: RunDirectory) -> None:
+def warn_of_rising_rate(start: Start, timeline: Timeline, run: RunDirectory) -> None:
     """Warn where the learning rate had begun to fall and rises again, as after raising ``train.steps`` of a run in or
     past its cooldown; the event ``learning_rate_rises`` records it."""
     decay = _decay_of(start)
     if decay is None:
         return
-    rate = learning_rate(settings.optim, settings.train.steps, start.step + 1)
+    rate = timeline.at(start.step + 1).lr
     if rate <= decay.rate:
         return
     log.warning(
@@ -198,4 +198,4 @@ def _decay_of(start: Start) -> _Decay | None:
     last_full = {"constant": steps, "wsd": steps - optim.cooldown_steps}.get(optim.schedule, optim.warmup_steps)
     if start.step <= last_full:
         return None
-    return _Decay(start.folder, optim.schedule, last_full, learning_rate(optim, steps, start.step))
+    return _Decay(start.folder, optim.schedule, last_full, timeline_of(before).at(start.step).lr)

@@ -2,36 +2,35 @@
 
 import logging
 
-from megagap.config import Settings, Train, sources_of, spans
-from megagap.config import Source as SourceSettings
+from megagap.config import Settings, Train, sources_of, timeline_of
 from megagap.data.agreement import Ids, require_agreement
-from megagap.data.plan import unnormalised_weights
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source, TokenSource, shared_pairs
+from megagap.data.mixture_plan import unnormalised_weights
+from megagap.data.samples import TrainingData
+from megagap.data.sources import TokenSource, shared_pairs
 from megagap.data.validation import ValidationData, held_out_sources, open_validation
+from megagap.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
 
-def training_data(settings: Settings) -> TrainingData:
-    """Raises :class:`DataError` if a file is missing, damaged or too small, or does not fit tokenizer and model."""
-    train, batch = settings.train, settings.train.global_batch_size
-    plan = spans(settings.data, train, settings.model.rope_theta)
-    phases = [
-        Phase(span.name, span.steps * batch, span.sequence_length, tuple(_sources(span.sources))) for span in plan
-    ]
-    for phase in phases:
+def training_data(settings: Settings, timeline: Timeline | None = None) -> TrainingData:
+    """The training samples of ``timeline``, by default the settings' own.
+
+    Raises :class:`DataError` if a file is missing, damaged or too small, or does not fit tokenizer and model.
+    """
+    train, timeline = settings.train, timeline or timeline_of(settings)
+    for phase in timeline.phases:
         if complaint := unnormalised_weights(phase):
             log.warning("%s", complaint)
-    for complaint in shared_pairs(_sources(sources_of(plan))):
+    for complaint in shared_pairs(timeline.sources):
         log.warning("%s", complaint)
     opened = TrainingData(
-        phases,
+        timeline,
         train.seed,
         settings.data.split,
         settings.model.vocab_size,
         skipped_ranges(train),
-        planned=train.steps * batch if settings.data.order == "megatron" else None,
+        megatron=settings.data.order == "megatron",
     )
     opened.ids = check_agreement(settings)
     return opened
@@ -43,11 +42,11 @@ def check_agreement(settings: Settings) -> Ids | None:
     Raises :class:`DataError` otherwise.
     """
     data, train = settings.data, settings.train
-    named = sources_of(spans(data, train, settings.model.rope_theta))
-    named += data.validation if train.evaluate_every or train.evaluate_first else []
+    named = timeline_of(settings).sources
+    named += sources_of(data.validation) if train.evaluate_every or train.evaluate_first else []
     sources: dict[str, list[str]] = {}
     for source in named:
-        sources.setdefault(source.name, []).extend(source.paths)
+        sources.setdefault(source.name, []).extend(source.prefixes)
     ids, warnings = require_agreement(sources, data.tokenizer, settings.model.vocab_size, data.document_mask)
     for warning in warnings:
         log.warning("%s", warning)
@@ -62,8 +61,8 @@ def validation_data(settings: Settings) -> ValidationData:
             log.warning("data.validation is given, but train.evaluate_every = 0: it is never evaluated")
         return ValidationData([], train.sequence_length, train.evaluate_samples)
     return open_validation(
-        _sources(sources_of(spans(data, train, settings.model.rope_theta))),
-        _sources(data.validation),
+        timeline_of(settings).sources,
+        sources_of(data.validation),
         train.sequence_length,
         train.evaluate_samples,
         data.split,
@@ -77,14 +76,9 @@ def held_out(settings: Settings, vocab_size: int) -> list[TokenSource]:
     ``vocab_size``: of the model that is to read it. Raises :class:`DataError` if a file is missing or damaged.
     """
     data = settings.data
-    training = _sources(sources_of(spans(data, settings.train, settings.model.rope_theta)))
-    return held_out_sources(training, _sources(data.validation), data.split, vocab_size)
+    return held_out_sources(timeline_of(settings).sources, sources_of(data.validation), data.split, vocab_size)
 
 
 def skipped_ranges(train: Train) -> list[tuple[int, int]]:
     """``train.skip_samples`` as half-open ranges of global sample numbers."""
     return [(int(start), int(stop)) for start, _, stop in (r.partition(":") for r in train.skip_samples)]
-
-
-def _sources(sources: list[SourceSettings]) -> list[Source]:
-    return [Source(source.name, tuple(source.paths), source.weight) for source in sources]

@@ -23,6 +23,7 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import newest_checkpoint, start_over
+from megagap.timeline import Timeline
 from megagap.training.datasets import skipped_ranges
 from megagap.training.step import TrainState, next_step_is_finite
 
@@ -126,13 +127,13 @@ def any_not_finite(optimizer: DistributedOptimizer, mesh: Mesh) -> bool:
 
 
 def diverged(
-    problem: str, settings: Settings, run: RunDirectory, first: int, last: int, start: int = 0
+    problem: str, settings: Settings, timeline: Timeline, run: RunDirectory, first: int, last: int, start: int = 0
 ) -> DivergedError:
     """The error that ends a run at step ``last``, whose loss, gradients or weights are not finite since step ``first``.
 
     ``start``: the step that this start of the run began at.
     """
-    samples = ", ".join(f'"{text}"' for text in _samples_to_skip(settings, run, first, last, start))
+    samples = ", ".join(f'"{text}"' for text in _samples_to_skip(settings, timeline, run, first, last, start))
     return DivergedError(
         f"{problem}\n  {_where_to_resume(settings, run, first)}\n"
         "  Change what made it diverge: a lower optim.lr or a longer optim.warmup_steps; or skip the samples of "
@@ -140,14 +141,16 @@ def diverged(
     )
 
 
-def _samples_to_skip(settings: Settings, run: RunDirectory, first: int, last: int, start: int) -> list[str]:
+def _samples_to_skip(
+    settings: Settings, timeline: Timeline, run: RunDirectory, first: int, last: int, start: int
+) -> list[str]:
     """``train.skip_samples`` with the samples of the steps ``first`` to ``last`` added, and of the step before: its
     update may have ruined the weights. What comes before the checkpoint to resume from cannot be left out any more."""
-    batch = settings.train.global_batch_size
     good = newest_checkpoint(run)
     made = max(start, first - 2, 0 if good is None else step_of(good))
     numbers = SampleNumbers(skipped_ranges(settings.train))
-    added = f"{numbers.number(made * batch)}:{numbers.number(last * batch - 1) + 1}"
+    begin, end = timeline.at(made).consumed_samples, timeline.at(last).consumed_samples
+    added = f"{numbers.number(begin)}:{numbers.number(end - 1) + 1}"
     return [*settings.train.skip_samples, added]
 
 

@@ -38,7 +38,7 @@ def evaluate(
                 raise EvaluationStoppedError
 
     state.optimizer.store.wait_for_parameters()
-    state.stage.use_rope_theta(state.phase.rope_theta)
+    state.stage.use_rope_theta(state.moment.rope_theta)
     return {name: _source_loss(state, data, name, pause) for name in data.windows}
 
 

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megagap.config import Settings, span_of, spans, tokens_after
+from megagap.config import Settings
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.parallel.mesh import Mesh
+from megagap.timeline import Timeline
 from megagap.training.divergence import MOST_SKIPPED, PROBLEM, SkippedSteps, diverged
 from megagap.training.step import StepResult
 
@@ -32,17 +33,22 @@ class Recorder:
     """
 
     def __init__(
-        self, settings: Settings, mesh: Mesh, run: RunDirectory, step: int, skipped: SkippedSteps | None = None
+        self,
+        settings: Settings,
+        timeline: Timeline,
+        mesh: Mesh,
+        run: RunDirectory,
+        step: int,
+        skipped: SkippedSteps | None = None,
     ) -> None:
-        self.settings, self.mesh, self.run, self.start = settings, mesh, run, step
+        self.settings, self.timeline, self.mesh, self.run, self.start = settings, timeline, mesh, run, step
         self.metrics: MetricsFile | None = None
         self.tensorboard: TensorBoard | None = None
         if run.is_writer:
             self.metrics = MetricsFile(run.metrics, step)
             if settings.run.tensorboard:
                 self.tensorboard = TensorBoard(run.path / "tensorboard", step)
-        self.phases = spans(settings.data, settings.train, settings.model.rope_theta)
-        self.sources = list(dict.fromkeys(source.name for phase in self.phases for source in phase.sources))
+        self.sources = [source.name for source in timeline.sources]
         self.peak = peak_tflops(mesh.device)
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
         self.skipped = skipped or SkippedSteps()
@@ -55,18 +61,19 @@ class Recorder:
         end = time.perf_counter()
         seconds, self.last_end = end - self.last_end, end
         self.seconds = [*self.seconds[-49:], seconds]
-        batch, length = self.settings.train.global_batch_size, span_of(self.phases, step).sequence_length
-        flops = flops_per_token(self.settings.model, length).full * batch * length / self.mesh.world.size
+        moment = self.timeline.at(step)
+        per_token = flops_per_token(self.settings.model, moment.sequence_length).full
+        flops = per_token * moment.tokens / self.mesh.world.size
         tflops = flops / seconds / 1e12
         self.pending = (
             result,
             {
                 "step": step,
-                "consumed_samples": step * batch,
-                "consumed_tokens": tokens_after(self.phases, batch, step),
+                "consumed_samples": moment.consumed_samples,
+                "consumed_tokens": moment.consumed_tokens,
                 "lr": result.lr,
                 "step_seconds": seconds,
-                "tokens_per_second": batch * length / seconds,
+                "tokens_per_second": moment.tokens / seconds,
                 "tflops_per_device": tflops,
                 "mfu": None if self.peak is None else tflops / self.peak,
                 "memory_bytes": peak_memory_bytes(self.mesh.device),
@@ -125,7 +132,7 @@ class Recorder:
         starts = f" ({count - here} of them in earlier starts)" if count > here else ""
         length = "1 step" if count == 1 else f"{count} steps in a row"
         problem = f"{PROBLEM} for {length}{starts}, up to step {step}"
-        return diverged(problem, self.settings, self.run, step - here + 1, step, self.start)
+        return diverged(problem, self.settings, self.timeline, self.run, step - here + 1, step, self.start)
 
     def sync(self) -> None:
         """Write all records so far and sync them to disk."""

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megagap.config import Settings, Span, span_of, spans, tokens_after
+from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
-from megagap.optim.learning_rate import learning_rate
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import Boundary, execute, plan
 from megagap.parallel.schedule import SCHEDULES, Action
+from megagap.timeline import Moment, Timeline
 from megagap.training.guard import accept_update
 
 
@@ -30,25 +30,14 @@ class TrainState:
     stage: LlamaStage
     optimizer: DistributedOptimizer
     program: list[Action]
+    timeline: Timeline
     step: int = 0
     """Steps made, including those whose update was skipped."""
-    phases: list[Span] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.phases = spans(self.settings.data, self.settings.train, self.settings.model.rope_theta)
 
     @property
-    def phase(self) -> Span:
-        """Of the last step made."""
-        return span_of(self.phases, self.step)
-
-    @property
-    def consumed_samples(self) -> int:
-        return self.step * self.settings.train.global_batch_size
-
-    @property
-    def consumed_tokens(self) -> int:
-        return tokens_after(self.phases, self.settings.train.global_batch_size, self.step)
+    def moment(self) -> Moment:
+        """The last step made."""
+        return self.timeline.at(self.step)
 
 
 class HostCopy:
@@ -145,7 +134,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     """
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
     state.step += 1
-    state.stage.use_rope_theta(state.phase.rope_theta)
+    moment = state.moment
+    state.stage.use_rope_theta(moment.rope_theta)
     work = compute_gradients(state, batch, state.program)
 
     # Filled on the device: a copy from the host would wait for it.
@@ -155,9 +145,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
-    lr = learning_rate(optim, state.settings.train.steps, state.step)
-    optimizer.step(lr, clip_divisor(norm, optim.clip_grad), accepted)
-    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, lr)
+    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), accepted)
+    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, moment.lr)
 
 
 def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> BoundStage:

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from megagap.config import Settings, span_of, tokens_after
+from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
@@ -19,6 +19,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
 from megagap.resume.persistence import find_source, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
+from megagap.timeline import Timeline
 from megagap.training.datasets import training_data, validation_data
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
@@ -34,8 +35,9 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     source = find_source(settings, run, mesh)
     require_loadable(settings, run, source)
-    data, held_out = training_data(settings), validation_data(settings)
-    state = build_state(settings, mesh)
+    timeline = timeline_of(settings)
+    data, held_out = training_data(settings, timeline), validation_data(settings)
+    state = build_state(settings, mesh, timeline)
     start = load(state, run, data, source)
     steps = settings.train.steps
     if state.step >= steps:
@@ -56,9 +58,9 @@ def train_from(
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
     log_start(start, state)
-    warn_of_rising_rate(start, settings, run)
+    warn_of_rising_rate(start, state.timeline, run)
     skipped = SkippedSteps.of_run(run, state.step, mesh)
-    recorder = Recorder(settings, mesh, run, state.step, skipped)
+    recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped)
     # From here on a signal asks to stop; before, it ends the process.
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
@@ -68,7 +70,7 @@ def train_from(
     if settings.train.evaluate_first and state.step == 0 and held_out.windows:
         stopping = try_to_evaluate(state, held_out, recorder, requests) is None
     while state.step < steps and not stopping:
-        batch = loader.step(state.consumed_samples).to(mesh.device)
+        batch = loader.step(state.step + 1).to(mesh.device)
         log_phase_start(state, run)
         result = train_step(state, batch, requests.poll)
         run.step = state.step
@@ -126,7 +128,7 @@ def diverged_at_end(recorder: Recorder, reason: str, last: int) -> DivergedError
     if recorder.skipped.total:
         return recorder.too_many_skipped(last)
     problem = f"after step {last}, the last one, {reason}"
-    return diverged(problem, recorder.settings, recorder.run, last, last, recorder.start)
+    return diverged(problem, recorder.settings, recorder.timeline, recorder.run, last, last, recorder.start)
 
 
 def record_stop(run: RunDirectory, asked_by: str, state: TrainState, withheld: str | None) -> None:
@@ -141,29 +143,27 @@ def record_stop(run: RunDirectory, asked_by: str, state: TrainState, withheld: s
 
 def make_loader(settings: Settings, mesh: Mesh, data: TrainingData) -> MicrobatchLoader:
     """This data rank's part of the run's batches."""
-    train = settings.train
     return MicrobatchLoader(
         data,
-        train.global_batch_size,
-        train.micro_batch_size,
+        settings.train.micro_batch_size,
         mesh.dp.rank,
         mesh.dp.size,
         workers=settings.data.workers,
-        end=train.steps * train.global_batch_size,
         document_mask=settings.data.document_mask,
     )
 
 
 def log_phase_start(state: TrainState, run: RunDirectory) -> None:
     """Log when the next step is the first of a phase."""
-    phase = span_of(state.phases, state.step + 1)
-    if state.settings.data.phases and phase.first == state.step:
-        run.event("phase", phase=phase.name, first_step=phase.first + 1, sequence_length=phase.sequence_length)
-        log.info("phase %s: steps %d to %d", phase.name, phase.first + 1, phase.first + phase.steps)
+    step, timeline = state.step + 1, state.timeline
+    phase = timeline.at(step).phase
+    if state.settings.data.phases and timeline.first_step(phase) == step:
+        run.event("phase", phase=phase.name, first_step=step, sequence_length=phase.sequence_length)
+        log.info("phase %s: steps %d to %d", phase.name, step, timeline.last_step(phase))
 
 
-def build_state(settings: Settings, mesh: Mesh) -> TrainState:
-    """This rank's stage with its initial weights, and its optimizer."""
+def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None) -> TrainState:
+    """This rank's stage with its initial weights, and its optimizer. ``timeline``: by default the settings' own."""
     stage = build_stage(
         settings.model,
         settings.parallel.layers_per_stage or [settings.model.num_hidden_layers],
@@ -175,7 +175,8 @@ def build_state(settings: Settings, mesh: Mesh) -> TrainState:
     initialise(parameters, settings.model, settings.train.seed)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
     optimizer.store.wait_as_used(stage.blocks())
-    return TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
+    program = build_program(settings, mesh)
+    return TrainState(settings, mesh, stage, optimizer, program, timeline or timeline_of(settings))
 
 
 def log_start(start: Start, state: TrainState) -> None:
@@ -191,6 +192,6 @@ def log_start(start: Start, state: TrainState) -> None:
         processes,
         axes,
         counted(steps, "step"),
-        counted(tokens_after(state.phases, settings.train.global_batch_size, steps), "token"),
+        counted(state.timeline.at(steps).consumed_tokens, "token"),
         start,
     )

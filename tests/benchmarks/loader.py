@@ -12,8 +12,8 @@ import numpy as np
 
 from megagap.data.indexed import IndexedDatasetWriter
 from megagap.data.loader import MicrobatchLoader
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.samples import TrainingData
+from megagap.timeline import Phase, Source, Timeline
 
 LENGTH, STEP = 4096, 64
 
@@ -32,14 +32,15 @@ def main() -> None:
                 for length in random.integers(1, 1000, given.documents):
                     writer.add_document(random.integers(0, 128_256, length, dtype=np.int32))
             sources.append(Source(name, (f"{folder}/{name}",), 0.5))
-        data = TrainingData([Phase("all", 0, LENGTH, tuple(sources))], seed=1, vocab_size=128_256)
+        timeline = Timeline([Phase("all", None, LENGTH, tuple(sources))], [(0, STEP)])
+        data = TrainingData(timeline, seed=1, vocab_size=128_256)
         for workers in (0, 1, 2):
-            with MicrobatchLoader(data, STEP, 4, workers=workers, document_mask=given.mask) as loader:
-                loader.step(0)
+            with MicrobatchLoader(data, 4, workers=workers, document_mask=given.mask) as loader:
+                loader.step(1)
                 seconds = []
-                for step in range(1, given.steps + 1):
+                for step in range(2, given.steps + 2):
                     begin = time.perf_counter()
-                    loader.step(step * STEP)
+                    loader.step(step)
                     seconds.append(time.perf_counter() - begin)
             mean = sum(seconds) / len(seconds)
             print(

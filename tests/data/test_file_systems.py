@@ -14,12 +14,13 @@ import pytest
 
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.partial import CannotWriteError, lock_pair
-from megagap.data.sources import Source, TokenSource
+from megagap.data.sources import TokenSource
 from megagap.errors import DataError
 from megagap.preprocess import arrange, preprocess
 from megagap.preprocess import inputs as inputs_module
 from megagap.preprocess import job as job_module
 from megagap.preprocess.merge import merge_datasets
+from megagap.timeline import Source
 from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -192,7 +193,8 @@ def test_shuffling_opens_no_more_buckets_than_it_may(tmp_path: Path, monkeypatch
 
 PROGRAM = """
 import resource, sys
-from megagap.data.sources import Source, TokenSource
+from megagap.data.sources import TokenSource
+from megagap.timeline import Source
 from megagap.errors import run_tool
 resource.setrlimit(resource.RLIMIT_NOFILE, (24, int(sys.argv[1])))
 run_tool(lambda: print(TokenSource(Source("x", tuple(sys.argv[2:])), "100,0,0", 0).token_count))

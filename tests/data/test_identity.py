@@ -9,8 +9,8 @@ import pytest
 
 from megagap.data.identity import differences, identify
 from megagap.data.loader import MicrobatchLoader
-from megagap.data.sources import Source
 from megagap.errors import DataError
+from megagap.timeline import Source
 from tests.few import WriteTokens, numbered, training
 
 
@@ -51,36 +51,36 @@ def test_a_change_outside_the_sampled_blocks_is_detected_by_manifests(
 def test_a_source_that_is_rebuilt_while_it_is_read_is_refused_naming_it(
     write_tokens: WriteTokens, sources: list[Source], workers: int
 ) -> None:
-    with MicrobatchLoader(training(sources, 1), 12, 3, workers=workers) as loader:
-        loader.step(0)
+    with MicrobatchLoader(training(sources, 1, batch=12), 3, workers=workers) as loader:
+        loader.step(1)
         write_tokens("en", numbered(21))
         with pytest.raises(DataError, match=r"source en was rebuilt while the run reads it: .*documents was 20, is 21"):
             for step in range(1, 4):
-                loader.step(12 * step)
+                loader.step(step + 1)
 
 
 def test_files_that_are_truncated_in_place_are_refused_before_they_are_read(sources: list[Source]) -> None:
     """Reading beyond the end of a mapped file would kill the process without a message."""
-    loader = MicrobatchLoader(training(sources, 1), 12, 3)
-    loader.step(0)
+    loader = MicrobatchLoader(training(sources, 1, batch=12), 3)
+    loader.step(1)
     for ending in (".bin", ".idx"):
         os.truncate(sources[0].prefixes[0] + ending, 0)
     with pytest.raises(DataError, match=r"en.idx is 0 bytes"):
-        loader.step(12)
+        loader.step(2)
 
 
 def test_a_copy_with_the_same_content_is_the_same_data(sources: list[Source]) -> None:
-    loader = MicrobatchLoader(training(sources, 1), 12, 3)
-    loader.step(0)
+    loader = MicrobatchLoader(training(sources, 1, batch=12), 3)
+    loader.step(1)
     (prefix,) = sources[0].prefixes
     for ending in (".bin", ".idx"):
         shutil.copy(prefix + ending, prefix + ".copy")
         os.replace(prefix + ".copy", prefix + ending)
-    loader.step(12)
+    loader.step(2)
 
 
 def test_files_that_vanish_while_they_are_read_are_named(sources: list[Source]) -> None:
-    loader = MicrobatchLoader(training(sources, 1), 12, 3)
+    loader = MicrobatchLoader(training(sources, 1, batch=12), 3)
     os.unlink(sources[0].prefixes[0] + ".bin")
     with pytest.raises(DataError, match=r"en.bin does not exist"):
-        loader.step(0)
+        loader.step(1)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megagap.data.loader import MicrobatchLoader
-from megagap.data.sources import Source
+from megagap.timeline import Source
 from tests.few import S, training
 
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 12), (2, 3), (4, 1), (6, 2)])
 def test_every_layout_sees_the_same_batch(sources: list[Source], dp: int, micro: int) -> None:
-    data = training(sources, seed=5)
-    parts = [MicrobatchLoader(data, 12, micro, rank, dp).step(24) for rank in range(dp)]
+    data = training(sources, seed=5, batch=12)
+    parts = [MicrobatchLoader(data, micro, rank, dp).step(3) for rank in range(dp)]
     for part in parts:
         assert part.tokens.dtype == torch.int64
         assert part.tokens.shape == (12 // dp // micro, micro, S + 1)
@@ -24,18 +24,18 @@ def test_every_layout_sees_the_same_batch(sources: list[Source], dp: int, micro:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_reading_ahead_changes_nothing_whatever_step_is_asked_for(sources: list[Source], workers: int) -> None:
-    data = training(sources, seed=5)
-    plain = MicrobatchLoader(data, 12, 3)
-    with MicrobatchLoader(data, 12, 3, workers=workers, end=240) as ahead:
-        for step in [*range(10), 3, 17, 18, 19, 0]:  # the last but one is the end
-            ours, expected = ahead.step(12 * step), plain.step(12 * step)
+    data = training(sources, seed=5, batch=12, steps=20)
+    plain = MicrobatchLoader(data, 3)
+    with MicrobatchLoader(data, 3, workers=workers) as ahead:
+        for step in [*range(1, 11), 4, 18, 19, 20, 1]:  # the last but one is the end
+            ours, expected = ahead.step(step), plain.step(step)
             assert torch.equal(ours.tokens, expected.tokens) and torch.equal(ours.sources, expected.sources)
 
 
 def test_a_workers_failure_is_raised_at_the_step_it_affects_with_its_cause(
     sources: list[Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = training(sources, seed=5)
+    data = training(sources, seed=5, batch=12)
     read = data.read
 
     def fail_from_36(first: int, count: int, **more: bool) -> object:
@@ -44,11 +44,11 @@ def test_a_workers_failure_is_raised_at_the_step_it_affects_with_its_cause(
         return read(first, count, **more)
 
     monkeypatch.setattr(data, "read", fail_from_36)
-    with MicrobatchLoader(data, 12, 3, workers=2) as loader:
-        for step in range(3):
-            assert loader.step(12 * step).tokens.shape == (4, 3, S + 1)
+    with MicrobatchLoader(data, 3, workers=2) as loader:
+        for step in range(1, 4):
+            assert loader.step(step).tokens.shape == (4, 3, S + 1)
         with pytest.raises(OSError, match="the disk is gone"):
-            loader.step(36)
+            loader.step(4)
 
 
 def test_the_workers_stop_with_the_loader(sources: list[Source]) -> None:
@@ -58,21 +58,21 @@ def test_the_workers_stop_with_the_loader(sources: list[Source]) -> None:
     assert workers() == 0
     with (
         pytest.raises(RuntimeError, match="of the step"),
-        MicrobatchLoader(training(sources, 1), 12, 3, workers=3) as loader,
+        MicrobatchLoader(training(sources, 1, batch=12), 3, workers=3) as loader,
     ):
-        loader.step(0)
+        loader.step(1)
         assert workers() > 0
         raise RuntimeError("of the step")
     assert workers() == 0
 
 
 def test_the_log_says_when_a_source_repeats(sources: list[Source], caplog: pytest.LogCaptureFixture) -> None:
-    data = training(sources[2:], seed=5)  # of 16 samples
-    loader = MicrobatchLoader(data, 12, 3)
+    data = training(sources[2:], seed=5, batch=12)  # of 16 samples
+    loader = MicrobatchLoader(data, 3)
     with caplog.at_level(logging.INFO, "megagap"):
         said = []
-        for step in range(4):
-            loader.step(12 * step)
+        for step in range(1, 5):
+            loader.step(step)
             said.append(" ".join(caplog.messages))
             caplog.clear()
     again = "source code repeats: epoch {} begins"
@@ -80,8 +80,8 @@ def test_the_log_says_when_a_source_repeats(sources: list[Source], caplog: pytes
 
 
 def test_documents_start_where_positions_are_0(sources: list[Source]) -> None:
-    data = training(sources, seed=5, length=16)
-    batch = MicrobatchLoader(data, 12, 3, document_mask=True).step(24)
+    data = training(sources, seed=5, length=16, batch=12)
+    batch = MicrobatchLoader(data, 3, document_mask=True).step(3)
     assert batch.positions is not None and batch.documents is not None
     first, length = {"en": 0, "fr": 1000, "code": 2000}, {"en": 7, "fr": 5, "code": 11}
     for row in range(12):

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from megagap.data.indexed import IndexedDatasetWriter
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
 from megagap.errors import DataError
+from megagap.timeline import Source
 from tests.data.naive_megatron import mixture_samples
+from tests.few import training
 
 Written = tuple[list[Source], list[list[list[int]]]]
 
@@ -43,8 +43,7 @@ def write(tmp_path: Path) -> Callable[..., Written]:
 
 
 def ours(sources: list[Source], samples: int, length: int, seed: int, split: str = "100,0,0") -> list[list[int]]:
-    phase = Phase("all", samples, length, tuple(sources))
-    return TrainingData([phase], seed, split, planned=samples).batch(0, samples).tolist()
+    return training(sources, seed, length, steps=samples, split=split, megatron=True).batch(0, samples).tolist()
 
 
 TWELVE = [0.21, 0.17, 0.13, 0.11, 0.09, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]
@@ -95,7 +94,7 @@ def test_a_shard_of_empty_documents_counts_as_in_one_file(tmp_path: Path) -> Non
 
 def test_samples_beyond_the_plan_are_refused(write: Callable[..., Written]) -> None:
     sources, _ = write([0.7, 0.3])
-    data = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, planned=20)
+    data = training(sources, 1, 5, steps=20, megatron=True)
     assert data.batch(0, 20).shape == (20, 6)
     with pytest.raises(DataError, match="plans 20 samples, and number 20 is beyond"):
         data.batch(19, 2)
@@ -104,7 +103,7 @@ def test_samples_beyond_the_plan_are_refused(write: Callable[..., Written]) -> N
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3]])
 def test_a_run_that_skips_samples_makes_all_its_steps(write: Callable[..., Written], weights: list[float]) -> None:
     sources, _ = write(weights)
-    skipping = TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 5), (20, 21)], planned=20)
+    skipping = training(sources, 1, 5, steps=20, skip=[(3, 5), (20, 21)], megatron=True)
     whole = ours(sources, 20, 5, 1)
     tokens = skipping.batch(0, 20).tolist()
     assert tokens[:18] == whole[:3] + whole[5:] and all(extra not in whole for extra in tokens[18:])
@@ -113,15 +112,15 @@ def test_a_run_that_skips_samples_makes_all_its_steps(write: Callable[..., Writt
 def test_more_skipped_samples_than_megatrons_surplus_is_refused_at_once(write: Callable[..., Written]) -> None:
     sources, contents = write([1.0])
     held = (sum(map(len, contents[0])) - 1) // 5
-    TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 3 + held - 20)], planned=20)
+    training(sources, 1, 5, steps=20, skip=[(3, 3 + held - 20)], megatron=True)
     with pytest.raises(DataError, match=f"needs at least {held + 1} samples of source s0, .* has {held}"):
-        TrainingData([Phase("all", 20, 5, tuple(sources))], 1, skip=[(3, 10**15)], planned=20)
+        training(sources, 1, 5, steps=20, skip=[(3, 10**15)], megatron=True)
 
 
 def test_positions_count_from_the_start_of_each_document(write: Callable[..., Written]) -> None:
     sources, (documents,) = write([1.0])
     owner = {token: d for d, document in enumerate(documents) for token in document}
-    data = TrainingData([Phase("all", 100, 16, tuple(sources))], 1, planned=100)
+    data = training(sources, 1, 16, steps=100, megatron=True)
     tokens, _, positions = data.read(0, 100, with_positions=True)
     assert positions is not None and positions.shape == tokens.shape
     for row, places in zip(tokens.tolist(), positions.tolist(), strict=True):
@@ -135,14 +134,14 @@ def test_positions_count_from_the_start_of_each_document(write: Callable[..., Wr
 def test_counts_of_sources_at_any_sample(write: Callable[..., Written], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megagap.data.megatron.COUNTED_EVERY", 8)
     sources, _ = write([0.7, 0.3])
-    data = TrainingData([Phase("all", 100, 5, tuple(sources))], 1, planned=100)
+    data = training(sources, 1, 5, steps=100, megatron=True)
     drawn = data.source_indices(0, 100).tolist()
     assert [data.drawn(n) for n in range(101)] == [[drawn[:n].count(0), drawn[:n].count(1)] for n in range(101)]
 
 
 def test_provenance_names_the_documents(write: Callable[..., Written]) -> None:
     sources, contents = write([0.7, 0.3])
-    data = TrainingData([Phase("all", 100, 5, tuple(sources))], 1, planned=100)
+    data = training(sources, 1, 5, steps=100, megatron=True)
     for n in range(100):
         sample = data.sample(n)
         documents = contents[data.names.index(sample.source)]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from megagap.data.indexed import IndexedDatasetWriter
 from megagap.data.loader import MicrobatchLoader
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.samples import TrainingData
 from megagap.errors import DataError
-from tests.few import S, WriteTokens, numbered, training
+from megagap.timeline import Source
+from tests.few import S, WriteTokens, numbered, phase, timeline, training
 
 
 def test_an_epoch_of_a_source_reads_each_window_once(sources: list[Source]) -> None:
@@ -127,7 +127,7 @@ def test_each_source_is_consumed_once_per_epoch_in_one_order_over_phases_ranks_a
 ) -> None:
     by_name = {source.name: source for source in sources}
     phases = [
-        Phase(str(i), steps * STEP, length, tuple(replace(by_name[name], weight=w) for name, w in mix.items()))
+        phase(str(i), steps * STEP, length, [replace(by_name[name], weight=w) for name, w in mix.items()])
         for i, (steps, length, mix) in enumerate(plan)
     ]
     ranges = [(at, at + 3) for at in skip]
@@ -138,10 +138,10 @@ def test_each_source_is_consumed_once_per_epoch_in_one_order_over_phases_ranks_a
         dp = data.draw(st.sampled_from([1, 2, 3]), label="dp")
         micro = data.draw(st.sampled_from([1, 2]), label="micro")
         until = data.draw(st.integers(step + 1, steps), label="until")
-        opened = TrainingData(phases, seed=3, skip=ranges)
-        loaders = [MicrobatchLoader(opened, STEP, micro, rank, dp, workers=rank % 2) for rank in range(dp)]
+        opened = TrainingData(timeline(*phases, batch=STEP), seed=3, skip=ranges)
+        loaders = [MicrobatchLoader(opened, micro, rank, dp, workers=rank % 2) for rank in range(dp)]
         for at in range(step, until):
-            batches = [loader.step(at * STEP) for loader in loaders]
+            batches = [loader.step(at + 1) for loader in loaders]
             for batch in batches:
                 rows = batch.tokens.flatten(0, 1)[:, :-1].tolist()
                 for i, row in zip(batch.sources.flatten().tolist(), rows, strict=True):
@@ -152,7 +152,7 @@ def test_each_source_is_consumed_once_per_epoch_in_one_order_over_phases_ranks_a
     first = {"en": 0, "fr": 1000, "code": 2000}
     size = {"en": 140, "fr": 85, "code": 66}
     longest = max(length for _, length, _ in plan)
-    once = TrainingData(phases, seed=3, skip=ranges)
+    once = TrainingData(timeline(*phases), seed=3, skip=ranges)
     expected: dict[str, list[list[int]]] = {}
     for position in range(steps * STEP):
         sample = once.sample(position)
@@ -173,7 +173,7 @@ def test_each_source_is_consumed_once_per_epoch_in_one_order_over_phases_ranks_a
 
 def test_a_source_continues_where_it_stopped_when_a_phase_is_longer(sources: list[Source]) -> None:
     en = sources[0]
-    data = TrainingData([Phase("short", 12, 4, (en,)), Phase("long", 12, 8, (en,))], seed=1)
+    data = TrainingData(timeline(phase("short", 12, 4, (en,)), phase("long", 12, 8, (en,))), seed=1)
     short, long = data.batch(0, 12)[:, :-1], data.batch(12, 11)[:, :-1]
     assert short.shape == (12, 4) and long.shape == (11, 8)
     read = [*short.flatten().tolist(), *long.flatten().tolist()]
@@ -184,7 +184,7 @@ def test_a_source_continues_where_it_stopped_when_a_phase_is_longer(sources: lis
 def test_documents_of_a_sample_joined_from_several_places_end_where_these_do(sources: list[Source]) -> None:
     """Each token follows the one before, unless another document or place begins with it."""
     en = sources[0]  # documents of 7 tokens, counting up from 0
-    data = TrainingData([Phase("short", 12, 4, (en,)), Phase("long", 12, 8, (en,))], seed=1)
+    data = TrainingData(timeline(phase("short", 12, 4, (en,)), phase("long", 12, 8, (en,))), seed=1)
     tokens, _, positions = data.read(12, 11, with_positions=True)
     assert positions is not None
     together = 0
@@ -197,33 +197,33 @@ def test_documents_of_a_sample_joined_from_several_places_end_where_these_do(sou
 
 def test_changing_later_phases_changes_nothing_before(sources: list[Source]) -> None:
     en, fr, code = sources
-    first = Phase("first", 24, 4, (en, fr))
-    one = TrainingData([first, Phase("then", 24, 4, (code,))], seed=1)
-    other = TrainingData([first, Phase("then", 12, 8, (fr, code)), Phase("last", 12, 2, (en,))], seed=1)
+    first = phase("first", 24, 4, (en, fr))
+    one = TrainingData(timeline(first, phase("then", 24, 4, (code,))), seed=1)
+    other = TrainingData(timeline(first, phase("then", 12, 8, (fr, code)), phase("last", 12, 2, (en,))), seed=1)
     assert reading(one, 0, 24) == reading(other, 0, 24)
     assert one.batch(24, 1).shape != other.batch(24, 1).shape
 
 
 def test_a_phase_that_changes_nothing_makes_no_difference(sources: list[Source]) -> None:
     whole = training(sources, seed=1)
-    parted = TrainingData([Phase(str(i), 17, S, tuple(sources)) for i in range(4)], seed=1)
+    parted = TrainingData(timeline(*[phase(str(i), 17, S, tuple(sources)) for i in range(4)]), seed=1)
     assert reading(whole, 0, 100) == reading(parted, 0, 100)
 
 
 def test_skipping_leaves_phases_as_long_as_they_are(sources: list[Source]) -> None:
-    phases = [Phase("short", 12, 4, tuple(sources)), Phase("long", 12, 8, tuple(sources))]
-    data, everything = (TrainingData(phases, seed=1, skip=skip) for skip in ([(3, 8)], []))
+    phases = [phase("short", 12, 4, tuple(sources)), phase("long", 12, 8, tuple(sources))]
+    data, everything = (TrainingData(timeline(*phases), seed=1, skip=skip) for skip in ([(3, 8)], []))
     assert [data.sample(p).sample for p in range(14)] == [0, 1, 2, *range(8, 19)]
     assert [len(data.tokens(p)) for p in range(24)] == [5] * 12 + [9] * 12
     assert reading(data, 0, 3) == reading(everything, 0, 3) and reading(data, 3, 4) == reading(everything, 8, 4)
 
 
 def test_one_name_for_different_data_in_two_phases_is_refused(sources: list[Source]) -> None:
-    phases = [Phase("a", 12, 4, (sources[0],)), Phase("b", 12, 4, (replace(sources[1], name="en"),))]
+    phases = [phase("a", 12, 4, (sources[0],)), phase("b", 12, 4, (replace(sources[1], name="en"),))]
     with pytest.raises(DataError, match=r"source en is not the same in all phases: .*/fr0"):
-        TrainingData(phases, seed=1)
+        TrainingData(timeline(*phases), seed=1)
 
 
 def test_a_phase_longer_than_a_source_names_the_source(sources: list[Source]) -> None:
     with pytest.raises(DataError, match=r"source code has 66 tokens in 6 documents.*one sequence needs 101"):
-        TrainingData([Phase("a", 12, 4, (sources[2],)), Phase("b", 12, 100, (sources[2],))], seed=1)
+        TrainingData(timeline(phase("a", 12, 4, (sources[2],)), phase("b", 12, 100, (sources[2],))), seed=1)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagap.data.indexed import HEADER, MAGIC, VERSION, IndexedDatasetWriter
-from megagap.data.sources import TRAINING, WHOLE, Source, TokenSource, positions_in
+from megagap.data.sources import TRAINING, WHOLE, TokenSource, positions_in
 from megagap.errors import DataError
+from megagap.timeline import Source
 from tests.few import S, WriteTokens, numbered
 
 
@@ -124,18 +125,18 @@ def test_opening_does_not_depend_on_the_number_of_documents_and_samples(tmp_path
     program = f"""
 import sys, time
 from megagap.data.loader import MicrobatchLoader
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.samples import TrainingData
+from megagap.timeline import Phase, Source, Timeline
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 prefix, samples = sys.argv[1], int(sys.argv[2])
 before, begin = resident(), time.process_time()  # of this process: others may delay it
 sources = (Source("x", (prefix,)),)
-phases = [Phase(name, samples, length, sources) for name, length in (("a", {sequence_length}), ("b", 16))]
-data = TrainingData(phases, 1, vocab_size=10)
-batch = MicrobatchLoader(data, 64, 4).step(samples - 64)
+phases = [Phase(name, samples * length, length, sources) for name, length in (("a", {sequence_length}), ("b", 16))]
+data = TrainingData(Timeline(phases, [(0, 64)]), 1, vocab_size=10)
+batch = MicrobatchLoader(data, 4).step(samples // 64)
 assert batch.tokens.shape == (16, 4, 9)
-data.batch(samples, 64)
+data.batch(samples + 64, 64)  # beyond the first phase, which ends at a whole step
 assert data.sources[0].window_count({sequence_length}) > samples // 4
 seconds = time.process_time() - begin
 print(seconds, resident() - before, data.sources[0].document_count)

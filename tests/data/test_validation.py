@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megagap.data.sources import Source
 from megagap.data.validation import open_validation
 from megagap.errors import DataError
+from megagap.timeline import Source
 from tests.few import S, WriteTokens, numbered
 
 

@@ -13,9 +13,10 @@ from megagap.checkpoint import load_model
 from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import load_hugging_face_model
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megagap.data.sources import WHOLE, Source, TokenSource
+from megagap.data.sources import WHOLE, TokenSource
 from megagap.errors import DataError
 from megagap.inference.evaluation import SourceLoss, evaluate_source, find_model_files
+from megagap.timeline import Source
 from tests.huggingface import reference_model
 from tests.models import tiny_model
 from tests.recipes import VOCABULARY, write_recipe, write_tokens

@@ -23,7 +23,7 @@ import megagap.optim.gradient_store
 import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
-from megagap.config import load_recipe
+from megagap.config import load_recipe, timeline_of
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.optim.distributed import DistributedOptimizer
@@ -100,9 +100,9 @@ def gradients(
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000)
-    state = TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh))
+    state = TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh), timeline_of(settings))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
-        compute_gradients(state, loader.step(0).to(mesh.device), state.program)
+        compute_gradients(state, loader.step(1).to(mesh.device), state.program)
     parts = [
         Part(
             part.shard.name,

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megagap.config import Settings, load_recipe
+from megagap.config.learning_rate import learning_rate
 from megagap.data.inspect import step_samples
-from megagap.optim.learning_rate import learning_rate
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data
 from megagap.training.trainer import build_state
@@ -45,7 +45,7 @@ def plain_loop(model: LlamaForCausalLM, settings: Settings, recipe: Path) -> lis
     data = training_data(settings)
     results = []
     for step in range(1, STEPS + 1):
-        tokens = torch.from_numpy(np.stack([sample.tokens for sample in step_samples(data, 8, step)]))
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in step_samples(data, step)]))
         if step in (1, STEPS):  # starting the tool takes seconds
             assert tokens.tolist() == printed_samples(recipe, step)
         logits = model(tokens[:, :-1]).logits

@@ -17,7 +17,7 @@ import tomli_w
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagap.benchmark.step import choose_phase, random_batch
+from megagap.benchmark.step import first_step, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.errors import ConfigError
 from megagap.model.llama import build_stage
@@ -96,7 +96,7 @@ def measured_peak(rank: int, ranks: int, settings: Settings) -> tuple[int, int]:
     with LiveStorages() as storages:
         state = build_state(settings, mesh)
         static = storages.memory.live
-        batch = random_batch(settings, mesh, choose_phase(settings))
+        batch = random_batch(settings, mesh, first_step(settings))
         storages.memory.peak = storages.memory.live
         train_step(state, batch, lambda: (False, False))
     return static, storages.memory.peak

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megagap.benchmark.step import choose_phase, random_batch
+from megagap.benchmark.step import first_step, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
@@ -88,8 +88,8 @@ def test_a_step_on_a_gpu_never_waits_for_the_device(gaperon):
 def test_flops_are_those_of_the_formula(tmp_path, device, precision):
     """On a GPU always, and on CPU where attention computes the whole square."""
     traced = trace(write_recipe(tmp_path, train={"precision": precision}), device=device)
-    tokens = traced.settings.train.global_batch_size * traced.phase.sequence_length
-    formula = flops_per_token(traced.settings.model, traced.phase.sequence_length).full
+    tokens = traced.settings.train.global_batch_size * traced.moment.sequence_length
+    formula = flops_per_token(traced.settings.model, traced.moment.sequence_length).full
     assert traced.total.flops == pytest.approx(formula * tokens, rel=1e-9)
 
 
@@ -105,7 +105,7 @@ def test_flops_on_cpu_are_what_torch_counts_in_the_real_step(tmp_path, length, p
     state = build_state(settings, mesh)
     # The counter knows no fused attention on CPU; torch's plain one is made of matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        train_step(state, random_batch(settings, mesh, choose_phase(settings)), lambda: (False, False))
+        train_step(state, random_batch(settings, mesh, first_step(settings)), lambda: (False, False))
     assert trace(recipe, device="cpu").total.flops == counter.get_total_flops()
 
 
@@ -115,7 +115,7 @@ def test_flops_with_recomputation_are_what_torch_counts_in_the_gpus_operators(tm
     monkeypatch.setattr(products, "_HAS_FP32_SUMS", False)  # the counter fails at addmm with a dtype
     settings = settings_of(write_recipe(tmp_path, train={"precision": precision}))
     figures = load_device(device)
-    batch = random_batch(settings, Mesh.single(), choose_phase(settings))
+    batch = random_batch(settings, Mesh.single(), first_step(settings))
     pinned = PinnedMemory()
     with pretending(figures, pinned, lambda what: None), Recorder(True, pinned):
         state = build_state(settings, Mesh.single(figures.torch_device))

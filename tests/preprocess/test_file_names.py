@@ -15,12 +15,13 @@ import pytest
 from megagap.data.identity import identify
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.manifest import read_manifest
-from megagap.data.sources import Source, TokenSource
+from megagap.data.sources import TokenSource
 from megagap.errors import DataError, MegagapError, printable
 from megagap.preprocess import job, preprocess
 from megagap.preprocess.documents import read_texts
 from megagap.preprocess.listing import list_inputs
 from megagap.preprocess.merge import merge_datasets
+from megagap.timeline import Source
 from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"

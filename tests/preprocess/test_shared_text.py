@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megagap.data.agreement import require_agreement
-from megagap.data.sources import Source, shared_pairs
+from megagap.data.sources import shared_pairs
 from megagap.preprocess import preprocess
+from megagap.timeline import Source
 from tests.few import WriteTokens
 
 

@@ -9,7 +9,7 @@ import pytest
 from megagap.checkpoint.huggingface import export
 from megagap.checkpoint.huggingface_import import import_model
 from megagap.checkpoint.index import INDEX_NAME
-from megagap.config import load_recipe
+from megagap.config import load_recipe, timeline_of
 from megagap.observe.run_directory import RunDirectory
 from megagap.resume.differences import Change, differences
 from megagap.resume.start import Start, warn_of_rising_rate
@@ -225,7 +225,7 @@ def test_a_learning_rate_that_rises_again_is_warned_of(tmp_path, caplog, optim, 
     settings = load_recipe(recipe, [f"train.steps={steps}"])
     with caplog.at_level(logging.WARNING, "megagap"):
         start = Start(step, tmp_path / f"step_{step:08}", saved=saved)
-        warn_of_rising_rate(start, settings, RunDirectory(tmp_path, is_writer=False))
+        warn_of_rising_rate(start, timeline_of(settings), RunDirectory(tmp_path, is_writer=False))
     assert (told in caplog.text) if told else not caplog.records
 
 
@@ -237,7 +237,8 @@ def test_the_warning_names_the_checkpoint_to_branch_from(tmp_path, caplog, at, n
     recipe = write_recipe(tmp_path, optim={"schedule": "wsd", "cooldown_steps": 4})
     start = Start(8, tmp_path / "step_00000008", saved=load_recipe(recipe).model_dump(mode="json"))
     with caplog.at_level(logging.WARNING, "megagap"):
-        warn_of_rising_rate(start, load_recipe(recipe, ["train.steps=20"]), RunDirectory(tmp_path, is_writer=False))
+        timeline = timeline_of(load_recipe(recipe, ["train.steps=20"]))
+        warn_of_rising_rate(start, timeline, RunDirectory(tmp_path, is_writer=False))
     if named is None:
         assert f"there is none in {tmp_path}" in caplog.text
     else:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megagap.benchmark.step import Report, choose_phase, peak_measurements
+from megagap.benchmark.step import Report, first_step, peak_measurements
 from megagap.config import load_recipe
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
@@ -111,13 +111,13 @@ def test_the_peak_is_measured_before_and_between_the_timed_steps(steps, before):
 
 def test_a_machine_that_was_not_quiet_is_told_with_the_range_of_the_mfu(tmp_path):
     settings = load_recipe(write_recipe(tmp_path))
-    phase = choose_phase(settings)
-    noisy = Report(settings, Mesh.single(), phase, [1.0], [0.323, 0.2, 0.170], 1)
+    first = first_step(settings)
+    noisy = Report(settings, Mesh.single(), first, [1.0], [0.323, 0.2, 0.170], 1)
     assert noisy.measured_peak == 0.2 and noisy.peak_spread == pytest.approx(0.765)
     achieved = noisy.as_dict()["tflops_per_device"]
     assert noisy.warning().startswith("the machine was not quiet: its measured peak varied by 76%")
     assert f"between {achieved / 0.323:.1%} and {achieved / 0.170:.1%}" in noisy.warning()
-    assert Report(settings, Mesh.single(), phase, [1.0], [0.323, 0.310], 1).warning() is None
+    assert Report(settings, Mesh.single(), first, [1.0], [0.323, 0.310], 1).warning() is None
 
 
 # ----------------------------------------------------------------------------------------------------- phases
@@ -135,13 +135,13 @@ def recipe_with_phases(folder: Path) -> Path:
 
 def test_the_first_phase_is_timed_unless_another_one_is_named(tmp_path):
     settings = load_recipe(recipe_with_phases(tmp_path))
-    assert choose_phase(settings).name == "short"
-    phase = choose_phase(settings, "long")
-    assert (phase.first, phase.sequence_length, phase.rope_theta) == (4, 48, 1e6)
+    assert first_step(settings).phase.name == "short"
+    first = first_step(settings, "long")
+    assert (first.step, first.sequence_length, first.rope_theta) == (5, 48, 1e6)
     with pytest.raises(ConfigError, match="--phase none: unknown; phases of the recipe: short, long"):
-        choose_phase(settings, "none")
+        first_step(settings, "none")
     with pytest.raises(ConfigError, match="--phase long: the recipe has no phases"):
-        choose_phase(load_recipe(write_recipe(tmp_path)), "long")
+        first_step(load_recipe(write_recipe(tmp_path)), "long")
 
 
 def test_a_named_phase_is_timed_with_its_own_data_however_short_it_is(tmp_path):

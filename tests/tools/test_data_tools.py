@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.samples import TrainingData
+from megagap.timeline import Phase, Source, Timeline
 from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -102,7 +102,7 @@ def test_step_json_is_what_training_reads(folder: Path) -> None:
         Source("fr", (str(folder / "fr_text_document"),), 2),
         Source("english", (str(folder / "en_text_document"),), 1),
     )
-    data = TrainingData([Phase("all", 0, 16, sources)], seed=7)
+    data = TrainingData(Timeline([Phase("all", None, 16, sources)], [(0, 3)]), seed=7)
     assert [sample["sample"] for sample in samples] == [9, 10, 11]
     assert [sample["tokens"] for sample in samples] == data.batch(9, 3).tolist()
     for sample in samples:

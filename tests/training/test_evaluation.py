@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megagap.config import load_recipe
+from megagap.config import load_recipe, timeline_of
 from megagap.errors import ConfigError
 from megagap.observe.metrics import read_metrics
 from megagap.training import evaluate as evaluation
@@ -138,7 +138,9 @@ def pause_through_an_exception(rank, ranks, recipe):
 
     settings = load_recipe(recipe)
     mesh = make_mesh(settings, Place(0, 1, 0, 1), torch.device("cpu"))
-    recorder = trainer.Recorder(settings, mesh, RunDirectory(Path(settings.run.dir), is_writer=False), 0)
+    recorder = trainer.Recorder(
+        settings, timeline_of(settings), mesh, RunDirectory(Path(settings.run.dir), is_writer=False), 0
+    )
     before = recorder.last_end
     try:
         with recorder.pause():

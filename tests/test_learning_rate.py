@@ -3,7 +3,7 @@
 import pytest
 
 from megagap.config import Optim
-from megagap.optim.learning_rate import learning_rate
+from megagap.config.learning_rate import learning_rate
 
 
 def rates(steps, **settings):

@@ -2,7 +2,7 @@
 
 import math
 
-from megagap.config import Optim
+from megagap.config.settings import Optim
 
 
 def learning_rate(optim: Optim, steps: int, step: int) -> float:

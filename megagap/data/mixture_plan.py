@@ -6,8 +6,9 @@ from typing import Any
 from rich.table import Table
 
 from megagap.data.mixture import Mixture
-from megagap.data.samples import Phase, TrainingData
+from megagap.data.samples import TrainingData
 from megagap.files import make_folder, written_by_library
+from megagap.timeline import Phase
 
 TOLERANCE = 1e-3
 """How far weights that are shares may be from adding up to 1."""
@@ -31,8 +32,8 @@ def unnormalised_weights(phase: Phase) -> str:
     return "\n".join([head, *lines])
 
 
-def plan(data: TrainingData, global_batch_size: int, steps: int) -> dict[str, Any]:
-    """For a run of ``steps`` steps: ``{"phases": […], "sources": […]}``.
+def mixture_plan(data: TrainingData) -> dict[str, Any]:
+    """Of the whole run: ``{"phases": […], "sources": […]}``.
 
     A phase has ``name``, ``first_step``, ``last_step``, ``sequence_length``, ``samples``, ``tokens`` and ``sources``;
     each of these ``source``, ``weight``, ``share`` (of the phase's tokens), ``samples``, ``tokens``, ``epochs`` (read
@@ -41,13 +42,16 @@ def plan(data: TrainingData, global_batch_size: int, steps: int) -> dict[str, An
     """
     size = {source.source.name: source.token_count for source in data.sources}
     read = dict.fromkeys(data.names, 0)
-    phases, position = [], 0
-    for i, phase in enumerate(data.phases):
-        is_last = i + 1 == len(data.phases)
-        end = min(steps * global_batch_size, steps * global_batch_size if is_last else position + phase.samples)
-        if end <= position:
+    timeline, phases = data.timeline, []
+    assert timeline.steps is not None, "the run has no end"
+    for phase in timeline.phases:
+        is_last = phase is timeline.phases[-1]
+        first_step = timeline.first_step(phase)
+        last_step = timeline.steps if is_last else min(timeline.steps, timeline.last_step(phase))
+        if last_step < first_step:
             break
-        samples = _drawn_between(data, position, end)
+        first, end = timeline.at(first_step).first_sample, timeline.at(last_step).consumed_samples
+        samples = _drawn_between(data, first, end)
         tokens = {name: count * phase.sequence_length for name, count in samples.items()}
         for name in read:
             read[name] += tokens[name]
@@ -56,10 +60,10 @@ def plan(data: TrainingData, global_batch_size: int, steps: int) -> dict[str, An
         phases.append(
             {
                 "name": phase.name,
-                "first_step": position // global_batch_size + 1,
-                "last_step": end // global_batch_size,
+                "first_step": first_step,
+                "last_step": last_step,
                 "sequence_length": phase.sequence_length,
-                "samples": end - position,
+                "samples": end - first,
                 "tokens": total,
                 "sources": [
                     {
@@ -75,7 +79,6 @@ def plan(data: TrainingData, global_batch_size: int, steps: int) -> dict[str, An
                 ],
             }
         )
-        position = end
     sources = [
         {"source": name, "size": size[name], "tokens": read[name], "epochs": read[name] / (size[name] - 1)}
         for name in data.names
@@ -92,8 +95,8 @@ def _drawn_between(data: TrainingData, first: int, last: int) -> dict[str, int]:
     return counts
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
-    """For a person; ``plan`` as :func:`plan` gives it."""
+def mixture_plan_table(plan: dict[str, Any]) -> Table:
+    """For a person; ``plan`` as :func:`mixture_plan` returns it."""
     table = Table(title="what the run will read")
     table.add_column("phase")
     table.add_column("steps", justify="right")
@@ -119,7 +122,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
     return table
 
 
-def draw_plan(plan: dict[str, Any], output: str | Path) -> None:
+def draw_mixture_plan(plan: dict[str, Any], output: str | Path) -> None:
     """A PNG: each phase's shares over the tokens of the run, and below how often each source has been read by then.
 
     Raises :class:`DataError` if it cannot be written.

@@ -7,33 +7,34 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megagap.data.plan import draw_plan, plan, plan_table, unnormalised_weights
-from megagap.data.samples import Phase, TrainingData
-from megagap.data.sources import Source
+from megagap.data.mixture_plan import draw_mixture_plan, mixture_plan, mixture_plan_table, unnormalised_weights
+from megagap.data.samples import TrainingData
 from megagap.errors import DataError
+from megagap.timeline import Source
+from tests.few import phase, timeline
 
 
-def in_phases(sources: list[Source], skip: list[tuple[int, int]] | None = None) -> TrainingData:
+def in_phases(sources: list[Source], steps: int, skip: list[tuple[int, int]] | None = None) -> TrainingData:
     en, fr, code = sources
-    phases = [Phase("first", 48, 4, (en, fr)), Phase("second", 24, 8, (fr, code)), Phase("last", 12, 4, (en,))]
-    return TrainingData(phases, seed=1, skip=skip or [])
+    phases = [phase("first", 48, 4, (en, fr)), phase("second", 24, 8, (fr, code)), phase("last", 12, 4, (en,))]
+    return TrainingData(timeline(*phases, batch=12, steps=steps), seed=1, skip=skip or [])
 
 
 @pytest.mark.parametrize("steps", [2, 6, 7])
 @pytest.mark.parametrize("skip", [[], [(3, 9), (50, 55)]])
 def test_the_plan_equals_what_is_read(sources: list[Source], steps: int, skip: list[tuple[int, int]]) -> None:
-    data = in_phases(sources, skip)
-    planned = plan(data, 12, steps)
+    data = in_phases(sources, steps, skip)
+    planned = mixture_plan(data)
     read = [(data.sample(n).source, len(data.tokens(n)) - 1) for n in range(12 * steps)]
-    for phase in planned["phases"]:
-        within = read[12 * (phase["first_step"] - 1) : 12 * phase["last_step"]]
+    for part in planned["phases"]:
+        within = read[12 * (part["first_step"] - 1) : 12 * part["last_step"]]
         counted = Counter(name for name, _ in within)
-        assert phase["tokens"] == sum(length for _, length in within)
-        assert {source["source"]: source["samples"] for source in phase["sources"]} == {
-            source["source"]: counted[source["source"]] for source in phase["sources"]
+        assert part["tokens"] == sum(length for _, length in within)
+        assert {source["source"]: source["samples"] for source in part["sources"]} == {
+            source["source"]: counted[source["source"]] for source in part["sources"]
         }
-        assert {length for _, length in within} == {phase["sequence_length"]}
-        assert sum(source["share"] for source in phase["sources"]) == pytest.approx(1)
+        assert {length for _, length in within} == {part["sequence_length"]}
+        assert sum(source["share"] for source in part["sources"]) == pytest.approx(1)
     sizes = {"en": 140, "fr": 85, "code": 66}
     for source in planned["sources"]:
         tokens = sum(length for name, length in read if name == source["source"])
@@ -43,17 +44,17 @@ def test_the_plan_equals_what_is_read(sources: list[Source], steps: int, skip: l
 
 
 def test_the_table_and_the_picture_show_every_phase_and_source(sources: list[Source], tmp_path: Path) -> None:
-    planned = plan(in_phases(sources), 12, 7)
+    planned = mixture_plan(in_phases(sources, 7))
     console = Console(record=True, width=140)
-    console.print(plan_table(planned))
+    console.print(mixture_plan_table(planned))
     text = console.export_text()
     for word in ("first", "second", "last", "en", "fr", "code", "1 to 4", "62.50%", "37.50%"):
         assert word in text
-    draw_plan(planned, tmp_path / "new/plan.png")
+    draw_mixture_plan(planned, tmp_path / "new/plan.png")
     assert (tmp_path / "new/plan.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.png"]
     with pytest.raises(DataError, match="cannot create the folder"):
-        draw_plan(planned, tmp_path / "new/plan.png/plan.png")
+        draw_mixture_plan(planned, tmp_path / "new/plan.png/plan.png")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_weights_that_look_like_shares_and_do_not_add_up_are_shown(
     sources: list[Source], weights: list[float], seems_wrong: bool
 ) -> None:
     weighted = tuple(replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True))
-    complaint = unnormalised_weights(Phase("web", 1, 4, weighted))
+    complaint = unnormalised_weights(phase("web", 1, 4, weighted))
     assert bool(complaint) == seems_wrong
     if seems_wrong:
         assert "phase web" in complaint

@@ -46,7 +46,7 @@ class DistributedCommunicator:
     def gather(self, value: object) -> list[object] | None:
         """The values of all ranks, on rank 0; None elsewhere."""
         values = [value]
-        for level in self._levels:  # a rank is in the next level only if it is the first of this one
+        for level in self._levels:  # ranks that are not the first of a level are alone in the next
             if level.group is not None:
                 parts: list[list[object]] | None = [[]] * level.size if level.rank == 0 else None
                 dist.gather_object(values, parts, dst=level.ranks[0], group=level.group)

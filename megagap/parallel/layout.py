@@ -100,29 +100,32 @@ class Layout:
 
     @cached_property
     def divisions(self) -> dict[str, tuple[Members, ...]]:
-        """What has to be made, in this order on every rank: by axis, its groups of more than one member.
+        """The groups that have to be made, by axis, in this order on every rank. Every rank is in one of each axis.
 
         An axis whose groups are the whole world's or an earlier axis' is left out: each group costs connections, and
-        memory on a GPU. Groups of one division have no rank in common.
+        memory on a GPU. So is one whose groups all have one member.
         """
         made: dict[str, tuple[Members, ...]] = {}
-        known: set[tuple[Members, ...]] = {(tuple(range(self.world_size)),)}
+        known = {(tuple(range(self.world_size)),), tuple((rank,) for rank in range(self.world_size))}
         for axis in AXES:
-            groups = tuple(members for members in self.groups(axis) if len(members) > 1)
-            if groups and groups not in known:
+            groups = self.groups(axis)
+            if groups not in known:
                 made[axis] = groups
                 known.add(groups)
         return made
 
     def object_levels(self) -> tuple[tuple[Members, ...], ...]:
-        """Groups for exchanging objects by way of the CPU: blocks of ranks, then the first ranks of all blocks.
+        """Groups for exchanging objects by way of the CPU: blocks of ranks, then the first ranks of all blocks, while
+        the others are alone.
 
         In one group of all ranks, each would connect to every other: 8 million connections among 4,096 ranks.
         """
         ranks = range(self.world_size)
         blocks = tuple(tuple(ranks[start : start + OBJECT_BLOCK]) for start in ranks[::OBJECT_BLOCK])
-        first = tuple(block[0] for block in blocks)
-        return (blocks,) if len(blocks) == 1 else (blocks, (first,))
+        if len(blocks) == 1:
+            return (blocks,)
+        others = ((rank,) for block in blocks for rank in block[1:])
+        return (blocks, (tuple(block[0] for block in blocks), *others))
 
     @cached_property
     def _dimensions(self) -> dict[str, int]:

@@ -135,46 +135,51 @@ class Mesh:
 _Groups = dict[Members, dist.ProcessGroup]
 
 
+# torch names a group after its members and the number of groups that a process has made before, and members must agree
+# on the name. So every rank makes a group of every division, be it one of its own alone.
+
+
 def _split_world(layout: Layout, rank: int, timeout: timedelta | None) -> _Groups:
     """This rank's groups, split from the world's communicator: one call for all groups of a division, and no use of
     the store. The world's must be bound to the device (``init_process_group(device_id=…)``)."""
     made = {}
     for axis, division in layout.divisions.items():
         group = dist.split_group(split_ranks=[list(members) for members in division], timeout=timeout, group_desc=axis)
-        for members in division:
-            if rank in members:
-                assert group is not None
-                made[members] = group
-    return made
+        assert group is not None
+        made[_group_of(rank, division)] = group
+    return _of_several(made)
 
 
 def _separate_groups(layout: Layout, rank: int, timeout: timedelta | None) -> _Groups:
     """This rank's groups, each made by its members only: the others need not wait for them.
 
-    All ranks go through the groups in one order, without which members of several would wait for each other.
+    All ranks go through the divisions in one order, else members of several groups would wait for each other.
     """
     made = {}
     for axis, division in layout.divisions.items():
-        for members in division:
-            if rank in members:
-                made[members] = dist.new_group(
-                    list(members), timeout=timeout, use_local_synchronization=True, group_desc=axis
-                )
-    return made
+        members = _group_of(rank, division)
+        made[members] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True, group_desc=axis)
+    return _of_several(made)
 
 
 def _object_levels(levels: Sequence[Sequence[Members]], rank: int, timeout: timedelta | None) -> tuple[Axis, ...]:
-    """This rank's group of each level that it is in: gloo's, beside those of NCCL, which only carry tensors on GPUs."""
+    """This rank's group of each level: gloo's, beside those of NCCL, which only carry tensors on GPUs."""
     found = []
-    for members in (members for level in levels for members in level):
-        if rank in members:
-            group = None
-            if len(members) > 1:
-                group = dist.new_group(
-                    list(members), timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="objects"
-                )
-            found.append(Axis("objects", members, members.index(rank), group))
+    for level in levels:
+        members = _group_of(rank, level)
+        group = dist.new_group(
+            list(members), timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="objects"
+        )
+        found.append(Axis("objects", members, members.index(rank), _of_several({members: group}).get(members)))
     return tuple(found)
+
+
+def _group_of(rank: int, division: Sequence[Members]) -> Members:
+    return next(members for members in division if rank in members)
+
+
+def _of_several(groups: _Groups) -> _Groups:
+    return {members: group for members, group in groups.items() if len(members) > 1}
 
 
 def connect(mesh: Mesh) -> None:

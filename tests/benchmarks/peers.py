@@ -43,7 +43,7 @@ def main() -> None:
     settings = load_recipe(options.recipe, [], 1, needs_data=False, find_model=find_model)
     device = torch.device("cuda")
     flops = flops_per_token(settings.model, settings.train.sequence_length)
-    peak = peak_tflops(device)
+    peak = peak_tflops(device, torch.bfloat16)
     table = Table("arm", "tokens per second", "MFU (full)", "MFU (causal)", "peak GB")
     report = {}
     for arm in options.arms:

@@ -35,8 +35,9 @@ def describe(rank, ranks, layout):
         (dict(tp=2, kv_sharing=2), 4, [2] * 4),  # tp, which kv shares; dp, which data shares
         (dict(pp=2), 4, [2] * 4),  # pp, which embedding shares; dp
         (dict(pp=2, tp=2), 4, [2] * 4),
+        (dict(pp=3, tp=2), 6, [3] * 6),  # pp, tp; the first and the last stage, and each other alone
         (dict(cp=2), 4, [2] * 4),  # dp, cp; data is the world
-        (dict(pp=4), 4, [1, 0, 0, 1]),  # pp is the world; the first and the last stage
+        (dict(pp=4), 4, [1] * 4),  # pp is the world; the first and the last stage, and each other alone
     ],
 )
 def test_a_rank_makes_one_group_for_all_axes_with_the_same_members_and_none_that_it_is_not_in(
@@ -104,10 +105,11 @@ def test_on_gpus_4096_ranks_split_their_world_once_per_axis_and_never_meet_at_th
     with patch.object(dist, "split_group", split_group), patch.object(dist, "new_group", None):
         made = _split_world(layout, 77, None)
     assert [axis for axis, _ in calls] == list(layout.divisions) and len(calls) <= 7
-    assert list(made) == [m for groups in layout.divisions.values() for m in groups if 77 in m]
+    mine = [members for groups in layout.divisions.values() for members in groups if 77 in members]
+    assert list(made) == [members for members in mine if len(members) > 1]
     for _, groups in calls:
         ranks = [rank for members in groups for rank in members]
-        assert len(ranks) == len(set(ranks)), "one split, whose parts have no rank in common"
+        assert sorted(ranks) == list(range(4096)), "one split, in which every rank has a part"
 
 
 def test_no_rank_of_4096_makes_more_than_two_groups_for_objects_or_waits_for_all_others():
@@ -115,25 +117,29 @@ def test_no_rank_of_4096_makes_more_than_two_groups_for_objects_or_waits_for_all
     for rank in (0, 1, 64, 4095):
         with patch.object(dist, "new_group", lambda ranks, **options: (ranks, options)):
             axes = _object_levels(levels, rank, None)
-        assert len(axes) == (2 if rank % 64 == 0 else 1)
+        assert [axis.size for axis in axes] == [64, 64 if rank % 64 == 0 else 1]
         for axis in axes:
-            ranks, options = axis.group
-            assert axis.size == len(ranks) == 64 and ranks[axis.rank] == rank
-            assert options["backend"] == "gloo" and options["use_local_synchronization"]
+            assert axis.ranks[axis.rank] == rank and (axis.group is None) == (axis.size == 1)
+            if axis.group:
+                ranks, options = axis.group
+                assert ranks == list(axis.ranks)
+                assert options["backend"] == "gloo" and options["use_local_synchronization"]
 
 
-def exchange(rank, ranks, block):
+def exchange(rank, ranks, block, pp):
     """What a communicator gathers and broadcasts where objects take two levels of groups."""
-    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank, pp=pp)
     with patch.object(layout_module, "OBJECT_BLOCK", block):
         levels = mesh.layout.object_levels()
     communicator = DistributedCommunicator(replace(mesh, object_levels=_object_levels(levels, rank, None)))
     return communicator.gather(f"from {rank}"), communicator.broadcast(f"by {rank}"), len(levels)
 
 
-@pytest.mark.parametrize(("ranks", "block", "levels"), [(4, 8, 1), (6, 2, 2), (5, 3, 2), (3, 1, 2), (5, 4, 2)])
-def test_objects_reach_rank_0_in_order_and_every_rank_from_it_whatever_the_levels(workers, ranks, block, levels):
-    answers = workers.run(ranks, exchange, block)
+@pytest.mark.parametrize(
+    ("ranks", "block", "levels", "pp"), [(4, 8, 1, 1), (6, 4, 2, 3), (5, 3, 2, 1), (3, 1, 2, 1), (5, 4, 2, 5)]
+)
+def test_objects_reach_rank_0_in_order_and_every_rank_from_it_whatever_the_levels(workers, ranks, block, levels, pp):
+    answers = workers.run(ranks, exchange, block, pp)
     assert answers == [
         ([f"from {other}" for other in range(ranks)] if rank == 0 else None, "by 0", levels) for rank in range(ranks)
     ]

@@ -115,7 +115,8 @@ class Mesh:
             groups[everyone] = dist.group.WORLD
             if dist.get_backend() == "nccl":  # RCCL is called that, too
                 with library_errors(NOT_CONNECTED, DistributedError):
-                    groups |= _split_world(layout, rank, timeout)
+                    can_split = dist.group.WORLD._get_backend(device).supports_splitting
+                    groups |= (_split_world if can_split else _separate_groups)(layout, rank, timeout)
                     mesh = cls._of_groups(layout, rank, device, groups)
                     connect(mesh)
                     return replace(mesh, object_levels=_object_levels(layout.object_levels(), rank, timeout))

@@ -62,7 +62,7 @@ def test_ranks_on_gpus_are_joined_by_nccl_alone_bound_to_their_device(monkeypatc
 def test_two_processes_on_one_gpu_are_told_so_and_other_errors_stay_what_they_are(monkeypatch):
     gpu = torch.device("cuda", 0)
     nccl = RuntimeError("NCCL error\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
-    with pytest.raises(DistributedError, match="rank 1 has the GPU of another rank on .*\n.*one process per GPU"):
+    with pytest.raises(DistributedError, match=r"rank 1 has the GPU of another rank on .*\n.*one process per GPU"):
         joined(gpu, monkeypatch, nccl)
-    with pytest.raises(DistributedError, match="cannot connect to each other .*: NCCL error"):
+    with pytest.raises(DistributedError, match=r"cannot connect to each other .*: NCCL error"):
         joined(gpu, monkeypatch, RuntimeError("NCCL error"))

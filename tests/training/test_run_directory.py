@@ -142,14 +142,14 @@ def test_a_finished_run_that_cannot_be_written_needs_no_writing(tmp_path, monkey
 LIMITED = """
 import resource, sys
 from megagap.errors import run_tool
-from megagap.observe import metrics, run_directory
+from megagap.observe import logs, metrics, run_directory
 from megagap.train import main
 kind = sys.argv[1]
 owner, name = {
     "metrics.jsonl": (metrics.MetricsFile, "write"),
     "tensorboard": (metrics.TensorBoard, "write"),
     "events.jsonl": (run_directory.RunDirectory, "event"),
-    "rank_00000.log": (run_directory._LogFile, "emit"),
+    "rank_00000.log": (logs._LogFile, "emit"),
     "checkpoints": (sys.modules["megagap.training.keeper"], "save"),
 }[kind]
 original, calls = getattr(owner, name), []

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.model.flops import flops_per_token
 from megagap.observe.utilisation import peak_tflops
+from megagap.terminal.console import Console
 from tests.benchmarks.kernels import hardware, installed
 from tests.huggingface import reference_config
 

@@ -24,6 +24,7 @@ from megagap.errors import run_tool
 from megagap.observe.logs import log_to, log_to_console
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
 from megagap.process import launch
 from megagap.process.rendezvous import Process
@@ -65,16 +66,13 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
 
 
 def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mesh:
+    return Mesh.of(make_layout(settings, process.world_size), process.rank, device, launch.GROUP_TIMEOUT)
+
+
+def make_layout(settings: Settings, world_size: int) -> Layout:
     parallel = settings.parallel
-    return Mesh.create(
-        device=device,
-        world_size=process.world_size,
-        rank=process.rank,
-        pp=parallel.pp,
-        tp=parallel.tp,
-        kv_sharing=max(1, parallel.tp // settings.model.num_key_value_heads),
-        timeout=launch.GROUP_TIMEOUT,
-    )
+    kv_sharing = max(1, parallel.tp // settings.model.num_key_value_heads)
+    return Layout(world_size, pp=parallel.pp, tp=parallel.tp, kv_sharing=kv_sharing)
 
 
 def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> tuple[Path, list[str]]:

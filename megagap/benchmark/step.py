@@ -82,7 +82,8 @@ class Report:
         flops = flops_per_token(self.settings.model, self.first.sequence_length)
         per_device = self.tokens_per_second / self.mesh.world.size / 1e12
         achieved = {"full": self.tflops_per_device, "causal": flops.causal * per_device}
-        peaks = {"datasheet": peak_tflops(self.mesh.device), "measured": self.measured_peak}
+        dtype = COMPUTE_DTYPES[self.settings.train.precision]
+        peaks = {"datasheet": peak_tflops(self.mesh.device, dtype), "measured": self.measured_peak}
         return {
             "tokens_per_second": self.tokens_per_second,
             "step_seconds": self.step_seconds,

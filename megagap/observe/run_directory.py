@@ -43,6 +43,7 @@ from megagap.files import (
 from megagap.model.flops import flops_per_token
 from megagap.observe.logs import log_file
 from megagap.observe.utilisation import peak_tflops
+from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 
@@ -299,7 +300,8 @@ def layout(mesh: Mesh) -> dict[str, Any]:
 def mfu_formula(settings: Settings, mesh: Mesh) -> dict[str, Any]:
     """What the ``mfu`` and ``tflops_per_device`` of metrics.jsonl mean in this run."""
     lengths = timeline_of(settings).sequence_lengths
-    peak = peak_tflops(mesh.device)
+    dtype = COMPUTE_DTYPES[settings.train.precision]
+    peak = peak_tflops(mesh.device, dtype)
     device = torch.cuda.get_device_name(mesh.device) if peak is not None else None
     return {
         "formula": "mfu = tflops_per_device / peak_tflops; "
@@ -310,7 +312,9 @@ def mfu_formula(settings: Settings, mesh: Mesh) -> dict[str, Any]:
             "by_sequence_length": {str(length): flops_per_token(settings.model, length).full for length in lengths},
         },
         "peak_tflops": peak,
-        "peak_of": f"data sheet of {device}: dense bf16 matrix products" if device else None,
+        "peak_of": f"data sheet of {device}: dense matrix products in {str(dtype).removeprefix('torch.')}"
+        if device
+        else None,
     }
 
 

@@ -1,26 +1,36 @@
 """How much of the hardware's peak a step uses (model FLOPs utilisation; Chowdhery et al. 2022, appendix B)."""
 
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
 import torch
 
-# Dense bf16 peaks of data sheets in TFLOP/s, by a part of the device's name. Unknown devices have no entry: a guessed
-# peak would make a wrong MFU look right.
-_PEAKS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-    "MI250X": 191.5,  # a die, which is what a rank has; 383 for the package
-    "MI300X": 1307.0,
-}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32"}
+"""The key of ``peaks.toml`` for matrix products in a dtype."""
 
 
-def peak_tflops(device: torch.device) -> float | None:
-    """Data-sheet peak for dense bf16 matrix products, or None if the device is unknown."""
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Data-sheet peak for dense matrix products in ``dtype``; None if the device, or the dtype on it, is unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return data_sheet_peaks(torch.cuda.get_device_name(device)).get(DTYPES.get(dtype, ""))
+
+
+@cache
+def data_sheet_peaks(name: str) -> dict[str, float]:
+    """Peaks in TFLOP/s by dtype (``peaks.toml``) of the device of this name, such as ``NVIDIA H100 80GB HBM3``.
+
+    Empty if it is unknown: a guessed peak would make a wrong MFU look right. So it is for a part of a GPU (MIG).
+    """
+    words = set(re.split(r"[^0-9A-Za-z]+", name))
+    entries = tomllib.loads(Path(__file__).with_name("peaks.toml").read_text(encoding="utf-8"))
+    matching = [key for key in entries if words.issuperset(key.split())]
+    if not matching or "MIG" in words:
+        return {}
+    entry = entries[max(matching, key=lambda key: len(key.split()))]
+    return {dtype: entry[dtype] for dtype in ("bf16", "fp32")}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -34,23 +34,29 @@ class SingleProcess:
 
 
 class DistributedCommunicator:
-    """The communicator of all ranks of a mesh."""
+    """The communicator of all ranks of a mesh.
+
+    Values pass from the first members of one level of ``mesh.object_levels`` to the next.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.rank, self.size = mesh.world.rank, mesh.world.size
+        self._levels = mesh.object_levels
 
     def gather(self, value: object) -> list[object] | None:
         """The values of all ranks, on rank 0; None elsewhere."""
-        if self.size == 1:
-            return [value]
-        values: list[object] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values)
-        return values
+        values = [value]
+        for level in self._levels:  # ranks that are not the first of a level are alone in the next
+            if level.group is not None:
+                parts: list[list[object]] | None = [[]] * level.size if level.rank == 0 else None
+                dist.gather_object(values, parts, dst=level.ranks[0], group=level.group)
+                values = [value for part in parts or [] for value in part]
+        return values if self.rank == 0 else None
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value, on every rank."""
-        if self.size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        for level in reversed(self._levels):
+            if level.group is not None:
+                dist.broadcast_object_list(values, src=level.ranks[0], group=level.group)
         return values[0]

@@ -1,18 +1,22 @@
-"""The grid of processes: one object, made at start and passed down. There is no other global state.
+"""The grid of processes with its groups: one object, made at start and passed down. There is no other global state.
 
-Ranks are laid out with tensor parallelism innermost (neighbours, so within a node), then context, data and pipeline
-parallelism: ``rank = ((pp · DP + dp) · CP + cp) · TP + tp``. An axis of size 1 has no process group and its
-collectives are the identity, so one process runs the same code.
+An axis of size 1 has no process group and its collectives are the identity, so one process runs the same code.
+``parallel/layout.py`` says which ranks an axis has.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from megagap.errors import DistributedError
+from megagap.errors import DistributedError, library_errors
+from megagap.parallel.layout import AXES, Layout, Members
+
+NOT_CONNECTED = (
+    "the processes cannot connect to each other (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network)"
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Axis:
     """This process's view of one group of processes: its place among them and the group itself."""
 
     name: str
-    ranks: tuple[int, ...]
+    ranks: Members
     """Global ranks of the members, in order along the axis."""
     rank: int
     """This process's place along the axis."""
@@ -45,13 +49,22 @@ class Mesh:
     tp: Axis
     """Parts of each matrix (tensor parallelism)."""
     data: Axis
-    """dp × cp: gradients are reduced and optimizer state is sharded over it."""
+    """dp × cp: gradients are reduced over it."""
+    shard: Axis
+    """The part of ``data`` over which optimizer state is sharded: all of it, unless dp is divided into parts that each
+    hold everything."""
+    replicate: Axis
+    """Those parts: the ranks that hold the same shards."""
     embedding: Axis
     """The first and the last stage, which share a tied embedding; one member on other stages."""
     kv: Axis
     """The consecutive tp ranks that hold the same key/value heads, where tp exceeds their number."""
     world: Axis
     """All processes."""
+    object_levels: tuple[Axis, ...]
+    """The groups of this rank that carry Python objects, as in :meth:`Layout.object_levels`: values are gathered from
+    the first to the last, and broadcast in reverse."""
+    layout: Layout
     device: torch.device
 
     def axis(self, name: str) -> Axis:
@@ -85,45 +98,116 @@ class Mesh:
         kv_sharing: int = 1,
         timeout: timedelta | None = None,
     ) -> "Mesh":
-        """Lay out ``world_size`` ranks; dp is what remains. Collective: every rank calls it with the same arguments.
+        """:meth:`of` a layout of these sizes."""
+        return cls.of(Layout(world_size, pp=pp, cp=cp, tp=tp, kv_sharing=kv_sharing), rank, device, timeout)
 
-        ``kv_sharing``: consecutive tp ranks that share key/value heads (tp / key-value heads, at least 1).
-        ``torch.distributed`` must be initialised where ``world_size > 1``.
-        Raises :class:`DistributedError` if the axes do not divide the ranks.
+    @classmethod
+    def of(cls, layout: Layout, rank: int, device: torch.device, timeout: timedelta | None = None) -> "Mesh":
+        """Make the groups of a layout. Collective: every rank calls it with the same layout.
+
+        ``torch.distributed`` must be initialised where there are several ranks; the groups use its backend. Those of
+        NCCL are connected on return. Raises :class:`DistributedError` if ranks cannot connect to each other.
         """
-        if world_size % (pp * cp * tp):
-            raise DistributedError(f"pp {pp} × cp {cp} × tp {tp} does not divide {world_size} processes")
-        dp = world_size // (pp * cp * tp)
-        grid = np.arange(world_size).reshape(pp, dp, cp, tp)
-        everyone = tuple(range(world_size))
-        made = {everyone: dist.group.WORLD} if world_size > 1 else {}
+        everyone = tuple(range(layout.world_size))
+        groups: _Groups = {}
+        if layout.world_size > 1:
+            assert dist.group.WORLD is not None
+            groups[everyone] = dist.group.WORLD
+            if dist.get_backend() == "nccl":  # RCCL is called that, too
+                with library_errors(NOT_CONNECTED, DistributedError):
+                    can_split = dist.group.WORLD._get_backend(device).supports_splitting
+                    groups |= (_split_world if can_split else _separate_groups)(layout, rank, timeout)
+                    mesh = cls._of_groups(layout, rank, device, groups)
+                    connect(mesh)
+                    return replace(mesh, object_levels=_object_levels(layout.object_levels(), rank, timeout))
+            groups |= _separate_groups(layout, rank, timeout)
+        return cls._of_groups(layout, rank, device, groups)
 
-        def axis(name: str, groups: np.ndarray) -> Axis:
-            """``groups`` [number of groups, members]: every rank is a member of at most one.
+    @classmethod
+    def _of_groups(cls, layout: Layout, rank: int, device: torch.device, groups: "_Groups") -> "Mesh":
+        def axis(name: str, members: Members) -> Axis:
+            return Axis(name, members, members.index(rank), groups.get(members))
 
-            Axes with the same members share a process group: each costs connections, and memory on a GPU.
-            """
-            mine = Axis(name, (rank,), 0)
-            for members in map(tuple, groups.tolist()):
-                if len(members) == 1:
-                    continue
-                # Every rank must take part in creating every group, including those it is not in.
-                if members not in made:
-                    made[members] = dist.new_group(list(members), timeout=timeout)
-                if rank in members:
-                    mine = Axis(name, members, members.index(rank), made[members])
-            return mine
+        world = axis("world", tuple(range(layout.world_size)))
+        axes = {name: axis(name, layout.members(name, rank)) for name in AXES}
+        return cls(**axes, world=world, object_levels=(world,), layout=layout, device=device)
 
-        lines = lambda dims, size: np.moveaxis(grid, dims, range(-len(dims), 0)).reshape(-1, size)  # noqa: E731
-        stages_at_the_ends = grid[[0, -1]] if pp > 1 else grid
-        return cls(
-            pp=axis("pp", lines((0,), pp)),
-            dp=axis("dp", lines((1,), dp)),
-            cp=axis("cp", lines((2,), cp)),
-            tp=axis("tp", lines((3,), tp)),
-            data=axis("data", lines((1, 2), dp * cp)),
-            embedding=axis("embedding", np.moveaxis(stages_at_the_ends, 0, -1).reshape(-1, min(pp, 2))),
-            kv=axis("kv", grid.reshape(-1, kv_sharing)),
-            world=Axis("world", everyone, rank, made.get(everyone)),
-            device=device,
+
+_Groups = dict[Members, dist.ProcessGroup]
+
+
+# torch names a group after its members and the number of groups that a process has made before, and members must agree
+# on the name. So every rank makes a group of every division, be it one of its own alone.
+
+
+def _split_world(layout: Layout, rank: int, timeout: timedelta | None) -> _Groups:
+    """This rank's groups, split from the world's communicator: one call for all groups of a division, and no use of
+    the store. The world's must be bound to the device (``init_process_group(device_id=…)``)."""
+    made = {}
+    for axis, division in layout.divisions.items():
+        group = dist.split_group(split_ranks=[list(members) for members in division], timeout=timeout, group_desc=axis)
+        assert group is not None
+        made[_group_of(rank, division)] = group
+    return _of_several(made)
+
+
+def _separate_groups(layout: Layout, rank: int, timeout: timedelta | None) -> _Groups:
+    """This rank's groups, each made by its members only: the others need not wait for them.
+
+    All ranks go through the divisions in one order, else members of several groups would wait for each other.
+    """
+    made = {}
+    for axis, division in layout.divisions.items():
+        members = _group_of(rank, division)
+        made[members] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True, group_desc=axis)
+    return _of_several(made)
+
+
+def _object_levels(levels: Sequence[Sequence[Members]], rank: int, timeout: timedelta | None) -> tuple[Axis, ...]:
+    """This rank's group of each level: gloo's, beside those of NCCL, which only carry tensors on GPUs."""
+    found = []
+    for level in levels:
+        members = _group_of(rank, level)
+        group = dist.new_group(
+            list(members), timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="objects"
         )
+        found.append(Axis("objects", members, members.index(rank), _of_several({members: group}).get(members)))
+    return tuple(found)
+
+
+def _group_of(rank: int, division: Sequence[Members]) -> Members:
+    return next(members for members in division if rank in members)
+
+
+def _of_several(groups: _Groups) -> _Groups:
+    return {members: group for members, group in groups.items() if len(members) > 1}
+
+
+def connect(mesh: Mesh) -> None:
+    """Use each group once, in the order in which they were made: its connections are made and found to work before the
+    first step. A collective makes those for collectives, messages between neighbours those of the pipeline.
+
+    Collective. Raises :class:`DistributedError` if a group has other members than it should, and what the backend
+    raises if they cannot connect.
+    """
+    axes = [mesh.world, *(mesh.axis(name) for name in AXES)]
+    for axis in {axis.ranks: axis for axis in axes}.values():
+        if axis.group is not None:
+            # torch tells NCCL which ranks belong together by a hash, which two groups of a large world may share.
+            found = torch.tensor([1, mesh.world.rank], device=mesh.device)
+            dist.all_reduce(found, group=axis.group)
+            if found.tolist() != [axis.size, sum(axis.ranks)]:
+                raise DistributedError(
+                    f"rank {mesh.world.rank}: the group of axis {axis.name} does not have the ranks it was made for\n"
+                    "  this is a fault of torch or of NCCL: try another number of processes, or another layout."
+                )
+    pp = mesh.pp
+    if pp.group is not None:
+        neighbours = pp.ranks[(pp.rank + 1) % pp.size], pp.ranks[pp.rank - 1]
+        sent, received = torch.zeros(2, 2, 1, device=mesh.device)
+        sends = [dist.P2POp(dist.isend, sent[i], neighbours[i], pp.group) for i in range(2)]
+        receives = [dist.P2POp(dist.irecv, received[i], neighbours[1 - i], pp.group) for i in range(2)]
+        for work in dist.batch_isend_irecv(sends + receives):
+            work.wait()
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megagap.errors import ConfigError
+from megagap.observe.utilisation import data_sheet_peaks
 
 FILE = Path(__file__).with_name("devices.toml")
 
@@ -24,7 +25,6 @@ class Device:
     kind: str
     capability: tuple[int, int]
     memory_gib: float
-    peak_tflops: dict[str, float]
     product_tflops: dict[str, list[tuple[int, float]]]
     attention_tflops: dict[str, dict[str, dict[str, tuple[float, float]]]]
     bandwidth_tb: float
@@ -35,6 +35,11 @@ class Device:
     node: int
     network_gb: float
     sources: list[str] = field(default_factory=list)
+
+    @property
+    def peak_tflops(self) -> dict[str, float]:
+        """Of the data sheet, dense, by dtype: what MFU is measured against."""
+        return data_sheet_peaks(self.name)
 
     @property
     def torch_device(self) -> torch.device:

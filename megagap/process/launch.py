@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -51,12 +52,7 @@ def start(process: Process) -> torch.device:
     if process.rank == 0:
         warn_of_several_runs()
     if torch.cuda.is_available():
-        if process.local_rank >= torch.cuda.device_count():
-            raise DistributedError(
-                f"{process.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs\n"
-                "  start one per GPU: torchrun --nproc-per-node."
-            )
-        device = torch.device("cuda", process.local_rank)
+        device = torch.device("cuda", choose_gpu(process, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         if process.rank == 0:
@@ -66,10 +62,25 @@ def start(process: Process) -> torch.device:
         if threads is None:
             torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:
-        # gloo, besides NCCL, carries the small objects that checkpoints exchange.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        join(process, backend, GROUP_TIMEOUT)
+        join(process, device, GROUP_TIMEOUT)
     return device
+
+
+def choose_gpu(process: Process, visible: int) -> int:
+    """The index of this process's GPU among those that are ``visible`` to it, at least one.
+
+    Where only one is, as with ``srun --gpus-per-task=1``, it is taken to be this process's own. Raises
+    :class:`DistributedError` if there are several, but not one for each process of this machine.
+    """
+    if visible == 1:
+        return 0
+    if process.local_rank >= visible:
+        raise DistributedError(
+            f"{process.local_world_size} processes on {socket.gethostname()}, where {visible} GPUs are visible\n"
+            f"  start one per GPU: torchrun --nproc-per-node {visible}"
+            " (CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES may hide others)."
+        )
+    return process.local_rank
 
 
 def _warn_of_invisible_gpus() -> None:

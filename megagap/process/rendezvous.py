@@ -6,15 +6,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megagap.errors import DistributedError, library_errors
+from megagap.parallel.mesh import NOT_CONNECTED
 from megagap.process.parent import UNDER_TORCHRUN
 
 JOIN_SECONDS = 45.0
@@ -143,8 +146,10 @@ def _count(environment: Mapping[str, str], name: str) -> int:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
 
 
-def join(process: Process, backend: str, timeout: timedelta) -> None:
-    """Make the process group of all ranks; its collectives give up after ``timeout``.
+def join(process: Process, device: torch.device, timeout: timedelta) -> None:
+    """Make the process group of all ranks: NCCL's or RCCL's, bound to the ``device``, if that is a GPU, else gloo's.
+
+    Its collectives give up after ``timeout``.
 
     Raises :class:`DistributedError`, on every rank that can be reached, if the ranks do not find each other or do not
     agree on who they are.
@@ -157,14 +162,28 @@ def join(process: Process, backend: str, timeout: timedelta) -> None:
         shared = meeting.host(process) if process.rank == 0 else meeting.reach(process)
         call_roll(process, shared, deadline)
         store = PrefixStore("group", shared)
-    what = "the processes cannot connect to each other (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network)"
-    with library_errors(what, DistributedError):
-        if store is None:
-            dist.init_process_group(backend, timeout=timeout)
+    options: dict[str, Any] = {"timeout": timeout}
+    if store is not None:
+        options |= {"store": store, "rank": process.rank, "world_size": process.world_size}
+    with library_errors(NOT_CONNECTED, DistributedError), _shared_gpus(process):
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device, **options)
         else:
-            dist.init_process_group(
-                backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout
-            )
+            dist.init_process_group("gloo", **options)
+
+
+@contextmanager
+def _shared_gpus(process: Process) -> Iterator[None]:
+    """Explain the error of NCCL or RCCL where two processes have one GPU, as where only one is visible to all."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise DistributedError(
+            f"rank {process.rank} has the GPU of another rank on {socket.gethostname()}\n"
+            "  start one process per GPU (torchrun --nproc-per-node), and let each see all of them, or only its own."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -303,7 +322,9 @@ def _judge(process: Process, store: Store, deadline: float) -> str:
 
 def _await_verdict(process: Process, store: Store, deadline: float) -> str:
     """Another rank's part: what rank 0 says is wrong, or ""."""
-    if not _wait_until(lambda: store.check(["verdict"]), deadline + NOTICE_SECONDS - time.monotonic()):
+    try:  # not by asking again and again: thousands of ranks do this at the same time
+        store.wait(["verdict"], timedelta(seconds=max(0.05, deadline + NOTICE_SECONDS - time.monotonic())))
+    except dist.DistStoreError:
         return f"rank {process.rank} got no answer from rank 0 on whether all processes have arrived"
     world, fault = json.loads(store.get("verdict"))
     store.add("told", 1)

@@ -42,7 +42,7 @@ class Console(rich.console.Console):
 
     def _show_all_of(self, table: Table) -> None:
         for column in table.columns:
-            column.overflow = "fold"
+            column.overflow, column.no_wrap = "fold", False  # rich crops what it may not wrap
             column.min_width = max(column.min_width or 0, NARROWEST_COLUMN)
         if self.width == UNLIMITED:
             table.caption_justify = "left"

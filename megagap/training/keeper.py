@@ -1,7 +1,8 @@
 """When a run's checkpoints are written, and when old ones are removed."""
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
@@ -9,6 +10,7 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.resume.persistence import drop_old, save
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
+from megagap.training.stop_requests import warn_of_short_grace
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +24,21 @@ class CheckpointKeeper:
         """Why the last due checkpoint has not been written yet."""
         self._untried: int | None = None
         """The step of a checkpoint that no update has followed yet: older ones are kept beside it."""
+        self._has_warned = False
 
     def step_done(self) -> None:
         """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late."""
         if self._untried is not None and self._untried < self.state.step - 1 and not self.skipped.in_a_row:
             self.drop_old()
 
-    def save_if_fit(self, batch: Batch, validation: Mapping[str, float]) -> bool:
+    def save_if_fit(self, batch: Batch, validation: Mapping[str, float], step_seconds: Sequence[float]) -> bool:
         """Write the checkpoint of this step unless :func:`unfit`; whether it was written. All numbers must be known.
 
+        ``step_seconds``: what the last steps took. With the time of the save they tell whether a SIGTERM can be
+        answered in time; if not, a warning says so, once.
         Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written.
         """
+        start = time.monotonic()
         self.run.require_in_place()
         reason = unfit(self.state, batch, self.skipped, validation)
         if reason is None:
@@ -40,6 +46,8 @@ class CheckpointKeeper:
                 self.drop_old()
             save(self.state, self.run, self.data)
             self._untried = self.state.step
+            device, seconds = self.state.mesh.device.type, time.monotonic() - start
+            self._has_warned = self._has_warned or warn_of_short_grace(step_seconds, seconds, device)
         elif self.withheld is None:
             self.run.event("checkpoint_withheld", reason=reason)
             log.warning("no checkpoint at step %d: %s", self.state.step, reason)

@@ -13,6 +13,7 @@ from megagap.model.flops import flops_per_token
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
+from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.timeline import Timeline
 from megagap.training.divergence import MOST_SKIPPED, PROBLEM, SkippedSteps, diverged
@@ -49,7 +50,7 @@ class Recorder:
             if settings.run.tensorboard:
                 self.tensorboard = TensorBoard(run.path / "tensorboard", step)
         self.sources = [source.name for source in timeline.sources]
-        self.peak = peak_tflops(mesh.device)
+        self.peak = peak_tflops(mesh.device, COMPUTE_DTYPES[settings.train.precision])
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
         self.skipped = skipped or SkippedSteps()
         self.last_end = time.perf_counter()

@@ -1,11 +1,17 @@
 """What a run can be asked for while it trains: to stop, or to save. The training loop answers at a step boundary."""
 
 import logging
+import math
 import os
 import signal
+import statistics
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+
+from torch.distributed.launcher.api import LaunchConfig
 
 from megagap.config import Settings
 from megagap.observe.run_directory import RunDirectory
@@ -14,6 +20,52 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C (SIGINT)"}
 """What asks to stop, as messages call it: SIGUSR1 is a scheduler's notice."""
+
+STEPS_TO_ANSWER = {"cpu": 2, "cuda": 4}
+"""Most steps from a signal to the save, by device type. A rank polls once per step. On a GPU the host is then a step
+ahead of the device, reads the sum over all ranks a step later, and has queued another step by then."""
+
+GRACE_SECONDS = 30.0
+"""What torchrun (and Slurm, by default) leaves between SIGTERM and SIGKILL."""
+
+GRACE_SETTING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+def grace_seconds(environment: Mapping[str, str] = os.environ) -> float:
+    """How long torchrun waits after SIGTERM, as far as its workers can know; older versions cannot be told."""
+    text = environment.get(GRACE_SETTING, "").strip()
+    can_be_told = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}
+    return float(text) if can_be_told and text.isascii() and text.isdecimal() else GRACE_SECONDS
+
+
+def warn_of_short_grace(step_seconds: Sequence[float], save_seconds: float, device_type: str) -> bool:
+    """Log a warning if the answer to a SIGTERM may take longer than :func:`grace_seconds`; returns whether it may.
+
+    ``step_seconds``: of the last steps; ``save_seconds``: of a checkpoint with what precedes it.
+    """
+    if not step_seconds:
+        return False
+    grace, steps, step = grace_seconds(), STEPS_TO_ANSWER[device_type], statistics.median(step_seconds)
+    needed = steps * step + save_seconds
+    if needed <= grace:
+        return False
+    enough = math.ceil(1.5 * needed / 10) * 10
+    log.warning(
+        "a SIGTERM may end this run before it has saved: up to %d steps of %.1f s and a save of %.1f s take %.0f s, "
+        "and the processes may be killed after %.0f s\n"
+        "  give them more: torchrun's --shutdown-timeout %d, or %s=%d in its environment (newer torch), Slurm's "
+        "--signal=USR1@%d; or have the run stop by itself in time: run.max_minutes.",
+        steps,
+        step,
+        save_seconds,
+        needed,
+        grace,
+        enough,
+        GRACE_SETTING,
+        enough,
+        enough,
+    )
+    return True
 
 
 class Requests:

@@ -91,7 +91,7 @@ def train_from(
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause():
                 recorder.sync()
-                if keeper.save_if_fit(batch, losses or {}):
+                if keeper.save_if_fit(batch, losses or {}, recorder.seconds):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None

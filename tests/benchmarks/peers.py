@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.model.flops import flops_per_token
 from megagap.observe.utilisation import peak_tflops
+from megagap.terminal.console import Console
 from tests.benchmarks.kernels import hardware, installed
 from tests.huggingface import reference_config
 
@@ -43,7 +43,7 @@ def main() -> None:
     settings = load_recipe(options.recipe, [], 1, needs_data=False, find_model=find_model)
     device = torch.device("cuda")
     flops = flops_per_token(settings.model, settings.train.sequence_length)
-    peak = peak_tflops(device)
+    peak = peak_tflops(device, torch.bfloat16)
     table = Table("arm", "tokens per second", "MFU (full)", "MFU (causal)", "peak GB")
     report = {}
     for arm in options.arms:

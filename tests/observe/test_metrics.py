@@ -1,6 +1,7 @@
 """metrics.jsonl: cut back on resuming, torn lines, numbers that JSON does not have."""
 
 import json
+import os
 
 import pytest
 
@@ -22,6 +23,22 @@ def test_a_run_that_goes_on_after_step_3_keeps_the_records_up_to_3(tmp_path):
     resumed.write({"step": 4})
     resumed.close()
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_a_file_that_is_cut_back_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    path, synced, replaced = tmp_path / "metrics.jsonl", [], []
+    write(path, range(1, 6))
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+
+    def replacing(new, old):
+        replaced.append(os.stat(new).st_ino in synced)
+        synced.clear()
+        replace(new, old)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    MetricsFile(path, after_step=3).close()
+    assert replaced == [True] and synced == [os.stat(tmp_path).st_ino], "the file before, its folder after"
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megagap.observe.utilisation import peak_tflops
-from megagap.planning.devices import known_devices, load_device
+from megagap.planning.devices import DTYPES, known_devices, load_device
 from megagap.planning.recording import Operation, Work
 from megagap.planning.roofline import cost
 
@@ -38,7 +38,8 @@ def test_every_device_states_its_sources_and_rates_that_do_not_exceed_its_peaks(
 def test_peaks_are_those_that_training_measures_its_mfu_against(key, monkeypatch):
     device = load_device(key)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: f"AMD or NVIDIA {device.name} something")
-    assert device.peak_tflops["bf16"] == peak_tflops(torch.device("cuda", 0))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert device.peak_tflops[DTYPES[dtype]] == peak_tflops(torch.device("cuda", 0), dtype)
 
 
 def test_an_operation_takes_the_slower_of_its_arithmetic_and_its_traffic():

@@ -24,11 +24,14 @@ def test_a_table_is_as_wide_as_its_content_where_output_is_not_a_terminal(monkey
         assert f"what {name} reads" in output.getvalue()
 
 
+@pytest.mark.parametrize("no_wrap", [False, True])
 @pytest.mark.parametrize("width", [10, 25, 60])
-def test_in_a_narrow_terminal_cells_are_folded_and_nothing_is_left_out(width):
+def test_in_a_narrow_terminal_cells_are_folded_and_nothing_is_left_out(width, no_wrap):
     name = "".join(chr(ord("a") + i % 26) for i in range(100)) + "日本語"
     output = io.StringIO()
-    Console(file=output, width=width).print(some_table(name))
+    table = some_table(name)
+    table.columns[0].no_wrap = no_wrap
+    Console(file=output, width=width).print(table)
     rows = output.getvalue().split("┡")[1].splitlines()[1:-1]
     cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
     assert "".join(cell[0] for cell in cells) == name and "".join(cell[1] for cell in cells) == "1,234"

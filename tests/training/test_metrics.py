@@ -51,7 +51,9 @@ def test_mfu_follows_from_the_formula_and_peak_in_environment_json(workers, tmp_
     metrics = workers.run(2, train_with_a_peak, recipe)[0]
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     mfu = environment["mfu"]
-    assert mfu["peak_tflops"] == 2.0 and mfu["peak_of"] == "data sheet of a known device: dense bf16 matrix products"
+    assert (
+        mfu["peak_tflops"] == 2.0 and mfu["peak_of"] == "data sheet of a known device: dense matrix products in float32"
+    )
 
     # The formula of the page, from the shapes: all matrices but the embedding, and the attention square.
     model = load_recipe(recipe).model
@@ -65,6 +67,10 @@ def test_mfu_follows_from_the_formula_and_peak_in_environment_json(workers, tmp_
         assert m["tflops_per_device"] == pytest.approx(tflops) and m["mfu"] == pytest.approx(tflops / 2.0)
 
 
+def peak_of_fp32(device, dtype):
+    return {"torch.float32": 2.0}[str(dtype)]
+
+
 def train_with_a_peak(rank, ranks, recipe):
     """On a device whose peak is known."""
     from unittest.mock import patch
@@ -73,8 +79,8 @@ def train_with_a_peak(rank, ranks, recipe):
     from megagap.training import recorder
 
     with (
-        patch.object(run_directory, "peak_tflops", lambda device: 2.0),
-        patch.object(recorder, "peak_tflops", lambda device: 2.0),
+        patch.object(run_directory, "peak_tflops", peak_of_fp32),
+        patch.object(recorder, "peak_tflops", peak_of_fp32),
         patch("torch.cuda.get_device_name", lambda device: "a known device"),
     ):
         return train_recipe(rank, ranks, recipe, [])

@@ -27,6 +27,7 @@ from megagap.errors import (
     file_system_error,
 )
 from megagap.observe.run_directory import RunDirectory
+from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.process.allocator import keep_freed_memory
 from megagap.process.interrupt import watch_interrupts
 from megagap.process.parent import UNDER_TORCHRUN, handle_interrupts
@@ -58,6 +59,7 @@ def start(process: Process) -> torch.device:
             )
         device = torch.device("cuda", process.local_rank)
         torch.cuda.set_device(device)
+        sum_half_precision_in_fp32()
     else:
         if process.rank == 0:
             _warn_of_invisible_gpus()

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from megagap.errors import ConfigError
+from megagap.observe.metrics import read_metrics
+from megagap.observe.run_directory import RunDirectory
 from megagap.ops.arithmetic import CUBLAS_WORKSPACES, deterministic_kernels, sum_half_precision_in_fp32
+from tests.launching import finish, launch
+from tests.recipes import write_recipe
 
 CUDA = torch.device("cuda", 0)
 
@@ -106,3 +110,30 @@ def test_sums_of_half_precision_are_not_rounded_on_their_way(monkeypatch):
         assert not matmul.allow_fp16_reduced_precision_reduction
     finally:
         matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
+def losses(recipe, *overrides) -> list[float]:
+    code, output = finish(launch(recipe, 1, *overrides))
+    assert code == 0, output
+    return [metrics["loss"] for metrics in read_metrics(RunDirectory(recipe.parent / "run", is_writer=False).metrics)]
+
+
+def test_a_run_that_must_repeat_refuses_no_operation_of_a_step(tmp_path, monkeypatch):
+    """With evaluation and a document mask; on a CPU all results repeat, so they are those of any other run."""
+    monkeypatch.delenv(CUBLAS_WORKSPACES, raising=False)
+    found = []
+    for deterministic in (True, False):
+        folder = tmp_path / str(deterministic)
+        folder.mkdir()
+        recipe = write_recipe(
+            folder,
+            data=dict(document_mask=True),
+            train=dict(steps=2, evaluate_every=2, deterministic=deterministic),
+            run=dict(dir=str(folder / "run")),
+        )
+        found.append(losses(recipe))
+    assert found[0] == found[1] and len(found[0]) == 2
+    monkeypatch.setenv(CUBLAS_WORKSPACES, ":0:0")
+    recipe = tmp_path / "True" / "recipe.toml"
+    code, output = finish(launch(recipe, 1, f"--run.dir={tmp_path / 'refused'}"))
+    assert code == 2 and "CUBLAS_WORKSPACE_CONFIG=:0:0" in output and "Traceback" not in output, output

@@ -227,13 +227,16 @@ def saved_bytes(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> tu
 def test_with_sequence_parallelism_two_ranks_save_half_of_what_one_does_and_nothing_of_vocabulary_size(
     workers, tmp_path
 ):
+    """Sequences are short, so that no scores of attention are kept, of which there are half as many in any case."""
+    vocabulary, few_tokens = 30_000, 8
     model = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704)
-    recipe = write_recipe(tmp_path, model=model | dict(vocab_size=30_000), train=dict(sequence_length=256))
+    recipe = write_recipe(tmp_path, model=model | dict(vocab_size=vocabulary), train=dict(sequence_length=64))
     (one,) = workers.run(1, saved_bytes, recipe, [])
-    for layer, largest in [one, *(two := workers.run(2, saved_bytes, recipe, ["parallel.tp=2"]))]:
-        assert layer > 0 and largest < 4 * 30_000 * 256 // 2
+    two = workers.run(2, saved_bytes, recipe, ["parallel.tp=2"])
+    for layer, largest in (one, *two):
+        assert layer > 0 and largest < 4 * vocabulary * few_tokens
     for layer, _ in two:
-        assert layer <= 0.55 * one[0]
+        assert layer < 0.52 * one[0]
 
 
 class _Copies(TorchDispatchMode):

@@ -279,3 +279,36 @@ def test_activations_of_several_sequences_are_not_copied_around_collectives(work
     """The loss in plain torch copies logits and numbers of a token; the smallest activation is larger."""
     for copied in workers.run(2, copied_elements, sequence_parallel, 64):
         assert copied < BATCH * LENGTH // 2 * 64
+
+
+class _Order(TorchDispatchMode):
+    """Matrix products and the starts of collectives, in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            assert not any(argument is False for argument in args), "it is asynchronous unless told otherwise"
+            self.names.append("gather" if "allgather" in name else "scatter" if "scatter" in name else "reduce")
+        elif name == "aten::mm":
+            self.names.append("product")
+        return function(*args, **(kwargs or {}))
+
+
+def order_of_backward(rank: int, ranks: int, sequence_parallel: bool) -> list[str]:
+    tp = TensorParallel(mesh(rank, ranks), sequence_parallel, torch.float64)
+    column = ColumnParallelLinear("a", HIDDEN, INNER, tp)
+    y = column(random(1, tp.sequence_part(LENGTH), HIDDEN, seed=1).requires_grad_())
+    with _Order() as order:
+        y.backward(torch.ones_like(y))
+    return order.names
+
+
+def test_collectives_of_a_backward_pass_run_beside_its_products(workers):
+    """First the input's gradient, while the input is gathered; then the weight's, while the first is summed."""
+    expected = {True: ["gather", "product", "scatter", "product"], False: ["product", "reduce", "product"]}
+    for sequence_parallel, names in expected.items():
+        assert workers.run(2, order_of_backward, sequence_parallel) == [names, names]

@@ -24,8 +24,8 @@ TORCH_LIBRARY(megagap, m) {
   m.def("cross_entropy_rows_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor scale) -> ()");
   m.def(
       "adamw_(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor grad_scale,"
-      " Tensor found_inf, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, int? seed,"
-      " Tensor(d!)? rounded=None) -> ()");
+      " Tensor found_inf, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay,"
+      " int[]? rounding, Tensor(d!)? rounded=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megagap, CPU, m) {

@@ -23,6 +23,7 @@ from megagap.config import Settings, describe_settings, load_recipe, parse_overr
 from megagap.errors import run_tool
 from megagap.observe.logs import log_to, log_to_console
 from megagap.observe.run_directory import RunDirectory
+from megagap.ops.arithmetic import deterministic_kernels
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
@@ -61,7 +62,8 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
         log.info("run directory %s", run.path)
         for note in settings.notes:
             log.info("%s", note)
-        train(settings, mesh, run)
+        with deterministic_kernels(settings.train.deterministic):
+            train(settings, mesh, run)
         run.close()
 
 

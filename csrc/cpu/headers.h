@@ -2,6 +2,7 @@
 // keep an inline function of the standard library that was compiled for AVX-512, for all machines.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -52,13 +52,20 @@ MEGAGAP_INLINE Half from_float<Half>(float value) {
   return {c10::detail::fp16_ieee_from_fp32_value(value)};
 }
 
+// Which random bits round which element: those of a parameter's key and of the element's place in the global tensor.
+// Element i of a buffer is element first + i, row by row, of a rectangle with rows of `columns` elements. They start
+// `pitch` elements apart in the global tensor, the first at `offset`.
+struct Rounding {
+  int64_t key, first, columns, pitch, offset;
+};
+
 // The scalars of an AdamW update; adamw.h has the formula.
 struct AdamW {
   float lr, beta1, beta2, eps, weight_decay;
   float first_correction, second_correction;  // 1 - beta^step
   float grad_divisor;
   bool stochastic;
-  uint64_t seed;
+  Rounding rounding;
   uint32_t step;
 };
 

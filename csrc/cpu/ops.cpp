@@ -370,7 +370,7 @@ void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets_gi
 
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad_given,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
-            double beta2, double eps, double weight_decay, std::optional<int64_t> seed,
+            double beta2, double eps, double weight_decay, at::OptionalIntArrayRef rounding,
             const std::optional<Tensor>& rounded) {
   for (const Tensor& state : {exp_avg, exp_avg_sq, grad_given, parameter, rounded.value_or(parameter)}) {
     TORCH_CHECK_VALUE(state.is_contiguous() && state.numel() == parameter.numel(),
@@ -381,6 +381,8 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   TORCH_CHECK_TYPE(parameter.scalar_type() != at::kHalf, "adamw_: parameters are float32 or bfloat16");
   TORCH_CHECK_TYPE(!rounded || (parameter.scalar_type() == at::kFloat && rounded->scalar_type() == at::kBFloat16),
                    "adamw_: a rounded copy is in bfloat16, of a parameter in float32");
+  TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && parameter.scalar_type() == at::kBFloat16),
+                    "adamw_: the place of an element has five numbers, to round bfloat16 parameters");
   if (found_inf.item<float>() != 0) {
     return;
   }
@@ -394,8 +396,9 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
                    static_cast<float>(1 - std::pow(beta1, updates)),
                    static_cast<float>(1 - std::pow(beta2, updates)),
                    grad_scale.item<float>(),
-                   seed.has_value(),
-                   static_cast<uint64_t>(seed.value_or(0)),
+                   rounding.has_value(),
+                   rounding ? Rounding{(*rounding)[0], (*rounding)[1], (*rounding)[2], (*rounding)[3], (*rounding)[4]}
+                            : Rounding{},
                    static_cast<uint32_t>(updates)};
   for_dtype(parameter, [&](auto element) {
     using T = decltype(element);

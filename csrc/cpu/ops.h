@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits, cons
 void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& scale);
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
-            double beta2, double eps, double weight_decay, std::optional<int64_t> seed,
+            double beta2, double eps, double weight_decay, at::OptionalIntArrayRef rounding,
             const std::optional<Tensor>& rounded);
 
 }  // namespace megagap::cpu

@@ -16,10 +16,20 @@ struct AdamSettings {
   float keep1, take1, keep2, take2;  // beta1, 1 - beta1, beta2, 1 - beta2
 };
 
-// The first word of Philox4x32-10 (Salmon et al. 2011): a pure function of seed, step and element.
-MEGAGAP_DEVICE uint32_t philox(uint64_t seed, uint32_t step, uint64_t element) {
-  uint32_t c0 = static_cast<uint32_t>(element), c1 = static_cast<uint32_t>(element >> 32), c2 = step, c3 = 0;
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+// As in cpu/kernels.h: element i of a buffer is element first + i, row by row, of a rectangle whose rows of `columns`
+// elements start `pitch` elements apart in the global tensor, the first at `offset`.
+struct Rounding {
+  int64_t key, first, columns, pitch, offset;
+};
+
+struct Words {
+  uint32_t word0, word1, word2, word3;
+};
+
+// Philox4x32-10 (Salmon et al. 2011): a pure function of key, step and counter.
+MEGAGAP_DEVICE Words philox(uint64_t key, uint32_t step, uint64_t counter) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = step, c3 = 0;
+  uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -31,8 +41,46 @@ MEGAGAP_DEVICE uint32_t philox(uint64_t seed, uint32_t step, uint64_t element) {
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return c0;
+  return {c0, c1, c2, c3};
 }
+
+// The random words of consecutive elements of a buffer: a counter has those of four neighbours in the global tensor.
+class RandomWords {
+ public:
+  MEGAGAP_DEVICE RandomWords(const Rounding& place, uint32_t step, int64_t index)
+      : key_(static_cast<uint64_t>(place.key)), step_(step) {
+    const int64_t local = place.first + index;
+    const bool is_whole = place.columns == place.pitch;  // then rows follow each other, and no division is needed
+    const int64_t row = is_whole ? 0 : local / place.columns;
+    left_ = is_whole ? INT64_MAX : (row + 1) * place.columns - local;
+    columns_ = place.columns;
+    gap_ = place.pitch - place.columns;
+    element_ = place.offset + local + row * gap_;
+  }
+
+  MEGAGAP_DEVICE uint32_t next() {
+    if (counter_ != element_ / 4) {
+      counter_ = element_ / 4;
+      words_ = philox(key_, step_, static_cast<uint64_t>(counter_));
+    }
+    const uint32_t low = element_ & 1 ? words_.word1 : words_.word0;
+    const uint32_t high = element_ & 1 ? words_.word3 : words_.word2;
+    const uint32_t word = element_ & 2 ? high : low;
+    ++element_;
+    if (--left_ == 0) {
+      left_ = columns_;
+      element_ += gap_;
+    }
+    return word;
+  }
+
+ private:
+  uint64_t key_;
+  uint32_t step_;
+  int64_t element_, left_, columns_, gap_;
+  int64_t counter_ = -1;
+  Words words_ = {};
+};
 
 // Rounded away from zero with the probability that the truncated bits represent: 16 random bits are added to them.
 MEGAGAP_DEVICE float round_at_random(float value, uint32_t random) {
@@ -57,8 +105,8 @@ template <typename P, typename M, typename G, int kWidth>
 __global__ void __launch_bounds__(kAdamBlock)
     adamw_kernel(P* __restrict__ parameter, M* __restrict__ exp_avg, M* __restrict__ exp_avg_sq,
                  const G* __restrict__ grad, const float* __restrict__ grad_scale, const float* __restrict__ found_inf,
-                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic, uint64_t seed,
-                 BFloat16* __restrict__ rounded) {
+                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic,
+                 Rounding place, BFloat16* __restrict__ rounded) {
   __shared__ float shared[2];
   if (*found_inf != 0.0f) return;  // the same for all threads
   if (threadIdx.x == 0) {
@@ -69,10 +117,10 @@ __global__ void __launch_bounds__(kAdamBlock)
   const float step_size = shared[0], root2 = shared[1], divisor = *grad_scale;
   const uint32_t update_number = static_cast<uint32_t>(*step);
 
-  const auto update = [&](float& value, float& first, float& second, float gradient, int64_t index) {
+  const auto update = [&](float& value, float& first, float& second, float gradient, RandomWords& random) {
     const AdamElement now = adam_update({value, first, second}, gradient / divisor, step_size, root2, settings);
     value = now.parameter;
-    if (sizeof(P) == 2 && stochastic) value = round_at_random(value, philox(seed, update_number, static_cast<uint64_t>(index)));
+    if (sizeof(P) == 2 && stochastic) value = round_at_random(value, random.next());
     first = now.exp_avg;
     second = now.exp_avg_sq;
   };
@@ -100,10 +148,11 @@ __global__ void __launch_bounds__(kAdamBlock)
       Chunk<P, kWidth> to_value;
       Chunk<M, kWidth> to_first, to_second;
       Chunk<BFloat16, kWidth> to_rounded;
+      RandomWords random(place, update_number, index);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         float value = values[k].get(i), first = firsts[k].get(i), second = seconds[k].get(i);
-        update(value, first, second, grads[k].get(i), index + i);
+        update(value, first, second, grads[k].get(i), random);
         to_value.set(i, value);
         to_rounded.set(i, value);
         to_first.set(i, first);
@@ -118,7 +167,8 @@ __global__ void __launch_bounds__(kAdamBlock)
     const int64_t rest = size - size % kWidth + threadIdx.x;
     if (kWidth > 1 && block + kAdamChunks * kStep >= size && rest < size) {
       float value = to_float(parameter[rest]), first = to_float(exp_avg[rest]), second = to_float(exp_avg_sq[rest]);
-      update(value, first, second, to_float(grad[rest]), rest);
+      RandomWords random(place, update_number, rest);
+      update(value, first, second, to_float(grad[rest]), random);
       parameter[rest] = from_float<P>(value);
       exp_avg[rest] = from_float<M>(first);
       exp_avg_sq[rest] = from_float<M>(second);
@@ -130,7 +180,7 @@ __global__ void __launch_bounds__(kAdamBlock)
 template <typename P, typename M, typename G>
 int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, const void* grad_given,
           const float* grad_scale, const float* found_inf, const float* step, int64_t size,
-          const AdamSettings& settings, bool stochastic, uint64_t seed, void* rounded_given, void* stream) {
+          const AdamSettings& settings, bool stochastic, const Rounding& place, void* rounded_given, void* stream) {
   P* parameter = static_cast<P*>(parameter_given);
   M* exp_avg = static_cast<M*>(exp_avg_given);
   M* exp_avg_sq = static_cast<M*>(exp_avg_sq_given);
@@ -142,7 +192,7 @@ int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, co
   return launch(whole ? adamw_kernel<P, M, G, kAdamWidth> : adamw_kernel<P, M, G, 1>,
                 ceil_divide(size, int64_t{kAdamBlock} * kAdamChunks * (whole ? kAdamWidth : 1)), dim3(kAdamBlock),
                 stream, parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings, stochastic,
-                seed, rounded);
+                place, rounded);
 }
 
 }  // namespace
@@ -151,16 +201,19 @@ int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, co
 extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                                  void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                                  const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
-                                 double weight_decay, int stochastic, int64_t seed, void* rounded, void* stream) {
+                                 double weight_decay, const int64_t* rounding, void* rounded, void* stream) {
   using megagap::gpu::BFloat16;
   const auto number = [](double value) { return static_cast<float>(value); };
   const megagap::gpu::AdamSettings settings = {lr,           beta1,            beta2,         number(1 - lr * weight_decay),
                                           number(eps),  number(beta1),    number(1 - beta1),
                                           number(beta2), number(1 - beta2)};
+  const megagap::gpu::Rounding place =
+      rounding == nullptr ? megagap::gpu::Rounding{0, 0, 1, 1, 0}
+                          : megagap::gpu::Rounding{rounding[0], rounding[1], rounding[2], rounding[3], rounding[4]};
   const auto run = [&](auto* kernels) {
     return size == 0 ? 0
                      : kernels(parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings,
-                               stochastic != 0, static_cast<uint64_t>(seed), rounded, stream);
+                               rounding != nullptr, place, rounded, stream);
   };
   if (rounded != nullptr && parameter_type != kMegagapFloat) return kMegagapUnsupported;
   const auto types = [&](int p, int m, int g) { return parameter_type == p && moment_type == m && grad_type == g; };

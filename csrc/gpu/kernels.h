@@ -64,5 +64,5 @@ int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_
 int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                       void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                       const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
-                      double weight_decay, int stochastic, int64_t seed, void* rounded, void* stream);
+                      double weight_decay, const int64_t* rounding, void* rounded, void* stream);
 }

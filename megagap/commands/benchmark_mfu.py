@@ -15,6 +15,7 @@ from megagap.config import load_recipe, parse_overrides
 from megagap.errors import ConfigError
 from megagap.files import require_writable, write_text, writing
 from megagap.observe.logs import log_to_console
+from megagap.ops.arithmetic import deterministic_kernels
 from megagap.process import launch
 from megagap.process.parent import UNDER_TORCHRUN
 from megagap.process.rendezvous import Process
@@ -103,7 +104,8 @@ def time_one_layout(options: argparse.Namespace, rest: list[str]) -> None:
         if options.output and process.rank == 0:
             require_writable(options.output / "benchmark.json")  # before spending time
         mesh = make_mesh(settings, process, launch.start(process))
-        report = benchmark(settings, mesh, first, options.warmup, options.steps, options.profile)
+        with deterministic_kernels(settings.train.deterministic):
+            report = benchmark(settings, mesh, first, options.warmup, options.steps, options.profile)
         if process.rank == 0:
             if options.profile and report.profile is None:
                 print("note: --profile lists the kernels of a GPU; there is none here", file=sys.stderr)

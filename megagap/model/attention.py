@@ -35,7 +35,6 @@ class Attention(nn.Module):
 
     def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.tensor_parallel = tensor_parallel
         self.head_dim = model.head_dim
         query_width = model.num_attention_heads * model.head_dim
         key_width = model.num_key_value_heads * model.head_dim
@@ -70,7 +69,6 @@ class Attention(nn.Module):
 
         A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token.
         """
-        x = self.tensor_parallel.enter(x)
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
         )

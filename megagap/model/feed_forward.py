@@ -12,12 +12,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.tensor_parallel = tensor_parallel
         narrow, wide, bias = model.hidden_size, model.intermediate_size, model.mlp_bias
         self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", narrow, wide, tensor_parallel, bias=bias)
         self.up_proj = ColumnParallelLinear(f"{name}.up_proj", narrow, wide, tensor_parallel, bias=bias)
         self.down_proj = RowParallelLinear(f"{name}.down_proj", wide, narrow, tensor_parallel, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tensor_parallel.enter(x)
         return self.down_proj(swiglu(*column_parallel(x, self.gate_proj, self.up_proj)))

@@ -115,8 +115,8 @@ class LlamaStage(nn.Module):
 
         y: the last stage's output. Ignored targets have a loss of 0; only the sum has a gradient.
         """
-        x = self.tensor_parallel.enter(y)
-        return linear_cross_entropy(x, self.output, targets, scale, self.tensor_parallel.mesh.tp)
+        region = self.tensor_parallel.region
+        return linear_cross_entropy(y, self.output, targets, scale, region.tp, region.sequence_parallel)
 
     def logits(self, y: Tensor) -> Tensor:
         """This tp rank's columns of the logits [b, s, v], without padding, of the last stage's output."""

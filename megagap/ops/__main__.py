@@ -3,6 +3,7 @@
 examples:
   python -m megagap.ops
   python -m megagap.ops --rows 4096 --size 4096
+  python -m megagap.ops --deterministic      # what a run with train.deterministic = true uses
 
 ``MEGAGAP_OPS=plain`` in the environment selects plain torch for all operations, to rule out a kernel as the cause of a
 problem.
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,11 +25,16 @@ from torch import Tensor
 from megagap import ops
 from megagap.errors import run_tool
 from megagap.ops import compiled
+from megagap.ops.arithmetic import deterministic_kernels
+from megagap.ops.document_mask import Documents, document_attention, masked_attention
 from megagap.ops.optional import gpu_library
 from megagap.terminal.console import Console
 
 ROUNDS = 5
-HEAD = 64
+HEAD, DOCUMENT = 64, 128
+
+CHOICES = {"attention": "megagap.ops.attention", "document_attention": "megagap.ops.document_mask"}
+"""Operations whose file says itself what it would choose."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +54,30 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rows", type=int, default=2048, help="tokens (2048)")
     parser.add_argument("--size", type=int, default=1024, help="hidden size, a multiple of 256 (1024)")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="choose as in runs that must repeat bit for bit on a GPU"
+    )
     options = parser.parse_args(arguments)
     if options.rows < 1 or options.size < 256 or options.size % 256:
         parser.error("--rows must be at least 1, --size a multiple of 256")
+    with deterministic_kernels(options.deterministic):
+        show(options.rows, options.size)
+
+
+def show(rows: int, size: int) -> None:
+    """Print the table of all operations on all devices of this machine."""
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     table = Table("operation", "device", "dtype", "chosen", "why", "ms", "plain torch ms", title="megagap.ops")
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
-            for name, example in examples(options.rows, options.size, dtype, device).items():
+            for name, example in examples(rows, size, dtype, device).items():
                 choice, why = explain(name, example)
                 ours, plain = times(example)
                 kind = str(dtype).removeprefix("torch.")
                 table.add_row(name, device.type, kind, choice, why, f"{ours:.2f}", f"{plain:.2f}")
     console = Console()
     console.print(table)
-    console.print("medians of forward and backward on random inputs; attention at sequence length 512")
+    console.print("medians of forward and backward on random inputs; sequences of 512 tokens, documents of 128")
     for device in devices:
         kernels = "compiled" if device.type in compiled.DEVICES else "not compiled"
         capability = f", {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
@@ -72,8 +88,8 @@ def explain(name: str, example: Example) -> tuple[str, str]:
     """What is used for an operation, and why."""
     tensors = [x for x in example.inputs if x.is_floating_point()][:2]
     device = tensors[0].device.type
-    if name == "attention":
-        choice: tuple[str, str] = import_module("megagap.ops.attention").choose(*example.inputs)
+    if name in CHOICES:
+        choice: tuple[str, str] = import_module(CHOICES[name]).choose(*example.inputs[:3])
         return choice
     if compiled.supports(*tensors):
         return "megagap kernel", f"compiled for {device}"
@@ -111,6 +127,7 @@ def examples(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> 
     heads, length = size // HEAD, 512
     cos, sin = (torch.rand(rows, HEAD, device=device) for _ in range(2))
     queries, keys = (max(1, rows // length), length, heads, HEAD), (max(1, rows // length), length, heads // 4, HEAD)
+    documents = Documents.of((torch.arange(length) % DOCUMENT).repeat(queries[0], 1)).to(device)
     apex = "apex.normalization.fused_layer_norm"
     return {
         "rms_norm": Example(ops.rms_norm, plain("rms_norm"), [random(rows, size), random(size)], apex),
@@ -122,6 +139,11 @@ def examples(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> 
         ),
         "swiglu": Example(ops.swiglu, plain("swiglu"), [random(rows, size), random(rows, size)]),
         "attention": Example(ops.attention, plain("attention"), [random(*queries), random(*keys), random(*keys)]),
+        "document_attention": Example(
+            partial(document_attention, documents=documents),
+            partial(masked_attention, positions=documents.positions),
+            [random(*queries), random(*keys), random(*keys)],
+        ),
     }
 
 

@@ -1,10 +1,58 @@
 """AdamW's update of a flat buffer (Loshchilov & Hutter 2019, algorithm 2) in one pass over memory."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megagap.ops import compiled
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive elements of a flat buffer that are a part of one parameter, for rounding them stochastically.
+
+    The random bits are a function of key, update number and an element's index in the global tensor, so that they do
+    not depend on how tensors are cut, put into buffers and spread over ranks.
+    """
+
+    begin: int
+    end: int
+    """Elements [begin, end) of the buffer."""
+    key: int
+    """Of the seed and the parameter's name, 64 bits; see :meth:`of`."""
+    first: int
+    """Index of the first of them in the rank's rectangle of the global tensor, flattened row by row."""
+    columns: int
+    """Of the rectangle; with several dimensions, elements of a row of the first."""
+    pitch: int
+    """The same of the global tensor."""
+    offset: int
+    """Index of the rectangle's first element in the global tensor, flattened row by row."""
+
+    @classmethod
+    def of(
+        cls,
+        seed: int,
+        name: str,
+        shape: Sequence[int],
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        *,
+        first: int,
+        begin: int,
+        end: int,
+    ) -> "Segment":
+        """Of elements [first, first + end - begin) of a rank's rectangle of a tensor of one or two dimensions."""
+        assert 1 <= len(shape) == len(offsets) == len(sizes) <= 2, (name, shape)
+        key = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little", signed=True)
+        pitch = shape[1] if len(shape) == 2 else 1
+        columns = sizes[1] if len(shape) == 2 else 1
+        offset = offsets[0] * pitch + (offsets[1] if len(shape) == 2 else 0)
+        return cls(begin, end, key, first, columns, pitch, offset)
 
 
 def adamw_(
@@ -20,23 +68,28 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    seed: int | None = None,
+    stochastic: Sequence[Segment] = (),
     rounded: Tensor | None = None,
 ) -> None:
     """One update in place, with ``grad / divisor``; all flat, contiguous and of one size.
 
-    parameter: fp32, or bf16 without another master, then rounded to the nearest, or with ``seed`` stochastically
-    (Gupta et al. 2015, section 3.1). Moments: fp32. ``divisor``, ``reject`` and ``updates`` (their number, this one
+    parameter: fp32, or bf16 without another master, then rounded to the nearest, or stochastically (Gupta et al. 2015,
+    section 3.1) in the segments of ``stochastic``, if there are any; what is in none is padding, and stays as it is.
+    Moments: fp32. ``divisor``, ``reject`` and ``updates`` (their number, this one
     included) are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on GPU. ``rounded``:
     bf16, set to the updated fp32 parameter in the same pass.
     """
     if compiled.supports(parameter) and parameter.dtype != torch.float16:
         updates += 1 - reject
-        torch.ops.megagap.adamw_(
-            parameter, exp_avg, exp_avg_sq, grad, divisor, reject, updates, lr, *betas, eps, weight_decay, seed, rounded
-        )
+        numbers = (divisor, reject, updates, lr, *betas, eps, weight_decay)
+        if not stochastic:
+            torch.ops.megagap.adamw_(parameter, exp_avg, exp_avg_sq, grad, *numbers, None, rounded)
+        for segment in stochastic:
+            state = (x[segment.begin : segment.end] for x in (parameter, exp_avg, exp_avg_sq, grad))
+            place = (segment.key, segment.first, segment.columns, segment.pitch, segment.offset)
+            torch.ops.megagap.adamw_(*state, *numbers, place)
         return
-    assert seed is None, "stochastic rounding needs the compiled kernel"
+    assert not stochastic, "stochastic rounding needs the compiled kernel"
     adamw(
         [parameter],
         [grad],
@@ -72,7 +125,7 @@ def _no_shapes(
     beta2: float,
     eps: float,
     weight_decay: float,
-    seed: int | None,
+    rounding: Sequence[int] | None,
     rounded: Tensor | None = None,
 ) -> None:
     return None

@@ -3,11 +3,14 @@
 On a GPU the choice follows measurement (docs/performance.md): on Hopper cuDNN is 1.5 times as fast as flash-attn 2, and
 only flash-attn 3 matches it. On CPU, torch's kernel has a slow backward pass; for short sequences, a few matrix
 products over blocks of queries are faster there. They keep the probabilities, whose memory grows with the square of
-the sequence length. ``python -m megagap.ops`` prints what is chosen.
+the sequence length. ``python -m megagap.ops`` prints what is chosen, also for runs that must repeat bit for bit
+(``train.deterministic``): cuDNN's backward pass cannot, those of flash-attn and torch's own kernels can.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagap.ops import compiled
+from megagap.ops.arithmetic import is_deterministic
 from megagap.ops.optional import gpu_library
 
 BLOCKED_FROM = 128
@@ -42,18 +46,41 @@ def choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
     if q.is_cuda:
         # Library kernels need head sizes that are a multiple of 8, up to 256.
         supports_heads = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-        if is_hopper(q.device) and supports_heads and gpu_library("flash_attn_interface", q, k, v):
+        if is_hopper(q.device) and supports_heads and flash_library("flash_attn_interface", q, k, v):
             return "flash-attn 3", "it is installed, and fastest on Hopper"
-        if q.dtype in HALF_PRECISION and is_hopper(q.device):
+        if q.dtype in HALF_PRECISION and is_hopper(q.device) and not is_deterministic():
             return "torch, cuDNN first", "faster than flash-attn 2 on Hopper"
-        if supports_heads and gpu_library("flash_attn", q, k, v):
+        if supports_heads and flash_library("flash_attn", q, k, v):
             return "flash-attn 2", "it is installed"
         if q.dtype not in HALF_PRECISION and q.shape[2] != k.shape[2]:
             return "torch, keys repeated", f"no kernel supports {q.dtype} and grouped keys without storing all scores"
+        if is_deterministic():
+            return "torch", "its flash and memory-efficient kernels repeat bit for bit, cuDNN's does not"
         return "torch", "no library supports these tensors"
     if _use_blocked(q, k, v):
         return "blocks of queries", f"training on CPU, up to {BLOCKED_UP_TO[q.dtype]} tokens"
     return "torch", "forward only, or a sequence length at which it is as fast"
+
+
+def flash_library(name: str, *tensors: Tensor) -> ModuleType | None:
+    """A library of flash-attn for these tensors, if its backward pass can repeat bit for bit where that is required."""
+    library = gpu_library(name, *tensors)
+    if library is None or (is_deterministic() and not _deterministic(library.flash_attn_func)):
+        return None
+    return library
+
+
+def _deterministic(function: Callable[..., Any]) -> dict[str, Any]:
+    """The argument with which a function of flash-attn repeats bit for bit, where it is required and there is one."""
+    has_it = is_deterministic() and "deterministic" in inspect.signature(function).parameters
+    return {"deterministic": True} if has_it else {}
+
+
+def call_flash(function: Callable[..., Any], *arguments: Any, **options: Any) -> Tensor:
+    """The result of a function of flash-attn; early releases of flash-attn 3 also return the log-sum-exp."""
+    mixed = function(*arguments, **options, **_deterministic(function))
+    result: Tensor = mixed[0] if isinstance(mixed, tuple) else mixed
+    return result
 
 
 @cache
@@ -101,17 +128,15 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    flash = gpu_library("flash_attn", q, k, v)
+    flash = flash_library("flash_attn", q, k, v)
     assert flash is not None
-    mixed: Tensor = flash.flash_attn_func(q, k, v, causal=_is_causal(q, k))
-    return mixed
+    return call_flash(flash.flash_attn_func, q, k, v, causal=_is_causal(q, k))
 
 
 def _flash_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    flash = gpu_library("flash_attn_interface", q, k, v)
+    flash = flash_library("flash_attn_interface", q, k, v)
     assert flash is not None
-    mixed = flash.flash_attn_func(q, k, v, causal=_is_causal(q, k))
-    return mixed[0] if isinstance(mixed, tuple) else mixed  # early releases also return the log-sum-exp
+    return call_flash(flash.flash_attn_func, q, k, v, causal=_is_causal(q, k))
 
 
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

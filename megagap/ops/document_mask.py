@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagap.ops.attention import HALF_PRECISION, attention, is_hopper, repeat_keys
-from megagap.ops.optional import gpu_library
+from megagap.ops.attention import HALF_PRECISION, attention, call_flash, flash_library, is_hopper, repeat_keys
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,18 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) ->
     """softmax(q kᵀ / sqrt(d)) v, causal and within documents; q: [b, s, h, d], k, v: [b, s, hk, d]. Result as q."""
     if q.device.type == "cpu":
         return torch.cat(list(_one_by_one(q, k, v, documents)), 1).view_as(q)
-    if (kernel := _variable_length(q, k, v)) is not None:
+    kernel, _, _ = _variable_length(q, k, v)
+    if kernel is not None:
         return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents).view_as(q)
     return masked_attention(q, k, v, documents.positions)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
+    """How :func:`document_attention` of these tensors is computed, and why: for people."""
+    if q.device.type == "cpu":
+        return "each document by itself", "the host knows where they end"
+    _, name, why = _variable_length(q, k, v)
+    return name, why
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -65,22 +73,24 @@ VariableLengthKernel = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """q [tokens, h, d], k, v [tokens, hk, d] of documents laid end to end -> as q."""
 
 
-def _variable_length(q: Tensor, k: Tensor, v: Tensor) -> VariableLengthKernel | None:
-    """A variable-length kernel for this GPU: flash-attn 3, flash-attn 2, or torch's own."""
+def _variable_length(q: Tensor, k: Tensor, v: Tensor) -> tuple[VariableLengthKernel | None, str, str]:
+    """A variable-length kernel for this GPU: flash-attn 3, flash-attn 2, torch's own, or none. Its name, and why."""
+    masked = "torch, masked"
     if q.dtype not in HALF_PRECISION or q.shape[-1] % 8 or q.shape[-1] > 256:
-        return None
-    for name in ("flash_attn_interface", "flash_attn"):
-        if name == "flash_attn_interface" and not is_hopper(q.device):
+        return None, masked, "no variable-length kernel supports these tensors"
+    for module, name in (("flash_attn_interface", "flash-attn 3"), ("flash_attn", "flash-attn 2")):
+        if module == "flash_attn_interface" and not is_hopper(q.device):
             continue
-        if (library := gpu_library(name, q, k, v)) is not None:
-            return partial(_library_varlen, library.flash_attn_varlen_func)
-    return _torch_varlen()
+        if (library := flash_library(module, q, k, v)) is not None:
+            return partial(_library_varlen, library.flash_attn_varlen_func), name, "it is installed"
+    if (kernel := _torch_varlen()) is not None:
+        return kernel, "torch, variable length", "flash-attn is not installed"
+    return None, masked, "no variable-length kernel: torch has one from 2.10 on, flash-attn is not installed"
 
 
 def _library_varlen(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     borders, longest = documents.borders, documents.longest
-    mixed = function(q, k, v, borders, borders, longest, longest, causal=True)
-    return mixed[0] if isinstance(mixed, tuple) else mixed
+    return call_flash(function, q, k, v, borders, borders, longest, longest, causal=True)
 
 
 @cache

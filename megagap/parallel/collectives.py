@@ -1,6 +1,9 @@
 """Collectives over a mesh axis: the identity where the axis has one member."""
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -11,6 +14,20 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@dataclass(frozen=True)
+class Pending:
+    """The result of a collective that may still be running."""
+
+    tensor: Tensor
+    works: Sequence[dist.Work] = ()
+
+    def wait(self) -> Tensor:
+        """The result, to be used from now on; on a GPU its stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        return self.tensor
+
+
 def all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over the axis; returns ``tensor``."""
     if axis.group is not None:
@@ -18,24 +35,42 @@ def all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.Re
     return tensor
 
 
-def all_gather(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Concatenate the members' tensors along ``dim``."""
+def all_reduce_async(tensor: Tensor, axis: Axis) -> Pending:
+    """Start summing over the axis, in place."""
     if axis.group is None:
-        return tensor
+        return Pending(tensor)
+    work = dist.all_reduce(tensor, group=axis.group, async_op=True)
+    assert work is not None
+    return Pending(tensor, [work])
+
+
+def all_gather_async(tensor: Tensor, axis: Axis, dim: int) -> Pending:
+    """Start concatenating the members' tensors along ``dim``.
+
+    One collective for each index of the dimensions before: the members' parts are then neighbours in the result, and
+    nothing is permuted.
+    """
+    if axis.group is None:
+        return Pending(tensor)
     tensor = tensor.contiguous()
-    parts = tensor.new_empty(axis.size, *tensor.shape)
-    _all_gather_flat(parts.view(-1), tensor.view(-1), group=axis.group)
-    return parts.movedim(0, dim).flatten(dim, dim + 1)
+    whole = tensor.new_empty(*tensor.shape[:dim], axis.size * tensor.shape[dim], *tensor.shape[dim + 1 :])
+    rows = zip(_rows(whole, dim), _rows(tensor, dim), strict=True)
+    return Pending(whole, [_all_gather_flat(into, row, group=axis.group, async_op=True) for into, row in rows])
 
 
-def reduce_scatter(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Sum over the members; each keeps its equal part along ``dim``."""
+def reduce_scatter_async(tensor: Tensor, axis: Axis, dim: int) -> Pending:
+    """Start summing over the members; each keeps its equal part along ``dim``. In as many collectives as the gather."""
     if axis.group is None:
-        return tensor
-    parts = tensor.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
-    mine = torch.empty_like(parts[0])
-    _reduce_scatter_flat(mine.view(-1), parts.view(-1), group=axis.group)
-    return mine
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    mine = tensor.new_empty(*tensor.shape[:dim], tensor.shape[dim] // axis.size, *tensor.shape[dim + 1 :])
+    rows = zip(_rows(mine, dim), _rows(tensor, dim), strict=True)
+    return Pending(mine, [_reduce_scatter_flat(into, row, group=axis.group, async_op=True) for into, row in rows])
+
+
+def _rows(tensor: Tensor, dim: int) -> Sequence[Tensor]:
+    """Views of a contiguous tensor: a flat one for each index of the dimensions before ``dim``."""
+    return tensor.view(prod(tensor.shape[:dim]), -1).unbind()
 
 
 def reduce_scatter_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work | None:

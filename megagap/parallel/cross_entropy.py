@@ -8,7 +8,9 @@ For some tokens at a time (a chunk):
 4. its products with W and x: the gradients of the input and of the weight.
 
 So the logits of a whole step never exist, and nothing is computed twice (as in Liger-Kernel; Hsu et al. 2024, section
-3.2). The weight gradient is accumulated in fp32, in the weight's own sink if it has one, during the forward pass.
+3.2). The weight gradient is accumulated in fp32, in the weight's own sink if it has one, during the forward pass. The
+input enters the region here, so that its gradient is summed over tp in the forward pass too: under sequence
+parallelism only this rank's part is kept.
 """
 
 from typing import Any
@@ -23,6 +25,7 @@ from megagap.ops.wide import wide, wide_dtype
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import Axis
 from megagap.parallel.shard import GradientSink, Shard, ShardedParameter
+from megagap.parallel.tensor import Region
 
 IGNORED_TARGET = -100
 """A target with this id counts neither in the loss nor in its gradient."""
@@ -38,20 +41,27 @@ CHUNK_MULTIPLE = 256
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: ShardedParameter, targets: Tensor, scale: Tensor, tp: Axis
+    x: Tensor,
+    weight: ShardedParameter,
+    targets: Tensor,
+    scale: Tensor,
+    tp: Axis,
+    sequence_parallel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``scale`` · the sum over tokens of the cross-entropy of ``x Wᵀ``; and each token's, unscaled, without gradient.
 
-    x: [b, s, h] whole. weight: this rank's rows of W [vocab, h], padding after them. targets: [b, s] global ids, or
-    ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returns an fp32 scalar and fp32 [b, s] (float64 for
-    x in float64), the same on every tp rank. The gradient of x is this rank's share: it is summed where x entered the
-    region.
+    x: residual stream [b, s or s / tp, h]. weight: this rank's rows of W [vocab, h], padding after them. targets:
+    [b, s] global ids, or ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returns an fp32 scalar and fp32
+    [b, s] (float64 for x in float64), the same on every tp rank.
 
     If the weight has a sink, its gradient is there after the forward pass: the loss must then be the root of the
     backward pass, with a gradient of 1.
     """
     need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss, losses = _LinearCrossEntropy.apply(x, weight, targets, scale, weight.shard, weight.sink, tp, need_gradients)
+    region = Region(tp, sequence_parallel)
+    loss, losses = _LinearCrossEntropy.apply(
+        x, weight, targets, scale, weight.shard, weight.sink, region, need_gradients
+    )
     return loss, losses
 
 
@@ -71,11 +81,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: Tensor,
         shard: Shard,
         sink: GradientSink | None,
-        tp: Axis,
+        region: Region,
         need_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         first, columns = shard.offsets[0], shard.sizes[0]  # sizes: without padding
-        rows, inputs, ids = weight[:columns], x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        whole = region.gather(x).wait()
+        rows, inputs, ids = weight[:columns], whole.reshape(-1, x.shape[-1]), targets.reshape(-1)
         losses = ids.new_empty(ids.shape, dtype=wide_dtype(x.dtype))
         grad_x = torch.empty_like(inputs) if need_gradients else None
         own_sum = None if sink is not None or not need_gradients else _ProductSum(weight, columns)
@@ -88,16 +99,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted = ids[chunk] != IGNORED_TARGET
             own = counted & (ids[chunk] >= first) & (ids[chunk] < first + columns)
             target = (ids[chunk] - first).where(own, ABSENT)
-            log_sum_exp, at_target = _over_vocabulary(*softmax_statistics(logits, target), tp)
+            log_sum_exp, at_target = _over_vocabulary(*softmax_statistics(logits, target), region.tp)
             losses[chunk] = (log_sum_exp - at_target).where(counted, 0)
-            if grad_x is None:
-                continue
-            assert products is not None
-            softmax_gradient_(logits, target, log_sum_exp, counted * scale.to(losses.dtype))
-            torch.mm(logits, rows, out=grad_x[chunk])
-            products.add_product(logits, inputs[chunk])
+            if grad_x is not None:
+                assert products is not None
+                softmax_gradient_(logits, target, log_sum_exp, counted * scale.to(losses.dtype))
+                torch.mm(logits, rows, out=grad_x[chunk])
+                products.add_product(logits, inputs[chunk])
+            del logits  # else they would be live until the next chunk's are there
         ctx.save_for_backward(
-            grad_x.view_as(x) if grad_x is not None else None, own_sum.gradient() if own_sum is not None else None
+            region.sum(grad_x.view_as(whole)).wait() if grad_x is not None else None,
+            own_sum.gradient() if own_sum is not None else None,
         )
         ctx.sink = sink
         losses = losses.view(targets.shape)

@@ -3,10 +3,15 @@
 A block of layers is a *region*: activations enter it whole, ``[b, s, h]``, are computed on in split form, and leave it
 as partial sums that are added up over tp (Shoeybi et al. 2019, section 3). Outside of regions the residual stream is
 replicated over tp, or, under sequence parallelism (Korthikanti et al. 2022, section 4.2.2), split along the sequence:
-``[b, s / tp, h]``. :class:`TensorParallel` moves between the two; the linear layers themselves do not communicate.
+``[b, s / tp, h]``. A :class:`Region` moves between the two.
+
+The linear layers at a region's borders move and multiply in one operation. So a column-parallel layer keeps no gathered
+input for its backward pass, only the part that this rank had. It is gathered again for the weights' gradients (the same
+section) while the input's gradient is computed, which in turn is summed over tp while those of the weights are. What
+they sum in place is a product that they have just made, which autograd has not seen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagap.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from megagap.parallel.collectives import Pending, all_gather_async, all_reduce_async, reduce_scatter_async
 from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.shard import GradientSink, Shard, ShardedParameter, split, whole
 
@@ -26,7 +31,9 @@ SEQUENCE = 1
 class WeightGradientQueue:
     """Defers weight gradients: while deferring, linear layers queue them instead of computing them in backward.
 
-    Zero-bubble schedules (Qi et al. 2023) fill idle time with the queued work.
+    Zero-bubble schedules (Qi et al. 2023) fill idle time with the queued work. A job may gather over tp. That cannot
+    deadlock: the tp ranks of a stage run the same schedule, and each queues and runs its jobs in the order of the same
+    backward pass, so that all of them make these calls in one order.
     """
 
     def __init__(self) -> None:
@@ -51,6 +58,24 @@ class WeightGradientQueue:
 
 
 @dataclass(frozen=True)
+class Region:
+    """The borders of regions, without autograd: the gradient of each passes through the other."""
+
+    tp: Axis
+    sequence_parallel: bool
+
+    def gather(self, x: Tensor) -> Pending:
+        """Start making the residual stream [b, s or s / tp, h] whole: [b, s, h]. Without sequence parallelism it is."""
+        return all_gather_async(x, self.tp, SEQUENCE) if self.sequence_parallel else Pending(x)
+
+    def sum(self, y: Tensor) -> Pending:
+        """Start summing [b, s, h] over tp into the residual stream; in place without sequence parallelism."""
+        if self.sequence_parallel:
+            return reduce_scatter_async(y, self.tp, SEQUENCE)
+        return all_reduce_async(y, self.tp)
+
+
+@dataclass(frozen=True)
 class TensorParallel:
     """How this rank's layers are split: passed to every layer of a stage."""
 
@@ -59,15 +84,17 @@ class TensorParallel:
     dtype: torch.dtype
     queue: WeightGradientQueue = field(default_factory=WeightGradientQueue)
 
+    @property
+    def region(self) -> Region:
+        return Region(self.mesh.tp, self.sequence_parallel)
+
     def enter(self, x: Tensor) -> Tensor:
         """Residual stream into a region: [b, s or s / tp, h] -> [b, s, h] whole."""
-        enter = _GatherSequence if self.sequence_parallel else _Replicate
-        return enter.apply(x, self.mesh.tp) if self.mesh.tp.size > 1 else x
+        return _Enter.apply(x, self.region) if self.mesh.tp.size > 1 else x
 
     def leave(self, y: Tensor) -> Tensor:
-        """Partial sums [b, s, h] out of a region: -> [b, s or s / tp, h] summed over tp."""
-        leave = _ScatterSequence if self.sequence_parallel else _Sum
-        return leave.apply(y, self.mesh.tp) if self.mesh.tp.size > 1 else y
+        """Partial sums [b, s, h] out of a region: -> [b, s or s / tp, h] summed over tp. May be computed in place."""
+        return _Leave.apply(y, self.region) if self.mesh.tp.size > 1 else y
 
     def sequence_part(self, length: int) -> int:
         """Tokens of a sequence of ``length`` that the residual stream holds on this rank."""
@@ -88,7 +115,7 @@ class TensorParallel:
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with W [out, in] split by rows over ``axis`` (Shoeybi et al. 2019, section 3).
 
-    x: [b, s, in] whole, from :meth:`TensorParallel.enter`. y: [b, s, out / tp], this rank's columns.
+    x: residual stream [b, s or s / tp, in], which enters the region here. y: [b, s, out / tp], this rank's columns.
     ``parts``: into how many parts the rows are split; tp unless several ranks share one (key/value heads), in which
     case ``replica_axis`` names the axis of the ranks that do.
     """
@@ -118,10 +145,11 @@ class ColumnParallelLinear(nn.Module):
             self.bias = tensor_parallel.parameter(
                 split(f"{name}.bias", (out_features,), **place, **replicas)  # type: ignore[arg-type]
             )
-        self.queue = tensor_parallel.queue
+        self.region, self.queue = tensor_parallel.region, tensor_parallel.queue
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.queue)
+        (y,) = column_parallel(x, self)
+        return y
 
 
 class RowParallelLinear(nn.Module):
@@ -135,7 +163,7 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         tp = tensor_parallel.mesh.tp
-        self.tensor_parallel = tensor_parallel
+        self.region, self.queue = tensor_parallel.region, tensor_parallel.queue
         self.weight = tensor_parallel.parameter(
             split(f"{name}.weight", (out_features, in_features), dim=1, rank=tp.rank, size=tp.size)
         )
@@ -145,120 +173,142 @@ class RowParallelLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tensor_parallel.leave(linear(x, self.weight, None, self.tensor_parallel.queue))
+        y: Tensor = _RowProduct.apply(x, self.region, self.queue, self.weight)
         return y if self.bias is None else y + self.bias
 
 
 def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
-    """The outputs of several layers for one input.
+    """The outputs of several layers for one input, the residual stream, which is gathered once for all of them.
 
     As if each were called by itself; the input's gradient is accumulated inside the matrix products.
     """
-    products: tuple[Tensor, ...] = _Linears.apply(x, layers[0].queue, *(layer.weight for layer in layers))
+    first, weights = layers[0], [layer.weight for layer in layers]
+    products: tuple[Tensor, ...] = _ColumnProducts.apply(x, first.region, first.queue, *weights)
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradientQueue) -> Tensor:
-    """x Wᵀ + b whose weight gradient may be deferred to ``queue``."""
-    (y,) = _Linears.apply(x, queue, weight)
-    return y if bias is None else y + bias
-
-
-class _Linears(torch.autograd.Function):
-    """x [.., in] times each of several weights [out, in], transposed.
-
-    A weight's gradient goes into its sink if it has one, else to autograd.
-    """
+class _ColumnProducts(torch.autograd.Function):
+    """x [b, s or s / tp, in], made whole, times each of several weights [out, in], transposed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, queue: WeightGradientQueue, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, region: Region, queue: WeightGradientQueue, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        ctx.queue, ctx.sinks = queue, [getattr(weight, "sink", None) for weight in weights]
-        return tuple(F.linear(x, weight) for weight in weights)
+        ctx.region, ctx.queue, ctx.sinks = region, queue, [getattr(weight, "sink", None) for weight in weights]
+        whole = region.gather(x).wait()
+        return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        inputs, outputs = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
-        grad_x = None
+        region, wanted = ctx.region, ctx.needs_input_grad[3:]
+        outputs = [grad.flatten(0, -2) for grad in grads]
+
+        def of_weights(gathering: Pending) -> list[Tensor | None]:
+            return _weight_gradients(weights, ctx.sinks, wanted, outputs, gathering.wait().flatten(0, -2))
+
+        now = any(wanted) and not _deferred(ctx.queue, weights, lambda: of_weights(region.gather(x)))
+        gathering = region.gather(x) if now else None  # while the input's gradient is computed
+        summing = None
         if ctx.needs_input_grad[0]:
-            grad_x = outputs[0] @ weights[0]
-            for grad, weight in zip(outputs[1:], weights[1:], strict=True):
-                torch.addmm(grad_x, grad, weight, out=grad_x)
-            grad_x = grad_x.view_as(x)
-        found = [
-            _weight_gradient(weight, grad, inputs, sink, ctx.queue) if wanted else None
-            for weight, grad, sink, wanted in zip(weights, outputs, ctx.sinks, ctx.needs_input_grad[2:], strict=True)
-        ]
-        return grad_x, None, *found
+            summing = region.sum(_input_gradient(outputs, weights).view(*grads[0].shape[:-1], -1))
+        found = [None] * len(weights) if gathering is None else of_weights(gathering)  # while that is summed
+        return None if summing is None else summing.wait(), None, None, *found
 
 
-def _weight_gradient(
-    weight: Tensor, grad: Tensor, x: Tensor, sink: GradientSink | None, queue: WeightGradientQueue
-) -> Tensor | None:
-    """The gradient gradᵀ x for autograd; None if it goes into the sink, or is queued."""
+class _RowProduct(torch.autograd.Function):
+    """x [b, s, in / tp] times the weight [out, in / tp], transposed, summed over tp: [b, s or s / tp, out].
 
-    def accumulate() -> None:
-        if sink is None:
-            torch.autograd.backward(weight, grad.T @ x)
-        else:
+    A deferred weight gradient keeps the output's gradient as it was given, and gathers it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region, queue: WeightGradientQueue, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.region, ctx.queue, ctx.sink = region, queue, getattr(weight, "sink", None)
+        return region.sum(F.linear(x, weight)).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        region, wanted = ctx.region, ctx.needs_input_grad[3]
+
+        def of_weight(whole: Tensor) -> list[Tensor | None]:
+            return _weight_gradients([weight], [ctx.sink], [wanted], [whole.flatten(0, -2)], x.flatten(0, -2))
+
+        now = wanted and not _deferred(ctx.queue, [weight], lambda: of_weight(region.gather(grad).wait()))
+        whole = region.gather(grad).wait()
+        grad_x = _input_gradient([whole.flatten(0, -2)], [weight]).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *(of_weight(whole) if now else [None])
+
+
+def _input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The sum over all pairs of grad [n, out] times weight [out, in]: [n, in]."""
+    total = grads[0] @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        torch.addmm(total, grad, weight, out=total)
+    return total
+
+
+def _weight_gradients(
+    weights: Sequence[Tensor],
+    sinks: Sequence[GradientSink | None],
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor],
+    x: Tensor,
+) -> list[Tensor | None]:
+    """gradᵀ x of each weight for autograd; None if it went into the weight's sink, or is not wanted."""
+    found: list[Tensor | None] = [None] * len(weights)
+    for i, (sink, grad) in enumerate(zip(sinks, grads, strict=True)):
+        if wanted[i] and sink is not None:
             sink.add_product(grad, x)
             sink.finished()
-
-    if weight.is_leaf and queue.add(accumulate):
-        return None
-    if sink is None:
-        return grad.T @ x
-    accumulate()
-    return None
+        elif wanted[i]:
+            found[i] = grad.T @ x
+    return found
 
 
-class _Replicate(torch.autograd.Function):
-    """Identity forward, sum over the axis backward (f of Shoeybi et al. 2019, figure 3)."""
+def _deferred(
+    queue: WeightGradientQueue, weights: Sequence[Tensor], gradients: Callable[[], list[Tensor | None]]
+) -> bool:
+    """Whether the weights' gradients are queued, to be accumulated in the weights by the job itself: in leaves only."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
+    def job() -> None:
+        for weight, found in zip(weights, gradients(), strict=True):
+            if found is not None:
+                torch.autograd.backward(weight, found)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.contiguous().clone(), ctx.axis), None
+    return all(weight.is_leaf for weight in weights) and queue.add(job)
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over the axis forward, identity backward (g of Shoeybi et al. 2019, figure 3)."""
+class _Enter(torch.autograd.Function):
+    """Gather forward, sum backward (f of Shoeybi et al. 2019, figure 3; g of Korthikanti et al. 2022)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(x.contiguous().clone(), axis)
+    def forward(ctx: Any, x: Tensor, region: Region) -> Tensor:
+        ctx.region = region
+        whole = region.gather(x).wait()
+        return x.view_as(x) if whole is x else whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        if not ctx.region.sequence_parallel:
+            # What is summed in place must be a copy: autograd may have given the same gradient to others.
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        return ctx.region.sum(grad).wait(), None
 
 
-class _GatherSequence(torch.autograd.Function):
-    """All-gather along the sequence forward, reduce-scatter backward (g of Korthikanti et al. 2022)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, axis, SEQUENCE)
+class _Leave(torch.autograd.Function):
+    """Sum forward, gather backward (g of Shoeybi et al. 2019, figure 3; ḡ of Korthikanti et al. 2022)."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.axis, SEQUENCE), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    """Reduce-scatter along the sequence forward, all-gather backward (ḡ of Korthikanti et al. 2022)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduce_scatter(x, axis, SEQUENCE)
+    def forward(ctx: Any, y: Tensor, region: Region) -> Tensor:
+        ctx.region = region
+        if not region.sequence_parallel:
+            ctx.mark_dirty(y)  # summed in place: autograd refuses it if an earlier operation has kept y
+        return region.sum(y).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.axis, SEQUENCE), None
+        return ctx.region.gather(grad).wait(), None

@@ -280,11 +280,11 @@ class _Stage:
         if not self.is_last:
             return total + self.R  # its output, for the next stage
         # The last norm's input, and the gradient that the loss computes with itself.
-        return total + self.R + rstd + self.A
+        return total + self.R + rstd + self.R
 
     def _saved_by_layer(self, rstd: int) -> int:
         norms = 2 * (self.R + rstd)
-        inputs = 2 * self.A  # of attention and feed-forward: gathered, under sequence parallelism
+        inputs = 2 * self.R  # of attention and feed-forward
         attention = self._saved_by_attention() + self.Q  # its result is the input of the output projection
         return norms + inputs + attention + 3 * self.F  # gate, up, and their product
 
@@ -326,46 +326,34 @@ class _Stage:
         device = "cuda" if self.is_gpu else "cpu"
         chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, device))
         logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
-        # The logits of the chunk before are live until the next ones are there.
-        two = 2 * logits if chunk < self.tokens else logits
-        product = logits + self._product_copy(self.rows)
-        output = self.R + (self.A if self.splits_sequence else 0)
+        # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
+        output = self.R + (2 * self.A - self.R if self.splits_sequence else 0)
         # A middle or last stage may still be sending the gradient before.
         sending = self.R if self.pp > 1 and self.microbatches > 1 else 0
-        yield _Moment("loss", others + self.saved, output + max(two, product) + sending)
-        yield _Moment("backward of the loss", others + self.saved, self._leave_gradient() + self.R + sending)
+        yield _Moment("loss", others + self.saved, output + logits + self._product_copy(self.rows) + sending)
 
     def _last_layer_backward(self, others: int) -> Iterator[_Moment]:
         """The feed-forward, then attention, of the layer whose backward pass is first, beside all others' activations.
 
         ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends.
         """
-        kept = others + self.saved - (self.R + self.A + FP32 * self.residual_tokens if self.is_last else 0)
+        kept = others + self.saved - (2 * self.R + FP32 * self.residual_tokens if self.is_last else 0)
         gathered = self.A if self.splits_sequence else 0
-        copied = self.A if self.splits_sequence and self.batch > 1 else 0
+        summed = self.R if self.splits_sequence else 0
         name = "backward of the last layer"
         sending = self.R if self.is_last and self.pp > 1 and self.microbatches > 1 else 0
         stream = self.R + sending  # the gradient of the residual stream
-        yield _Moment(name, kept, stream + gathered + max(copied, self.F + self._product_copy(self.inner)))
+        yield _Moment(name, kept, stream + gathered + self.F + self._product_copy(self.inner))
         yield _Moment(name, kept - self.F, stream + 3 * self.F)
-        yield _Moment(name, kept - 3 * self.F, stream + 2 * self.F + self.A + self._product_copy(self.inner))
-        kept -= 3 * self.F + self.A
-        yield _Moment(name, kept, stream + self.A + self._leave_gradient())
-        kept -= self.R
+        inputs = gathered + self.A + summed  # the input gathered again, its gradient, and that summed over tp
+        yield _Moment(name, kept - 3 * self.F, stream + 2 * self.F + inputs + self._product_copy(self.inner))
+        kept -= 3 * self.F + 2 * self.R
         stream += 0 if self.is_last else self.R
         queries = self.heads * self.model.head_dim
-        yield _Moment(name, kept, stream + gathered + max(copied, self.Q + self._product_copy(queries)))
+        yield _Moment(name, kept, stream + gathered + self.Q + self._product_copy(queries))
         scores = 2 * self.batch * self.heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
         kept -= self.Q if self._in_blocks else 0
         yield _Moment(name, kept, stream + 2 * self.Q + 2 * self.K + scores)
-
-    def _leave_gradient(self) -> int:
-        """Beside the gradient of a region's input [b, s, h], its sum over tp: a copy, or parts of it and the result."""
-        if self.tp == 1:
-            return 0
-        if not self.splits_sequence:
-            return self.A
-        return self.R + (self.A if self.batch > 1 else 0)
 
     def _embedding_backward(self, others: int) -> _Moment:
         border = 2 * self.R if self.pp > 1 else 0  # the stage's output and its gradient

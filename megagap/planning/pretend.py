@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from megagap.ops import compiled
+from megagap.ops.arithmetic import is_deterministic
 from megagap.ops.attention import is_hopper
 from megagap.planning.devices import Device
 
@@ -178,7 +179,8 @@ def _gpu_backend(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
         and half
         and not head % 8
         and head <= (256 if torch.cuda.get_device_capability()[0] >= 9 else 128)
-        and torch.version.hip is None,
+        and torch.version.hip is None
+        and not is_deterministic(),
     }
     order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
     return next((backend for backend in order if takes.get(backend)), SDPBackend.MATH)

@@ -18,6 +18,7 @@ from megagap.errors import ConfigError, DataError
 from megagap.files import write_bytes, writing
 from megagap.model.flops import flops_per_token
 from megagap.ops import compiled
+from megagap.ops.arithmetic import deterministic_kernels
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.planning.devices import DTYPES, Device
@@ -164,7 +165,7 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
     first = first_step(settings)
     pinned = PinnedMemory()
     recorder = Recorder(device.kind != "cpu", pinned)
-    with _fake_groups(world_size):
+    with _fake_groups(world_size), deterministic_kernels(settings.train.deterministic):
         mesh = make_mesh(settings, Process(0, world_size, 0, min(world_size, device.node)), device.torch_device)
         host_batch = _host_batch(settings, mesh, first)
         with pretending(device, pinned, recorder.host_sync), recorder:

@@ -28,6 +28,7 @@ from megagap.errors import (
     file_system_error,
 )
 from megagap.observe.run_directory import RunDirectory
+from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.process.allocator import keep_freed_memory
 from megagap.process.interrupt import watch_interrupts
 from megagap.process.parent import UNDER_TORCHRUN, handle_interrupts
@@ -54,6 +55,7 @@ def start(process: Process) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", choose_gpu(process, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        sum_half_precision_in_fp32()
     else:
         if process.rank == 0:
             _warn_of_invisible_gpus()

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from megagap import ops
 from megagap.ops import compiled
+from megagap.ops.adamw import Segment
 from megagap.process.allocator import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -399,6 +400,7 @@ def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -
     grad, first, second = (torch.rand(count, device=device) for _ in range(3))
     one, zero, updates = (torch.full((), value, device=device) for value in (1.0, 0.0, 0.0))
     numbers = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    segments = [Segment.of(1, "weight", (rows, size), (0, 0), (rows, size), first=0, begin=0, end=count)]
 
     def ours() -> object:
         return ops.adamw_(parameter, first, second, grad, divisor=one, reject=zero, updates=updates, **numbers)  # type: ignore[arg-type]
@@ -413,7 +415,7 @@ def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -
             reject=zero,
             updates=updates,
             **numbers,
-            seed=1,  # type: ignore[arg-type]
+            stochastic=segments,  # type: ignore[arg-type]
         )
 
     arms: dict[str, Callable[[], object]] = {"megagap": ours}

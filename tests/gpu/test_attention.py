@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megagap.ops import attention
+from megagap.ops.arithmetic import deterministic_kernels
 from megagap.ops.document_mask import Documents, document_attention
 from megagap.ops.products import add_product
 
@@ -44,6 +45,22 @@ def test_values_and_gradients_equal_float64(gpu, dtype, heads, packed):
     got = both_passes(lambda *x: run(on_gpu, *x), [x.to(gpu) for x in (q, k, v)], grad.to(gpu))
     for ours, wanted in zip(got, exact, strict=True):
         assert error(ours, wanted) < ERRORS[dtype]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_gradients_repeat_bit_for_bit_where_they_must(gpu, dtype, packed):
+    """Many blocks of keys for each block of queries, whose sums would otherwise be added as they come."""
+    q, k, v, grad = (torch.randn(2, 2048, n, 64, device=gpu).to(dtype) for n in (8, 2, 2, 8))
+    documents = Documents.of(torch.arange(2048).remainder(1500).expand(2, -1)).to(gpu)
+
+    def run(*inputs):
+        return document_attention(*inputs, documents) if packed else attention(*inputs)
+
+    with deterministic_kernels(True):
+        first = both_passes(run, [q, k, v], grad)
+        for _ in range(3):
+            assert all(map(torch.equal, both_passes(run, [q, k, v], grad), first))
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)

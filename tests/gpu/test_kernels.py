@@ -178,7 +178,7 @@ def test_stochastic_rounding_has_the_bits_of_the_cpus(device: torch.device):
     parameter = random(device, 10_001, dtype=torch.bfloat16)
     state = [parameter, torch.zeros_like(parameter).float(), torch.zeros_like(parameter).float(), parameter.float()]
     scalars = [torch.tensor(value, device=device) for value in (1.0, 0.0, 3.0)]
-    settings = (1e-2, 0.0, 0.0, 1e-8, 0.0, 2**40 + 5)
+    settings = (1e-2, 0.0, 0.0, 1e-8, 0.0, (2**40 + 5, 3, 700, 1000, 11))
     on_cpu = [tensor.cpu() for tensor in (*state, *scalars)]
     torch.ops.megagap.adamw_(*state, *scalars, *settings)
     torch.ops.megagap.adamw_(*on_cpu, *settings)

@@ -2,18 +2,24 @@ import pytest
 import torch
 
 from megagap.ops import adamw_, compiled
+from megagap.ops.adamw import Segment
 
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
 NUMBERS = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
-def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, seed=None, rounded=None):
+def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, stochastic=(), rounded=None):
     parameter, first, second, updates = state
     adamw_(
         parameter, first, second, grad,
         divisor=torch.tensor(divisor), reject=torch.tensor(reject), updates=updates,
-        lr=lr, seed=seed, rounded=rounded, **NUMBERS,
+        lr=lr, stochastic=stochastic, rounded=rounded, **NUMBERS,
     )  # fmt: skip
+
+
+def segment(size, seed=3, name="weight"):
+    """A whole parameter that is alone in its buffer."""
+    return Segment.of(seed, name, (size,), (0,), (size,), first=0, begin=0, end=size)
 
 
 def fresh(parameter):
@@ -60,7 +66,7 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_unbiased():
     parameter, first, second, updates = state
     adamw_(
         parameter, first, second, -torch.ones(size), divisor=torch.ones(()), reject=torch.zeros(()), updates=updates,
-        lr=step, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, seed=3,
+        lr=step, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, stochastic=[segment(size)],
     )  # fmt: skip
     assert set(parameter.float().unique().tolist()) == {1.0, 1.0 + 2**-7}
     probability = step / 2**-7
@@ -70,34 +76,72 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_unbiased():
 
 
 @needs_kernels
-def test_stochastic_rounding_depends_on_seed_step_and_element_only():
+def test_stochastic_rounding_depends_on_seed_name_step_and_element_only():
     start, grad = torch.randn(40_000).bfloat16(), torch.randn(40_000)
 
-    def result(seed, part=slice(None), threads=2, updates=1):
+    def result(seed, name="weight", threads=2, earlier_updates=0):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            state = fresh(start[part])
-            for _ in range(updates):
-                update(state, grad[part].clone(), seed=seed)
+            state = fresh(start)
+            state[3].fill_(earlier_updates)
+            update(state, grad.clone(), stochastic=[segment(40_000, seed, name)])
         finally:
             torch.set_num_threads(before)
         return state[0]
 
     first = result(1)
     assert torch.equal(first, result(1, threads=1)) and torch.equal(first, result(1, threads=3))
-    assert torch.equal(first[:1001], result(1, part=slice(1001)))
-    assert not torch.equal(first, result(2))
+    for others in (result(2), result(1, "bias"), result(1, earlier_updates=1)):
+        assert not torch.equal(first, others)
     nearest = fresh(start)
     update(nearest, grad.clone())
     apart = (first.view(torch.int16) - nearest[0].view(torch.int16)).abs()
     assert 0 < apart.max() <= 1
 
 
+ROWS, COLUMNS = 37, 92
+CUTS = {
+    "by rows, unequal": ([(0, 0), (20, 0)], [(20, 92), (17, 92)]),
+    "by columns": ([(0, 0), (0, 23), (0, 46), (0, 69)], [(37, 23)] * 4),
+    "both ways": ([(0, 0), (0, 46), (19, 0), (19, 46)], [(19, 46), (19, 46), (18, 46), (18, 46)]),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("slices", [1, 3])
+def test_bits_of_stochastic_rounding_are_the_same_however_the_tensor_is_cut(cut, slices):
+    """Over tp by rows or columns, then over data ranks, beside another parameter, at any place of a buffer."""
+    whole, grad = torch.randn(ROWS, COLUMNS).bfloat16(), torch.randn(ROWS, COLUMNS)
+    once = fresh(whole.flatten())
+    place = Segment.of(7, "w", whole.shape, (0, 0), whole.shape, first=0, begin=0, end=whole.numel())
+    update(once, grad.flatten(), stochastic=[place])
+    expected = once[0].view(ROWS, COLUMNS)
+    for offsets, sizes in zip(*CUTS[cut], strict=True):
+        rectangle = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+        values, gradients = whole[rectangle].flatten(), grad[rectangle].flatten()
+        found = []
+        for part in torch.arange(len(values)).chunk(slices):
+            first, count, before = int(part[0]), len(part), 5 + int(part[0]) % 3
+            buffer, towards = torch.full((before + count + 2,), 3.0).bfloat16(), torch.ones(before + count + 2)
+            buffer[before : before + count], towards[before : before + count] = values[part], gradients[part]
+            state = fresh(buffer)
+            segments = [
+                Segment.of(7, "other", (before,), (0,), (before,), first=0, begin=0, end=before),
+                Segment.of(7, "w", whole.shape, offsets, sizes, first=first, begin=before, end=before + count),
+            ]
+            update(state, towards, stochastic=segments)
+            assert torch.equal(state[0][before + count :], buffer[before + count :])
+            assert state[3] == 1
+            found.append(state[0][before : before + count])
+        assert torch.equal(torch.cat(found).view(sizes), expected[rectangle])
+
+
 @needs_kernels
 def test_values_that_are_not_finite_stay_so_under_stochastic_rounding():
     state = fresh(torch.tensor([float("inf"), float("-inf"), float("nan")]).bfloat16())
-    update(state, torch.zeros(3), seed=1)
+    update(state, torch.zeros(3), stochastic=[segment(3)])
     assert torch.equal(state[0].isnan(), torch.tensor([False, False, True])) and state[0][:2].isinf().all()
 
 

@@ -9,6 +9,7 @@ from megagap.parallel import cross_entropy
 from megagap.parallel.cross_entropy import IGNORED_TARGET, chunk_tokens, linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import ShardedParameter, whole
+from megagap.planning.recording import Memory
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 150, 8, 500
 
@@ -104,6 +105,29 @@ def test_no_temporary_grows_with_tokens_times_vocabulary(monkeypatch, vocabulary
     at_hand = chunk_tokens(vocabulary, 4, "cpu") * vocabulary
     assert at_hand * 4 <= max(64 * 1024, 64 * vocabulary * 4)
     assert seen.largest <= max(at_hand, x.numel(), weight.numel())
+
+
+def test_the_logits_of_one_chunk_only_are_live(few_tokens):
+    inputs = case(torch.float32, vocabulary=8000)
+    with _Live() as live:
+        run(*inputs)
+    logits = chunk_tokens(8000, 4, "cpu") * 8000 * 4
+    assert logits <= live.memory.peak < 1.6 * logits
+
+
+class _Live(TorchDispatchMode):
+    """Follows the storages that operations make until nothing refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = Memory()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.memory.see(tensor)
+        return result
 
 
 class _Largest(TorchDispatchMode):

@@ -1,13 +1,22 @@
 """Tensor-parallel layers over real processes equal their plain PyTorch counterparts in float64."""
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megagap.config import load_recipe
+from megagap.model.llama import build_stage
+from megagap.ops import compiled
+from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel import cross_entropy
-from megagap.parallel.collectives import all_gather
+from megagap.parallel.collectives import Pending, all_gather_async
 from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.tensor import (
@@ -15,13 +24,14 @@ from megagap.parallel.tensor import (
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
-    WeightGradientQueue,
-    linear,
+    column_parallel,
     vocab_logits,
     vocab_shard,
 )
+from tests.recipes import write_recipe
 
 BATCH, LENGTH, HIDDEN, INNER = 2, 8, 6, 12
+VOCABULARY = 10
 
 
 def mesh(rank: int, ranks: int) -> Mesh:
@@ -55,10 +65,10 @@ def column_then_row(rank: int, ranks: int, sequence_parallel: bool) -> None:
         fill(parameter, value)
     x, grad = random(BATCH, LENGTH, HIDDEN, seed=5), random(BATCH, LENGTH, HIDDEN, seed=6)
     part = (lambda t: t.chunk(ranks, 1)[rank]) if sequence_parallel else (lambda t: t)
-    whole = (lambda t: all_gather(t, tp.mesh.tp, 1)) if sequence_parallel else (lambda t: t)
+    whole = (lambda t: all_gather_async(t, tp.mesh.tp, 1).wait()) if sequence_parallel else (lambda t: t)
 
     own_x = part(x).clone().requires_grad_()
-    y = row(F.silu(column(tp.enter(own_x))))
+    y = row(F.silu(column(own_x)))
     y.backward(part(grad))
 
     references = [value.clone().requires_grad_() for value in weights]
@@ -107,7 +117,7 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
         patch.dict(cross_entropy.MIN_CHUNK_TOKENS, cpu=1),
         patch.dict(cross_entropy.WORKSPACE_BYTES, cpu=5 * 8 * head.shape[0]),
     ):
-        loss, losses = linear_cross_entropy(tp.enter(x), head, targets, torch.tensor(0.5), tp.mesh.tp)
+        loss, losses = linear_cross_entropy(x, head, targets, torch.tensor(0.5), tp.mesh.tp)
     loss.backward()
 
     table, projection = table.requires_grad_(), projection.requires_grad_()
@@ -134,21 +144,171 @@ def test_vocab_parallel_embedding_and_loss_equal_plain_ones_whatever_the_padding
     workers.run(ranks, embedding_and_cross_entropy, vocabulary)
 
 
-def test_deferred_weight_gradients_equal_immediate_ones():
-    queue = WeightGradientQueue()
-    x = random(2, 3, 4, seed=1).requires_grad_()
-    weight = random(5, 4, seed=2).requires_grad_()
-    grad = random(2, 3, 5, seed=3)
-    arrived = []
-    weight.register_post_accumulate_grad_hook(lambda w: arrived.append(w.grad))
+def deferred(rank: int, ranks: int, sequence_parallel: bool) -> None:
+    tp = TensorParallel(mesh(rank, ranks), sequence_parallel, torch.float64)
+    inner = 5 * ranks
+    column, row = ColumnParallelLinear("a", HIDDEN, inner, tp), RowParallelLinear("b", inner, HIDDEN, tp)
+    fill(column.weight, random(inner, HIDDEN, seed=1))
+    fill(row.weight, random(HIDDEN, inner, seed=2))
+    length = tp.sequence_part(LENGTH)
+    x = random(BATCH, length, HIDDEN, seed=3 + rank * sequence_parallel).requires_grad_()
+    grad = random(BATCH, length, HIDDEN, seed=5 + rank * sequence_parallel)
 
-    linear(x, weight, None, queue).backward(grad)
-    immediate, input_gradient = arrived.pop(), x.grad
-    weight.grad = x.grad = None
-    with queue.deferring() as jobs:
-        linear(x, weight, None, queue).backward(grad)
-    assert arrived in ([], [None]) and torch.equal(x.grad, input_gradient)
-    arrived.clear()
+    def gradients() -> list[torch.Tensor | None]:
+        return [x.grad, column.weight.grad, row.weight.grad]
+
+    row(F.silu(column(x))).backward(grad)
+    immediate = gradients()
+    x.grad = column.weight.grad = row.weight.grad = None
+    with tp.queue.deferring() as jobs:
+        row(F.silu(column(x))).backward(grad)
+    assert torch.equal(x.grad, immediate[0]) and gradients()[1:] == [None, None]
     for job in jobs:
         job()
-    assert torch.equal(arrived.pop(), immediate)
+    assert all(map(torch.equal, gradients(), immediate))
+    held = [cell.cell_contents for job in jobs for cell in _cells(job)]
+    if sequence_parallel:  # a job holds its rank's part of the residual stream or of its gradient, not all of it
+        assert not any(isinstance(tensor, torch.Tensor) and tensor.shape == (BATCH, LENGTH, HIDDEN) for tensor in held)
+
+
+def _cells(function: FunctionType) -> Iterator[CellType]:
+    """What a function holds, itself or by the functions that it holds."""
+    for cell in function.__closure__ or ():
+        yield cell
+        if isinstance(cell.cell_contents, FunctionType):
+            yield from _cells(cell.cell_contents)
+
+
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
+def test_deferred_weight_gradients_equal_immediate_ones(workers, ranks, sequence_parallel):
+    workers.run(ranks, deferred, sequence_parallel)
+
+
+# ------------------------------------------------------------------------------- what is kept, and what is copied
+
+
+def saved_bytes(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> tuple[float, int]:
+    """Bytes that a layer saves for its backward pass, and of the largest tensor of the whole stage that is saved.
+
+    Each storage counts once; parameters, of which nothing is saved but a reference, do not.
+    """
+    settings = load_recipe(recipe, overrides, ranks)
+    tensor_parallel = mesh(rank, ranks)
+    stage = build_stage(
+        settings.model,
+        [settings.model.num_hidden_layers],
+        tensor_parallel,
+        sequence_parallel=True,
+        dtype=torch.float32,
+    )
+    optimizer = DistributedOptimizer(stage.sharded_parameters(), settings.optim, tensor_parallel, torch.float32)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    found: dict[int, int] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(2, settings.train.sequence_length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        embedded = stage.embed_tokens(tokens)
+        outside = dict(found)
+        layer, update = stage.layers[0](embedded, torch.zeros_like(embedded), *stage.rotary_tables(tokens.shape[1]))
+        inside = sum(size for storage, size in found.items() if storage not in outside)
+        loss, _ = stage.loss(stage.norm.after_adding(update, layer)[0], tokens, torch.ones(()))
+    loss.backward()
+    del optimizer
+    return inside, max(found.values())
+
+
+@pytest.mark.skipif(not compiled.AVAILABLE, reason="plain torch keeps more than the kernels")
+def test_with_sequence_parallelism_two_ranks_save_half_of_what_one_does_and_nothing_of_vocabulary_size(
+    workers, tmp_path
+):
+    """Sequences are short, so that no scores of attention are kept, of which there are half as many in any case."""
+    vocabulary, few_tokens = 30_000, 8
+    model = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4, intermediate_size=704)
+    recipe = write_recipe(tmp_path, model=model | dict(vocab_size=vocabulary), train=dict(sequence_length=64))
+    (one,) = workers.run(1, saved_bytes, recipe, [])
+    two = workers.run(2, saved_bytes, recipe, ["parallel.tp=2"])
+    for layer, largest in (one, *two):
+        assert layer > 0 and largest < 4 * vocabulary * few_tokens
+    for layer, _ in two:
+        assert layer < 0.52 * one[0]
+
+
+class _Copies(TorchDispatchMode):
+    """Elements that operations copy without computing, without what gloo itself copies while it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_copy = function._schema.name in ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::cat")
+        if is_copy and not any(code is Pending.wait.__code__ for code in _calling()):
+            self.elements += result.numel()
+        return result
+
+
+def _calling() -> Iterator[CodeType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
+
+
+def copied_elements(rank: int, ranks: int, sequence_parallel: bool, hidden: int) -> int:
+    tp = TensorParallel(mesh(rank, ranks), sequence_parallel, torch.float64)
+    column, row = ColumnParallelLinear("a", hidden, INNER, tp), RowParallelLinear("b", INNER, hidden, tp)
+    embedding = VocabParallelEmbedding(vocab_shard("e", VOCABULARY, hidden, tp.mesh.tp), tp)
+    head = tp.parameter(vocab_shard("h", VOCABULARY, hidden, tp.mesh.tp))
+    tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    with _Copies() as copies:
+        y = row(*column_parallel(embedding(tokens), column))
+        loss, _ = linear_cross_entropy(y, head, tokens, torch.tensor(1.0), tp.mesh.tp, sequence_parallel)
+        loss.backward()
+    return copies.elements
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_activations_of_several_sequences_are_not_copied_around_collectives(workers, sequence_parallel):
+    """The loss in plain torch copies logits and numbers of a token; the smallest activation is larger."""
+    for copied in workers.run(2, copied_elements, sequence_parallel, 64):
+        assert copied < BATCH * LENGTH // 2 * 64
+
+
+class _Order(TorchDispatchMode):
+    """Matrix products and the starts of collectives, in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            assert not any(argument is False for argument in args), "it is asynchronous unless told otherwise"
+            self.names.append("gather" if "allgather" in name else "scatter" if "scatter" in name else "reduce")
+        elif name == "aten::mm":
+            self.names.append("product")
+        return function(*args, **(kwargs or {}))
+
+
+def order_of_backward(rank: int, ranks: int, sequence_parallel: bool) -> list[str]:
+    tp = TensorParallel(mesh(rank, ranks), sequence_parallel, torch.float64)
+    column = ColumnParallelLinear("a", HIDDEN, INNER, tp)
+    y = column(random(1, tp.sequence_part(LENGTH), HIDDEN, seed=1).requires_grad_())
+    with _Order() as order:
+        y.backward(torch.ones_like(y))
+    return order.names
+
+
+def test_collectives_of_a_backward_pass_run_beside_its_products(workers):
+    """First the input's gradient, while the input is gathered; then the weight's, while the first is summed."""
+    expected = {True: ["gather", "product", "scatter", "product"], False: ["product", "reduce", "product"]}
+    for sequence_parallel, names in expected.items():
+        assert workers.run(2, order_of_backward, sequence_parallel) == [names, names]

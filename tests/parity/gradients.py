@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from megagap.config import load_recipe, timeline_of
 from megagap.model.init import initialise
 from megagap.model.llama import build_stage
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.collectives import Pending
 from megagap.parallel.mesh import Axis
 from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
@@ -44,7 +46,13 @@ MODULES = {
 
 _MAX = dist.ReduceOp.MAX
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "reduce_scatter_flat_async")
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_async",
+    "reduce_scatter_async",
+    "all_gather_async",
+    "reduce_scatter_flat_async",
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ def _watched(
         axis = next(argument for argument in arguments if isinstance(argument, Axis))
         if axis.size == 1:
             return collective(*arguments, **options)
-        caller = inspect.currentframe().f_back.f_code.co_qualname  # type: ignore[union-attr]
+        caller = _caller(inspect.currentframe())
         operation = " MAX" if any(argument is _MAX for argument in arguments) else ""
         site = f"{module}.{caller}: {name}{operation}"
         number = calls[site]
@@ -193,9 +201,17 @@ def _watched(
             result.wait()
             arguments[0].mul_(2)
             return None
-        return result.mul_(2)
+        return Pending(result.wait().mul_(2)) if isinstance(result, Pending) else result.mul_(2)
 
     return call
+
+
+def _caller(frame: FrameType | None) -> str:
+    """Where a region's border is crossed, or what else called the collective."""
+    assert frame is not None
+    while (caller := (frame := frame.f_back).f_code.co_qualname).startswith("Region."):  # type: ignore[union-attr]
+        pass
+    return caller
 
 
 def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -208,8 +224,9 @@ def _copy_own_part(output: Tensor, tensor: Tensor, axis: Axis) -> None:
 
 _DROPPED: dict[str, Callable[..., Any]] = {
     "all_reduce": lambda tensor, axis, *operation: tensor,
-    "reduce_scatter": _own_part,
-    "all_gather": lambda tensor, axis, dim: torch.cat([tensor] * axis.size, dim),
+    "all_reduce_async": lambda tensor, axis: Pending(tensor),
+    "reduce_scatter_async": lambda tensor, axis, dim: Pending(_own_part(tensor, axis, dim)),
+    "all_gather_async": lambda tensor, axis, dim: Pending(torch.cat([tensor] * axis.size, dim)),
     "reduce_scatter_flat_async": _copy_own_part,
 }
 """What is left of each collective without its communication."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagap.ops import compiled
+from megagap.ops import attention, compiled
+from megagap.ops.arithmetic import deterministic_kernels
 from megagap.planning.devices import load_device
 from megagap.planning.pretend import PinnedMemory, pretending
 from megagap.planning.recording import Recorder
@@ -34,6 +35,18 @@ class On:
 
 def on_device(*shape: int) -> Tensor:
     return torch.zeros(shape, device=CUDA)
+
+
+@pytest.mark.parametrize(("deterministic", "kernel"), [(False, "cudnn"), (True, "flash")])
+def test_attention_that_must_repeat_is_not_cudnns(deterministic: bool, kernel: str):
+    def attend() -> None:
+        q, k, v = (torch.zeros(1, 256, heads, 64, device=CUDA, dtype=torch.bfloat16) for heads in (4, 2, 2))
+        attention(q, k, v)
+
+    on = On()
+    with deterministic_kernels(deterministic):
+        on.run(attend)
+    assert any(kernel in operation.name for operation in on.recorder.operations)
 
 
 def copied_to_pinned(blocking: bool) -> Callable[[], object]:

@@ -52,7 +52,7 @@ SIGNATURES = {
     "swiglu_backward": [N, P, P, P, P, P, L, L, L, L, L, P],
     "cross_entropy_rows": [N, P, P, P, P, P, L, L, L, P],
     "cross_entropy_rows_gradient": [N, P, P, P, P, L, L, L, P],
-    "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, N, L, P, P],
+    "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, P, P, P],
 }
 
 
@@ -157,13 +157,14 @@ class Shim:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        seed: int | None = None,
+        rounding: tuple[int, int, int, int, int] | None = None,
         rounded: Tensor | None = None,
     ) -> None:
         scalars = [torch.tensor(float(value)) for value in (grad_scale, found_inf, step)]
         types = [DTYPES[tensor.dtype] for tensor in (parameter, exp_avg, grad)]
         pointers = (parameter, exp_avg, exp_avg_sq, grad, *scalars)
-        settings = (lr, *betas, eps, weight_decay, int(seed is not None), seed or 0)
+        place = None if rounding is None else torch.tensor(rounding)
+        settings = (lr, *betas, eps, weight_decay, place)
         self.call("adamw", *types, *pointers, parameter.numel(), *settings, rounded)
 
 

@@ -14,7 +14,9 @@ TYPES = [
     (HALF,) * 3,
 ]
 """Of parameter, moments, gradient."""
-SEED = 0x123456789ABC
+KEY = 0x123456789ABC
+PLACE = (5, 0, 1, 1, 0)
+"""Of a whole parameter."""
 
 
 def inputs(size: int, types: tuple[torch.dtype, ...] = (FULL,) * 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,14 +98,27 @@ def test_philox_of_the_test_gives_the_published_words():
     assert philox([0] * 4, (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-@pytest.mark.parametrize(("size", "start"), [(64, 0), (67, 1)])
-def test_stochastic_rounding_compares_the_truncated_bits_with_philox(shim: Shim, size, start):
+@pytest.mark.parametrize(
+    ("size", "start", "place"),
+    [
+        (64, 0, (0, 1, 1, 0)),
+        (67, 1, (5, 1, 1, 0)),  # aligned neither in the buffer nor in the tensor
+        (64, 0, (2**33, 1, 1, 3)),
+        (64, 0, (3, 7, 30, 11)),  # some columns: rows shorter than two vectors, and longer
+        (67, 1, (0, 40, 41, 0)),
+    ],
+)
+def test_stochastic_rounding_compares_the_truncated_bits_with_philox(shim: Shim, size, start, place):
     parameter, *rest = (tensor[start:] for tensor in inputs(size + start, (HALF, FULL, HALF)))
     wide = [parameter.float(), *(tensor.clone() for tensor in rest)]
     shim.adamw_(*wide, step=7)  # the same update, not rounded
-    shim.adamw_(parameter, *rest, step=7, seed=SEED)
+    shim.adamw_(parameter, *rest, step=7, rounding=(KEY, *place))
+    first, columns, pitch, offset = place
     for index, bits in enumerate(wide[0].view(torch.int32).tolist()):
-        up = (bits & 0xFFFF) + (philox([index, 0, 7, 0], (SEED & 0xFFFFFFFF, SEED >> 32))[0] & 0xFFFF) > 0xFFFF
+        row, column = divmod(first + index, columns)
+        element = offset + row * pitch + column
+        words = philox([element // 4 & 0xFFFFFFFF, element // 4 >> 32, 7, 0], (KEY & 0xFFFFFFFF, KEY >> 32))
+        up = (bits & 0xFFFF) + (words[element % 4] & 0xFFFF) > 0xFFFF
         expected = ((bits >> 16) + up) & 0xFFFF
         assert parameter.view(torch.int16)[index].item() & 0xFFFF == expected
 
@@ -112,7 +127,9 @@ def test_stochastic_rounding_is_unbiased(shim: Shim):
     size, updates = 20000, 4
     parameter, zeros = torch.ones(size, dtype=HALF), torch.zeros(size)
     for step in range(1, 1 + updates):  # decay alone: a 64th of the distance to the next lower number
-        shim.adamw_(parameter, zeros, zeros.clone(), zeros.clone(), step=step, lr=2**-14, weight_decay=1.0, seed=5)
+        shim.adamw_(
+            parameter, zeros, zeros.clone(), zeros.clone(), step=step, lr=2**-14, weight_decay=1.0, rounding=PLACE
+        )
     lost = (1 - parameter.float()).mean().item() / (updates * 2**-14)
     assert abs(lost - 1) < 0.1
 

@@ -83,8 +83,9 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
 def updates() -> Iterator[tuple[str, tuple]]:
     scalars = (torch.tensor(2.0), torch.tensor(0.0), torch.tensor(3.0), 1e-2, 0.9, 0.95, 1e-8, 0.1)
     moments = random(33), random(33, seed=1).square()
-    for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 2**40 + 3)):
-        yield "adamw_", (random(33, dtype=dtype), *moments, random(33), *scalars, seed, None)
+    place = (2**40 + 3, 2, 7, 30, 11)
+    for dtype, rounding in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, place)):
+        yield "adamw_", (random(33, dtype=dtype), *moments, random(33), *scalars, rounding, None)
     yield "adamw_", (random(33), *moments, random(33), *scalars, None, random(33, dtype=torch.bfloat16))
 
 
@@ -138,8 +139,11 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
     yield "cross_entropy_rows", (random(3, 20), TARGETS.int()), TypeError
     yield "cross_entropy_rows_gradient_", (random(20, 3).t(), TARGETS, random(3), random(3)), ValueError
     name, update = next(updates())
+    place = (1, 0, 1, 1, 0)
     yield name, (update[0][1:], *update[1:]), ValueError
-    yield name, (*update[:-2], 5, None), ValueError
+    yield name, (*update[:-2], place, None), ValueError
+    bf16 = (random(33, dtype=torch.bfloat16), *update[1:])
+    yield name, (*bf16[:-2], place[:4], None), ValueError
     yield name, (*update[:-1], random(33)), TypeError
     yield name, (*update[:-1], random(32, dtype=torch.bfloat16)), ValueError
     yield name, (update[0], update[1].bfloat16(), update[2].bfloat16(), *update[3:]), NotImplementedError

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "megagap"
 # Rooms from the bottom up; rooms of one level may import each other, but not in a circle (checked by importing them).
 LEVELS = [
     {"errors", "files", "terminal"},
-    {"config", "tokenizer"},
     {"ops", "parallel"},
+    {"config", "tokenizer"},
     {"model", "data", "optim", "observe", "checkpoint"},
     {"preprocess"},
     {"training", "resume", "process", "inference"},

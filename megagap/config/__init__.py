@@ -7,7 +7,7 @@ what is wrong, ``describe`` what would be right.
 """
 
 from megagap.config.describe import describe_settings
-from megagap.config.loading import load_recipe, parse_overrides, spread_layers
+from megagap.config.loading import load_recipe, parse_overrides
 from megagap.config.model_section import FindModel, StoredModel
 from megagap.config.phases import Span, sources_of, span_of, spans, tokens_after
 from megagap.config.rules import check_rules
@@ -15,4 +15,4 @@ from megagap.config.settings import Data, Model, Optim, Phase, RopeScaling, Sett
 
 __all__ = ["Data", "FindModel", "Model", "Optim", "Phase", "RopeScaling", "Settings", "Source", "Span", "StoredModel"]
 __all__ += ["Train", "check_rules", "describe_settings", "load_recipe", "parse_overrides", "sources_of", "span_of"]
-__all__ += ["spans", "spread_layers", "tokens_after"]
+__all__ += ["spans", "tokens_after"]

@@ -1,9 +1,13 @@
 """The executor computes the same gradients however virtual stages are placed, several of them per rank included."""
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
+import torch
 
+from megagap.checkpoint.model import load_model
+from megagap.config import Settings
 from megagap.parallel.placement import Placement
 from megagap.parallel.schedule import (
     Backward,
@@ -17,6 +21,7 @@ from megagap.parallel.schedule import (
 )
 from tests.parity.gradients import assembled, gradients, largest_difference
 from tests.recipes import write_recipe
+from tests.training_run import train_recipe
 
 LAYERS = 5
 MICROBATCHES = 4
@@ -99,3 +104,31 @@ def test_a_schedule_by_hand_is_run_as_it_is_written():
 def test_1f1b_refuses_several_chunks():
     with pytest.raises(AssertionError, match="one chunk per stage, not 2"):
         programs_of(one_forward_one_backward, Placement.loop([1] * 4, chunks=2), MICROBATCHES)
+
+
+def train_placed(rank, ranks, recipe, overrides, placement):
+    """``train_recipe`` as if the settings gave this placement."""
+    with mock.patch.object(Settings, "placement", placement):
+        return train_recipe(rank, ranks, recipe, overrides)
+
+
+@pytest.mark.parametrize("placement", [Placement.loop([2, 1, 1, 1], chunks=2), Placement.v_shape([1, 1, 2, 1])])
+def test_a_run_with_several_chunks_per_rank_logs_and_stores_what_one_process_does(placement, workers, tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        model=dict(tie_word_embeddings=True),
+        train=dict(steps=4, evaluate_every=2, evaluate_samples=5),
+    )
+    (expected,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])
+    overrides = ["parallel.pp=2", "parallel.schedule=gpipe", f"run.dir={tmp_path / 'placed'}"]
+    metrics = workers.run(2, train_placed, recipe, overrides, placement)[0]
+    for key in ("loss", "grad_norm"):
+        assert [m[key] for m in metrics] == pytest.approx([m[key] for m in expected], rel=1e-5)
+    assert metrics[-1]["validation_loss/fr"] == pytest.approx(expected[-1]["validation_loss/fr"], rel=1e-5)
+    one, placed = (
+        {p.shard.name: p.detach() for p in load_model(tmp_path / run).stage.sharded_parameters()}
+        for run in ("one", "placed")
+    )
+    assert one.keys() == placed.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(placed[name], weight, rtol=1e-3, atol=1e-4, msg=name)

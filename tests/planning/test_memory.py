@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megagap.benchmark.step import choose_phase, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.errors import ConfigError
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
 from megagap.ops import compiled
 from megagap.optim.distributed import DistributedOptimizer
@@ -192,16 +192,17 @@ def test_static_memory_is_that_of_the_optimizers_buckets(tp, pp, dp, changes):
             tp=Axis("tp", tuple(range(tp)), 0),
             kv=Axis("kv", tuple(range(max(1, tp // 8))), 0),
             data=Axis("data", tuple(range(dp)), 0),
+            embedding=Axis("embedding", (0, pp - 1), min(stage, 1)),
         )
-        model = build_stage(
+        stages = build_stages(
             settings.model,
-            settings.parallel.layers_per_stage or [],
+            settings.placement,
             mesh,
             sequence_parallel=bool(settings.parallel.sequence_parallel),
             dtype=torch.float32,
         )
         dtype = COMPUTE_DTYPES[settings.train.precision]
-        buckets = DistributedOptimizer(model.sharded_parameters(), settings.optim, mesh, dtype).buckets
+        buckets = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, dtype).buckets
         sizes = {
             "parameters": [bucket.values for bucket in buckets],
             "masters": [bucket.master for bucket in buckets if bucket.rounded is not None],

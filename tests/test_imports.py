@@ -1,6 +1,8 @@
 """Imports point one way: a lower room never imports a higher one."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,12 @@ def test_no_module_imports_a_higher_room(path):
 def test_rooms_that_must_not_know_each_other(who, forbidden):
     for path in (PACKAGE / who).rglob("*.py"):
         assert not imports(path) & forbidden, path
+
+
+def test_settings_are_read_without_torch():
+    """Placement and schedules, which they read, are arithmetic: an error in a recipe need not wait for torch."""
+    program = "import sys, megagap.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_the_data_room_does_not_know_torch_distributed():

@@ -59,14 +59,6 @@ class Mesh:
         assert isinstance(axis, Axis), name
         return axis
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp.rank == self.pp.size - 1
-
     @classmethod
     def single(cls, device: torch.device | None = None) -> "Mesh":
         """One process, no process groups."""

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagap.config.settings import Parallel
+from megagap.parallel import schedule as schedule_module
 from megagap.parallel.placement import Placement
 from megagap.parallel.schedule import (
     SCHEDULES,
@@ -22,11 +23,17 @@ from megagap.parallel.schedule import (
     one_forward_one_backward,
     peak_live_activations,
     programs_of,
+    timeline,
     validate,
     with_transfers,
 )
 
 ONE, TWO = Placement.loop([1]), Placement.loop([1, 1])
+
+
+def schedules_of(schedule, placement: Placement, microbatches: int):
+    ranks, chunks = placement.ranks, placement.chunks
+    return [list(schedule(rank, ranks, chunks, microbatches)) for rank in range(ranks)]
 
 
 def pipeline(stages: int) -> Placement:
@@ -67,6 +74,67 @@ def test_activations_are_live_until_the_weight_gradient_is_computed():
 def test_1f1b_matches_the_published_order():
     f, b = Forward, Backward
     assert list(one_forward_one_backward(1, 3, 1, 4)) == [f(0), f(1), b(0), f(2), b(1), f(3), b(2), b(3)]
+
+
+@given(st.integers(1, 9), st.integers(1, 20))
+def test_1f1b_takes_as_long_as_theory_says(stages, microbatches):
+    """Narayanan et al. 2021, section 2.2: a bubble of stages - 1 forwards and backwards, which take 1 and 2."""
+    rows = timeline(schedules_of(one_forward_one_backward, pipeline(stages), microbatches), pipeline(stages))
+    assert max(row[-1].end for row in rows) == 3 * (microbatches + stages - 1)
+
+
+def test_the_timeline_in_the_docstring_is_that_of_1f1b():
+    rows = timeline(schedules_of(one_forward_one_backward, pipeline(3), 4), pipeline(3))
+    for stage, row in enumerate(rows):
+        cells = "".join(
+            " " * 3 * (start - before)
+            + f"{type(action).__name__[0]}{action.microbatch}".ljust(3 * (end - start) - 1, "-")
+            + " "
+            for (start, end, action), before in zip(row, [0, *(timed.end for timed in row)], strict=False)
+        )
+        assert f"stage {stage}  {cells}".rstrip() in schedule_module.__doc__.replace("|", " "), cells
+
+
+def interleaved(stage, stages, chunks, microbatches):
+    """Interleaved 1F1B (Narayanan et al. 2021, section 2.2), for multiples of ``stages`` microbatches, as Megatron-LM
+    orders it."""
+    groups = [range(first, first + stages) for first in range(0, microbatches, stages)]
+    forwards = [Forward(i, chunk) for group in groups for chunk in range(chunks) for i in group]
+    backwards = [Backward(i, chunk) for group in groups for chunk in reversed(range(chunks)) for i in group]
+    warmup = min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forwards))
+    yield from forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        yield from (forward, backward)
+    yield from backwards[len(forwards) - warmup :]
+
+
+@given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 4))
+def test_the_published_interleaved_order_is_free_of_deadlock_and_has_a_bubble_smaller_by_the_chunks(
+    stages, chunks, groups
+):
+    """Receives that were posted only when they are needed would make stages wait in a circle."""
+    placement = Placement.loop([1] * stages * chunks, chunks)
+    programs_of(interleaved, placement, groups * stages)
+    rows = timeline(schedules_of(interleaved, placement, groups * stages), placement)
+    assert max(row[-1].end for row in rows) == 3 * (groups * stages * chunks + stages - 1)
+
+
+def test_a_receive_is_posted_when_its_message_is_sent_not_when_it_is_needed():
+    _, last = programs_of(one_forward_one_backward, TWO, 2)
+    arrives = Transfer((), (Hop(0, Message("activation", 1, 1)),))
+    assert last[1:4] == [Forward(0), arrives, Backward(0)]
+
+
+def test_a_schedule_whose_stages_wait_for_each_other_is_refused():
+    def backward_first(stage, stages, chunks, microbatches):
+        yield from (
+            (Forward(0), Backward(0), Forward(1), Backward(1))
+            if stage == 0
+            else (Forward(1), Forward(0), Backward(0), Backward(1))
+        )
+
+    with pytest.raises(AssertionError, match="stages wait for each other"):
+        programs_of(backward_first, TWO, 2)
 
 
 def test_opposite_transfers_of_a_pair_are_one_batch():

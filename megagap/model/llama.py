@@ -184,7 +184,7 @@ def _tied_embedding(
     """The embedding that is also the output projection, of a rank that uses it as one of them or as both."""
     mesh, ranks = tensor_parallel.mesh, placement.embedding_ranks
     if len(ranks) > 1:
-        assert mesh.embedding.ranks == tuple(mesh.pp.ranks[rank] for rank in ranks), (mesh.embedding, placement)
+        assert set(mesh.embedding.ranks) == {mesh.pp.ranks[rank] for rank in ranks}, (mesh.embedding, placement)
     shard = vocab_shard(
         "model.embed_tokens.weight", model.vocab_size, model.hidden_size, mesh.tp, tied_across_stages=len(ranks) > 1
     )

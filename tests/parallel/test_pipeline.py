@@ -8,7 +8,7 @@ import torch
 
 from megagap.checkpoint.model import load_model
 from megagap.config import Settings
-from megagap.parallel.placement import Placement
+from megagap.parallel.placement import Place, Placement
 from megagap.parallel.schedule import (
     Backward,
     BackwardInput,
@@ -59,13 +59,19 @@ def v_shaped_whole(stage: int, stages: int, chunks: int, microbatches: int) -> I
         yield from (Backward(group + i, chunk) for chunk in reversed(range(chunks)) for i in range(2))
 
 
+V = Placement.v_shape([1, 1, 2, 1])
+
 PLACED = {
-    "one rank, two chunks": (1, Placement.loop([3, 2], chunks=2), gpipe),
-    "two ranks, two chunks in a loop": (2, Placement.loop([2, 1, 1, 1], chunks=2), interleaved),
-    "two ranks, two chunks in a loop, gpipe": (2, Placement.loop([1, 2, 1, 1], chunks=2), gpipe),
-    "two ranks in a V, split backwards": (2, Placement.v_shape([1, 1, 2, 1]), v_shaped),
-    "two ranks in a V, ends without layers": (2, Placement.v_shape([0, 3, 2, 0]), v_shaped_whole),
+    "one rank, two chunks": (1, 1, Placement.loop([3, 2], chunks=2), gpipe),
+    "two ranks, two chunks in a loop": (2, 1, Placement.loop([2, 1, 1, 1], chunks=2), interleaved),
+    "two ranks, two chunks in a loop, gpipe": (2, 1, Placement.loop([1, 2, 1, 1], chunks=2), gpipe),
+    "two ranks in a V, split backwards": (2, 1, V, v_shaped),
+    "two ranks in a V, ends without layers": (2, 1, Placement.v_shape([0, 3, 2, 0]), v_shaped_whole),
+    "two ranks in a V, two replicas": (4, 1, V, v_shaped),
+    "two ranks in a V, tp 2": (4, 2, V, v_shaped_whole),
+    "two ranks in reverse": (2, 1, Placement(Placement.loop([3, 2]).stages, (Place(1, 0), Place(0, 0))), gpipe),
 }
+"""Processes, tp, placement, schedule."""
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -80,16 +86,20 @@ def model(request, workers, tmp_path_factory):
 @pytest.mark.parametrize("name", PLACED)
 def test_gradients_equal_those_of_one_process_in_every_placement(name, model, workers):
     recipe, expected = model
-    ranks, placement, schedule = PLACED[name]
-    results = workers.run(ranks, placed_gradients, recipe, placement, schedule)
+    processes, tp, placement, schedule = PLACED[name]
+    results = workers.run(processes, placed_gradients, recipe, tp, placement, schedule)
     assert largest_difference(results, expected) < 1e-10
-    held = [{int(part.name.split(".")[2]) for part in parts if ".layers." in part.name} for parts, _ in results]
-    assert held == [{layer for stage in placement.stages_of(rank) for layer in stage.layers} for rank in range(ranks)]
+    per_rank = processes // placement.ranks
+    for process, (parts, _) in enumerate(results):
+        held = {int(part.name.split(".")[2]) for part in parts if ".layers." in part.name}
+        mine = placement.stages_of(process // per_rank)
+        assert held <= {layer for stage in mine for layer in stage.layers}
 
 
-def placed_gradients(rank, ranks, recipe, placement, schedule):
-    """In a function of two arguments fewer, since a layout's settings have one chunk per rank."""
-    return gradients(rank, ranks, recipe, [f"parallel.pp={ranks}"], placement=placement, schedule=schedule)
+def placed_gradients(rank, ranks, recipe, tp, placement, schedule):
+    """Of a placement and a schedule that no setting gives."""
+    overrides = [f"parallel.pp={placement.ranks}", f"parallel.tp={tp}"]
+    return gradients(rank, ranks, recipe, overrides, placement=placement, schedule=schedule)
 
 
 def test_a_schedule_by_hand_is_run_as_it_is_written():

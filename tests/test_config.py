@@ -7,7 +7,7 @@ import tomli_w
 import torch
 from transformers import AutoModelForCausalLM
 
-from megagap.config import describe_settings, load_recipe, parse_overrides, spread_layers, timeline_of
+from megagap.config import describe_settings, load_recipe, parse_overrides, timeline_of
 from megagap.config.describe import describe
 from megagap.config.presets import presets
 from megagap.config.settings import SECTIONS
@@ -236,10 +236,6 @@ def test_overrides_are_read_with_and_without_equals_sign():
     for wrong in (["--train.steps"], ["train.steps", "3"], ["--steps", "3"]):
         with pytest.raises(ConfigError):
             parse_overrides(wrong)
-
-
-def test_layers_that_do_not_divide_go_to_earlier_stages():
-    assert spread_layers(7, 3) == [3, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Imports point one way: a lower room never imports a higher one."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ PACKAGE = ROOT / "megagap"
 # Rooms from the bottom up; rooms of one level may import each other, but not in a circle (checked by importing them).
 LEVELS = [
     {"errors", "files", "terminal", "timeline", "token_formats"},
-    {"config", "tokenizer"},
     {"ops", "parallel"},
+    {"config", "tokenizer"},
     {"model", "data", "optim", "observe", "checkpoint"},
     {"preprocess", "gather"},
     {"training", "resume", "process", "inference"},
@@ -63,6 +65,12 @@ def test_no_module_imports_a_higher_room(path):
 def test_rooms_that_must_not_know_each_other(who, forbidden):
     for path in (PACKAGE / who).rglob("*.py"):
         assert not imports(path) & forbidden, path
+
+
+def test_settings_are_read_without_torch():
+    """Placement and schedules, which they read, are arithmetic: an error in a recipe need not wait for torch."""
+    program = "import sys, megagap.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_the_data_room_does_not_know_torch_distributed():

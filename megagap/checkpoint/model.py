@@ -13,8 +13,7 @@ from megagap.checkpoint.state import read_model
 from megagap.config import Model
 from megagap.errors import CheckpointError
 from megagap.model.attention import KeyValueCache
-from megagap.model.llama import LlamaStage, build_stage
-from megagap.parallel.mesh import Mesh
+from megagap.model.llama import LlamaStage, build_whole
 from megagap.parallel.shard import Slice
 
 
@@ -59,10 +58,7 @@ def load_model(path: str | Path, device: torch.device | None = None) -> SinglePr
 
 def build_model(settings: Model, dtype: torch.dtype, device: torch.device | None = None) -> SingleProcessModel:
     """A model in eval mode whose weights are not set yet."""
-    stage = build_stage(
-        settings, [settings.num_hidden_layers], Mesh.single(device), sequence_parallel=False, dtype=dtype
-    )
-    return SingleProcessModel(stage).eval()
+    return SingleProcessModel(build_whole(settings, dtype, device)).eval()
 
 
 def stored_dtype(folder: Path, index: Index) -> torch.dtype:

@@ -7,7 +7,7 @@ what is wrong, ``describe`` what would be right; ``timeline`` and ``learning_rat
 """
 
 from megagap.config.describe import describe_settings
-from megagap.config.loading import load_recipe, parse_overrides, spread_layers
+from megagap.config.loading import load_recipe, parse_overrides
 from megagap.config.model_section import FindModel, StoredModel
 from megagap.config.rules import check_rules
 from megagap.config.settings import Data, Model, Optim, PhaseSettings, RopeScaling, Settings, SourceSettings, Train
@@ -15,4 +15,4 @@ from megagap.config.timeline import sources_of, timeline_of, timeline_of_data
 
 __all__ = ["Data", "FindModel", "Model", "Optim", "PhaseSettings", "RopeScaling", "Settings", "SourceSettings"]
 __all__ += ["StoredModel", "Train", "check_rules", "describe_settings", "load_recipe", "parse_overrides"]
-__all__ += ["sources_of", "spread_layers", "timeline_of", "timeline_of_data"]
+__all__ += ["sources_of", "timeline_of", "timeline_of_data"]

@@ -262,7 +262,7 @@ def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
         parallel=_with(
             parallel,
             sequence_parallel=parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
-            layers_per_stage=parallel.layers_per_stage or spread_layers(model.num_hidden_layers, parallel.pp),
+            layers_per_stage=[len(stage.layers) for stage in settings.placement.stages],
         ),
         data=_with(
             data,
@@ -310,8 +310,3 @@ def _find_tokenizer(spec: str, folder: Path) -> tuple[str, Path]:
 def _tokenizer_exists(spec: str | None, folder: Path) -> Iterator[Fault]:
     if spec and not os.path.exists(place := _find_tokenizer(spec, folder)[1]):
         yield Fault("data.tokenizer", spec, f"{place} does not exist; paths are relative to the recipe")
-
-
-def spread_layers(layers: int, stages: int) -> list[int]:
-    """Layers of each stage; what does not divide goes to the earlier stages."""
-    return [layers // stages + (stage < layers % stages) for stage in range(stages)]

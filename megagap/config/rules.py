@@ -7,6 +7,7 @@ from megagap.config.faults import Fault
 from megagap.config.settings import source_name
 from megagap.config.timeline import phases_of, run_length
 from megagap.errors import counted
+from megagap.parallel.placement import Placement
 from megagap.timeline import Timeline
 
 Lookup = Callable[[str], Any]
@@ -110,7 +111,7 @@ def _stages_have_layers(v: Lookup) -> Iterator[Fault]:
     elif given is not None and (len(given) != pp or sum(given) != layers):
         message = f"must list one layer count per stage ({pp}), summing to {layers}"
         yield Fault("parallel.layers_per_stage", given, message)
-    elif given is not None and 0 in given[1:-1]:
+    elif given is not None and any(stage.is_empty for stage in Placement.loop(given).stages):
         yield Fault(
             "parallel.layers_per_stage",
             given,

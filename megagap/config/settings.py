@@ -5,10 +5,12 @@ A setting explains itself in the docstring below it: ``--help`` and error messag
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megagap.parallel.placement import Placement, spread_layers
+from megagap.parallel.schedule import SCHEDULES
 from megagap.token_formats import pair_prefix
 
 Positive = Annotated[int, Field(ge=1, le=2**60)]
@@ -17,6 +19,10 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SampleRange = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+if TYPE_CHECKING:  # which cannot know a table's keys
+    ScheduleName = str
+else:
+    ScheduleName = Literal[tuple(SCHEDULES)]
 
 
 class Section(BaseModel):
@@ -77,7 +83,7 @@ class Parallel(Section):
     """Pipeline-parallel ranks: the layers are split over them, in order."""
     sequence_parallel: bool | None = None
     """Split the residual stream over tp along the sequence; saves activation memory. Default: true where tp > 1."""
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    schedule: ScheduleName = "1f1b"
     """Order of forwards and backwards in the pipeline."""
     layers_per_stage: list[Count] | None = None
     """Layers of each pipeline stage; by default spread evenly, earlier stages first."""
@@ -224,6 +230,12 @@ class Settings(Section):
     def notes(self) -> tuple[str, ...]:
         """What is worth a line in the log: settings that were found elsewhere than in the recipe, say."""
         return self._notes
+
+    @property
+    def placement(self) -> Placement:
+        """Which pipeline rank computes which layers."""
+        layers, parallel = self.model.num_hidden_layers, self.parallel
+        return Placement.loop(parallel.layers_per_stage or spread_layers(layers, parallel.pp))
 
     def with_notes(self, notes: Sequence[str]) -> Self:
         noted = self.model_copy()

@@ -1,7 +1,9 @@
-"""Llama 3 (Grattafiori et al. 2024), written once as the mathematics of one pipeline stage over local shards.
+"""Llama 3 (Grattafiori et al. 2024), written once as the mathematics of one virtual stage over local shards.
 
 Parameter names are those of Hugging Face's ``LlamaForCausalLM``.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from megagap.ops.document_mask import Documents
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
 from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import Placement, VirtualStage
 from megagap.parallel.shard import ShardedParameter
 from megagap.parallel.tensor import TensorParallel
 
@@ -50,32 +53,36 @@ class Layer(nn.Module):
 
 
 class LlamaStage(nn.Module):
-    """The layers of one pipeline stage; the first has the token embedding, the last the norm and output projection.
+    """One virtual stage: its layers; the first has the token embedding, the last the norm and output projection.
 
-    Input: tokens [b, s] on the first stage, else the residual stream [b, s or s / tp, h] from the previous stage.
-    Output: the residual stream, on the last stage normalised, for :meth:`loss` or :meth:`logits`.
+    Input: tokens [b, s] of the first, else the residual stream [b, s or s / tp, h] from the previous one.
+    Output: the residual stream, of the last normalised, for :meth:`loss` or :meth:`logits`.
     """
 
-    def __init__(self, model: Model, layers: range, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self,
+        model: Model,
+        stage: VirtualStage,
+        tensor_parallel: TensorParallel,
+        tied: VocabParallelEmbedding | None = None,
+    ) -> None:
+        """``tied``: where embedding and output projection are one, what this rank's first and last stage share."""
         super().__init__()
-        mesh = tensor_parallel.mesh
         self.model, self.tensor_parallel, self.queue = model, tensor_parallel, tensor_parallel.queue
-        self.is_first, self.is_last = mesh.is_first_stage, mesh.is_last_stage
-        vocabulary = (model.vocab_size, model.hidden_size, mesh.tp)
-        tied = model.tie_word_embeddings
+        self.has_embedding, self.has_head = stage.has_embedding, stage.has_head
+        vocabulary = (model.vocab_size, model.hidden_size, tensor_parallel.mesh.tp)
 
-        if self.is_first or (self.is_last and tied):
-            shard = vocab_shard("model.embed_tokens.weight", *vocabulary, tied_across_stages=tied and mesh.pp.size > 1)
+        if tied is not None:
+            self.embed_tokens = tied
+        elif self.has_embedding:
+            shard = vocab_shard("model.embed_tokens.weight", *vocabulary)
             self.embed_tokens = VocabParallelEmbedding(shard, tensor_parallel)
-        self.layers = nn.ModuleList(Layer(index, model, tensor_parallel) for index in layers)
-        if self.is_last:
+        self.layers = nn.ModuleList(Layer(index, model, tensor_parallel) for index in stage.layers)
+        if self.has_head:
             self.norm = RMSNorm("model.norm", model, tensor_parallel)
             self.output = (
-                self.embed_tokens.weight
-                if tied
-                else tensor_parallel.parameter(vocab_shard("lm_head.weight", *vocabulary))
+                tensor_parallel.parameter(vocab_shard("lm_head.weight", *vocabulary)) if tied is None else tied.weight
             )
-            self.output.uses = 2 if tied and self.is_first else 1
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def use_rope_theta(self, theta: float) -> None:
@@ -99,27 +106,27 @@ class LlamaStage(nn.Module):
         cos, sin = self.rotary_tables(length)
         if caches:
             cos, sin = cos[caches[0].length :], sin[caches[0].length :]
-        if self.is_first:
+        if self.has_embedding:
             x = self.embed_tokens(x)
         update = None
         for i, layer in enumerate(self.layers):
             x, update = layer(x, update, cos, sin, caches[i] if caches else None, documents)
         if caches:
             x, update = x[:, -1:], update if update is None else update[:, -1:]
-        if self.is_last:
+        if self.has_head:
             return self.norm(x, update)[0]
         return x if update is None else x + update
 
     def loss(self, y: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``scale`` · the sum of the cross-entropies at the targets [b, s], and each of them: fp32 scalar and [b, s].
 
-        y: the last stage's output. Ignored targets have a loss of 0; only the sum has a gradient.
+        y: the last virtual stage's output. Ignored targets have a loss of 0; only the sum has a gradient.
         """
         region = self.tensor_parallel.region
         return linear_cross_entropy(y, self.output, targets, scale, region.tp, region.sequence_parallel)
 
     def logits(self, y: Tensor) -> Tensor:
-        """This tp rank's columns of the logits [b, s, v], without padding, of the last stage's output."""
+        """This tp rank's columns of the logits [b, s, v], without padding, of the last virtual stage's output."""
         return vocab_logits(self.tensor_parallel.enter(y), self.output)
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
@@ -136,24 +143,57 @@ class LlamaStage(nn.Module):
     def blocks(self) -> list[tuple[nn.Module, list[ShardedParameter]]]:
         """The modules in the order in which a forward pass calls them, each with the parameters used from there on."""
         blocks: list[tuple[nn.Module, list[ShardedParameter]]] = []
-        if self.is_first:
+        if self.has_embedding:
             blocks.append((self.embed_tokens, [self.embed_tokens.weight]))
         blocks += [(layer, list(layer.parameters())) for layer in self.layers]  # type: ignore[arg-type]
-        if self.is_last:
+        if self.has_head:
             blocks.append((self.norm, [self.norm.weight, self.output]))
         return blocks
 
     def sharded_parameters(self) -> list[ShardedParameter]:
         """Every parameter once, in the order in which the forward pass uses them."""
-        in_order = {id(parameter): parameter for _, parameters in self.blocks() for parameter in parameters}
-        assert in_order.keys() == {id(parameter) for parameter in self.parameters()}
-        return list(in_order.values())
+        return sharded_parameters([self])
 
 
-def build_stage(
-    model: Model, layers_per_stage: list[int], mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype
-) -> LlamaStage:
-    """This rank's stage, with unset parameters: ``model.init`` or a checkpoint fills them."""
-    first = sum(layers_per_stage[: mesh.pp.rank])
-    layers = range(first, first + layers_per_stage[mesh.pp.rank])
-    return LlamaStage(model, layers, TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype))
+def sharded_parameters(stages: Iterable[LlamaStage]) -> list[ShardedParameter]:
+    """Every parameter of a rank's stages once, in the order in which the forward pass uses them."""
+    in_order = {id(p): p for stage in stages for _, parameters in stage.blocks() for p in parameters}
+    assert in_order.keys() == {id(parameter) for stage in stages for parameter in stage.parameters()}
+    return list(in_order.values())
+
+
+def build_stages(
+    model: Model, placement: Placement, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype
+) -> list[LlamaStage]:
+    """This rank's virtual stages by chunk, with unset parameters: ``model.init`` or a checkpoint fills them."""
+    assert placement.ranks == mesh.pp.size, (placement, mesh.pp)
+    tensor_parallel = TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype)
+    stages = placement.stages_of(mesh.pp.rank)
+    uses = sum(stage.has_embedding + stage.has_head for stage in stages)
+    tied = _tied_embedding(model, placement, tensor_parallel, uses) if model.tie_word_embeddings and uses else None
+    return [
+        LlamaStage(model, stage, tensor_parallel, tied if stage.has_embedding or stage.has_head else None)
+        for stage in stages
+    ]
+
+
+def build_whole(model: Model, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> LlamaStage:
+    """The whole model as one stage in one process, with unset parameters."""
+    placement, mesh = Placement.loop([model.num_hidden_layers]), Mesh.single(device)
+    (stage,) = build_stages(model, placement, mesh, sequence_parallel=False, dtype=dtype)
+    return stage
+
+
+def _tied_embedding(
+    model: Model, placement: Placement, tensor_parallel: TensorParallel, uses: int
+) -> VocabParallelEmbedding:
+    """The embedding that is also the output projection, of a rank that uses it as one of them or as both."""
+    mesh, ranks = tensor_parallel.mesh, placement.embedding_ranks
+    if len(ranks) > 1:
+        assert set(mesh.embedding.ranks) == {mesh.pp.ranks[rank] for rank in ranks}, (mesh.embedding, placement)
+    shard = vocab_shard(
+        "model.embed_tokens.weight", model.vocab_size, model.hidden_size, mesh.tp, tied_across_stages=len(ranks) > 1
+    )
+    embedding = VocabParallelEmbedding(shard, tensor_parallel)
+    embedding.weight.uses = uses
+    return embedding

@@ -5,8 +5,7 @@ from math import prod
 import torch
 
 from megagap.config import Model
-from megagap.model.llama import build_stage
-from megagap.parallel.mesh import Mesh
+from megagap.model.llama import build_whole
 
 
 def parameter_count(model: Model) -> int:
@@ -27,6 +26,5 @@ def vocabulary_tensors(model: Model) -> tuple[str, ...]:
 def model_tensors(model: Model) -> dict[str, tuple[int, ...]]:
     """Global shape of every parameter by name, in the order of the forward pass: those of the model itself, which is
     built without storage."""
-    layers, mesh = [model.num_hidden_layers], Mesh.single(torch.device("meta"))
-    stage = build_stage(model, layers, mesh, sequence_parallel=False, dtype=torch.float32)
+    stage = build_whole(model, device=torch.device("meta"))
     return {parameter.shard.name: parameter.shard.shape for parameter in stage.sharded_parameters()}

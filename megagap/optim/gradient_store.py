@@ -27,7 +27,7 @@ from megagap.optim.buckets import BUCKET_ELEMENTS, Kind, Range, arrange
 from megagap.optim.clipping import squared_norm
 from megagap.parallel.collectives import all_gather_flat_async, all_reduce, reduce_scatter_flat_async
 from megagap.parallel.mesh import Axis, Mesh
-from megagap.parallel.shard import ShardedParameter, Slice
+from megagap.parallel.shard import Shard, ShardedParameter, Slice
 
 
 class _Place:
@@ -188,7 +188,7 @@ class GradientStore:
         """``parameters``: in the order in which the forward pass uses them, with their initial values in fp32; they are
         in ``dtype`` afterwards, their masters fp32."""
         self.mesh = mesh
-        kinds = [_kind(parameter, decay_embeddings) for parameter in parameters]
+        kinds = [kind_of(parameter.shard, decay_embeddings) for parameter in parameters]
         sizes = [parameter.numel() for parameter in parameters]
         layout = arrange(list(zip(kinds, sizes, strict=True)), mesh.data.size, bucket_elements)
         lengths = {kind: layout.buffer_elements(kind) for kind in set(kinds)}
@@ -285,6 +285,6 @@ class _Wait:
             bucket.finish_gather()
 
 
-def _kind(parameter: ShardedParameter, decay_embeddings: bool) -> Kind:
-    shard = parameter.shard
+def kind_of(shard: Shard, decay_embeddings: bool) -> Kind:
+    """The kind of bucket that a parameter lies in."""
     return Kind(decay_embeddings or not shard.is_embedding, shard.replica_axis, shard.partial_gradient)

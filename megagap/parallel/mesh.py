@@ -72,14 +72,6 @@ class Mesh:
         assert isinstance(axis, Axis), name
         return axis
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp.rank == self.pp.size - 1
-
     @classmethod
     def single(cls, device: torch.device | None = None) -> "Mesh":
         """One process, no process groups."""
@@ -122,6 +114,11 @@ class Mesh:
                     return replace(mesh, object_levels=_object_levels(layout.object_levels(), rank, timeout))
             groups |= _separate_groups(layout, rank, timeout)
         return cls._of_groups(layout, rank, device, groups)
+
+    @classmethod
+    def without_groups(cls, layout: Layout, rank: int, device: torch.device) -> "Mesh":
+        """Any rank of any layout, in one process, to look at what it would hold: its collectives do nothing."""
+        return cls._of_groups(layout, rank, device, {})
 
     @classmethod
     def _of_groups(cls, layout: Layout, rank: int, device: torch.device, groups: "_Groups") -> "Mesh":

@@ -9,30 +9,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import Placement
 from megagap.parallel.schedule import (
     Action,
     Backward,
     BackwardInput,
     BackwardWeight,
     Forward,
+    Hop,
     Message,
-    Schedule,
     Transfer,
-    validate,
-    with_transfers,
+    flow,
 )
 from megagap.parallel.tensor import WeightGradientQueue
 
 
-class Stage(Protocol):
-    """One chunk of the model, as the executor sees it."""
+class Stages(Protocol):
+    """This rank's chunks of the model, as the executor sees them."""
 
     queue: WeightGradientQueue
 
-    def compute(self, microbatch: int, activation: Tensor | None) -> Tensor:
-        """The next stage's activation, or on the last stage the scalar to differentiate.
+    def compute(self, chunk: int, microbatch: int, activation: Tensor | None) -> Tensor:
+        """The next virtual stage's activation, or of the last one the scalar to differentiate.
 
-        ``activation`` comes from the previous stage; None on the first stage.
+        ``activation`` comes from the previous virtual stage; None for the first.
         """
         ...
 
@@ -45,28 +45,20 @@ class Boundary:
     dtype: torch.dtype
 
 
-def plan(schedule: Schedule, mesh: Mesh, microbatches: int) -> list[Action]:
-    """This rank's program under a schedule, after proving the programs of all stages together."""
-    stages = mesh.pp.size
-    programs = [with_transfers(list(schedule(stage, stages, microbatches)), stage, stages) for stage in range(stages)]
-    validate(programs, microbatches)
-    return programs[mesh.pp.rank]
-
-
 def execute(
     program: Sequence[Action],
-    stages: Sequence[Stage],
+    stages: Stages,
     boundary: Boundary,
+    placement: Placement,
     mesh: Mesh,
     before_last_backward: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a program; gradients accumulate in the parameters.
+    """Run this rank's program; gradients accumulate in the parameters.
 
-    ``stages``: this rank's chunks. ``before_last_backward`` is called before the last backward action, after which
-    no gradient changes any more.
+    ``before_last_backward`` is called before the last backward action, after which no gradient changes any more.
     """
     backwards = [index for index, action in enumerate(program) if isinstance(action, Backward | BackwardWeight)]
-    run = _Run(stages, boundary, mesh, differentiate=bool(backwards))
+    run = _Run(stages, boundary, placement, mesh, differentiate=bool(backwards))
     for index, action in enumerate(program):
         if backwards and index == backwards[-1]:
             before_last_backward()
@@ -77,12 +69,18 @@ def execute(
 class _Run:
     """The live tensors of one execution of a program."""
 
-    def __init__(self, stages: Sequence[Stage], boundary: Boundary, mesh: Mesh, differentiate: bool) -> None:
-        self.stages, self.boundary, self.mesh, self.differentiate = stages, boundary, mesh, differentiate
-        self.last = len(stages) * mesh.pp.size - 1
-        self.received: dict[Message, Tensor] = {}
+    def __init__(
+        self, stages: Stages, boundary: Boundary, placement: Placement, mesh: Mesh, differentiate: bool
+    ) -> None:
+        self.stages, self.boundary, self.placement, self.mesh = stages, boundary, placement, mesh
+        self.differentiate = differentiate
+        self.available: dict[Message, Tensor] = {}
+        """Received from other ranks, or made by a neighbouring chunk of this one."""
+        self.arriving: dict[Message, dist.Work] = {}
+        """What has to be waited for before a received tensor is read."""
         self.to_send: dict[Message, Tensor] = {}
         self.live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        """By microbatch and chunk, from forward to backward: what came in and what went out."""
         self.waiting_weights: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.sends: list[tuple[dist.Work, Tensor]] = []
 
@@ -90,41 +88,51 @@ class _Run:
         match action:
             case Transfer():
                 self.transfer(action)
-            case Forward(microbatch, chunk):
-                self.forward(microbatch, chunk)
-            case Backward(microbatch, chunk):
-                self.backward(microbatch, chunk)
+            case Forward():
+                self.forward(action)
+            case Backward():
+                self.backward(action)
             case BackwardInput(microbatch, chunk):
-                with self.stages[chunk].queue.deferring() as jobs:
-                    self.backward(microbatch, chunk)
+                with self.stages.queue.deferring() as jobs:
+                    self.backward(action)
                 self.waiting_weights[microbatch, chunk] = jobs
             case BackwardWeight(microbatch, chunk):
-                for job in self.waiting_weights.pop((microbatch, chunk)):
-                    job()
+                with torch.no_grad():  # as within a backward pass
+                    for job in self.waiting_weights.pop((microbatch, chunk)):
+                        job()
 
-    def forward(self, microbatch: int, chunk: int) -> None:
-        here = chunk * self.mesh.pp.size + self.mesh.pp.rank
-        activation = None if here == 0 else self.received.pop(Message("activation", microbatch, here))
+    def forward(self, action: Forward) -> None:
+        needed, made = flow(action, self.mesh.pp.rank, self.placement)
+        activation = self.take(needed)
         if activation is not None and self.differentiate:
             activation.requires_grad_()
-        output = self.stages[chunk].compute(microbatch, activation)
-        if here != self.last:
-            self.to_send[Message("activation", microbatch, here + 1)] = output.detach()
+        output = self.stages.compute(action.chunk, action.microbatch, activation)
+        if made is not None:
+            self.hand_on(made, output.detach())
         if self.differentiate:
-            self.live[microbatch, chunk] = (activation, output)
+            self.live[action.microbatch, action.chunk] = (activation, output)
 
-    def backward(self, microbatch: int, chunk: int) -> None:
-        here = chunk * self.mesh.pp.size + self.mesh.pp.rank
-        activation, output = self.live.pop((microbatch, chunk))
-        gradient = None if here == self.last else self.received.pop(Message("gradient", microbatch, here + 1))
-        torch.autograd.backward(output, gradient)
-        if activation is not None:
-            assert activation.grad is not None
-            self.to_send[Message("gradient", microbatch, here)] = activation.grad
+    def backward(self, action: Backward | BackwardInput) -> None:
+        needed, made = flow(action, self.mesh.pp.rank, self.placement)
+        activation, output = self.live.pop((action.microbatch, action.chunk))
+        torch.autograd.backward(output, self.take(needed))
+        if made is not None:
+            assert activation is not None and activation.grad is not None
+            self.hand_on(made, activation.grad)
+
+    def take(self, needed: Hop | None) -> Tensor | None:
+        if needed is None:
+            return None
+        if (work := self.arriving.pop(needed.message, None)) is not None:
+            work.wait()
+        return self.available.pop(needed.message)
+
+    def hand_on(self, made: Hop, tensor: Tensor) -> None:
+        (self.available if made.peer == self.mesh.pp.rank else self.to_send)[made.message] = tensor
 
     def transfer(self, transfer: Transfer) -> None:
-        """Post the whole batch and wait for the receives; sends overlap with the next compute action."""
-        self.finish_sends()  # the validated model: a batch ends before the next is posted
+        """Post the whole batch; what it receives is waited for when it is needed."""
+        self.finish_sends()  # their memory
         pp = self.mesh.pp
         operations = []
         for peer, message in transfer.sends:
@@ -132,15 +140,15 @@ class _Run:
             operations.append(dist.P2POp(dist.isend, tensor, pp.ranks[peer], pp.group))
         for peer, message in transfer.receives:
             tensor = torch.empty(self.boundary.shape, dtype=self.boundary.dtype, device=self.mesh.device)
-            self.received[message] = tensor
+            self.available[message] = tensor
             operations.append(dist.P2POp(dist.irecv, tensor, pp.ranks[peer], pp.group))
         works = dist.batch_isend_irecv(operations)
-        tensors = [operation.tensor for operation in operations]
         # gloo returns one Work per operation, NCCL one for the batch (and its wait does not block the host).
-        sends = len(transfer.sends) if len(works) == len(operations) else 0
-        for work in works[sends:]:
-            work.wait()
+        works *= len(operations) // len(works)
+        sends = len(transfer.sends)
+        tensors = [operation.tensor for operation in operations]
         self.sends = list(zip(works[:sends], tensors[:sends], strict=True))
+        self.arriving |= {message: work for (_, message), work in zip(transfer.receives, works[sends:], strict=True)}
 
     def finish_sends(self) -> None:
         for work, _ in self.sends:

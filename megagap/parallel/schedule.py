@@ -2,13 +2,25 @@
 
 A schedule lists compute only. The transfers between stages are derived from it by :func:`with_transfers`, so that no
 schedule can get them wrong, and :func:`validate` proves the result against a model of NCCL before it is run.
+
+1F1B on three stages with four microbatches, in time (F forward, B backward, which takes twice as long)::
+
+    stage 0  F0 F1|F2             B0--- F3 B1---|   B2---    B3---
+    stage 1     F0|F1       B0--- F2 B1--- F3 B2---|   B3---
+    stage 2        F0 B0--- F1 B1--- F2 B2--- F3 B3---
+
+Bars separate warm-up, steady phase and cool-down; the last stage has the steady phase only.
+
+To add a schedule, write such a function and add it to :data:`SCHEDULES`.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from megagap.parallel.placement import Placement
 
 
 @dataclass(frozen=True, order=True)
@@ -49,174 +61,302 @@ Compute = Forward | Backward | BackwardInput | BackwardWeight
 @dataclass(frozen=True)
 class Message:
     """One tensor between neighbours: an activation (forward) or its gradient (backward), at the boundary before
-    virtual stage ``boundary`` (counted along the model: ``chunk · stages + stage``)."""
+    virtual stage ``boundary``."""
 
     kind: Literal["activation", "gradient"]
     microbatch: int
     boundary: int
 
 
+class Hop(NamedTuple):
+    """A message on its way from or to another pipeline rank, or this one, whose own chunks can be neighbours."""
+
+    peer: int
+    """Pipeline rank."""
+    message: Message
+
+
 @dataclass(frozen=True)
 class Transfer:
-    """Sends and receives that form one batched action: (peer stage, message) each."""
+    """Sends and receives that form one batched action."""
 
-    sends: tuple[tuple[int, Message], ...]
-    receives: tuple[tuple[int, Message], ...]
+    sends: tuple[Hop, ...]
+    receives: tuple[Hop, ...]
 
 
 Action = Compute | Transfer
-Schedule = Callable[[int, int, int], Iterator[Compute]]
+
+Schedule = Callable[[int, int, int, int], Iterator[Compute]]
+"""What a stage computes, in order: (stage, stages, chunks, microbatches) -> actions.
+
+A stage is here all that one pipeline rank computes: ``chunks`` virtual stages of the model.
+"""
 
 
-def gpipe(stage: int, stages: int, microbatches: int) -> Iterator[Compute]:
-    """All forwards, then all backwards (Huang et al. 2019). ``microbatches`` live activations."""
-    yield from (Forward(i) for i in range(microbatches))
-    yield from (Backward(i) for i in range(microbatches))
+def gpipe(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """All forwards, then all backwards (Huang et al. 2019). All microbatches' activations are live at once."""
+    yield from forward_only(stage, stages, chunks, microbatches)
+    for group in _groups(stages, microbatches):
+        yield from (Backward(i, chunk) for chunk in reversed(range(chunks)) for i in group)
 
 
-def one_forward_one_backward(stage: int, stages: int, microbatches: int) -> Iterator[Compute]:
-    """1F1B (PipeDream-flush; Narayanan et al. 2021, section 2.2). At most ``stages - stage`` live activations."""
+def one_forward_one_backward(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """1F1B (PipeDream-flush; Narayanan et al. 2021, section 2.2). At most ``stages - stage`` live activations.
+
+    For one chunk per stage.
+    """
+    assert chunks == 1, f"1F1B is for one chunk per stage, not {chunks}"
     warmup = min(stages - stage - 1, microbatches)
     forwards, backwards = count(), count()
+    # Warm-up: until this stage's first microbatch has passed all stages after it.
     yield from (Forward(next(forwards)) for _ in range(warmup))
+    # Steady: a backward frees what the next forward keeps.
     for _ in range(microbatches - warmup):
         yield Forward(next(forwards))
         yield Backward(next(backwards))
+    # Cool-down: the backwards of as many microbatches as the warm-up had.
     yield from (Backward(next(backwards)) for _ in range(warmup))
 
 
-def forward_only(stage: int, stages: int, microbatches: int) -> Iterator[Compute]:
+def forward_only(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
     """Evaluation."""
-    yield from (Forward(i) for i in range(microbatches))
+    for group in _groups(stages, microbatches):
+        yield from (Forward(i, chunk) for chunk in range(chunks) for i in group)
+
+
+def _groups(stages: int, microbatches: int) -> Iterator[range]:
+    """As many microbatches as there are stages: after the last of them, a chunk's output for the first has come around
+    to the next chunk."""
+    return (range(first, min(first + stages, microbatches)) for first in range(0, microbatches, stages))
 
 
 SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+"""By the value of the setting ``parallel.schedule``, whose possible values are these."""
 
 
-def with_transfers(actions: Sequence[Compute], stage: int, stages: int, chunks: int = 1) -> list[Action]:
-    """Put the sends and receives that one stage's compute actions need between them.
+def programs_of(schedule: Schedule, placement: Placement, microbatches: int) -> list[list[Action]]:
+    """What each pipeline rank does under a schedule, proven by :func:`validate`."""
+    ranks, chunks = placement.ranks, placement.chunks
+    schedules = [list(schedule(rank, ranks, chunks, microbatches)) for rank in range(ranks)]
+    for rank, actions in enumerate(schedules):
+        _check_compute(rank, actions, chunks, microbatches)
+    programs = with_transfers(schedules, placement)
+    validate(programs, placement, microbatches)
+    return programs
 
-    An action's result is sent right after it, what an action needs is received right before it; what falls between
-    two compute actions goes as one :class:`Transfer`, so that opposite transfers of a pair are batched.
+
+def flow(action: Compute, rank: int, placement: Placement) -> tuple[Hop | None, Hop | None]:
+    """What a rank's action needs and what it makes, with the rank that makes or needs it: the one rule of borders.
+
+    Forwards go up the virtual stages, backwards down. The first forward needs no activation and the last backward no
+    gradient: they start from tokens and from the loss.
     """
-    last = stages * chunks - 1
-    program: list[Action] = []
-    sends: list[tuple[int, Message]] = []
+    if isinstance(action, BackwardWeight):
+        return None, None
+    here, forward = placement.virtual(rank, action.chunk), isinstance(action, Forward)
+
+    def hop(neighbour: int) -> Hop | None:
+        if not 0 <= neighbour < len(placement.stages):
+            return None
+        kind: Literal["activation", "gradient"] = "activation" if forward else "gradient"
+        return Hop(placement.places[neighbour].rank, Message(kind, action.microbatch, max(here, neighbour)))
+
+    below, above = hop(here - 1), hop(here + 1)
+    return (below, above) if forward else (above, below)
+
+
+class Timed(NamedTuple):
+    """An action of a :func:`timeline`, in units of half a backward."""
+
+    start: int
+    end: int
+    action: Compute
+
+
+def timeline(schedules: Sequence[Sequence[Compute]], placement: Placement) -> list[list[Timed]]:
+    """When every rank computes what, if a backward takes twice as long as a forward, each of its halves as long, and
+    transfers take no time.
+
+    ``schedules``: every rank's compute actions. Asserts that none of them waits for ever.
+    """
+    rows: list[list[Timed]] = [[] for _ in schedules]
+    made_at: dict[Message, int] = {}
+    todo = [deque(actions) for actions in schedules]
+    progress = True
+    while progress:
+        progress = False
+        for rank, (row, actions) in enumerate(zip(rows, todo, strict=True)):
+            while actions:
+                needed, made = flow(actions[0], rank, placement)
+                if needed is not None and needed.message not in made_at:
+                    break
+                free = row[-1].end if row else 0
+                start = free if needed is None else max(free, made_at[needed.message])
+                action = actions.popleft()
+                row.append(Timed(start, start + (2 if isinstance(action, Backward) else 1), action))
+                if made is not None:
+                    made_at[made.message] = row[-1].end
+                progress = True
+    waiting = {rank: actions[0] for rank, actions in enumerate(todo) if actions}
+    assert not waiting, f"stages wait for each other: {waiting}"
+    return rows
+
+
+def with_transfers(schedules: Sequence[Sequence[Compute]], placement: Placement) -> list[list[Action]]:
+    """Put the sends and receives that compute actions need between those of every rank.
+
+    A message is sent right after the action that makes it, and its receive is posted at that moment of the
+    :func:`timeline`, even if it is needed later: it arrives during what is computed meanwhile, and no sender waits
+    until its receiver needs it. What falls between two actions of a rank goes as one :class:`Transfer`, so that
+    opposite transfers of a pair are batched. Chunks of one rank hand over without a transfer.
+
+    All programs are then parts of one sequence in which both sides of a message stand at the same place. So ranks
+    cannot wait for each other: the first message of the sequence that is not transferred yet always can be.
+    """
+    # In order of time; what is sent when an action starts comes before it.
+    sequence: list[tuple[int, bool, int, Compute | Hop]] = []
+    for rank, row in enumerate(timeline(schedules, placement)):
+        for start, end, action in row:
+            sequence.append((start, True, rank, action))
+            _, made = flow(action, rank, placement)
+            if made is not None and made.peer != rank:
+                sequence.append((end, False, rank, made))
+    programs: list[list[Action]] = [[] for _ in schedules]
+    sends: list[list[Hop]] = [[] for _ in schedules]
+    receives: list[list[Hop]] = [[] for _ in schedules]
+
+    def close_batch(rank: int) -> None:
+        if sends[rank] or receives[rank]:
+            programs[rank].append(Transfer(tuple(sends[rank]), tuple(receives[rank])))
+            sends[rank], receives[rank] = [], []
+
+    for _, _, rank, event in sorted(sequence, key=lambda entry: entry[:3]):
+        if isinstance(event, Hop):
+            sends[rank].append(event)
+            receives[event.peer].append(Hop(rank, event.message))
+        else:
+            close_batch(rank)
+            programs[rank].append(event)
+    for rank in range(len(programs)):
+        close_batch(rank)
+    return programs
+
+
+def peak_live_activations(actions: Iterable[Action]) -> int:
+    """For how many microbatches, counted per chunk, a rank keeps activations at most: from a forward to the end of its
+    backward, weight gradients included."""
+    live = most = 0
     for action in actions:
-        here = action.chunk * stages + stage
-        below, above = (here - 1) % stages, (here + 1) % stages
-        receives: list[tuple[int, Message]] = []
-        after: list[tuple[int, Message]] = []
-        match action:
-            case Forward(i):
-                if here > 0:
-                    receives.append((below, Message("activation", i, here)))
-                if here < last:
-                    after.append((above, Message("activation", i, here + 1)))
-            case Backward(i) | BackwardInput(i):
-                if here < last:
-                    receives.append((above, Message("gradient", i, here + 1)))
-                if here > 0:
-                    after.append((below, Message("gradient", i, here)))
-            case BackwardWeight():
-                pass
-        if sends or receives:
-            program.append(Transfer(tuple(sends), tuple(receives)))
-        program.append(action)
-        sends = after
-    if sends:
-        program.append(Transfer(tuple(sends), ()))
-    return program
+        live += isinstance(action, Forward)
+        most = max(most, live)
+        live -= isinstance(action, Backward | BackwardWeight)
+    return most
 
 
-def validate(programs: Sequence[Sequence[Action]], microbatches: int, chunks: int = 1) -> None:
-    """Prove that all stages' programs together are complete and cannot deadlock.
+def validate(programs: Sequence[Sequence[Action]], placement: Placement, microbatches: int) -> None:
+    """Prove that all ranks' programs together are complete and cannot deadlock.
 
     Transfers follow NCCL's model: a batch ends when the peers have posted the other side of everything in it, and
     messages of one ordered pair arrive in the order in which they were sent. Asserts otherwise: a bug in megagap.
     """
-    for stage, program in enumerate(programs):
-        _check_data_flow(stage, program, len(programs), chunks)
-        _check_compute(stage, [action for action in program if not isinstance(action, Transfer)], microbatches, chunks)
-    position = [0] * len(programs)
-    # Per ordered pair: messages posted by the sender, and by the receiver, not yet matched.
-    sent: dict[tuple[int, int], deque[Message]] = {}
-    awaited: dict[tuple[int, int], deque[Message]] = {}
-    open_messages = [0] * len(programs)
-    posted = [False] * len(programs)
+    assert len(programs) == placement.ranks, f"{len(programs)} programs for {placement.ranks} pipeline ranks"
+    for rank, program in enumerate(programs):
+        compute = [action for action in program if not isinstance(action, Transfer)]
+        _check_compute(rank, compute, placement.chunks, microbatches)
+        _check_data_flow(rank, program, placement)
+    _check_progress(programs)
 
-    def match(sender: int, receiver: int) -> None:
-        queue, wanted = sent.get((sender, receiver), deque()), awaited.get((sender, receiver), deque())
-        while queue and wanted:
-            message, expected = queue.popleft(), wanted.popleft()
+
+class _Network:
+    """Who waits for what, as NCCL would have it."""
+
+    def __init__(self, ranks: int) -> None:
+        # Per ordered pair: messages posted by the sender, and by the receiver, not yet matched.
+        self._sent: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
+        self._awaited: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
+        self._open = [0] * ranks
+
+    def post(self, rank: int, transfer: Transfer) -> None:
+        """A rank begins a batch."""
+        self._open[rank] += len(transfer.sends) + len(transfer.receives)
+        for peer, message in transfer.sends:
+            self._sent[rank, peer].append(message)
+            self._match(rank, peer)
+        for peer, message in transfer.receives:
+            self._awaited[peer, rank].append(message)
+            self._match(peer, rank)
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether all that the rank has posted has met its other side."""
+        return not self._open[rank]
+
+    def _match(self, sender: int, receiver: int) -> None:
+        sent, awaited = self._sent[sender, receiver], self._awaited[sender, receiver]
+        while sent and awaited:
+            message, expected = sent.popleft(), awaited.popleft()
             assert message == expected, f"stage {sender} sends {message}, stage {receiver} expects {expected}"
-            open_messages[sender] -= 1
-            open_messages[receiver] -= 1
+            self._open[sender] -= 1
+            self._open[receiver] -= 1
 
+
+def _check_progress(programs: Sequence[Sequence[Action]]) -> None:
+    """Every program comes to its end: run them all, each as far as it gets, until none gets any further."""
+    network = _Network(len(programs))
+    todo = [deque(program) for program in programs]
+    waiting: set[int] = set()
     progress = True
     while progress:
         progress = False
-        for stage, program in enumerate(programs):
-            while position[stage] < len(program):
-                action = program[position[stage]]
+        for rank, actions in enumerate(todo):
+            while actions:
+                action = actions[0]
                 if isinstance(action, Transfer):
-                    if not posted[stage]:
-                        posted[stage] = True
-                        open_messages[stage] += len(action.sends) + len(action.receives)
-                        for peer, message in action.sends:
-                            sent.setdefault((stage, peer), deque()).append(message)
-                            match(stage, peer)
-                        for peer, message in action.receives:
-                            awaited.setdefault((peer, stage), deque()).append(message)
-                            match(peer, stage)
-                    if open_messages[stage]:
+                    if rank not in waiting:
+                        waiting.add(rank)
+                        network.post(rank, action)
+                    if not network.has_ended(rank):
                         break
-                    posted[stage] = False
-                position[stage] += 1
+                    waiting.remove(rank)
+                actions.popleft()
                 progress = True
-    stuck = {s: programs[s][p] for s, p in enumerate(position) if p < len(programs[s])}
+    stuck = {rank: actions[0] for rank, actions in enumerate(todo) if actions}
     assert not stuck, f"deadlock: {stuck}"
 
 
-def _check_data_flow(stage: int, program: Sequence[Action], stages: int, chunks: int) -> None:
-    """What an action needs has been received before it, what is sent was computed before, and all of it is used."""
-    received: set[Message] = set()
+def _check_data_flow(rank: int, program: Sequence[Action], placement: Placement) -> None:
+    """What an action needs is there before it, what is sent was computed before, and all of it is used."""
+    available: set[Message] = set()
     to_send: set[Message] = set()
     for action in program:
         if isinstance(action, Transfer):
             for _, message in action.sends:
-                assert message in to_send, f"stage {stage}: {message} is sent before it is computed"
+                assert message in to_send, f"stage {rank}: {message} is sent before it is computed"
                 to_send.remove(message)
-            received |= {message for _, message in action.receives}
+            available |= {message for _, message in action.receives}
             continue
-        here, last = action.chunk * stages + stage, stages * chunks - 1
-        forward = isinstance(action, Forward)
-        if isinstance(action, BackwardWeight):
-            continue
-        if here > 0 if forward else here < last:
-            needed = Message("activation" if forward else "gradient", action.microbatch, here + (not forward))
-            assert needed in received, f"stage {stage}: {action} needs {needed} before it is received"
-            received.remove(needed)
-        if here < last if forward else here > 0:
-            to_send.add(Message("activation" if forward else "gradient", action.microbatch, here + forward))
-    assert not received and not to_send, f"stage {stage}: never used or sent: {received | to_send}"
+        needed, made = flow(action, rank, placement)
+        if needed is not None:
+            assert needed.message in available, f"stage {rank}: {action} needs {needed.message} before it is there"
+            available.remove(needed.message)
+        if made is not None:
+            (available if made.peer == rank else to_send).add(made.message)
+    assert not available and not to_send, f"stage {rank}: never used or sent: {available | to_send}"
 
 
-def _check_compute(stage: int, actions: Sequence[Action], microbatches: int, chunks: int) -> None:
-    """Every microbatch goes forward once, and backward once if at all, after its forward."""
+def _check_compute(rank: int, actions: Sequence[Compute], chunks: int, microbatches: int) -> None:
+    """On every chunk every microbatch goes forward once, and backward once if at all, after its forward."""
     everything = {(i, chunk) for i in range(microbatches) for chunk in range(chunks)}
     place: dict[type, dict[tuple[int, int], int]] = {k: {} for k in (Forward, Backward, BackwardInput, BackwardWeight)}
     for index, action in enumerate(actions):
-        assert not isinstance(action, Transfer)
         key = (action.microbatch, action.chunk)
-        assert key not in place[type(action)], f"stage {stage}: {action} twice"
+        assert key not in place[type(action)], f"stage {rank}: {action} twice"
         place[type(action)][key] = index
     whole, inputs, weights = place[Backward], place[BackwardInput], place[BackwardWeight]
-    assert place[Forward].keys() == everything, f"stage {stage}: not every microbatch goes forward"
+    assert place[Forward].keys() == everything, f"stage {rank}: not every microbatch goes forward"
     assert inputs.keys() == weights.keys() and not whole.keys() & inputs.keys(), (
-        f"stage {stage}: BackwardInput without BackwardWeight"
+        f"stage {rank}: BackwardInput without BackwardWeight"
     )
     backwards = whole | inputs
-    assert not backwards or backwards.keys() == everything, f"stage {stage}: not every microbatch goes backward"
-    assert all(place[Forward][key] < index for key, index in backwards.items()), f"stage {stage}: backward too early"
-    assert all(inputs[key] < index for key, index in weights.items()), f"stage {stage}: weight gradient too early"
+    assert not backwards or backwards.keys() == everything, f"stage {rank}: not every microbatch goes backward"
+    assert all(place[Forward][key] < index for key, index in backwards.items()), f"stage {rank}: backward too early"
+    assert all(inputs[key] < index for key, index in weights.items()), f"stage {rank}: weight gradient too early"

@@ -14,16 +14,31 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from megagap.config import Settings, timeline_of
 from megagap.errors import ConfigError
+from megagap.model.llama import build_stages, sharded_parameters
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.buckets import Kind, arrange
+from megagap.optim.gradient_store import kind_of
 from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.rules import RULES
 from megagap.parallel.cross_entropy import chunk_tokens
+from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import VirtualStage
+from megagap.parallel.schedule import (
+    SCHEDULES,
+    Backward,
+    BackwardWeight,
+    Compute,
+    Forward,
+    peak_live_activations,
+)
 from megagap.planning.devices import Device
+from megagap.train import make_layout
 
 GIB = 2**30
 
@@ -37,11 +52,12 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The ranks of one pipeline stage at the moment of a step in which most is live; all in bytes."""
+    """The processes of one pipeline rank at the moment of a step in which most is live; all in bytes."""
 
     stage: int
+    """The pipeline rank."""
     ranks: range
-    """Global ranks of the stage, all of which take as much."""
+    """Global ranks of the processes, all of which take as much."""
     parameters: int
     """In the dtype that is computed in."""
     masters: int
@@ -96,7 +112,7 @@ def memory_by_stage(settings: Settings, device: Device, world_size: int) -> list
     Raises :class:`ConfigError` for a document mask where what attention keeps depends on the documents.
     """
     _require_known_attention(settings, device)
-    return [_Stage(settings, device, world_size, stage).memory() for stage in range(settings.parallel.pp)]
+    return [_rank_memory(settings, device, world_size, rank) for rank in range(settings.placement.ranks)]
 
 
 def memory_of_rank(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
@@ -186,25 +202,92 @@ class _Moment:
     workspace: int
 
 
-class _Stage:
-    """The arithmetic of one stage's ranks."""
+def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
+    """The peak of one pipeline rank, whose virtual stages share its memory."""
+    placement = settings.placement
+    stages = [_Stage(settings, device, world_size, stage) for stage in placement.stages_of(rank)]
+    any_stage = stages[0]
+    microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
+    schedule = SCHEDULES[settings.parallel.schedule]
+    actions = list(schedule(rank, placement.ranks, placement.chunks, microbatches))
+    parameters = _parameters(settings, world_size, rank)
+    buckets = [bucket.stop - bucket.start for bucket in arrange(parameters, dp).buckets]
+    elements = sum(buckets)
+    slices = elements // dp
+    kept = _kept_beside(actions, [stage.saved for stage in stages])
+    moments = [moment for stage, others in zip(stages, kept, strict=True) for moment in stage.moments(others)]
+    if not any_stage.is_gpu:  # squares of a bucket
+        moments.append(_Moment("norm of the gradients", 0, max(buckets) // dp * FP32))
+    peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
+    processes = any_stage.tp * dp
+    tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim
+    return RankMemory(
+        stage=rank,
+        ranks=range(rank * processes, (rank + 1) * processes),
+        parameters=elements * itemsize,
+        masters=0 if itemsize == FP32 else slices * FP32,
+        moments=slices * _state_bytes(settings),
+        gradients=elements * FP32 + (slices * FP32 if dp > 1 else 0),
+        activations=peak.activations,
+        workspace=peak.workspace,
+        inputs=8 * microbatches * any_stage.batch * (any_stage.length + 1) + tables,
+        moment=peak.name,
+        in_flight=peak_live_activations(actions),
+    )
 
-    def __init__(self, settings: Settings, device: Device, world_size: int, stage: int) -> None:
+
+def _state_bytes(settings: Settings) -> int:
+    """Of the update rule's state, per element."""
+    one = torch.empty(1, device="meta")
+    return sum(tensor.nbytes for tensor in RULES[settings.optim.name](settings.optim).new_state(one).values())
+
+
+def _kept_beside(actions: list[Compute], saved: list[int]) -> list[int]:
+    """The most that other microbatches, and other chunks, keep while a chunk goes backward; in bytes, by chunk.
+
+    ``saved``: what a microbatch keeps of each chunk.
+    """
+    most, live = [0] * len(saved), 0
+    for action in actions:
+        size = saved[action.chunk]
+        if isinstance(action, Forward):
+            live += size
+        else:
+            most[action.chunk] = max(most[action.chunk], live - size)
+        if isinstance(action, Backward | BackwardWeight):
+            live -= size
+    return most
+
+
+def _parameters(settings: Settings, world_size: int, rank: int) -> list[tuple[Kind, int]]:
+    """Kind of bucket and local elements of every parameter of a pipeline rank's first process, in the order of the
+    forward pass: of the stages themselves, built without storage."""
+    layout = make_layout(settings, world_size)
+    first = rank * layout.world_size // layout.pp
+    mesh = Mesh.without_groups(layout, first, torch.device("meta"))
+    sequence_parallel = bool(settings.parallel.sequence_parallel)
+    stages = build_stages(
+        settings.model, settings.placement, mesh, sequence_parallel=sequence_parallel, dtype=torch.float32
+    )
+    decayed = settings.optim.decay_embeddings
+    return [(kind_of(parameter.shard, decayed), parameter.numel()) for parameter in sharded_parameters(stages)]
+
+
+class _Stage:
+    """The arithmetic of one virtual stage."""
+
+    def __init__(self, settings: Settings, device: Device, world_size: int, stage: VirtualStage) -> None:
         model, parallel, train = settings.model, settings.parallel, settings.train
-        self.model, self.stage, self.is_gpu = model, stage, device.kind != "cpu"
+        self.model, self.is_gpu = model, device.kind != "cpu"
         self.pp, self.tp = parallel.pp, parallel.tp
         self.dp = world_size // (self.pp * self.tp)
-        self.is_first, self.is_last = stage == 0, stage == self.pp - 1
-        self.layers = (parallel.layers_per_stage or [model.num_hidden_layers])[stage]
-        self.decays_embedding = settings.optim.decay_embeddings
+        self.has_embedding, self.has_head, self.layers = stage.has_embedding, stage.has_head, len(stage.layers)
         self.dtype = COMPUTE_DTYPES[train.precision]
         self.itemsize = self.dtype.itemsize
 
         self.batch = train.micro_batch_size
         self.length = _longest_sequence(settings)
         self.microbatches = timeline_of(settings).largest_batch // (self.batch * self.dp)
-        in_flight = self.microbatches if parallel.schedule == "gpipe" else self.pp - stage
-        self.in_flight = min(in_flight, self.microbatches)
 
         self.splits_sequence = self.tp > 1 and bool(parallel.sequence_parallel)
         self.heads = model.num_attention_heads // self.tp
@@ -221,53 +304,6 @@ class _Stage:
         self.K = tokens * self.key_heads * model.head_dim * self.itemsize
         self.F = tokens * self.inner * self.itemsize
 
-    def memory(self) -> RankMemory:
-        buckets = [bucket.stop - bucket.start for bucket in arrange(self._parameters(), self.dp).buckets]
-        elements = sum(buckets)
-        slices = elements // self.dp
-        peak = max(self._moments(max(buckets) // self.dp), key=lambda moment: moment.activations + moment.workspace)
-        per_stage = self.tp * self.dp
-        return RankMemory(
-            stage=self.stage,
-            ranks=range(self.stage * per_stage, (self.stage + 1) * per_stage),
-            parameters=elements * self.itemsize,
-            masters=0 if self.itemsize == FP32 else slices * FP32,
-            moments=2 * slices * FP32,
-            gradients=elements * FP32 + (slices * FP32 if self.dp > 1 else 0),
-            activations=peak.activations,
-            workspace=peak.workspace,
-            inputs=8 * self.microbatches * self.batch * (self.length + 1)
-            + 2 * FP32 * self.length * self.model.head_dim,
-            moment=peak.name,
-            in_flight=self.in_flight,
-        )
-
-    # -- static
-
-    def _parameters(self) -> list[tuple[Kind, int]]:
-        """Kind of bucket and local elements of every parameter, in the order of the forward pass."""
-        model, hidden, tied = self.model, self.model.hidden_size, self.model.tie_word_embeddings
-        queries, keys = self.heads * model.head_dim, self.key_heads * model.head_dim
-        split = Kind(True, None, False)
-        shared = Kind(True, "kv", True) if self.tp > model.num_key_value_heads else split
-        whole = Kind(True, "tp", self.splits_sequence) if self.tp > 1 else split
-        replicas = "embedding" if tied and self.pp > 1 else None
-        embedding = (Kind(self.decays_embedding, replicas, replicas is not None), self.rows * hidden)
-        layer: list[tuple[Kind, int]] = [(whole, hidden)]
-        for kind, rows, columns, bias, bias_kind in (
-            (split, queries, hidden, queries, split),
-            (shared, keys, hidden, keys, shared),
-            (shared, keys, hidden, keys, shared),
-            (split, hidden, queries, hidden, whole),
-        ):
-            layer += [(kind, rows * columns), *([(bias_kind, bias)] if model.attention_bias else [])]
-        layer.append((whole, hidden))
-        for bias, bias_kind in ((self.inner, split), (self.inner, split), (hidden, whole)):
-            layer += [(split, self.inner * hidden), *([(bias_kind, bias)] if model.mlp_bias else [])]
-        first = [embedding] if self.is_first else []
-        output = [] if tied and self.is_first else [embedding if tied else (split, self.rows * hidden)]
-        return [*first, *(layer * self.layers), *([(whole, hidden), *output] if self.is_last else [])]
-
     # -- activations
 
     @property
@@ -275,9 +311,9 @@ class _Stage:
         """What a microbatch keeps from its forward to its backward pass."""
         rstd = FP32 * self.residual_tokens
         total = self.layers * self._saved_by_layer(rstd)
-        if self.is_first and self.tp > 1:
+        if self.has_embedding and self.tp > 1:
             total += 9 * self.tokens  # which tokens are this rank's rows: an int64 and a bool for each
-        if not self.is_last:
+        if not self.has_head:
             return total + self.R  # its output, for the next stage
         # The last norm's input, and the gradient that the loss computes with itself.
         return total + self.R + rstd + self.R
@@ -310,17 +346,15 @@ class _Stage:
 
     # -- moments
 
-    def _moments(self, largest_slice: int) -> Iterator[_Moment]:
-        """Those in which the peak can be. Earlier ones of a forward pass, and later layers' backward, hold less."""
-        others = (self.in_flight - 1) * self.saved
-        if self.is_last:
+    def moments(self, others: int) -> Iterator[_Moment]:
+        """Those in which the peak can be, beside ``others`` bytes of activations. Earlier ones of a forward pass, and
+        later layers' backward, hold less."""
+        if self.has_head:
             yield from self._loss(others)
         if self.layers:
             yield from self._last_layer_backward(others)
-        if self.is_first:
+        if self.has_embedding:
             yield self._embedding_backward(others)
-        if not self.is_gpu:  # squares of a bucket, for the norm
-            yield _Moment("norm of the gradients", 0, largest_slice * FP32)
 
     def _loss(self, others: int) -> Iterator[_Moment]:
         device = "cuda" if self.is_gpu else "cpu"
@@ -337,18 +371,18 @@ class _Stage:
 
         ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends.
         """
-        kept = others + self.saved - (2 * self.R + FP32 * self.residual_tokens if self.is_last else 0)
+        kept = others + self.saved - (2 * self.R + FP32 * self.residual_tokens if self.has_head else 0)
         gathered = self.A if self.splits_sequence else 0
         summed = self.R if self.splits_sequence else 0
         name = "backward of the last layer"
-        sending = self.R if self.is_last and self.pp > 1 and self.microbatches > 1 else 0
+        sending = self.R if self.has_head and self.pp > 1 and self.microbatches > 1 else 0
         stream = self.R + sending  # the gradient of the residual stream
         yield _Moment(name, kept, stream + gathered + self.F + self._product_copy(self.inner))
         yield _Moment(name, kept - self.F, stream + 3 * self.F)
         inputs = gathered + self.A + summed  # the input gathered again, its gradient, and that summed over tp
         yield _Moment(name, kept - 3 * self.F, stream + 2 * self.F + inputs + self._product_copy(self.inner))
         kept -= 3 * self.F + 2 * self.R
-        stream += 0 if self.is_last else self.R
+        stream += 0 if self.has_head else self.R
         queries = self.heads * self.model.head_dim
         yield _Moment(name, kept, stream + gathered + self.Q + self._product_copy(queries))
         scores = 2 * self.batch * self.heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0

@@ -9,9 +9,9 @@ from megagap.data.validation import ValidationData
 from megagap.ops.document_mask import Documents
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
-from megagap.parallel.pipeline import execute, plan
-from megagap.parallel.schedule import forward_only
-from megagap.training.step import BoundStage, TrainState, boundary, count_targets, counts_loss, targets_of
+from megagap.parallel.pipeline import execute
+from megagap.parallel.schedule import forward_only, programs_of
+from megagap.training.step import BoundStages, TrainState, boundary, count_targets, counts_loss, targets_of
 
 MICROBATCHES_PER_STAGE = 8
 """Microbatches computed between two looks for a stop, times the pipeline's stages: the pipeline runs empty there."""
@@ -38,7 +38,8 @@ def evaluate(
                 raise EvaluationStoppedError
 
     state.optimizer.store.wait_for_parameters()
-    state.stage.use_rope_theta(state.moment.rope_theta)
+    for stage in state.stages:
+        stage.use_rope_theta(state.moment.rope_theta)
     return {name: _source_loss(state, data, name, pause) for name in data.windows}
 
 
@@ -69,8 +70,9 @@ def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Call
     for begin in range(0, microbatches, MICROBATCHES_PER_STAGE * mesh.pp.size):
         pause()
         part = slice(begin, begin + MICROBATCHES_PER_STAGE * mesh.pp.size)
-        work = BoundStage(state.stage, inputs[part], targets[part], scale, documents[part] if documents else None)
-        execute(plan(forward_only, mesh, len(work.inputs)), [work], boundary(state.stage, inputs), mesh)
+        work = BoundStages(state.stages, inputs[part], targets[part], scale, documents[part] if documents else None)
+        program = programs_of(forward_only, state.placement, len(work.inputs))[mesh.pp.rank]
+        execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
         losses.append(work.sequence_losses)
-    own_loss = torch.cat(losses).sum() * scale * counts_loss(mesh)
+    own_loss = torch.cat(losses).sum() * scale * counts_loss(state.stages)
     return float(all_reduce(own_loss, mesh.world))

@@ -15,8 +15,9 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.pipeline import Boundary, execute, plan
-from megagap.parallel.schedule import SCHEDULES, Action
+from megagap.parallel.pipeline import Boundary, execute
+from megagap.parallel.placement import Placement
+from megagap.parallel.schedule import SCHEDULES, Action, programs_of
 from megagap.timeline import Moment, Timeline
 from megagap.training.guard import accept_update
 
@@ -27,7 +28,9 @@ class TrainState:
 
     settings: Settings
     mesh: Mesh
-    stage: LlamaStage
+    placement: Placement
+    stages: list[LlamaStage]
+    """This rank's virtual stages, by chunk."""
     optimizer: DistributedOptimizer
     program: list[Action]
     timeline: Timeline
@@ -94,36 +97,37 @@ class StepResult:
         object.__setattr__(self, "host", HostCopy(**numbers, source_losses=self.source_losses, requests=self.requests))
 
 
-class BoundStage:
-    """A stage bound to one step's batch, as the pipeline executor calls it: the scaled loss on the last stage."""
+class BoundStages:
+    """A rank's stages bound to one step's batch, as the executor calls them: the last gives the scaled loss."""
 
     def __init__(
         self,
-        stage: LlamaStage,
+        stages: Sequence[LlamaStage],
         inputs: Tensor,
         targets: Tensor,
         scale: Tensor,
         documents: list[Documents] | None = None,
     ) -> None:
         """inputs, targets: [m, b, s]; scale: factor that turns a sum over tokens into a share of the loss."""
-        self.stage, self.inputs, self.targets, self.scale = stage, inputs, targets, scale
+        self.stages, self.inputs, self.targets, self.scale = stages, inputs, targets, scale
         self.documents = documents
-        self.queue = stage.queue
+        self.queue = stages[0].queue
         self.sequence_losses = torch.zeros(inputs.shape[:2], device=inputs.device)
-        """Sum over the tokens of each sequence [m, b], once computed on the last stage; elsewhere 0."""
+        """Sum over the tokens of each sequence [m, b], once computed by the last virtual stage; elsewhere 0."""
 
-    def compute(self, microbatch: int, activation: Tensor | None) -> Tensor:
+    def compute(self, chunk: int, microbatch: int, activation: Tensor | None) -> Tensor:
+        stage = self.stages[chunk]
         x = self.inputs[microbatch] if activation is None else activation
-        y = self.stage(x, self.inputs.shape[-1], documents=self.documents[microbatch] if self.documents else None)
-        if not self.stage.is_last:
+        y: Tensor = stage(x, self.inputs.shape[-1], documents=self.documents[microbatch] if self.documents else None)
+        if not stage.has_head:
             return y
-        loss, losses = self.stage.loss(y, self.targets[microbatch], self.scale)
+        loss, losses = stage.loss(y, self.targets[microbatch], self.scale)
         self.sequence_losses[microbatch] = losses.sum(-1)
         return loss
 
     def own_loss(self) -> Tensor:
         """This rank's share of the loss: the sum over the world is the loss."""
-        return self.sequence_losses.sum() * self.scale * counts_loss(self.stage.tensor_parallel.mesh)
+        return self.sequence_losses.sum() * self.scale * counts_loss(self.stages)
 
 
 def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool]]) -> StepResult:
@@ -135,7 +139,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
     state.step += 1
     moment = state.moment
-    state.stage.use_rope_theta(moment.rope_theta)
+    for stage in state.stages:
+        stage.use_rope_theta(moment.rope_theta)
     work = compute_gradients(state, batch, state.program)
 
     # Filled on the device: a copy from the host would wait for it.
@@ -149,13 +154,20 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, moment.lr)
 
 
-def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> BoundStage:
+def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> BoundStages:
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
-    work = BoundStage(state.stage, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
+    work = BoundStages(state.stages, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
     store.begin()
-    execute(program, [work], boundary(state.stage, inputs), mesh, before_last_backward=store.expect_last_backward)
+    execute(
+        program,
+        work,
+        boundary(state.stages, inputs),
+        state.placement,
+        mesh,
+        before_last_backward=store.expect_last_backward,
+    )
     store.finish()
     return work
 
@@ -167,18 +179,18 @@ def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 
-def losses_by_source(work: BoundStage, batch: Batch) -> Tensor:
+def losses_by_source(work: BoundStages, batch: Batch) -> Tensor:
     """This rank's share of [sum of the losses, number of targets] of each source: [2, sources]."""
     counts = (work.targets != IGNORED_TARGET).sum(-1, dtype=torch.float32)
     sums = torch.zeros(2, batch.source_count, device=counts.device)
     both = torch.stack([work.sequence_losses.flatten(), counts.flatten()])
     sums.index_add_(1, batch.sources.flatten(), both)
-    return sums * counts_loss(work.stage.tensor_parallel.mesh)
+    return sums * counts_loss(work.stages)
 
 
-def counts_loss(mesh: Mesh) -> bool:
-    """Whether this rank counts its losses in sums over the world: all tp ranks of the last stage know them."""
-    return mesh.is_last_stage and mesh.tp.rank == 0
+def counts_loss(stages: Sequence[LlamaStage]) -> bool:
+    """Whether this rank counts its losses in sums over the world: all tp ranks of the last virtual stage know them."""
+    return any(stage.has_head for stage in stages) and stages[0].tensor_parallel.mesh.tp.rank == 0
 
 
 def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
@@ -191,16 +203,18 @@ def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
         None if batch.positions is None else batch.positions[:1],
         batch.documents[:1] if batch.documents else None,
     )
-    work = compute_gradients(state, part, build_program(state.settings, state.mesh, microbatches=1))
+    work = compute_gradients(state, part, build_program(state.settings, state.placement, state.mesh, microbatches=1))
     loss, squared_norm = _sum_over_world(state.mesh, work.own_loss(), state.optimizer.store.squared_norm())
     return bool(accept_update(loss, squared_norm.sqrt()))
 
 
-def build_program(settings: Settings, mesh: Mesh, microbatches: int | None = None) -> list[Action]:
+def build_program(
+    settings: Settings, placement: Placement, mesh: Mesh, microbatches: int | None = None
+) -> list[Action]:
     """This rank's actions in a training step, or in one of so many ``microbatches``."""
     train = settings.train
     whole_step = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
-    return plan(SCHEDULES[settings.parallel.schedule], mesh, microbatches or whole_step)
+    return programs_of(SCHEDULES[settings.parallel.schedule], placement, microbatches or whole_step)[mesh.pp.rank]
 
 
 def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:
@@ -214,8 +228,9 @@ def count_targets(targets: Tensor, mesh: Mesh) -> Tensor:
     return all_reduce((targets != IGNORED_TARGET).sum().float(), mesh.data).clamp(min=1)
 
 
-def boundary(stage: LlamaStage, inputs: Tensor) -> Boundary:
+def boundary(stages: Sequence[LlamaStage], inputs: Tensor) -> Boundary:
     """What is sent between stages for inputs [m, b, s]."""
     _, batch, length = inputs.shape
+    stage = stages[0]
     parallel = stage.tensor_parallel
     return Boundary((batch, parallel.sequence_part(length), stage.model.hidden_size), stage.dtype)

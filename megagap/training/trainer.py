@@ -10,7 +10,7 @@ from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
 from megagap.errors import DivergedError, counted
 from megagap.model.init import initialise
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
 from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
@@ -163,20 +163,22 @@ def log_phase_start(state: TrainState, run: RunDirectory) -> None:
 
 
 def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None) -> TrainState:
-    """This rank's stage with its initial weights, and its optimizer. ``timeline``: by default the settings' own."""
-    stage = build_stage(
+    """This rank's stages with their initial weights, and their optimizer. ``timeline``: by default the settings'."""
+    placement = settings.placement
+    stages = build_stages(
         settings.model,
-        settings.parallel.layers_per_stage or [settings.model.num_hidden_layers],
+        placement,
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=torch.float32,
     )
-    parameters = stage.sharded_parameters()
+    parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
-    optimizer.store.wait_as_used(stage.blocks())
-    program = build_program(settings, mesh)
-    return TrainState(settings, mesh, stage, optimizer, program, timeline or timeline_of(settings))
+    for stage in stages:
+        optimizer.store.wait_as_used(stage.blocks())
+    program = build_program(settings, placement, mesh)
+    return TrainState(settings, mesh, placement, stages, optimizer, program, timeline or timeline_of(settings))
 
 
 def log_start(start: Start, state: TrainState) -> None:

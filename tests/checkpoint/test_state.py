@@ -121,7 +121,7 @@ def test_a_model_that_its_own_tensors_do_not_fit_is_refused_before_it_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, complaint: str
 ) -> None:
     save_state(tmp_path / "step_3", changed(f"model.{field}", value))
-    monkeypatch.setattr("megagap.checkpoint.model.build_stage", lambda *_, **__: pytest.fail("it was built"))
+    monkeypatch.setattr("megagap.checkpoint.model.build_whole", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(CheckpointError) as error:
         load_model(tmp_path / "step_3")
     assert "step_3" in str(error.value) and complaint in str(error.value)

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from megagap.model.init import initialise
-from megagap.model.llama import LlamaStage, build_stage
+from megagap.model.llama import LlamaStage, build_whole
 from megagap.ops import document_mask as documents_module
 from megagap.ops.document_mask import Documents, document_attention
-from megagap.parallel.mesh import Mesh
 from megagap.training.step import targets_of
 from tests.models import tiny_model
 
@@ -22,7 +21,7 @@ def positions(lengths: list[list[int]]) -> torch.Tensor:
 @pytest.fixture
 def stage() -> LlamaStage:
     model = tiny_model()
-    stage = build_stage(model, [2], Mesh.single(), sequence_parallel=False, dtype=torch.float32)
+    stage = build_whole(model)
     initialise(stage.sharded_parameters(), model, 3)
     return stage
 

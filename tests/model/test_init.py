@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megagap.model.init import initialise, standard_normal
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages, sharded_parameters
 from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import Placement
 from megagap.parallel.shard import ShardedParameter, split
 from tests.models import tiny_model
 
@@ -23,9 +24,10 @@ def initial_weights(rank: int, ranks: int, layers_per_stage: list[int], tp: int)
         tp=tp,
         kv_sharing=max(1, tp // MODEL.num_key_value_heads),
     )
-    stage = build_stage(MODEL, layers_per_stage, mesh, sequence_parallel=tp > 1, dtype=torch.float32)
-    initialise(stage.sharded_parameters(), MODEL, seed=5)
-    return [(p.shard, p.detach().clone()) for p in stage.sharded_parameters()]
+    placement = Placement.loop(layers_per_stage)
+    stages = build_stages(MODEL, placement, mesh, sequence_parallel=tp > 1, dtype=torch.float32)
+    initialise(sharded_parameters(stages), MODEL, seed=5)
+    return [(p.shard, p.detach().clone()) for p in sharded_parameters(stages)]
 
 
 @pytest.mark.parametrize(("ranks", "layers", "tp"), [(2, [3], 2), (4, [3], 4), (2, [2, 1], 1), (4, [1, 2], 2)])

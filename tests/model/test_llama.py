@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from megagap.model.init import initialise
-from megagap.model.llama import build_stage
-from megagap.parallel.mesh import Mesh
+from megagap.model.llama import build_whole
 from tests.huggingface import reference_model
 from tests.models import SCALING, tiny_model
 
@@ -25,7 +24,7 @@ from tests.models import SCALING, tiny_model
 def test_logits_loss_and_gradients_equal_transformers(changes):
     model = tiny_model(**changes)
     reference = reference_model(model)
-    stage = build_stage(model, [2], Mesh.single(), sequence_parallel=False, dtype=torch.float32)
+    stage = build_whole(model)
     theirs = dict(reference.named_parameters())
     assert {p.shard.name for p in stage.sharded_parameters()} == theirs.keys()
     with torch.no_grad():
@@ -54,9 +53,7 @@ def test_a_gain_scale_changes_no_initial_output():
     outputs = []
     for scale in (1.0, 20.0):
         model = tiny_model(norm_gain_scale=scale)
-        stage = build_stage(
-            model, [model.num_hidden_layers], Mesh.single(), sequence_parallel=False, dtype=torch.float32
-        )
+        stage = build_whole(model)
         initialise(stage.sharded_parameters(), model, seed=0)
         outputs.append(stage.logits(stage(tokens, 9)))
     gains = [p for p in stage.sharded_parameters() if p.shard.name.endswith("norm.weight")]

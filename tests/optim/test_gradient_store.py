@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagap.config import load_recipe
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages
 from megagap.optim.gradient_store import GradientStore
 from megagap.parallel.embedding import lookup
 from megagap.parallel.mesh import Mesh
@@ -107,8 +107,8 @@ def recipe(tmp_path_factory):
 
 def small_stage(recipe, mesh, *, tied=False):
     settings = load_recipe(recipe, [f"model.tie_word_embeddings={str(tied).lower()}"], mesh.world.size)
-    layers = [settings.model.num_hidden_layers]
-    return build_stage(settings.model, layers, mesh, sequence_parallel=False, dtype=torch.float32)
+    (stage,) = build_stages(settings.model, settings.placement, mesh, sequence_parallel=False, dtype=torch.float32)
+    return stage
 
 
 @pytest.mark.parametrize("tied", [False, True])

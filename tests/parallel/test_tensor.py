@@ -12,21 +12,19 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagap.config import load_recipe
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages
 from megagap.ops import compiled
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel import cross_entropy
 from megagap.parallel.collectives import Pending, all_gather_async
 from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy
+from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
     TensorParallel,
-    VocabParallelEmbedding,
     column_parallel,
-    vocab_logits,
-    vocab_shard,
 )
 from tests.recipes import write_recipe
 
@@ -194,12 +192,8 @@ def saved_bytes(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> tu
     """
     settings = load_recipe(recipe, overrides, ranks)
     tensor_parallel = mesh(rank, ranks)
-    stage = build_stage(
-        settings.model,
-        [settings.model.num_hidden_layers],
-        tensor_parallel,
-        sequence_parallel=True,
-        dtype=torch.float32,
+    (stage,) = build_stages(
+        settings.model, settings.placement, tensor_parallel, sequence_parallel=True, dtype=torch.float32
     )
     optimizer = DistributedOptimizer(stage.sharded_parameters(), settings.optim, tensor_parallel, torch.float32)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
@@ -217,7 +211,7 @@ def saved_bytes(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> tu
         outside = dict(found)
         layer, update = stage.layers[0](embedded, torch.zeros_like(embedded), *stage.rotary_tables(tokens.shape[1]))
         inside = sum(size for storage, size in found.items() if storage not in outside)
-        loss, _ = stage.loss(stage.norm.after_adding(update, layer)[0], tokens, torch.ones(()))
+        loss, _ = stage.loss(stage.norm(layer, update)[0], tokens, torch.ones(()))
     loss.backward()
     del optimizer
     return inside, max(found.values())

@@ -26,10 +26,12 @@ import megagap.parallel.tensor
 import megagap.training.step
 from megagap.config import load_recipe, timeline_of
 from megagap.model.init import initialise
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages, sharded_parameters
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import Pending
 from megagap.parallel.mesh import Axis
+from megagap.parallel.placement import Placement
+from megagap.parallel.schedule import Schedule, programs_of
 from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
 from megagap.training.datasets import training_data
@@ -92,23 +94,31 @@ def gradients(
     mutation: Mutation | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
+    placement: Placement | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
-    passed."""
+    passed. ``placement`` and ``schedule`` stand for those of the recipe."""
     settings = load_recipe(recipe, overrides, ranks)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device(device))
-    stage = build_stage(
+    placement = placement or settings.placement
+    stages = build_stages(
         settings.model,
-        settings.parallel.layers_per_stage or [settings.model.num_hidden_layers],
+        placement,
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=dtype,
     )
-    parameters = stage.sharded_parameters()
+    parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000)
-    state = TrainState(settings, mesh, stage, optimizer, build_program(settings, mesh), timeline_of(settings))
+    if schedule is None:
+        program = build_program(settings, placement, mesh)
+    else:
+        microbatches = settings.train.global_batch_size // (settings.train.micro_batch_size * mesh.dp.size)
+        program = programs_of(schedule, placement, microbatches)[mesh.pp.rank]
+    state = TrainState(settings, mesh, placement, stages, optimizer, program, timeline_of(settings))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
         compute_gradients(state, loader.step(1).to(mesh.device), state.program)
     parts = [

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from megagap.config import Settings, load_recipe
 from megagap.config.learning_rate import learning_rate
 from megagap.data.inspect import step_samples
+from megagap.model.llama import sharded_parameters
 from megagap.parallel.mesh import Mesh
 from megagap.training.datasets import training_data
 from megagap.training.trainer import build_state
@@ -72,7 +73,7 @@ def test_ten_steps_from_our_own_initialisation_equal_a_plain_loop(workers, tmp_p
     model = reference_model(settings.model)
     theirs = dict(model.named_parameters())
     with torch.no_grad():
-        for parameter in build_state(settings, Mesh.single()).stage.sharded_parameters():
+        for parameter in sharded_parameters(build_state(settings, Mesh.single()).stages):
             theirs[parameter.shard.name].copy_(parameter)
     metrics = workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2"])[0]
     assert_equal(metrics, plain_loop(model, settings, recipe))

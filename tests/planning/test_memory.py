@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megagap.benchmark.step import first_step, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.errors import ConfigError
-from megagap.model.llama import build_stage
+from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
 from megagap.ops import compiled
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Axis, Mesh
+from megagap.parallel.placement import Placement
 from megagap.planning.devices import load_device
 from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memory_of_rank
 from megagap.planning.recording import Memory
@@ -189,6 +190,19 @@ def test_static_memory_is_that_of_the_optimizers_buckets(tp, pp, dp, changes):
     changes = {"parallel.tp": tp, "parallel.pp": pp, "train.global_batch_size": 32, **changes}
     overrides = [f"{name}={str(value).lower()}" for name, value in changes.items()]
     settings = load_recipe(GAPERON, overrides, tp * pp * dp, needs_data=False)
+    require_static_memory_of_buckets(settings, tp, pp, dp)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("placement", [Placement.v_shape([3, 5, 4, 4]), Placement.loop([3, 5, 4, 4], chunks=2)])
+def test_the_static_memory_of_several_chunks_per_rank_is_that_of_the_optimizers_buckets(tied, placement, monkeypatch):
+    overrides = ["parallel.pp=2", "parallel.schedule=gpipe", f"model.tie_word_embeddings={str(tied).lower()}"]
+    settings = load_recipe(GAPERON, overrides, 2, needs_data=False)
+    monkeypatch.setattr(Settings, "placement", placement)
+    require_static_memory_of_buckets(settings, tp=1, pp=2, dp=1)
+
+
+def require_static_memory_of_buckets(settings: Settings, tp: int, pp: int, dp: int) -> None:
     for stage, memory in enumerate(memory_by_stage(settings, load_device("h100"), tp * pp * dp)):
         mesh = replace(
             Mesh.single(torch.device("meta")),
@@ -196,16 +210,17 @@ def test_static_memory_is_that_of_the_optimizers_buckets(tp, pp, dp, changes):
             tp=Axis("tp", tuple(range(tp)), 0),
             kv=Axis("kv", tuple(range(max(1, tp // 8))), 0),
             data=Axis("data", tuple(range(dp)), 0),
+            embedding=Axis("embedding", (0, pp - 1), min(stage, 1)),
         )
-        model = build_stage(
+        stages = build_stages(
             settings.model,
-            settings.parallel.layers_per_stage or [],
+            settings.placement,
             mesh,
             sequence_parallel=bool(settings.parallel.sequence_parallel),
             dtype=torch.float32,
         )
         dtype = COMPUTE_DTYPES[settings.train.precision]
-        optimizer = DistributedOptimizer(model.sharded_parameters(), settings.optim, mesh, dtype)
+        optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, dtype)
         buckets = optimizer.store.buckets
         sizes = {
             "parameters": [bucket.values for bucket in buckets],
@@ -232,6 +247,17 @@ def test_the_first_stage_keeps_the_most_microbatches_with_1f1b_and_all_stages_al
     assert [memory.in_flight for memory in memories(4, **pipeline)] == [4, 3, 2, 1]
     assert [memory.in_flight for memory in memories(4, **pipeline, parallel__schedule="gpipe")] == [8] * 4
     assert [memory.in_flight for memory in memories(4, **{**pipeline, "train__global_batch_size": 2})] == [2, 2, 2, 1]
+
+
+def test_while_a_chunk_goes_backward_the_rank_keeps_the_activations_of_its_other_chunks_too(memories, monkeypatch):
+    """In a V of two ranks, the rank at the bottom of which has two chunks of two layers each, like a stage of four."""
+    monkeypatch.setattr(Settings, "placement", Placement.loop([4, 4]))
+    pipeline = {"parallel__pp": 2, "parallel__schedule": "gpipe", "train__micro_batch_size": 1}
+    _, whole = memories(2, **pipeline)
+    monkeypatch.setattr(Settings, "placement", Placement.v_shape([2, 2, 2, 2]))
+    _, halves = memories(2, **pipeline)
+    assert halves.in_flight == 2 * whole.in_flight
+    assert halves.activations == pytest.approx(whole.activations, rel=0.1)
 
 
 def test_sequence_parallelism_splits_the_residual_stream_and_all_that_leaves_it(memories):

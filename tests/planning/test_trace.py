@@ -11,6 +11,7 @@ from megagap.benchmark.step import first_step, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.errors import ConfigError
 from megagap.model.flops import flops_per_token
+from megagap.model.llama import sharded_parameters
 from megagap.ops import compiled, products
 from megagap.parallel.mesh import Mesh
 from megagap.planning.devices import known_devices, load_device
@@ -191,7 +192,7 @@ def test_data_parallelism_moves_gradients_in_fp32_and_parameters_in_bf16(tmp_pat
     recipe = write_recipe(tmp_path, train={"precision": "bf16-mixed"})
     large = [x for x in trace(recipe, world_size=4).operations if x.kind == "collectives" and x.bytes > 1000]
     parameters = sum(
-        parameter.numel() for parameter in build_state(settings_of(recipe), Mesh.single()).stage.parameters()
+        parameter.numel() for parameter in sharded_parameters(build_state(settings_of(recipe), Mesh.single()).stages)
     )
     assert sum(x.bytes for x in large) == pytest.approx(3 / 4 * (4 + 2) * parameters, rel=0.02)
     assert {x.ranks for x in large} == {(0, 1, 2, 3)}

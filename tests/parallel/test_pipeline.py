@@ -1,0 +1,144 @@
+"""The executor computes the same gradients however virtual stages are placed, several of them per rank included."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from megagap.checkpoint.model import load_model
+from megagap.config import Settings
+from megagap.parallel.placement import Place, Placement
+from megagap.parallel.schedule import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Compute,
+    Forward,
+    gpipe,
+    one_forward_one_backward,
+    programs_of,
+)
+from tests.parity.gradients import assembled, gradients, largest_difference
+from tests.recipes import write_recipe
+from tests.training_run import train_recipe
+
+LAYERS = 5
+MICROBATCHES = 4
+
+
+def interleaved(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """Two stages of two chunks in a loop, four microbatches, written by hand: forwards and backwards alternate."""
+    assert (stages, chunks, microbatches) == (2, 2, MICROBATCHES)
+    forwards = [Forward(i, chunk) for group in ((0, 1), (2, 3)) for chunk in (0, 1) for i in group]
+    backwards = [Backward(i, chunk) for group in ((0, 1), (2, 3)) for chunk in (1, 0) for i in group]
+    warmup = 4 - stage
+    yield from forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        yield forward
+        yield backward
+    yield from backwards[len(forwards) - warmup :]
+
+
+def v_shaped(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """Two stages of two chunks in a V, one microbatch at a time, weight gradients after everything else."""
+    assert chunks == 2
+    for i in range(microbatches):
+        yield Forward(i, 0)
+        yield Forward(i, 1)
+        yield BackwardInput(i, 1)
+        yield BackwardInput(i, 0)
+    for chunk in (1, 0):
+        yield from (BackwardWeight(i, chunk) for i in range(microbatches))
+
+
+def v_shaped_whole(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """The same without split backwards, two microbatches at a time."""
+    for group in range(0, microbatches, 2):
+        yield from (Forward(group + i, chunk) for chunk in range(chunks) for i in range(2))
+        yield from (Backward(group + i, chunk) for chunk in reversed(range(chunks)) for i in range(2))
+
+
+V = Placement.v_shape([1, 1, 2, 1])
+
+PLACED = {
+    "one rank, two chunks": (1, 1, Placement.loop([3, 2], chunks=2), gpipe),
+    "two ranks, two chunks in a loop": (2, 1, Placement.loop([2, 1, 1, 1], chunks=2), interleaved),
+    "two ranks, two chunks in a loop, gpipe": (2, 1, Placement.loop([1, 2, 1, 1], chunks=2), gpipe),
+    "two ranks in a V, split backwards": (2, 1, V, v_shaped),
+    "two ranks in a V, ends without layers": (2, 1, Placement.v_shape([0, 3, 2, 0]), v_shaped_whole),
+    "two ranks in a V, two replicas": (4, 1, V, v_shaped),
+    "two ranks in a V, tp 2": (4, 2, V, v_shaped_whole),
+    "two ranks in reverse": (2, 1, Placement(Placement.loop([3, 2]).stages, (Place(1, 0), Place(0, 0))), gpipe),
+}
+"""Processes, tp, placement, schedule."""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model(request, workers, tmp_path_factory):
+    """A recipe, and the gradients of one process."""
+    folder = tmp_path_factory.mktemp("placed")
+    recipe = write_recipe(folder, model=dict(tie_word_embeddings=request.param, num_hidden_layers=LAYERS))
+    ((parts, _),) = workers.run(1, gradients, recipe, [])
+    return recipe, assembled(parts)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_gradients_equal_those_of_one_process_in_every_placement(name, model, workers):
+    recipe, expected = model
+    processes, tp, placement, schedule = PLACED[name]
+    results = workers.run(processes, placed_gradients, recipe, tp, placement, schedule)
+    assert largest_difference(results, expected) < 1e-10
+    per_rank = processes // placement.ranks
+    for process, (parts, _) in enumerate(results):
+        held = {int(part.name.split(".")[2]) for part in parts if ".layers." in part.name}
+        mine = placement.stages_of(process // per_rank)
+        assert held <= {layer for stage in mine for layer in stage.layers}
+
+
+def placed_gradients(rank, ranks, recipe, tp, placement, schedule):
+    """Of a placement and a schedule that no setting gives."""
+    overrides = [f"parallel.pp={placement.ranks}", f"parallel.tp={tp}"]
+    return gradients(rank, ranks, recipe, overrides, placement=placement, schedule=schedule)
+
+
+def test_a_schedule_by_hand_is_run_as_it_is_written():
+    """So that the runs above are of what they say: what is proven is what was written, with transfers between."""
+    placement = Placement.loop([1] * 4, chunks=2)
+    first, last = programs_of(interleaved, placement, MICROBATCHES)
+    computed = [action for action in first if isinstance(action, Compute)]
+    assert computed[:6] == [Forward(0), Forward(1), Forward(0, 1), Forward(1, 1), Forward(2), Backward(0, 1)]
+    assert len(computed) == len([action for action in last if isinstance(action, Compute)]) == 16
+
+
+def test_1f1b_refuses_several_chunks():
+    with pytest.raises(AssertionError, match="one chunk per stage, not 2"):
+        programs_of(one_forward_one_backward, Placement.loop([1] * 4, chunks=2), MICROBATCHES)
+
+
+def train_placed(rank, ranks, recipe, overrides, placement):
+    """``train_recipe`` as if the settings gave this placement."""
+    with mock.patch.object(Settings, "placement", placement):
+        return train_recipe(rank, ranks, recipe, overrides)
+
+
+@pytest.mark.parametrize("placement", [Placement.loop([2, 1, 1, 1], chunks=2), Placement.v_shape([1, 1, 2, 1])])
+def test_a_run_with_several_chunks_per_rank_logs_and_stores_what_one_process_does(placement, workers, tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        model=dict(tie_word_embeddings=True),
+        train=dict(steps=4, evaluate_every=2, evaluate_samples=5),
+    )
+    (expected,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])
+    overrides = ["parallel.pp=2", "parallel.schedule=gpipe", f"run.dir={tmp_path / 'placed'}"]
+    metrics = workers.run(2, train_placed, recipe, overrides, placement)[0]
+    for key in ("loss", "grad_norm"):
+        assert [m[key] for m in metrics] == pytest.approx([m[key] for m in expected], rel=1e-5)
+    assert metrics[-1]["validation_loss/fr"] == pytest.approx(expected[-1]["validation_loss/fr"], rel=1e-5)
+    one, placed = (
+        {p.shard.name: p.detach() for p in load_model(tmp_path / run).stage.sharded_parameters()}
+        for run in ("one", "placed")
+    )
+    assert one.keys() == placed.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(placed[name], weight, rtol=1e-3, atol=1e-4, msg=name)

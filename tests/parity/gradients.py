@@ -199,7 +199,7 @@ def _watched(
             return collective(*arguments, **options)
         caller = _caller(inspect.currentframe())
         operation = " MAX" if any(argument is _MAX for argument in arguments) else ""
-        site = f"{module}.{caller}: {name}{operation}"
+        site = f"{module}.{caller}: {name}{operation} over {axis.name}"
         number = calls[site]
         calls[site] += 1
         if mutation is None or (mutation.site, mutation.call) != (site, number):

@@ -66,28 +66,30 @@ def mutations(site, calls):
     """Of all calls of a site, or of some if it makes many: those of first and last layers and microbatches."""
     chosen = range(calls) if calls <= 4 else sorted({0, calls // 3, calls - 1})
     # Any number that is the same on all ranks may be subtracted before exponentials are taken.
-    ways = ("drop",) if site.endswith("MAX") else ("drop", "double")
+    ways = ("drop",) if " MAX " in site else ("drop", "double")
     return [Mutation(site, call, how) for call in chosen for how in ways]
 
 
 SITES = {
-    "cross_entropy._over_vocabulary: all_reduce",
-    "cross_entropy._over_vocabulary: all_reduce MAX",
-    "gradient_store.Bucket.finish_reduction: all_reduce",
-    "gradient_store.Bucket.start_reduction: reduce_scatter_flat_async",
-    "step.count_targets: all_reduce",
-    "tensor._ColumnProducts.backward: all_gather_async",
-    "tensor._ColumnProducts.backward: all_reduce_async",
-    "tensor._ColumnProducts.backward: reduce_scatter_async",
-    "tensor._ColumnProducts.forward: all_gather_async",
-    "tensor._Leave.backward: all_gather_async",
-    "tensor._Leave.forward: all_reduce_async",
-    "tensor._Leave.forward: reduce_scatter_async",
-    "tensor._LinearCrossEntropy.forward: all_gather_async",
-    "tensor._LinearCrossEntropy.forward: all_reduce_async",
-    "tensor._LinearCrossEntropy.forward: reduce_scatter_async",
-    "tensor._RowProduct.backward: all_gather_async",
-    "tensor._RowProduct.forward: all_reduce_async",
-    "tensor._RowProduct.forward: reduce_scatter_async",
+    "cross_entropy._over_vocabulary: all_reduce over tp",
+    "cross_entropy._over_vocabulary: all_reduce MAX over tp",
+    "gradient_store.Bucket.finish_reduction: all_reduce over embedding",
+    "gradient_store.Bucket.finish_reduction: all_reduce over kv",
+    "gradient_store.Bucket.finish_reduction: all_reduce over tp",
+    "gradient_store.Bucket.start_reduction: reduce_scatter_flat_async over data",
+    "step.count_targets: all_reduce over data",
+    "tensor._ColumnProducts.backward: all_gather_async over tp",
+    "tensor._ColumnProducts.backward: all_reduce_async over tp",
+    "tensor._ColumnProducts.backward: reduce_scatter_async over tp",
+    "tensor._ColumnProducts.forward: all_gather_async over tp",
+    "tensor._Leave.backward: all_gather_async over tp",
+    "tensor._Leave.forward: all_reduce_async over tp",
+    "tensor._Leave.forward: reduce_scatter_async over tp",
+    "tensor._LinearCrossEntropy.forward: all_gather_async over tp",
+    "tensor._LinearCrossEntropy.forward: all_reduce_async over tp",
+    "tensor._LinearCrossEntropy.forward: reduce_scatter_async over tp",
+    "tensor._RowProduct.backward: all_gather_async over tp",
+    "tensor._RowProduct.forward: all_reduce_async over tp",
+    "tensor._RowProduct.forward: reduce_scatter_async over tp",
 }
 """A collective that is added to the step is to be added here, once it is reached by the layouts above."""

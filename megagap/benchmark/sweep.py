@@ -35,6 +35,9 @@ MAX_COMBINATIONS = 1000
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 """What became of a combination: measured; not started, since the settings contradict each other; started in vain."""
 
+MEASURE = ("-m", "megagap", "benchmark-mfu")
+"""What Python runs to measure one combination."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -277,9 +280,7 @@ def _command(sweep: Sweep, combination: dict[str, str], folder: Path) -> list[st
     settings = [*sweep.overrides, *(f"{name}={value}" for name, value in combination.items())]
     return [
         *launcher,
-        "-m",
-        "megagap",
-        "benchmark-mfu",
+        *MEASURE,
         str(sweep.recipe),
         *options,
         *(f"--{setting}" for setting in settings),

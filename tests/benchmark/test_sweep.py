@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -48,7 +49,8 @@ class Tried:
         self.sweep = Sweep(write_recipe(folder), ["train.seed=3"], values, 1, 0, 1, None, folder / "out")
 
     def run(self) -> list[module.Outcome]:
-        return run_sweep(self.sweep, self.tool)
+        with patch.object(module, "MEASURE", (str(self.tool),)):
+            return run_sweep(self.sweep)
 
     def called(self) -> list[str]:
         """The micro batch sizes that were started, since the last time."""
@@ -148,8 +150,8 @@ def test_an_interrupted_sweep_keeps_what_it_measured(tried, monkeypatch, capsys)
     monkeypatch.setattr(
         module,
         "_measure",
-        lambda sweep, tool, combination, *rest: (
-            interrupt() if combination["train.micro_batch_size"] == "4" else measure(sweep, tool, combination, *rest)
+        lambda sweep, combination, *rest: (
+            interrupt() if combination["train.micro_batch_size"] == "4" else measure(sweep, combination, *rest)
         ),
     )
     with pytest.raises(KeyboardInterrupt):

@@ -64,16 +64,18 @@ def main() -> None:
         if measured is None or predicted is None:
             continue
         found[shape] = {"measured": measured, "predicted": predicted}
-        table.add_row(
+        if options.output:  # after each: a run that is cut short leaves what it has
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / "predictions.json").write_text(json.dumps(found, indent=2))
+        row = (
             shape,
             *_compared(statistics.median(measured["step_seconds"]), predicted["step_seconds"], 4),
             *(f"{mfu:.1%}" for mfu in (measured["mfu"]["datasheet"]["full"], predicted["mfu"]["full"])),
             *_compared(measured["memory_bytes"] / 2**30, predicted["peak_memory_bytes"] / 2**30, 2),
         )
+        table.add_row(*row)
+        print(*row, flush=True)
     Console().print(table)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "predictions.json").write_text(json.dumps(found, indent=2))
     sys.exit(len(found) != len(options.shapes))
 
 

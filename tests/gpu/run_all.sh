@@ -82,7 +82,7 @@ if [[ $device == cuda ]]; then
     recipe=examples/recipes/gaperon-1b-one-gpu.toml
     stage mfu 90 "$PYTHON" tools/benchmark_mfu.py $recipe --profile 3 --output "$reports"
     stage layouts 90 "$PYTHON" -m pytest -q -p no:cacheprovider -s tests/gpu/test_groups.py tests/gpu/test_layouts.py
-    stage predictions 150 "$PYTHON" tests/benchmarks/predictions.py --device "${DEVICE:-h100}" --output "$reports"
+    stage predictions 240 "$PYTHON" tests/benchmarks/predictions.py --device "${DEVICE:-h100}" --output "$reports"
     stage kernels 120 "$PYTHON" tests/benchmarks/kernels.py --device cuda --dtypes bfloat16 --rows 32768 --rounds 5 \
         --ops rms_norm add_rms_norm rotary swiglu adamw --output "$reports"
     stage attention 60 "$PYTHON" tests/benchmarks/attention.py --output "$reports"

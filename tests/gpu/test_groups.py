@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 PROGRAM = """
 import sys, torch
 from megagap.errors import MegagapError
-from megagap.parallel.collectives import all_gather
+from megagap.parallel.collectives import all_gather_async
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
@@ -33,7 +33,8 @@ try:
 except MegagapError as error:
     sys.exit(str(error))
 for axis in (mesh.pp, mesh.dp, mesh.tp, mesh.world):
-    assert all_gather(torch.tensor([process.rank], device=device), axis, 0).tolist() == list(axis.ranks), axis
+    gathered = all_gather_async(torch.tensor([process.rank], device=device), axis, 0).wait()
+    assert gathered.tolist() == list(axis.ranks), axis
 communicator = DistributedCommunicator(mesh)
 assert communicator.gather(process.rank) == (list(range(process.world_size)) if process.rank == 0 else None)
 assert communicator.broadcast({"by": process.rank}) == {"by": 0}

@@ -46,7 +46,7 @@ def arguments_of(example: Example) -> list[str]:
 
 
 def test_the_pages_have_an_example_of_each_kind():
-    assert EXAMPLES.keys() == {"setting", "parameter", "schedule", "architecture", "kernel"}
+    assert EXAMPLES.keys() == {"setting", "parameter", "schedule", "architecture", "optimizer", "kernel"}
     assert all(example.tests and example.package for example in EXAMPLES.values())
 
 

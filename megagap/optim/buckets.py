@@ -58,26 +58,22 @@ def arrange(parameters: Sequence[tuple[Kind, int]], ranks: int, bucket_elements:
     opened: dict[Kind, int] = {}
     """The first element of each kind's open bucket."""
     ends: dict[Kind, int] = {}
-    closed: list[tuple[int, Kind, int, int]] = []
-    """With the number of the parameter that completes it."""
-    earliest: dict[Kind, int] = {}
+    closed: list[tuple[Kind, int, int]] = []
 
     for number in reversed(range(len(parameters))):
         kind, elements = parameters[number]
-        earliest[kind] = number
         starts[number] = ends.get(kind, 0)
         end = starts[number] + elements
         first = opened.get(kind, 0)
         while end - first >= 2 * piece:
-            closed.append((number, kind, first, first + piece))
+            closed.append((kind, first, first + piece))
             first += piece
         if end - first >= bucket_elements:
-            closed.append((number, kind, first, round_up(end, unit)))
+            closed.append((kind, first, round_up(end, unit)))
             first = end = round_up(end, unit)
         opened[kind], ends[kind] = first, round_up(end, ALIGNMENT)
 
-    left = [(earliest[k], k, first, round_up(ends[k], unit)) for k, first in opened.items() if first < ends[k]]
-    by_completion = sorted(closed + left, key=lambda bucket: -bucket[0])  # stable: pieces of a parameter stay in order
+    closed += [(kind, first, round_up(ends[kind], unit)) for kind, first in opened.items() if first < ends[kind]]
     members: dict[Kind, list[int]] = {}
     for number, (kind, _) in enumerate(parameters):
         members.setdefault(kind, []).append(number)
@@ -85,10 +81,9 @@ def arrange(parameters: Sequence[tuple[Kind, int]], ranks: int, bucket_elements:
     def overlapping(kind: Kind, start: int, stop: int) -> tuple[int, ...]:
         return tuple(n for n in members[kind] if starts[n] < stop and starts[n] + parameters[n][1] > start)
 
-    return Arrangement(
-        tuple(starts),
-        tuple(Range(kind, start, stop, overlapping(kind, start, stop)) for _, kind, start, stop in by_completion),
-    )
+    buckets = [Range(kind, start, stop, overlapping(kind, start, stop)) for kind, start, stop in closed]
+    # One is complete with the last of its parameters, the first that is used. Stable: pieces of one stay in order.
+    return Arrangement(tuple(starts), tuple(sorted(buckets, key=lambda bucket: -min(bucket.parameters))))
 
 
 def round_up(number: int, unit: int) -> int:

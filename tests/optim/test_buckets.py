@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megagap.optim.buckets import ALIGNMENT, Kind, arrange
@@ -46,6 +46,7 @@ def test_every_rank_owns_an_equal_aligned_slice_of_every_bucket(parameters, rank
 
 
 @given(PARAMETERS, RANKS, ELEMENTS)
+@example([(KINDS[1], 256), (KINDS[0], 1), (KINDS[1], 193)], 1, 194)  # a large parameter cut where it begins
 def test_buckets_follow_the_order_in_which_backward_completes_them(parameters, ranks, elements):
     """A bucket is complete when the first-used of its parameters is."""
     first_used = [min(bucket.parameters) for bucket in arrange(parameters, ranks, elements).buckets]

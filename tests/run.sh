@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the environment if need be, builds, and runs the tests: ./tests/run.sh [pytest arguments]
 #
-#   ./tests/run.sh                        all tests but those that need a GPU where there is none, and benchmarks
+#   ./tests/run.sh                        all tests but those that need a GPU where there is none, long ones, and benchmarks
+#   ./tests/run.sh -m long                the long ones, of minutes each
 #   ./tests/run.sh tests/data -k order    some of them; paths are relative to the checkout
 #
 # --help installs and runs nothing; pytest's own: .venv/bin/python -m pytest --help.
@@ -17,9 +18,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
 cd "$MEGAGAP_ROOT"
 
 options=()
-if [[ ! " $* " =~ " -m" ]] && ! { [[ -e /dev/nvidia0 || -e /dev/kfd ]] &&
-    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }; then
-    options+=(-m "not gpu")
+if [[ ! " $* " =~ " -m" ]]; then
+    chosen="not long"
+    { [[ -e /dev/nvidia0 || -e /dev/kfd ]] &&
+        "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; } || chosen+=" and not gpu"
+    options+=(-m "$chosen")
 fi
 if [[ ! " $* " =~ tests/benchmarks ]]; then
     options+=(--ignore=tests/benchmarks)

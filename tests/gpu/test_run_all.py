@@ -22,7 +22,7 @@ def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=SECONDS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_that_a_cpu_can_run_passes_and_leaves_its_report(tmp_path):
     """In a copy, which it builds in."""
     checkout = tmp_path / "megagap"

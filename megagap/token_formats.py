@@ -50,7 +50,7 @@ def pair_prefix(name: str | Path) -> str:
 
 def matching_prefixes(pattern: str, folder: Path | None = None) -> list[str]:
     """The prefixes of the token files that a shell pattern of prefixes matches, as the pattern is written."""
-    found = []
+    found: set[str] = set()
     for ending in (known.index for known in FORMATS):
-        found += [name.removesuffix(ending) for name in glob.glob(pattern + ending, root_dir=folder)]
+        found |= {name.removesuffix(ending) for name in glob.glob(pattern + ending, root_dir=folder)}
     return sorted(found)

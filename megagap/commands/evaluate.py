@@ -31,6 +31,7 @@ from megagap.inference.evaluation import (
     require_targets,
     targets_in,
 )
+from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.terminal.arguments import positive
 from megagap.terminal.console import Console
 from megagap.terminal.programs import CalledAs
@@ -126,6 +127,7 @@ def run(given: argparse.Namespace) -> None:
     byte_counts = {source.source.name: known_bytes(source, files) for source in sources}
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sum_half_precision_in_fp32()
     model = files.load(device, DTYPES[given.dtype])
     results: dict[str, SourceLoss] = {}
     with progress_bar(sum(targets_in(source, given.max_tokens) for source in sources)) as show:

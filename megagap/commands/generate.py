@@ -11,6 +11,7 @@ import torch
 from megagap.commands.parser import make_parser
 from megagap.errors import DataError, counted
 from megagap.inference.generation import Sampling, TextStream, encode_prompt, generate, load_text_model
+from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.terminal.arguments import positive
 from megagap.terminal.programs import CalledAs
 
@@ -69,6 +70,7 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
 def write_text(given: argparse.Namespace) -> None:
     prompt = read_prompt(given.prompt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sum_half_precision_in_fp32()
     loaded = load_text_model(given.checkpoint, given.tokenizer, device)
     ids = encode_prompt(loaded.tokenizer, prompt, loaded.begin)
     sampling = Sampling(given.temperature, given.top_p, given.seed)

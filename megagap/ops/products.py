@@ -1,5 +1,7 @@
 """Gradients of matrices that are accumulated in fp32, whatever the dtype of what they are computed from."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ def set_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Set ``total`` to leftᵀ right; total: fp32 [r, c], left: [n, r], right: [n, c], both of one dtype."""
     if left.dtype == total.dtype:
         torch.mm(left.T, right, out=total)
-    elif left.is_cuda and _HAS_FP32_SUMS:
+    elif left.is_cuda and _sums_in_fp32(left.dtype):
         torch.mm(left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.copy_(left.T @ right)
@@ -22,7 +24,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.dtype == total.dtype:
         torch.addmm(total, left.T, right, out=total)
-    elif left.is_cuda and _HAS_FP32_SUMS:
+    elif left.is_cuda and _sums_in_fp32(left.dtype):
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left.T @ right)
@@ -41,6 +43,23 @@ def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
         total.index_add_(0, ids, rows)
 
 
-_HAS_FP32_SUMS = any(
-    schema.overload_name == "dtype_out" for schema in torch._C._jit_get_schemas_for_operator("aten::addmm")
+@cache
+def _sums_in_fp32(dtype: torch.dtype) -> bool:
+    """Whether this torch's products of ``dtype`` can have a result in fp32: some builds for AMD's GPUs have the
+    operators, and refuse to run them."""
+    if not _HAS_OPERATORS:
+        return False
+    one = torch.ones(16, 16, dtype=dtype, device="cuda")
+    total = torch.zeros(16, 16, dtype=torch.float32, device="cuda")
+    try:
+        torch.mm(one, one, out_dtype=total.dtype, out=total)
+        torch.addmm(total, one, one, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+_HAS_OPERATORS = all(
+    any(schema.overload_name == "dtype_out" for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"))
+    for name in ("mm", "addmm")
 )

@@ -7,11 +7,10 @@ which this module knows nothing of.
 In a step, in this order:
 
 1. :meth:`GradientStore.begin`;
-2. forward and backward passes; what is computed first for a parameter overwrites its gradient, the rest is added;
-3. :meth:`GradientStore.expect_last_backward` before the last backward pass, in which a bucket's reduction starts as
-   soon as its gradients are complete;
-4. :meth:`GradientStore.finish`: every :attr:`Bucket.own_gradient` is the sum over data ranks and replicas;
-5. :meth:`Bucket.start_gather` of every bucket, once its slice is updated. The next forward pass waits for each where it
+2. forward and backward passes; what is computed first for a parameter overwrites its gradient, the rest is added. A
+   bucket's reduction starts as soon as all microbatches have added to it;
+3. :meth:`GradientStore.finish`: every :attr:`Bucket.own_gradient` is the sum over data ranks and replicas;
+4. :meth:`Bucket.start_gather` of every bucket, once its slice is updated. The next forward pass waits for each where it
    reaches it (:meth:`GradientStore.wait_as_used`), or for all (:meth:`GradientStore.wait_for_parameters`).
 """
 
@@ -40,7 +39,7 @@ class _Place:
         self.written = False
         """Whether something was computed for it in this step: until then its gradient is that of the step before."""
         self.missing = 0
-        """How many of its uses have yet to report in the last backward pass."""
+        """How many reports of its uses are yet to come in this step: each use makes one per microbatch."""
 
     @property
     def stop(self) -> int:
@@ -129,7 +128,7 @@ class Bucket:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all uses of its parameters have reported in the last backward pass."""
+        """Whether all uses of its parameters have reported for every microbatch."""
         return not any(place.missing for place in self.places)
 
     @property
@@ -207,19 +206,14 @@ class GradientStore:
             place.parameter.sink = place
             place.parameter.register_post_accumulate_grad_hook(_collect)
         self._next_reduction = len(self.buckets)
-        self._last_backward, self._complete = False, False
+        self._complete = False
 
-    def begin(self) -> None:
-        """Before the first forward pass of a step, which may add gradients already."""
+    def begin(self, microbatches: int) -> None:
+        """Before the first forward pass of a step of so many microbatches, which may add gradients already."""
         for place in self._places:
-            place.written, place.missing = False, place.parameter.uses
+            place.written, place.missing = False, place.parameter.uses * microbatches
         self._next_reduction = 0
-        self._last_backward, self._complete = False, False
-
-    def expect_last_backward(self) -> None:
-        """The next backward pass is the last: a bucket is reduced as soon as all its gradients have arrived."""
-        assert not self._complete and not self._last_backward, "begin() comes first"
-        self._last_backward = True
+        self._complete = False
 
     def finish(self) -> None:
         """Wait until every bucket's ``own_gradient`` is complete."""
@@ -259,10 +253,9 @@ class GradientStore:
         return reversed(self.buckets)
 
     def _reported(self, place: _Place) -> None:
-        if self._last_backward:
-            place.missing -= 1
-            assert place.missing >= 0, f"{place.parameter.shard.name} is used more than .uses times"
-            self._start_ready_reductions()
+        place.missing -= 1
+        assert place.missing >= 0, f"{place.parameter.shard.name} is used more than .uses times"
+        self._start_ready_reductions()
 
     def _start_ready_reductions(self, all_buckets: bool = False) -> None:
         # In bucket order, the same on all data ranks: collectives must be issued in the same order.

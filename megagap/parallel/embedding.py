@@ -28,7 +28,7 @@ class VocabParallelEmbedding(nn.Module):
             return lookup(tokens, self.weight)
         rows = tokens - self.weight.shard.offsets[0]
         mine = (rows >= 0) & (rows < self.weight.shard.sizes[0])
-        x = lookup(rows.where(mine, 0), self.weight)
+        x = lookup(rows.remainder(len(self.weight)), self.weight)
         return self.tensor_parallel.leave(x.where(mine.unsqueeze(-1), 0))
 
 

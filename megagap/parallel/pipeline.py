@@ -51,17 +51,11 @@ def execute(
     boundary: Boundary,
     placement: Placement,
     mesh: Mesh,
-    before_last_backward: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run this rank's program; gradients accumulate in the parameters.
-
-    ``before_last_backward`` is called before the last backward action, after which no gradient changes any more.
-    """
-    backwards = [index for index, action in enumerate(program) if isinstance(action, Backward | BackwardWeight)]
-    run = _Run(stages, boundary, placement, mesh, differentiate=bool(backwards))
-    for index, action in enumerate(program):
-        if backwards and index == backwards[-1]:
-            before_last_backward()
+    """Run this rank's program; gradients accumulate in the parameters."""
+    differentiate = any(isinstance(action, Backward | BackwardWeight) for action in program)
+    run = _Run(stages, boundary, placement, mesh, differentiate)
+    for action in program:
         run.act(action)
     run.finish_sends()
 

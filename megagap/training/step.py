@@ -17,7 +17,7 @@ from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import Boundary, execute
 from megagap.parallel.placement import Placement
-from megagap.parallel.schedule import SCHEDULES, Action, programs_of
+from megagap.parallel.schedule import SCHEDULES, Action, Forward, programs_of
 from megagap.timeline import Moment, Timeline
 from megagap.training.guard import accept_update
 
@@ -32,10 +32,19 @@ class TrainState:
     stages: list[LlamaStage]
     """This rank's virtual stages, by chunk."""
     optimizer: DistributedOptimizer
-    program: list[Action]
     timeline: Timeline
     step: int = 0
     """Steps made, including those whose update was skipped."""
+
+    programs: dict[int, list[Action]] = field(default_factory=dict)
+    """This rank's actions in a step, by its number of microbatches."""
+
+    def program(self, microbatches: int) -> list[Action]:
+        """What this rank does in a step of so many microbatches: proven when it is first asked for."""
+        if microbatches not in self.programs:
+            schedule = SCHEDULES[self.settings.parallel.schedule]
+            self.programs[microbatches] = programs_of(schedule, self.placement, microbatches)[self.mesh.pp.rank]
+        return self.programs[microbatches]
 
     @property
     def moment(self) -> Moment:
@@ -141,7 +150,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     moment = state.moment
     for stage in state.stages:
         stage.use_rope_theta(moment.rope_theta)
-    work = compute_gradients(state, batch, state.program)
+    work = compute_gradients(state, batch, state.program(len(batch.tokens)))
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
@@ -158,16 +167,12 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) ->
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
-    work = BoundStages(state.stages, inputs, targets, 1 / count_targets(targets, mesh), batch.documents)
-    store.begin()
-    execute(
-        program,
-        work,
-        boundary(state.stages, inputs),
-        state.placement,
-        mesh,
-        before_last_backward=store.expect_last_backward,
-    )
+    scale = 1 / count_targets(targets, mesh, all_count=batch.positions is None)
+    work = BoundStages(state.stages, inputs, targets, scale, batch.documents)
+    forwards = sum(isinstance(action, Forward) for action in program)
+    assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
+    store.begin(len(inputs))
+    execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
     store.finish()
     return work
 
@@ -203,18 +208,9 @@ def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
         None if batch.positions is None else batch.positions[:1],
         batch.documents[:1] if batch.documents else None,
     )
-    work = compute_gradients(state, part, build_program(state.settings, state.placement, state.mesh, microbatches=1))
+    work = compute_gradients(state, part, state.program(1))
     loss, squared_norm = _sum_over_world(state.mesh, work.own_loss(), state.optimizer.store.squared_norm())
     return bool(accept_update(loss, squared_norm.sqrt()))
-
-
-def build_program(
-    settings: Settings, placement: Placement, mesh: Mesh, microbatches: int | None = None
-) -> list[Action]:
-    """This rank's actions in a training step, or in one of so many ``microbatches``."""
-    train = settings.train
-    whole_step = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
-    return programs_of(SCHEDULES[settings.parallel.schedule], placement, microbatches or whole_step)[mesh.pp.rank]
 
 
 def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:
@@ -223,8 +219,14 @@ def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:
     return targets if positions is None else targets.masked_fill(positions[..., 1:] == 0, IGNORED_TARGET)
 
 
-def count_targets(targets: Tensor, mesh: Mesh) -> Tensor:
-    """Targets that count, over all data ranks; fp32 device scalar, at least 1."""
+def count_targets(targets: Tensor, mesh: Mesh, all_count: bool = False) -> Tensor:
+    """Targets that count, over all data ranks; fp32 device scalar, at least 1.
+
+    ``all_count``: whether all do, so that nobody needs to ask. Asking lets the first layer wait for all parameters: on
+    a GPU the collectives of one group follow each other, and the gathers of the update before are under way.
+    """
+    if all_count:
+        return torch.full((), float(targets.numel() * mesh.data.size), device=targets.device)
     return all_reduce((targets != IGNORED_TARGET).sum().float(), mesh.data).clamp(min=1)
 
 

@@ -25,7 +25,7 @@ from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
 from megagap.training.keeper import CheckpointKeeper
 from megagap.training.recorder import Recorder, due
-from megagap.training.step import StepResult, TrainState, build_program, train_step
+from megagap.training.step import StepResult, TrainState, train_step
 from megagap.training.stop_requests import Requests
 
 log = logging.getLogger(__name__)
@@ -177,8 +177,7 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
     for stage in stages:
         optimizer.store.wait_as_used(stage.blocks())
-    program = build_program(settings, placement, mesh)
-    return TrainState(settings, mesh, placement, stages, optimizer, program, timeline or timeline_of(settings))
+    return TrainState(settings, mesh, placement, stages, optimizer, timeline or timeline_of(settings))
 
 
 def log_start(start: Start, state: TrainState) -> None:

@@ -40,11 +40,9 @@ def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[s
     made = parameters()
     optimizer = DistributedOptimizer(made, OPTIM, mesh, bucket_elements=bucket_elements)
     for step in range(steps):
-        optimizer.store.begin()
+        optimizer.store.begin(2)
         optimizer.store.wait_for_parameters()
         for microbatch in range(2):
-            if microbatch == 1:
-                optimizer.store.expect_last_backward()
             torch.autograd.backward(made, [gradient(step, rank, microbatch, p.shape) for p in made])
         optimizer.store.finish()
         norm = all_reduce(optimizer.store.squared_norm(), mesh.world).sqrt()
@@ -85,7 +83,7 @@ def test_a_rejected_step_changes_nothing():
     made = parameters()
     optimizer = DistributedOptimizer(made, OPTIM, mesh)
     before = {s.kind + s.shard.name: s.tensor.clone() for s in optimizer.slices(owned_only=True)}
-    optimizer.store.begin()
+    optimizer.store.begin(1)
     torch.autograd.backward(made, [torch.full(p.shape, float("nan")) for p in made])
     optimizer.store.finish()
     optimizer.step(OPTIM.lr, torch.tensor(float("nan")), torch.tensor(False))
@@ -102,7 +100,7 @@ def test_bf16_parameters_follow_fp32_masters():
     optimizer = DistributedOptimizer(made, optim, Mesh.single(), torch.bfloat16)
     assert all(torch.equal(p, initial[p.shard.name].bfloat16()) for p in made)
     for _ in range(3):
-        optimizer.store.begin()
+        optimizer.store.begin(1)
         torch.autograd.backward(made, [torch.ones_like(p) for p in made])
         optimizer.store.finish()
         optimizer.step(optim.lr, torch.tensor(1.0), torch.tensor(True))
@@ -145,8 +143,7 @@ def test_products_go_to_the_sink_and_the_rest_by_autograd_once_each():
     plain = weight.detach().clone().requires_grad_()
     optimizer = DistributedOptimizer([weight], OPTIM, Mesh.single())
     tokens, targets = torch.tensor([[1, 5, 2]]), torch.tensor([[5, 2, 0]])
-    optimizer.store.begin()
-    optimizer.store.expect_last_backward()
+    optimizer.store.begin(1)
     loss, _ = linear_cross_entropy(F.embedding(tokens, weight), weight, targets, torch.ones(()), Mesh.single().tp)
     loss.backward()
     (bucket,) = optimizer.store.buckets
@@ -157,7 +154,7 @@ def test_products_go_to_the_sink_and_the_rest_by_autograd_once_each():
 
 def test_a_loss_that_is_not_the_root_of_the_backward_pass_is_an_error():
     weight = ShardedParameter(whole("lm_head.weight", (6, 4)), torch.device("cpu"), torch.float32)
-    DistributedOptimizer([weight], OPTIM, Mesh.single()).store.begin()
+    DistributedOptimizer([weight], OPTIM, Mesh.single()).store.begin(1)
     x = torch.randn(1, 3, 4, requires_grad=True)
     loss, _ = linear_cross_entropy(x, weight, torch.zeros(1, 3, dtype=torch.long), torch.ones(()), Mesh.single().tp)
     with pytest.raises(AssertionError, match="root of the backward pass"):
@@ -168,7 +165,7 @@ def test_an_optimizer_that_is_no_longer_used_is_freed():
     """With its buckets and the process groups of its mesh, although autograd calls it."""
     made = parameters()
     optimizer = DistributedOptimizer(made, OPTIM, Mesh.single())
-    optimizer.store.begin()
+    optimizer.store.begin(1)
     torch.autograd.backward(made, [gradient(0, 0, 0, parameter.shape) for parameter in made])
     found = weakref.ref(optimizer)
     del optimizer, made

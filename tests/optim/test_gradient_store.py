@@ -24,7 +24,7 @@ def parameter(name: str, *shape: int) -> ShardedParameter:
 def poisoned(parameters: list[ShardedParameter], dtype: torch.dtype = torch.float32) -> GradientStore:
     """A store in the middle of a run, whose gradients of the step before are not numbers."""
     store = GradientStore(parameters, Mesh.single(), dtype)
-    store.begin()
+    store.begin(1)
     torch.autograd.backward(parameters, [torch.full_like(p, float("nan")) for p in parameters])
     store.finish()
     assert store.squared_norm().isnan()
@@ -39,7 +39,7 @@ def gradient_of(parameter: ShardedParameter) -> torch.Tensor:
 def test_the_first_gradient_of_a_step_overwrites_and_the_next_ones_add(dtype):
     weight, gain, table = parameter("w", 3, 4), parameter("gain", 4), parameter("table", 7, 4)
     store = poisoned([table, weight, gain], dtype)
-    store.begin()
+    store.begin(2)
     left, right, ids = torch.ones(5, 3, dtype=dtype), torch.ones(5, 4, dtype=dtype), torch.tensor([1, 1, 6])
     for _ in range(2):
         weight.sink.add_product(left, right)
@@ -54,7 +54,7 @@ def test_the_first_gradient_of_a_step_overwrites_and_the_next_ones_add(dtype):
 def test_a_parameter_without_a_gradient_in_a_step_has_one_of_zero():
     used, unused = parameter("used", 2), parameter("unused", 3)
     store = poisoned([used, unused])
-    store.begin()
+    store.begin(1)
     torch.autograd.backward(used, torch.ones(2))
     store.finish()
     assert store.squared_norm().item() == pytest.approx(2)
@@ -65,7 +65,7 @@ def test_a_lookup_has_the_gradient_of_torchs_embedding(dtype):
     table, plain = parameter("t", 6, 4), parameter("t", 6, 4).detach().requires_grad_()
     store = GradientStore([table], Mesh.single(), dtype)
     ids, grad = torch.tensor([[1, 5, 1], [0, 1, 2]]), torch.randn(2, 3, 4).to(dtype)
-    store.begin()
+    store.begin(1)
     lookup(ids, table).backward(grad)
     F.embedding(ids, plain).backward(grad.float())
     torch.testing.assert_close(gradient_of(table), plain.grad)
@@ -74,7 +74,7 @@ def test_a_lookup_has_the_gradient_of_torchs_embedding(dtype):
 def test_no_gradient_of_the_tables_size_is_made():
     table = parameter("t", 1000, 4)
     store = GradientStore([table], Mesh.single(), torch.bfloat16)
-    store.begin()
+    store.begin(1)
     y = lookup(torch.tensor([1, 2]), table)
 
     class Watch(TorchDispatchMode):
@@ -91,13 +91,12 @@ def test_no_gradient_of_the_tables_size_is_made():
 
 def test_calls_out_of_order_are_refused():
     store = GradientStore([parameter("w", 2)], Mesh.single(), torch.float32)
-    store.begin()
+    store.begin(1)
     with pytest.raises(AssertionError, match=r"finish\(\) comes first"):
         store.squared_norm()
     store.finish()
-    for call in (store.finish, store.expect_last_backward):
-        with pytest.raises(AssertionError, match=r"begin\(\) comes first"):
-            call()
+    with pytest.raises(AssertionError, match=r"begin\(\) comes first"):
+        store.finish()
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from megagap.parallel.schedule import Schedule, programs_of
 from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
 from megagap.training.datasets import training_data
-from megagap.training.step import TrainState, build_program, compute_gradients
+from megagap.training.step import TrainState, compute_gradients
 from megagap.training.trainer import make_loader
 
 MODULES = {
@@ -113,14 +113,14 @@ def gradients(
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000)
-    if schedule is None:
-        program = build_program(settings, placement, mesh)
-    else:
-        microbatches = settings.train.global_batch_size // (settings.train.micro_batch_size * mesh.dp.size)
-        program = programs_of(schedule, placement, microbatches)[mesh.pp.rank]
-    state = TrainState(settings, mesh, placement, stages, optimizer, program, timeline_of(settings))
+    state = TrainState(settings, mesh, placement, stages, optimizer, timeline_of(settings))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
-        compute_gradients(state, loader.step(1).to(mesh.device), state.program)
+        batch = loader.step(1).to(mesh.device)
+        microbatches = len(batch.tokens)
+        if schedule is not None:
+            state.programs[microbatches] = programs_of(schedule, placement, microbatches)[mesh.pp.rank]
+        _poison(parameters)
+        compute_gradients(state, batch, state.program(microbatches))
     parts = [
         Part(
             part.shard.name,
@@ -135,6 +135,12 @@ def gradients(
         for part in bucket.slices("gradient", bucket.own_gradient)
     ]
     return parts, calls
+
+
+def _poison(parameters: list[Any]) -> None:
+    """What is left of a step before must be overwritten, not added to."""
+    for parameter in parameters:
+        parameter.sink.gradient[: parameter.shard.sizes[0]] = torch.nan
 
 
 def _move_from_the_start(parameters: list[Any]) -> None:

@@ -15,7 +15,11 @@ MODELS = {
     ),
 }
 
-LAYOUTS = LAYOUTS | {"tp2, document mask": (2, dict(tp=2)), "tp4 pp2": (8, dict(tp=4, pp=2))}
+LAYOUTS = LAYOUTS | {
+    "dp2, document mask": (2, {}),
+    "tp2, document mask": (2, dict(tp=2)),
+    "tp4 pp2": (8, dict(tp=4, pp=2)),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -49,12 +53,17 @@ def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
     recipe, expected = model
     seen: set[str] = set()
     missed = []
-    for layout in ("tp2 pp2 dp2", "tp2 without sequence parallelism", "tp4, more ranks than key/value heads"):
+    for layout in (
+        "tp2 pp2 dp2",
+        "tp2 without sequence parallelism",
+        "tp4, more ranks than key/value heads",
+        "dp2, document mask",
+    ):
         counts = [calls for _, calls in run(workers, recipe, layout)]
         most = {site: max(calls[site] for calls in counts) for site in set().union(*counts)}
         for site in sorted(set(most) - seen):
             for mutation in mutations(site, most[site]):
-                difference = largest_difference(run(workers, recipe, layout, mutation), expected[False])
+                difference = largest_difference(run(workers, recipe, layout, mutation), expected["mask" in layout])
                 if not difference > 1000 * TOLERANCE:
                     missed.append((layout, mutation, difference))
         seen |= set(most)

@@ -113,7 +113,7 @@ def test_flops_on_cpu_are_what_torch_counts_in_the_real_step(tmp_path, length, p
 @pytest.mark.parametrize("device", ["h100", "a100", "mi300x"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_flops_with_recomputation_are_what_torch_counts_in_the_gpus_operators(tmp_path, monkeypatch, device, precision):
-    monkeypatch.setattr(products, "_HAS_FP32_SUMS", False)  # the counter fails at addmm with a dtype
+    monkeypatch.setattr(products, "_sums_in_fp32", lambda dtype: False)  # the counter fails at addmm with a dtype
     settings = settings_of(write_recipe(tmp_path, train={"precision": precision}))
     figures = load_device(device)
     batch = random_batch(settings, Mesh.single(), first_step(settings))

@@ -152,7 +152,7 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Determines the initial weights and the order of samples, whatever the layout."""
     deterministic: bool = False
-    """Use only kernels whose results repeat bit for bit; slower attention on GPUs (AMD's: not tried); CPUs always do."""
+    """Use only kernels that repeat bit for bit; slower attention on GPUs (AMD's: not tried); CPUs always do so."""
     evaluate_every: Count = 0
     """Steps between evaluations on the held-out set; the last step is evaluated too. 0: never."""
     evaluate_first: bool = False

@@ -28,8 +28,8 @@ from tests.launching import SECONDS
 PROGRAM = """
 import json, os, signal, sys
 from functools import partial
-from megagap.data import partial as pairs, units
-from megagap.preprocess import arrange, job, preprocess
+from megagap.data import partial as pairs
+from megagap.preprocess import arrange, job, preprocess, units
 from megagap.errors import run_tool
 
 left = int(sys.argv[1])

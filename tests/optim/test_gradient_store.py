@@ -147,3 +147,16 @@ def test_a_forward_pass_waits_for_each_blocks_parameters_as_it_comes_to_them(rec
         own, left = zip(*pending, strict=True)
         assert set(own) == {0}
         assert left[0] > 10 and list(left) == sorted(left, reverse=True) and left[-1] == 0
+
+
+def test_a_bucket_is_complete_when_all_microbatches_have_added_to_it():
+    weight, gain = parameter("w", 3, 4), parameter("gain", 4)
+    store = GradientStore([weight, gain], Mesh.single(), torch.float32, bucket_elements=1)
+    store.begin(2)
+    for microbatch in range(2):
+        torch.autograd.backward(gain, torch.ones(4))
+        assert [bucket.is_complete for bucket in store.buckets] == [microbatch == 1, False]
+    for _ in range(2):
+        weight.sink.add_product(torch.ones(5, 3), torch.ones(5, 4))
+        weight.sink.finished()
+    assert all(bucket.is_complete for bucket in store.buckets)

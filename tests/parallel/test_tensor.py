@@ -196,6 +196,7 @@ def saved_bytes(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> tu
         settings.model, settings.placement, tensor_parallel, sequence_parallel=True, dtype=torch.float32
     )
     optimizer = DistributedOptimizer(stage.sharded_parameters(), settings.optim, tensor_parallel, torch.float32)
+    optimizer.store.begin(1)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
     found: dict[int, int] = {}
 

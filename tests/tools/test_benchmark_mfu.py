@@ -44,7 +44,9 @@ def test_flops_per_token_equal_an_independent_count(tmp_path, tied):
 
 def test_flops_of_our_own_stage_equal_the_formula(tmp_path):
     settings = load_recipe(write_recipe(tmp_path))
-    (stage,) = build_state(settings, Mesh.single()).stages
+    state = build_state(settings, Mesh.single())
+    (stage,) = state.stages
+    state.optimizer.store.begin(1)
     tokens = torch.randint(settings.model.vocab_size, (2, 48))
     # The counter knows no fused attention on CPU; torch's plain one is made of matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -76,7 +76,7 @@ class TokenSource:
                 raise DataError(f"{dataset.index_path} contains {dataset.dtype.name} values, which are not token ids")
             low, high = (min(max(bound - first, 0), len(dataset)) for bound in (start, stop))
             for begin in {0, max(low - 1, 0), max(high - 1, 0)}:
-                _require_row(dataset, begin, min(begin + CHECKED_AT_OPENING, len(dataset)))
+                dataset.require_row(begin, min(begin + CHECKED_AT_OPENING, len(dataset)))
             begin, end = dataset.start_of(low), dataset.start_of(high)
             if low < high:
                 yield _Piece(dataset, watch, first, low, high, begin, end - begin)
@@ -257,21 +257,3 @@ def _sequences_of(piece: _Piece, first: int, last: int) -> tuple[int, NDArray[np
             "--verify, and preprocess the text again."
         )
     return sequence, np.minimum(ends[: beyond[0] + 1], last)
-
-
-def _require_row(dataset: TokenFile, low: int, high: int) -> None:
-    """Raises :class:`DataError` unless sequences [low, high) follow each other, the first of all from byte 0."""
-    if low >= high:
-        return
-    lengths, pointers = dataset.lengths[low:high].astype(np.int64), dataset.pointers[low:high]
-    begin = int(pointers[0]) if low else 0
-    ends = begin + np.cumsum(lengths) * dataset.dtype.itemsize
-    starts = np.concatenate(([begin], ends[:-1]))
-    wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
-    if wrong.size:
-        i = int(wrong[0])
-        raise DataError(
-            f"{dataset.index_path}: sequence {low + i} has length {lengths[i]} and starts at byte {pointers[i]:,}, but "
-            f"the one before ends at byte {starts[i]:,}\n"
-            "  the index is damaged or not in file order. Preprocess the text again."
-        )

@@ -100,21 +100,25 @@ class TokenFile(Sequence[NDArray[Any]]):
 
     def require_contiguous(self) -> None:
         """Check in one pass that the sequences follow each other in file order without gaps. Raises DataError."""
-        expected = 0
         for first in range(0, len(self), BLOCK):
-            lengths = self.lengths[first : first + BLOCK]
-            pointers = self.pointers[first : first + BLOCK]
-            ends = expected + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-            starts = np.concatenate(([expected], ends[:-1]))
-            wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
-            if wrong.size:
-                i = int(wrong[0])
-                raise DataError(
-                    f"{self.index_path}: sequence {first + i} has length {lengths[i]} and starts at byte "
-                    f"{pointers[i]:,}, but the one before ends at byte {starts[i]:,}\n"
-                    "  the index is damaged or not in file order. Preprocess the text again."
-                )
-            expected = int(ends[-1])
+            self.require_row(max(first - 1, 0), min(first + BLOCK, len(self)))
+
+    def require_row(self, low: int, high: int) -> None:
+        """Raises :class:`DataError` unless sequences [low, high) follow each other, the first of all from byte 0."""
+        if low >= high:
+            return
+        lengths, pointers = self.lengths[low:high].astype(np.int64), self.pointers[low:high]
+        begin = int(pointers[0]) if low else 0
+        ends = begin + np.cumsum(lengths) * self.dtype.itemsize
+        starts = np.concatenate(([begin], ends[:-1]))
+        wrong = np.flatnonzero((lengths < 0) | (pointers != starts))
+        if wrong.size:
+            i = int(wrong[0])
+            raise DataError(
+                f"{self.index_path}: sequence {low + i} has length {lengths[i]} and starts at byte {pointers[i]:,}, "
+                f"but the one before ends at byte {starts[i]:,}\n"
+                "  the index is damaged or not in file order. Preprocess the text again."
+            )
 
     def verify(self, vocab_size: int | None = None) -> None:
         """A full pass over both files; with ``vocab_size``, every token must be below it. Raises DataError."""

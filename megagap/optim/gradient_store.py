@@ -53,7 +53,6 @@ class _Place:
     def add_rows(self, ids: Tensor, rows: Tensor) -> None:
         self.clear_unless_written()
         add_rows(self.gradient, ids, rows)
-        self.written = True
 
     def finished(self) -> None:
         self._report(self)
@@ -73,6 +72,7 @@ class _Place:
     def clear_unless_written(self) -> None:
         if not self.written:
             self.gradient.zero_()
+            self.written = True
 
 
 def _collect(parameter: Tensor) -> None:

@@ -1,5 +1,6 @@
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes is the machine's business: others may keep it busy.
 settings.register_profile("megagap", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("megagap")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of several processes, which take a file at a time, none is left with them."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -27,4 +27,9 @@ fi
 if [[ ! " $* " =~ tests/benchmarks ]]; then
     options+=(--ignore=tests/benchmarks)
 fi
+# Of the whole suite, several files run at a time; much of it waits for processes to start.
+if [[ ! " $* " =~ " "(tests/|-n|-k|--collect-only) ]]; then
+    cores=$(nproc 2>/dev/null || echo 2)
+    options+=(-n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder)
+fi
 exec "$PYTHON" -m pytest "${options[@]}" "$@"

@@ -47,6 +47,7 @@ def test_every_gradient_equals_that_of_one_process(layout, model, workers):
     assert largest_difference(run(workers, recipe, layout), expected["mask" in layout]) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
 def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
     """In layouts that together reach every call site of a collective between the batch and the gradients."""

@@ -27,6 +27,7 @@ SUMMARIES = {
     "plot": "draw and compare the losses of runs",
     "evaluate": "loss, perplexity and bits per byte of a model",
     "generate": "let a model continue a prompt",
+    "average": "average the weights of several checkpoints",
     "convert": "turn checkpoints into Hugging Face models and back",
     "benchmark-mfu": "time a recipe's training step on this machine",
     "trace-step": "predict a training step's time and memory on a device",

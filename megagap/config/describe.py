@@ -92,7 +92,7 @@ def example(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         return example(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
-        return [0.9, 0.95]
+        return [100_000, 64] if plain(get_args(annotation)[0]) is int else [0.9, 0.95]
     if get_origin(annotation) is list:
         inner = get_args(annotation)[0]
         return [2, 2] if plain(inner) is int else [example(inner)]

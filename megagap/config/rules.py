@@ -1,11 +1,12 @@
 """Rules between settings, each a function of few lines, so that all faults are reported at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megagap.config.faults import Fault
 from megagap.config.settings import source_name
-from megagap.config.timeline import phases_of, run_length
+from megagap.config.timeline import batch_sizes_of, phases_of, run_length
 from megagap.errors import counted
 from megagap.parallel.placement import Placement
 from megagap.timeline import Timeline
@@ -83,7 +84,10 @@ def _lengths(v: Lookup) -> Iterator[tuple[str, int]]:
 
 def _timeline(v: Lookup) -> Timeline:
     phases = phases_of(v("data.phases"), v("train.sequence_length"))
-    return Timeline(phases, [(0, v("train.global_batch_size"))])
+    ramp = v("train.batch_ramp")
+    if not _ascends(ramp):
+        raise _Unsound
+    return Timeline(phases, batch_sizes_of(v("train.global_batch_size"), ramp))
 
 
 def _steps(v: Lookup) -> int:
@@ -244,10 +248,28 @@ def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
         yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
+def _ascends(ramp: Sequence[tuple[int, int]]) -> bool:
+    return all(tokens < later for (tokens, _), (later, _) in pairwise(ramp))
+
+
+def _ramp_ascends(v: Lookup) -> Iterator[Fault]:
+    ramp = v("train.batch_ramp")
+    if not _ascends(ramp):
+        yield Fault("train.batch_ramp", ramp, "must list [tokens, sequences] by ascending numbers of tokens")
+
+
+def _batch_sizes(v: Lookup) -> Iterator[tuple[str, int]]:
+    """Every batch size, with its setting."""
+    yield "train.global_batch_size", v("train.global_batch_size")
+    for i, (_, sequences) in enumerate(v("train.batch_ramp")):
+        yield f"train.batch_ramp[{i}]", sequences
+
+
 def _batch_divides(v: Lookup) -> Iterator[Fault]:
-    batch, micro = v("train.global_batch_size"), v("train.micro_batch_size")
-    if batch % micro:
-        yield Fault("train.micro_batch_size", micro, f"does not divide train.global_batch_size = {batch}")
+    micro = v("train.micro_batch_size")
+    for setting, batch in _batch_sizes(v):
+        if batch % micro:
+            yield Fault("train.micro_batch_size", micro, f"does not divide {setting} = {batch}")
 
 
 def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
@@ -258,10 +280,11 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
         message = f"does not divide the {counted(world_size, 'process', 'processes')} of this run"
         yield Fault("parallel.tp × parallel.pp", tp * pp, message)
         return
-    dp, batch, micro = world_size // (tp * pp), v("train.global_batch_size"), v("train.micro_batch_size")
-    if batch % (dp * micro) and batch % micro == 0:
-        message = f"must be a multiple of {counted(dp, 'data-parallel rank')} × train.micro_batch_size = {micro}"
-        yield Fault("train.global_batch_size", batch, message)
+    dp, micro = world_size // (tp * pp), v("train.micro_batch_size")
+    for setting, batch in _batch_sizes(v):
+        if batch % (dp * micro) and batch % micro == 0:
+            message = f"must be a multiple of {counted(dp, 'data-parallel rank')} × train.micro_batch_size = {micro}"
+            yield Fault(setting, batch, message)
 
 
 RULES: tuple[Rule, ...] = (
@@ -285,5 +308,6 @@ RULES: tuple[Rule, ...] = (
     _evaluation_has_data,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
+    _ramp_ascends,
     _batch_divides,
 )

@@ -141,6 +141,8 @@ class Train(Section):
     """Tokens to train on, rounded up to a whole step; or give `steps`."""
     global_batch_size: Positive
     """Sequences per update, over all ranks."""
+    batch_ramp: list[Annotated[tuple[Positive, Positive], Field(strict=False)]] = []
+    """Other batch sizes later, `[[tokens, sequences], …]`: from the first step that begins after so many tokens on."""
     micro_batch_size: Positive = 1
     """Sequences that one rank computes at a time."""
     sequence_length: Positive
@@ -247,7 +249,7 @@ SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Setti
 
 PLANNED: dict[str, dict[str, Any]] = {
     "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
-    "train": {"batch_ramp": [], "recompute": "none", "compile": False},
+    "train": {"recompute": "none", "compile": False},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},

@@ -17,7 +17,12 @@ def timeline_of(settings: Settings) -> Timeline:
 def timeline_of_data(data: Data, train: Train, rope_theta: float = 0.0, schedules: Sequence[Schedule] = ()) -> Timeline:
     """The same from the settings that determine samples and tokens, without learning rates unless they are given."""
     phases = phases_of(data.phases, train.sequence_length, rope_theta, data.sources)
-    return Timeline(phases, [(0, train.global_batch_size)], train.steps, schedules)
+    return Timeline(phases, batch_sizes_of(train.global_batch_size, train.batch_ramp), train.steps, schedules)
+
+
+def batch_sizes_of(first: int, ramp: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``train.global_batch_size`` and ``train.batch_ramp`` as pairs (tokens, sequences) from token 0 on."""
+    return [(0, first), *ramp]
 
 
 def phases_of(

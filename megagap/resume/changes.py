@@ -21,7 +21,7 @@ from megagap.training.datasets import skipped_ranges
 # Beside the model, the settings that say which samples are trained on: they may not change when a run resumes.
 _FIXED: dict[str, tuple[str, ...]] = {
     "data": ("split", "order"),
-    "train": ("seed", "global_batch_size", "precision"),
+    "train": ("seed", "precision"),
 }
 _FREE = {"preset", "initializer_range"}
 
@@ -90,7 +90,9 @@ def model_changes(saved: Model, now: Model, theta: bool = False) -> list[Change]
 
 
 def _past_differences(saved: RunState, settings: Settings) -> list[str]:
-    """What differs between the phases up to the saved step; later phases may change."""
+    """What differs between the phases and batch sizes up to the saved step; later ones may change."""
+    if refused := _batch_differences(saved, settings):
+        return refused
     then, now = _both_pasts(saved, settings)
     if [phase["steps"] for phase in then] != [phase["steps"] for phase in now]:
         borders = [", ".join(f"{phase['name']} {phase['steps']:,}" for phase in past) for past in (then, now)]
@@ -107,6 +109,34 @@ def _past_differences(saved: RunState, settings: Settings) -> list[str]:
         )
     ]
     return refused + [str(change) for change, asked in _theta_differences(then, now, settings) if not asked]
+
+
+def _batch_differences(saved: RunState, settings: Settings) -> list[str]:
+    then = _batch_sizes(timeline_of_data(saved.data, saved.train), saved.step)
+    now = _batch_sizes(timeline_of(settings), saved.step)
+    if then == now or not saved.step:
+        return []
+    before, ramp = saved.train, [list(entry) for entry in saved.train.batch_ramp if entry[0] < saved.consumed_tokens]
+    wanted = timeline_of(settings).at(saved.step + 1).samples
+    return [
+        f"train.global_batch_size, train.batch_ramp: the steps made had {_listed(then)}; are now {_listed(now)}; only "
+        f"later ones can change: train.global_batch_size = {before.global_batch_size}, "
+        f"train.batch_ramp = {[*ramp, [saved.consumed_tokens, wanted]]}"
+    ]
+
+
+def _batch_sizes(timeline: Timeline, step: int) -> list[tuple[int, int]]:
+    """The first step of each batch size among the first ``step`` steps, and the sequences of its steps."""
+    sizes: list[tuple[int, int]] = []
+    for stretch in timeline.stretches:
+        if stretch.steps < step and (not sizes or sizes[-1][1] != stretch.batch_size):
+            sizes.append((stretch.steps + 1, stretch.batch_size))
+    return sizes
+
+
+def _listed(sizes: list[tuple[int, int]]) -> str:
+    first, *later = sizes
+    return ", ".join([f"{first[1]} sequences", *(f"{size} from step {step:,}" for step, size in later)])
 
 
 def _theta_differences(

@@ -25,5 +25,5 @@ def find_model(run: Path, load: str, load_mode: str) -> StoredModel | None:
     folder = own or resolve_checkpoint(Path(load))
     index = Index.read(folder)
     # New runs start from the weights as they were last trained; a run that continues has its phases before it still.
-    read = read_recipe_model if own or load_mode == "continue" else read_model
+    read = read_recipe_model if own or load_mode != "model" else read_model
     return StoredModel(folder, read(folder, index))

@@ -51,6 +51,8 @@ class Progress(_Part):
     """Updates made."""
     consumed_samples: _Count
     consumed_tokens: _Count
+    schedule_origin: _Count = 0
+    """The steps after which the learning-rate schedule began: those of the run that this one branched off."""
     last_sample: _Count | None = None
     """Global number of the last sample; None before the first."""
 
@@ -58,6 +60,8 @@ class Progress(_Part):
     def _fits(self) -> Self:
         if self.updates > self.step:
             raise ValueError(f"updates = {self.updates} exceeds step = {self.step}")
+        if self.schedule_origin > self.step:
+            raise ValueError(f"schedule_origin = {self.schedule_origin} exceeds step = {self.step}")
         if (self.last_sample is None) != (self.consumed_samples == 0):
             raise ValueError(f"last_sample = {self.last_sample} after consumed_samples = {self.consumed_samples}")
         return self

@@ -248,6 +248,16 @@ def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
         yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
+def _cooldown_decays(v: Lookup) -> Iterator[Fault]:
+    if v("checkpoint.load_mode") != "cooldown":
+        return
+    if v("optim.schedule") == "constant":
+        yield Fault("optim.schedule", "constant", 'must decay with checkpoint.load_mode = "cooldown"')
+    if v("optim.warmup_steps"):
+        message = 'must be 0 with checkpoint.load_mode = "cooldown"; "model+optimizer+data" starts with a warmup'
+        yield Fault("optim.warmup_steps", v("optim.warmup_steps"), message)
+
+
 def _ascends(ramp: Sequence[tuple[int, int]]) -> bool:
     return all(tokens < later for (tokens, _), (later, _) in pairwise(ramp))
 
@@ -308,6 +318,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation_has_data,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
+    _cooldown_decays,
     _ramp_ascends,
     _batch_divides,
 )

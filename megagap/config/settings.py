@@ -199,8 +199,10 @@ class Checkpoint(Section):
     """Newest checkpoints to keep; 0: all."""
     load: str = "latest"
     """`latest`: continue from this run's newest checkpoint; a folder: start a new run from it; "": from scratch."""
-    load_mode: Literal["continue", "model"] = "continue"
-    """What to take from that folder; `continue`: everything, `model`: the weights, from step 0."""
+    load_mode: Literal["continue", "model", "model+data", "model+optimizer+data", "cooldown"] = "continue"
+    """What to take from that folder; `continue`: everything, `model`: the weights, from step 0. `model+data`: weights
+    and step, so data go on; `model+optimizer+data`: moments, too; both with a learning-rate schedule that starts anew.
+    `cooldown`: the same for a decay without warmup. `train.steps` then counts the steps before, too."""
 
 
 class Run(Section):

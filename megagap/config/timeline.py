@@ -8,9 +8,12 @@ from megagap.config.settings import Data, PhaseSettings, Settings, SourceSetting
 from megagap.timeline import Phase, Schedule, Source, Timeline
 
 
-def timeline_of(settings: Settings) -> Timeline:
-    """The run that the settings, as :func:`load_recipe` completes them, describe."""
-    schedule = Schedule(partial(learning_rate, settings.optim, settings.train.steps))
+def timeline_of(settings: Settings, origin: int = 0) -> Timeline:
+    """The run that the settings, as :func:`load_recipe` completes them, describe.
+
+    ``origin``: the steps after which its learning-rate schedule begins, of a run that branched off there.
+    """
+    schedule = Schedule(partial(learning_rate, settings.optim, settings.train.steps - origin), origin)
     return timeline_of_data(settings.data, settings.train, settings.model.rope_theta, [schedule])
 
 

@@ -40,6 +40,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
         updates=state.optimizer.updates,
         consumed_samples=moment.consumed_samples,
         consumed_tokens=moment.consumed_tokens,
+        schedule_origin=state.timeline.schedules[-1].origin,
         last_sample=last_sample(settings, moment.consumed_samples),
     )
     slices = state.optimizer.slices(owned_only=True)
@@ -101,15 +102,43 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
         return
     index = Index.read(source)
     if continues(settings, run, source):
-        refuse_changes(read_run(source, index), settings, source)
+        saved = read_run(source, index)
+        refuse_changes(saved, settings, source)
+        if branches(settings, run, source):
+            refuse_short_branch(saved, settings, source)
     else:
         same_gain_scale = {"norm_gain_scale": settings.model.norm_gain_scale}
         refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
 
 
 def continues(settings: Settings, run: RunDirectory, source: Path) -> bool:
-    """Whether everything is loaded from ``source``, not its weights only."""
-    return source.parent == run.checkpoints or settings.checkpoint.load_mode == "continue"
+    """Whether the steps go on from those of ``source``, and with them the data; else only its weights are loaded."""
+    return source.parent == run.checkpoints or settings.checkpoint.load_mode != "model"
+
+
+def branches(settings: Settings, run: RunDirectory, source: Path) -> bool:
+    """Whether the steps go on from those of ``source``, another run's, with a schedule of its own from there."""
+    return source.parent != run.checkpoints and settings.checkpoint.load_mode not in ("continue", "model")
+
+
+def schedule_origin(settings: Settings, run: RunDirectory, source: Path | None) -> int:
+    """The steps after which the learning-rate schedule of this start begins. Raises :class:`CheckpointError` if
+    ``source`` is damaged."""
+    if source is None or not continues(settings, run, source):
+        return 0
+    saved = read_run(source, Index.read(source))
+    return saved.step if branches(settings, run, source) else saved.schedule_origin
+
+
+def refuse_short_branch(saved: RunState, settings: Settings, source: Path) -> None:
+    """Raises :class:`ConfigError` if a branch would end before its learning-rate schedule does."""
+    steps, optim = settings.train.steps, settings.optim
+    least = max(1, optim.warmup_steps + optim.cooldown_steps)
+    if steps < saved.step + least:
+        raise ConfigError(
+            f"train.steps = {steps} counts the steps of the run that this one branches off, too, and {source} has "
+            f"{saved.step}\n  set it to {saved.step} and the steps of the branch: at least {saved.step + least}."
+        )
 
 
 def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
@@ -125,23 +154,25 @@ def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path 
 
 
 def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
-    """Load everything: the run continues from the folder's step."""
+    """The run continues from the folder's step, with all that ``checkpoint.load_mode`` asks for."""
     index = Index.read(folder)
     saved = read_run(folder, index)
     refuse_rebuilt_data(saved, data, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings)
     changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
     log_model_changes(changes, run, folder)
-    slices = state.optimizer.slices(owned_only=False)
+    is_own = folder.parent == run.checkpoints
+    mode = "continue" if is_own else state.settings.checkpoint.load_mode
+    has_moments = mode != "model+data"
+    slices = [part for part in state.optimizer.slices(owned_only=False) if has_moments or part.kind == "weight"]
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
     refuse_not_finite(state, folder)
-    state.optimizer.updates = saved.updates
+    state.optimizer.updates = saved.updates if has_moments else 0
     state.optimizer.store.gather_parameters()
     state.step = run.step = saved.step
     # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.
-    is_own = folder.parent == run.checkpoints
-    run.event("resume", folder=str(folder), lost_steps=lost_steps(run) if is_own else 0)
-    return Start(saved.step, folder, "continue", is_own, saved.step, index.state, tuple(changes))
+    run.event("resume", folder=str(folder), mode=mode, lost_steps=lost_steps(run) if is_own else 0)
+    return Start(saved.step, folder, mode, is_own, saved.step, index.state, tuple(changes))
 
 
 def lost_steps(run: RunDirectory) -> int:

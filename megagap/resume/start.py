@@ -46,12 +46,14 @@ class Start:
     def __str__(self) -> str:
         if self.folder is None:
             return "from scratch"
-        if self.mode != "continue":
+        if self.mode == "model":
             origin = "" if self.written_at is None else f", written at step {self.written_at:,} of its run"
             return f'from step 0 with the weights of {self.folder}{origin} (load_mode "{self.mode}")'
         if self.is_own:
             return f"from step {self.step:,}, resumed from {self.folder}"
-        return f'from step {self.step:,}, with weights and optimizer state of {self.folder} (load_mode "{self.mode}")'
+        taken = "weights" if self.mode == "model+data" else "weights and optimizer state"
+        anew = "" if self.mode == "continue" else " and a learning-rate schedule that starts anew"
+        return f'from step {self.step:,}, with {taken} of {self.folder}{anew} (load_mode "{self.mode}")'
 
 
 def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def warn_of_rising_rate(start: Start, timeline: Timeline, run: RunDirectory) -> 
     """Warn where the learning rate had begun to fall and rises again, as after raising ``train.steps`` of a run in or
     past its cooldown; the event ``learning_rate_rises`` records it."""
     decay = _decay_of(start)
-    if decay is None:
+    if decay is None or start.mode in ("model+data", "model+optimizer+data"):  # another course is asked for
         return
     rate = timeline.at(start.step + 1).lr
     if rate <= decay.rate:
@@ -194,8 +196,10 @@ def _decay_of(start: Start) -> _Decay | None:
         before = Settings.model_validate(settings_of(start.saved))
     except ValidationError:
         return None
-    optim, steps = before.optim, before.train.steps
-    last_full = {"constant": steps, "wsd": steps - optim.cooldown_steps}.get(optim.schedule, optim.warmup_steps)
+    optim, steps, origin = before.optim, before.train.steps, start.saved.get("schedule_origin", 0)
+    last_full = {"constant": steps, "wsd": steps - optim.cooldown_steps}.get(
+        optim.schedule, origin + optim.warmup_steps
+    )
     if start.step <= last_full:
         return None
-    return _Decay(start.folder, optim.schedule, last_full, timeline_of(before).at(start.step).lr)
+    return _Decay(start.folder, optim.schedule, last_full, timeline_of(before, origin).at(start.step).lr)

@@ -14,8 +14,16 @@ pytest_plugins = ["tests.token_files"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts commands in the background with Ctrl-C ignored, which what we start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# How long an example takes is the machine's business: others may keep it busy.
-settings.register_profile("megagap", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes is the machine's business: others may keep it busy. Tests over random examples try the same
+# ones in each run, else they would fail by chance, on who changed something else; MEGAGAP_EXPLORE=1 looks for new ones.
+EXPLORES = bool(os.environ.get("MEGAGAP_EXPLORE"))
+settings.register_profile(
+    "megagap",
+    deadline=None,
+    derandomize=not EXPLORES,
+    database=settings().database if EXPLORES else None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("megagap")
 
 

@@ -5,6 +5,7 @@
 #   ./tests/run.sh -m long                the long ones, of minutes each
 #   ./tests/run.sh tests/data -k order    some of them; paths are relative to the checkout
 #
+# MEGAGAP_EXPLORE=1 lets tests over random examples look for new ones.
 # --help installs and runs nothing; pytest's own: .venv/bin/python -m pytest --help.
 # MEGAGAP_VENV and MEGAGAP_PYTHON choose the environment: see tools/environment.sh.
 set -euo pipefail

@@ -55,6 +55,22 @@ def _heads_have_a_width(v: Lookup) -> Iterator[Fault]:
         yield Fault("model.hidden_size", hidden, message)
 
 
+MOST_ELEMENTS = 2**58
+"""Of one matrix: more than any machine holds, but its bytes can still be counted in 64 bits."""
+
+
+def _matrices_can_be_counted(v: Lookup) -> Iterator[Fault]:
+    hidden, heads = v("model.hidden_size"), v("model.num_attention_heads")
+    others = {
+        "model.vocab_size": v("model.vocab_size"),
+        "model.intermediate_size": v("model.intermediate_size"),
+        "model.num_attention_heads": heads * (v("model.head_dim") or -(-hidden // heads)),
+    }
+    for setting, rows in others.items():
+        if hidden * rows > MOST_ELEMENTS:
+            yield Fault(setting, v(setting), f"makes a matrix of more than 2^58 elements with hidden_size = {hidden}")
+
+
 def _tp_divides_heads(v: Lookup) -> Iterator[Fault]:
     tp, heads = v("parallel.tp"), v("model.num_attention_heads")
     if heads % tp:
@@ -300,6 +316,7 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
 RULES: tuple[Rule, ...] = (
     _heads_share_keys,
     _heads_have_a_width,
+    _matrices_can_be_counted,
     _tp_divides_heads,
     _tp_fits_key_values,
     _tp_divides_feed_forward,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megagap.checkpoint import Index, load_model, save_checkpoint
@@ -142,6 +142,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(field="model.num_attention_heads", value=2**53)
 @given(field=st.sampled_from(FIELDS), value=JUNK)
 def test_any_junk_in_a_field_is_refused_or_harmless(index: Index, field: str, value: Any) -> None:
     tampered = index.model_copy(update={"state": changed(field, value)})

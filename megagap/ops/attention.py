@@ -186,7 +186,8 @@ class _Blocked(torch.autograd.Function):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         grad_q = torch.empty_like(grad, memory_format=torch.contiguous_format)
         grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for i, start in enumerate(range(0, length, BLOCK)):
+
+        def add_block(i: int, start: int) -> None:  # its tensors are freed before those of the next block are made
             end = min(start + BLOCK, length)
             if ctx.keeps_scores:
                 rows_BKRD, weights_BKRT = saved[2 * i : 2 * i + 2]
@@ -198,6 +199,9 @@ class _Blocked(torch.autograd.Function):
             grad_scores = torch._softmax_backward_data(grad_weights, weights_BKRT, -1, weights_BKRT.dtype)
             grad_k[:, :, :end] += grad_scores.transpose(2, 3) @ rows_BKRD
             grad_q[:, start:end] = _from_rows((grad_scores @ keys[:, :, :end]) * size**-0.5, heads)
+
+        for i, start in enumerate(range(0, length, BLOCK)):
+            add_block(i, start)
         return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2), None
 
 

@@ -396,7 +396,8 @@ class _Stage:
         product_again, input_again = self.F - self._product, self.R - self._input
         yield _Moment(name, kept, stream + gathered + self.F + product_again + self._product_copy(self.inner))
         yield _Moment(name, kept - self._product, stream + 3 * self.F)
-        inputs = input_again + gathered + self.A + summed  # the input made and gathered again, its gradient, and that summed over tp
+        # The input, made and gathered again; its gradient, and that summed over tp.
+        inputs = input_again + gathered + self.A + summed
         kept -= 2 * self.F + self._product
         yield _Moment(name, kept, stream + 2 * self.F + inputs + self._product_copy(self.inner))
         kept -= self.R + self._input

@@ -268,20 +268,23 @@ class _RowProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,), input_again = _kept(ctx)
         region, wanted = ctx.region, ctx.needs_input_grad[3]
+        gathering = region.gather(grad)  # while x, or its whole layer, is computed again if it was not kept
+        (weight,), input_again = _kept(ctx)
 
-        def of_weight(whole: Tensor) -> list[Tensor | None]:
-            return _weight_gradients(
-                [weight], [ctx.sink], [wanted], [whole.flatten(0, -2)], input_again().flatten(0, -2)
-            )
+        def of_weight(whole: Tensor, x: Tensor) -> list[Tensor | None]:
+            return _weight_gradients([weight], [ctx.sink], [wanted], [whole.flatten(0, -2)], x.flatten(0, -2))
 
-        now = wanted and not _deferred(ctx.queue, [weight], lambda: of_weight(region.gather(grad).wait()))
-        whole = region.gather(grad).wait()
+        def later() -> list[Tensor | None]:
+            return of_weight(region.gather(grad).wait(), input_again())
+
+        now = wanted and not _deferred(ctx.queue, [weight], later)
+        x = input_again() if now else None
+        whole = gathering.wait()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient([whole.flatten(0, -2)], [weight]).view(*whole.shape[:-1], -1)
-        return grad_x, None, None, *(of_weight(whole) if now else [None]), None, None
+        return grad_x, None, None, *([None] if x is None else of_weight(whole, x)), None, None
 
 
 def _keep(ctx: Any, x: Tensor, again: Again | None, weights: Sequence[Tensor]) -> None:

@@ -149,6 +149,8 @@ class Train(Section):
     """Tokens per sequence."""
     precision: Literal["fp32", "bf16-mixed"] = "fp32"
     """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward passes compute again instead of keeping it; `selective`: the cheap parts, `full`: whole layers."""
     skip_samples: list[SampleRange] = []
     """Global sample numbers to skip, `["lo:hi", …]` without hi: the usual remedy for a loss spike."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
@@ -251,7 +253,7 @@ SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Setti
 
 PLANNED: dict[str, dict[str, Any]] = {
     "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
-    "train": {"recompute": "none", "compile": False},
+    "train": {"compile": False},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},

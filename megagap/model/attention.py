@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megagap.config import Model
 from megagap.ops import attention, rotary
 from megagap.ops.document_mask import Documents, document_attention
-from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
+from megagap.parallel.tensor import Again, ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
 @dataclass
@@ -33,8 +33,10 @@ class Attention(nn.Module):
     Heads are split over tp. Where tp exceeds the key/value heads, consecutive ranks share one: mesh axis ``kv``.
     """
 
-    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel, *, keep_scores: bool = True) -> None:
+        """``keep_scores``: for the backward pass, in kernels that can; else they are computed again."""
         super().__init__()
+        self.keep_scores = keep_scores
         self.head_dim = model.head_dim
         query_width = model.num_attention_heads * model.head_dim
         key_width = model.num_key_value_heads * model.head_dim
@@ -64,16 +66,20 @@ class Attention(nn.Module):
         sin: Tensor,
         cache: KeyValueCache | None = None,
         documents: Documents | None = None,
+        again: Again | None = None,
     ) -> Tensor:
         """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream.
 
-        A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token.
+        A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token. ``again``: makes x in
+        the backward pass, which then does not keep it.
         """
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = column_parallel(x, self.q_proj, self.k_proj, self.v_proj, again=again)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         q, k = rotary(q, k, cos, sin, None if documents is None else documents.positions)
         if cache is not None:
             k, v = cache.extend(k, v)
-        mixed = attention(q, k, v) if documents is None else document_attention(q, k, v, documents)
+        if documents is None:
+            mixed = attention(q, k, v, keep_scores=self.keep_scores)
+        else:
+            mixed = document_attention(q, k, v, documents, keep_scores=self.keep_scores)
         return self.o_proj(mixed.flatten(2))

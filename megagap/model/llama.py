@@ -12,6 +12,7 @@ from megagap.config import Model
 from megagap.model.attention import Attention, KeyValueCache
 from megagap.model.feed_forward import FeedForward
 from megagap.model.norm import RMSNorm
+from megagap.model.recompute import Recompute, run_again_in_backward
 from megagap.model.rotary import rotary_tables
 from megagap.ops.document_mask import Documents
 from megagap.parallel.cross_entropy import linear_cross_entropy
@@ -19,7 +20,7 @@ from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, voc
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement, VirtualStage
 from megagap.parallel.shard import ShardedParameter
-from megagap.parallel.tensor import TensorParallel
+from megagap.parallel.tensor import RowParallelLinear, TensorParallel
 
 
 class Layer(nn.Module):
@@ -28,13 +29,17 @@ class Layer(nn.Module):
     Its last addition is left to the norm that follows, which reads the sum anyway.
     """
 
-    def __init__(self, index: int, model: Model, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self, index: int, model: Model, tensor_parallel: TensorParallel, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
         name = f"model.layers.{index}"
+        self.is_selective = recompute == "selective"
+        """Whether it computes cheap inputs of its matrix products again in the backward pass."""
         self.input_layernorm = RMSNorm(f"{name}.input_layernorm", model, tensor_parallel)
-        self.self_attn = Attention(f"{name}.self_attn", model, tensor_parallel)
+        self.self_attn = Attention(f"{name}.self_attn", model, tensor_parallel, keep_scores=not self.is_selective)
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model, tensor_parallel)
-        self.mlp = FeedForward(f"{name}.mlp", model, tensor_parallel)
+        self.mlp = FeedForward(f"{name}.mlp", model, tensor_parallel, keep_product=not self.is_selective)
 
     def forward(
         self,
@@ -47,9 +52,10 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream [b, s or s / tp, h]; update: what the previous layer adds to it. Returns both, updated."""
         normalised, x = self.input_layernorm(x, update)
-        mixed = self.self_attn(normalised, cos, sin, cache, documents)
+        again = self.input_layernorm.again(x) if self.is_selective else None
+        mixed = self.self_attn(normalised, cos, sin, cache, documents, again)
         normalised, x = self.post_attention_layernorm(x, mixed)
-        return x, self.mlp(normalised)
+        return x, self.mlp(normalised, self.post_attention_layernorm.again(x) if self.is_selective else None)
 
 
 class LlamaStage(nn.Module):
@@ -65,11 +71,12 @@ class LlamaStage(nn.Module):
         stage: VirtualStage,
         tensor_parallel: TensorParallel,
         tied: VocabParallelEmbedding | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         """``tied``: where embedding and output projection are one, what this rank's first and last stage share."""
         super().__init__()
         self.model, self.tensor_parallel, self.queue = model, tensor_parallel, tensor_parallel.queue
-        self.has_embedding, self.has_head = stage.has_embedding, stage.has_head
+        self.has_embedding, self.has_head, self.recompute = stage.has_embedding, stage.has_head, recompute
         vocabulary = (model.vocab_size, model.hidden_size, tensor_parallel.mesh.tp)
 
         if tied is not None:
@@ -77,7 +84,7 @@ class LlamaStage(nn.Module):
         elif self.has_embedding:
             shard = vocab_shard("model.embed_tokens.weight", *vocabulary)
             self.embed_tokens = VocabParallelEmbedding(shard, tensor_parallel)
-        self.layers = nn.ModuleList(Layer(index, model, tensor_parallel) for index in stage.layers)
+        self.layers = nn.ModuleList(Layer(index, model, tensor_parallel, recompute) for index in stage.layers)
         if self.has_head:
             self.norm = RMSNorm("model.norm", model, tensor_parallel)
             self.output = (
@@ -110,12 +117,22 @@ class LlamaStage(nn.Module):
             x = self.embed_tokens(x)
         update = None
         for i, layer in enumerate(self.layers):
-            x, update = layer(x, update, cos, sin, caches[i] if caches else None, documents)
+            x, update = self.call_layer(layer, x, update, cos, sin, caches[i] if caches else None, documents)
         if caches:
             x, update = x[:, -1:], update if update is None else update[:, -1:]
         if self.has_head:
             return self.norm(x, update)[0]
         return x if update is None else x + update
+
+    def call_layer(self, layer: nn.Module, x: Tensor, update: Tensor | None, *others: object) -> tuple[Tensor, Tensor]:
+        """What :meth:`Layer.forward` returns for these arguments; every layer is called here."""
+        if self.recompute != "full" or not torch.is_grad_enabled():
+            returned: tuple[Tensor, Tensor] = layer(x, update, *others)
+        else:
+            # The last product of a layer is for the next one, and that has kept it.
+            last_product: RowParallelLinear = layer.mlp.down_proj  # type: ignore[union-attr, assignment]
+            returned = run_again_in_backward(layer, x, update, *others, while_again=last_product.only_keeping)
+        return returned
 
     def loss(self, y: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``scale`` · the sum of the cross-entropies at the targets [b, s], and each of them: fp32 scalar and [b, s].
@@ -163,7 +180,13 @@ def sharded_parameters(stages: Iterable[LlamaStage]) -> list[ShardedParameter]:
 
 
 def build_stages(
-    model: Model, placement: Placement, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype
+    model: Model,
+    placement: Placement,
+    mesh: Mesh,
+    *,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
 ) -> list[LlamaStage]:
     """This rank's virtual stages by chunk, with unset parameters: ``model.init`` or a checkpoint fills them."""
     assert placement.ranks == mesh.pp.size, (placement, mesh.pp)
@@ -172,7 +195,7 @@ def build_stages(
     uses = sum(stage.has_embedding + stage.has_head for stage in stages)
     tied = _tied_embedding(model, placement, tensor_parallel, uses) if model.tie_word_embeddings and uses else None
     return [
-        LlamaStage(model, stage, tensor_parallel, tied if stage.has_embedding or stage.has_head else None)
+        LlamaStage(model, stage, tensor_parallel, tied if stage.has_embedding or stage.has_head else None, recompute)
         for stage in stages
     ]
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from megagap.config import Model
 from megagap.ops import add_rms_norm, rms_norm
-from megagap.parallel.tensor import TensorParallel
+from megagap.parallel.tensor import Again, TensorParallel
 
 
 class RMSNorm(nn.Module):
@@ -21,3 +21,10 @@ class RMSNorm(nn.Module):
         if update is None:
             return rms_norm(residual, self.weight, self.eps, self.gain_scale), residual
         return add_rms_norm(update, residual, self.weight, self.eps, self.gain_scale)
+
+    def again(self, total: Tensor) -> Again:
+        """How to make its first result again from the second."""
+        return Again(self._normalised, (total.detach(),))
+
+    def _normalised(self, total: Tensor) -> Tensor:
+        return rms_norm(total, self.weight, self.eps, self.gain_scale)

@@ -32,13 +32,16 @@ BLOCK = 128
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, keep_scores: bool = True) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v, causal; q: [b, s, h, d], k, v: [b, t, hk, d] with hk dividing h. Result as q.
 
     s is t, a whole sequence, or 1, its last token, which sees all others.
+
+    ``keep_scores``: whether blocks of queries keep their probabilities for the backward pass, or compute them again.
     """
     assert q.shape[1] in (1, k.shape[1]), (q.shape, k.shape)
-    return KERNELS[choose(q, k, v)[0]](q, k, v)
+    kernel = KERNELS[choose(q, k, v)[0]]
+    return in_blocks(q, k, v, keep_scores=keep_scores) if kernel is in_blocks else kernel(q, k, v)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
@@ -105,9 +108,9 @@ def repeat_keys(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, *, keep_scores: bool = True) -> Tensor:
     """The causal :func:`reference` of whole sequences as matrix products over blocks of queries."""
-    mixed: Tensor = _Blocked.apply(q, k, v)
+    mixed: Tensor = _Blocked.apply(q, k, v, keep_scores)
     return mixed
 
 
@@ -161,40 +164,56 @@ class _Blocked(torch.autograd.Function):
     """Layouts: B batch, K key heads, R queries of a block times those of a group, T keys up to the block's end, D."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        length, heads, size = q.shape[1:]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep_scores: bool) -> Tensor:
+        length, heads = q.shape[1:3]
         keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [b, hk, t, d]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         saved = []
         for start in range(0, length, BLOCK):
             end = min(start + BLOCK, length)
-            rows_BKRD = _rows(q[:, start:end], k.shape[2]) * size**-0.5
-            scores_BKRT = rows_BKRD @ keys[:, :, :end].transpose(2, 3)
-            future = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
-            scores_BKRT.unflatten(2, (heads // k.shape[2], -1))[..., start:].masked_fill_(future, float("-inf"))
-            weights_BKRT = scores_BKRT.softmax(-1)
+            rows_BKRD, weights_BKRT = _block_weights(q, keys, start, end)
             out[:, start:end] = _from_rows(weights_BKRT @ values[:, :, :end], heads)
-            saved += [rows_BKRD, weights_BKRT]
-        ctx.save_for_backward(k, v, *saved)
+            if keep_scores:
+                saved += [rows_BKRD, weights_BKRT]
+        ctx.keeps_scores = keep_scores
+        ctx.save_for_backward(k, v, *(saved if keep_scores else [q]))
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         k, v, *saved = ctx.saved_tensors
         length, heads, size = grad.shape[1:]
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         grad_q = torch.empty_like(grad, memory_format=torch.contiguous_format)
         grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for i, start in enumerate(range(0, length, BLOCK)):
+
+        def add_block(i: int, start: int) -> None:  # its tensors are freed before those of the next block are made
             end = min(start + BLOCK, length)
-            rows_BKRD, weights_BKRT = saved[2 * i : 2 * i + 2]
+            if ctx.keeps_scores:
+                rows_BKRD, weights_BKRT = saved[2 * i : 2 * i + 2]
+            else:
+                rows_BKRD, weights_BKRT = _block_weights(saved[0], keys, start, end)
             above_BKRD = _rows(grad[:, start:end], k.shape[2])
             grad_v[:, :, :end] += weights_BKRT.transpose(2, 3) @ above_BKRD
             grad_weights = above_BKRD @ values[:, :, :end].transpose(2, 3)
             grad_scores = torch._softmax_backward_data(grad_weights, weights_BKRT, -1, weights_BKRT.dtype)
             grad_k[:, :, :end] += grad_scores.transpose(2, 3) @ rows_BKRD
             grad_q[:, start:end] = _from_rows((grad_scores @ keys[:, :, :end]) * size**-0.5, heads)
-        return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+        for i, start in enumerate(range(0, length, BLOCK)):
+            add_block(i, start)
+        return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2), None
+
+
+def _block_weights(q: Tensor, keys: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Of the queries [start, end) of q [b, s, h, d], scaled: their rows, and their probabilities over keys
+    [b, hk, t, d] up to the end."""
+    heads, size = q.shape[2:]
+    rows_BKRD = _rows(q[:, start:end], keys.shape[1]) * size**-0.5
+    scores_BKRT = rows_BKRD @ keys[:, :, :end].transpose(2, 3)
+    future = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
+    scores_BKRT.unflatten(2, (heads // keys.shape[1], -1))[..., start:].masked_fill_(future, float("-inf"))
+    return rows_BKRD, scores_BKRT.softmax(-1)
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:

@@ -38,10 +38,13 @@ class Documents:
         return Documents(positions.to(device, non_blocking=True), borders.to(device, non_blocking=True), self.longest)
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) v, causal and within documents; q: [b, s, h, d], k, v: [b, s, hk, d]. Result as q."""
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, keep_scores: bool = True) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v, causal and within documents; q: [b, s, h, d], k, v: [b, s, hk, d]. Result as q.
+
+    ``keep_scores``: as for :func:`~megagap.ops.attention.attention`.
+    """
     if q.device.type == "cpu":
-        return torch.cat(list(_one_by_one(q, k, v, documents)), 1).view_as(q)
+        return torch.cat(list(_one_by_one(q, k, v, documents, keep_scores)), 1).view_as(q)
     kernel, _, _ = _variable_length(q, k, v)
     if kernel is not None:
         return kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents).view_as(q)
@@ -118,7 +121,7 @@ def _torch_varlen() -> VariableLengthKernel | None:
     return kernel
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Iterator[Tensor]:
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keep_scores: bool) -> Iterator[Tensor]:
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     for start, stop in pairwise(documents.borders.tolist()):
-        yield attention(q[:, start:stop], k[:, start:stop], v[:, start:stop])
+        yield attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], keep_scores=keep_scores)

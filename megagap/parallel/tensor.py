@@ -58,6 +58,15 @@ class WeightGradientQueue:
 
 
 @dataclass(frozen=True)
+class Again:
+    """How to make an input of a matrix product again in the backward pass, which keeps ``inputs`` instead of it."""
+
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    """Without history; kept anyway, or smaller than what they make."""
+
+
+@dataclass(frozen=True)
 class Region:
     """The borders of regions, without autograd: the gradient of each passes through the other."""
 
@@ -67,6 +76,11 @@ class Region:
     def gather(self, x: Tensor) -> Pending:
         """Start making the residual stream [b, s or s / tp, h] whole: [b, s, h]. Without sequence parallelism it is."""
         return all_gather_async(x, self.tp, SEQUENCE) if self.sequence_parallel else Pending(x)
+
+    def stream_shape(self, x: Tensor, width: int) -> tuple[int, ...]:
+        """Of what leaves the region, for x [b, s, any]: [b, s or s / tp, width]."""
+        batch, length = x.shape[:2]
+        return batch, length // self.tp.size if self.sequence_parallel else length, width
 
     def sum(self, y: Tensor) -> Pending:
         """Start summing [b, s, h] over tp into the residual stream; in place without sequence parallelism."""
@@ -164,6 +178,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         tp = tensor_parallel.mesh.tp
         self.region, self.queue = tensor_parallel.region, tensor_parallel.queue
+        self._computes = True
         self.weight = tensor_parallel.parameter(
             split(f"{name}.weight", (out_features, in_features), dim=1, rank=tp.rank, size=tp.size)
         )
@@ -172,18 +187,30 @@ class RowParallelLinear(nn.Module):
             tensor_parallel.parameter(tensor_parallel.replicated(f"{name}.bias", (out_features,))) if bias else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _RowProduct.apply(x, self.region, self.queue, self.weight)
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """``again``: makes x in the backward pass, which then does not keep it."""
+        y: Tensor = _RowProduct.apply(x, self.region, self.queue, self.weight, again, self._computes)
         return y if self.bias is None else y + self.bias
 
+    @contextmanager
+    def only_keeping(self) -> Iterator[None]:
+        """Inside, a forward pass keeps what its backward pass needs, but computes and sends nothing: nobody reads its
+        result, which is not set."""
+        self._computes = False
+        try:
+            yield
+        finally:
+            self._computes = True
 
-def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+
+def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | None = None) -> tuple[Tensor, ...]:
     """The outputs of several layers for one input, the residual stream, which is gathered once for all of them.
 
-    As if each were called by itself; the input's gradient is accumulated inside the matrix products.
+    As if each were called by itself; the input's gradient is accumulated inside the matrix products. ``again``: makes
+    x in the backward pass, which then does not keep it.
     """
     first, weights = layers[0], [layer.weight for layer in layers]
-    products: tuple[Tensor, ...] = _ColumnProducts.apply(x, first.region, first.queue, *weights)
+    products: tuple[Tensor, ...] = _ColumnProducts.apply(x, first.region, first.queue, again, *weights)
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
 
 
@@ -192,29 +219,29 @@ class _ColumnProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, region: Region, queue: WeightGradientQueue, *weights: Tensor
+        ctx: Any, x: Tensor, region: Region, queue: WeightGradientQueue, again: Again | None, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
+        _keep(ctx, x, again, weights)
         ctx.region, ctx.queue, ctx.sinks = region, queue, [getattr(weight, "sink", None) for weight in weights]
         whole = region.gather(x).wait()
         return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        region, wanted = ctx.region, ctx.needs_input_grad[3:]
+        weights, input_again = _kept(ctx)
+        region, wanted = ctx.region, ctx.needs_input_grad[4:]
         outputs = [grad.flatten(0, -2) for grad in grads]
 
         def of_weights(gathering: Pending) -> list[Tensor | None]:
             return _weight_gradients(weights, ctx.sinks, wanted, outputs, gathering.wait().flatten(0, -2))
 
-        now = any(wanted) and not _deferred(ctx.queue, weights, lambda: of_weights(region.gather(x)))
-        gathering = region.gather(x) if now else None  # while the input's gradient is computed
+        now = any(wanted) and not _deferred(ctx.queue, weights, lambda: of_weights(region.gather(input_again())))
+        gathering = region.gather(input_again()) if now else None  # while the input's gradient is computed
         summing = None
         if ctx.needs_input_grad[0]:
             summing = region.sum(_input_gradient(outputs, weights).view(*grads[0].shape[:-1], -1))
         found = [None] * len(weights) if gathering is None else of_weights(gathering)  # while that is summed
-        return None if summing is None else summing.wait(), None, None, *found
+        return None if summing is None else summing.wait(), None, None, None, *found
 
 
 class _RowProduct(torch.autograd.Function):
@@ -224,23 +251,58 @@ class _RowProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, region: Region, queue: WeightGradientQueue, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        region: Region,
+        queue: WeightGradientQueue,
+        weight: Tensor,
+        again: Again | None,
+        computes: bool,
+    ) -> Tensor:
+        _keep(ctx, x, again, [weight])
         ctx.region, ctx.queue, ctx.sink = region, queue, getattr(weight, "sink", None)
+        if not computes:
+            return x.new_empty(()).expand(region.stream_shape(x, weight.shape[0]))
         return region.sum(F.linear(x, weight)).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
         region, wanted = ctx.region, ctx.needs_input_grad[3]
+        gathering = region.gather(grad)  # while x, or its whole layer, is computed again if it was not kept
+        (weight,), input_again = _kept(ctx)
 
-        def of_weight(whole: Tensor) -> list[Tensor | None]:
+        def of_weight(whole: Tensor, x: Tensor) -> list[Tensor | None]:
             return _weight_gradients([weight], [ctx.sink], [wanted], [whole.flatten(0, -2)], x.flatten(0, -2))
 
-        now = wanted and not _deferred(ctx.queue, [weight], lambda: of_weight(region.gather(grad).wait()))
-        whole = region.gather(grad).wait()
-        grad_x = _input_gradient([whole.flatten(0, -2)], [weight]).view_as(x) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, *(of_weight(whole) if now else [None])
+        def later() -> list[Tensor | None]:
+            return of_weight(region.gather(grad).wait(), input_again())
+
+        now = wanted and not _deferred(ctx.queue, [weight], later)
+        x = input_again() if now else None
+        whole = gathering.wait()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient([whole.flatten(0, -2)], [weight]).view(*whole.shape[:-1], -1)
+        return grad_x, None, None, *([None] if x is None else of_weight(whole, x)), None, None
+
+
+def _keep(ctx: Any, x: Tensor, again: Again | None, weights: Sequence[Tensor]) -> None:
+    """For :func:`_kept`: the input, or what makes it, and the weights."""
+    inputs = (x,) if again is None else again.inputs
+    ctx.save_for_backward(*weights, *inputs)
+    ctx.weight_count, ctx.make_input = len(weights), _itself if again is None else again.function
+
+
+def _kept(ctx: Any) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """The weights, and what returns the input: each call makes it again if it was not kept."""
+    saved, make_input = ctx.saved_tensors, ctx.make_input
+    weights, inputs = saved[: ctx.weight_count], saved[ctx.weight_count :]
+    return list(weights), lambda: make_input(*inputs)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -282,6 +282,7 @@ class _Stage:
         self.pp, self.tp = parallel.pp, parallel.tp
         self.dp = world_size // (self.pp * self.tp)
         self.has_embedding, self.has_head, self.layers = stage.has_embedding, stage.has_head, len(stage.layers)
+        self.recompute = train.recompute
         self.dtype = COMPUTE_DTYPES[train.precision]
         self.itemsize = self.dtype.itemsize
 
@@ -310,7 +311,9 @@ class _Stage:
     def saved(self) -> int:
         """What a microbatch keeps from its forward to its backward pass."""
         rstd = FP32 * self.residual_tokens
-        total = self.layers * self._saved_by_layer(rstd)
+        total = self.layers * self._saved_by_layer
+        if self.recompute == "full" and self.layers:
+            total = (2 * self.layers - 1) * self.R  # what enters each: the stream and its update, at first no update
         if self.has_embedding and self.tp > 1:
             total += 9 * self.tokens  # which tokens are this rank's rows: an int64 and a bool for each
         if not self.has_head:
@@ -318,15 +321,26 @@ class _Stage:
         # The last norm's input, and the gradient that the loss computes with itself.
         return total + self.R + rstd + self.R
 
-    def _saved_by_layer(self, rstd: int) -> int:
-        norms = 2 * (self.R + rstd)
-        inputs = 2 * self.R  # of attention and feed-forward
+    @property
+    def _saved_by_layer(self) -> int:
+        """What a layer's own operations keep; with ``full``, while its backward pass goes on only."""
+        norms = 2 * (self.R + FP32 * self.residual_tokens)
         attention = self._saved_by_attention() + self.Q  # its result is the input of the output projection
-        return norms + inputs + attention + 3 * self.F  # gate, up, and their product
+        return norms + 2 * self._input + attention + 2 * self.F + self._product  # gate and up
+
+    @property
+    def _input(self) -> int:
+        """What is kept of the input of attention, or of feed-forward."""
+        return 0 if self.recompute == "selective" else self.R
+
+    @property
+    def _product(self) -> int:
+        """What is kept of the product of gate and up."""
+        return 0 if self.recompute == "selective" else self.F
 
     def _saved_by_attention(self) -> int:
         if self._in_blocks:
-            return self.Q + 2 * self.K + self._block_scores
+            return self.Q + 2 * self.K + (0 if self.recompute == "selective" else self._block_scores)
         keys_repeated = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
         log_sums = FP32 * self.tokens * self.heads
         return self.Q + 2 * (self.Q if keys_repeated else self.K) + log_sums
@@ -372,20 +386,26 @@ class _Stage:
         ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends.
         """
         kept = others + self.saved - (2 * self.R + FP32 * self.residual_tokens if self.has_head else 0)
+        if self.recompute == "full":  # with the layer's own, computed again; the first norm of a stage reads its input
+            kept += self._saved_by_layer - (self.R if self.layers == 1 else 0)
         gathered = self.A if self.splits_sequence else 0
         summed = self.R if self.splits_sequence else 0
         name = "backward of the last layer"
         sending = self.R if self.has_head and self.pp > 1 and self.microbatches > 1 else 0
         stream = self.R + sending  # the gradient of the residual stream
-        yield _Moment(name, kept, stream + gathered + self.F + self._product_copy(self.inner))
-        yield _Moment(name, kept - self.F, stream + 3 * self.F)
-        inputs = gathered + self.A + summed  # the input gathered again, its gradient, and that summed over tp
-        yield _Moment(name, kept - 3 * self.F, stream + 2 * self.F + inputs + self._product_copy(self.inner))
-        kept -= 3 * self.F + 2 * self.R
+        product_again, input_again = self.F - self._product, self.R - self._input
+        yield _Moment(name, kept, stream + gathered + self.F + product_again + self._product_copy(self.inner))
+        yield _Moment(name, kept - self._product, stream + 3 * self.F)
+        # The input, made and gathered again; its gradient, and that summed over tp.
+        inputs = input_again + gathered + self.A + summed
+        kept -= 2 * self.F + self._product
+        yield _Moment(name, kept, stream + 2 * self.F + inputs + self._product_copy(self.inner))
+        kept -= self.R + self._input
         stream += 0 if self.has_head else self.R
         queries = self.heads * self.model.head_dim
         yield _Moment(name, kept, stream + gathered + self.Q + self._product_copy(queries))
-        scores = 2 * self.batch * self.heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
+        block = self.batch * self.heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
+        scores = (3 if self.recompute == "selective" else 2) * block  # gradients, and what is computed again
         kept -= self.Q if self._in_blocks else 0
         yield _Moment(name, kept, stream + 2 * self.Q + 2 * self.K + scores)
 

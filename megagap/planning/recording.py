@@ -4,7 +4,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import FrameType
@@ -97,7 +97,8 @@ class Work:
 
     dtype: torch.dtype
     flops: int = 0
-    """Of attention: counting the full matrix, without what its backward pass recomputes."""
+    """Of attention: counting the full matrix, without what its backward pass recomputes. 0 in a forward pass that runs
+    again."""
     recomputed_flops: int = 0
     causal_flops: int = 0
     """Of attention: counting the causal half, with what is recomputed."""
@@ -263,6 +264,8 @@ class Recorder(TorchDispatchMode):
             return
         floating = [x for x in (*inputs, *outputs) if x.is_floating_point()]
         work = _product(name, args) or _attention(name, args) or Work(floating[0].dtype if floating else torch.float32)
+        if _runs_again(files):
+            work = replace(work, flops=0, recomputed_flops=work.flops + work.recomputed_flops)
         operands = [x for x in inputs if x.dim() > 0]
         elementwise = work.product is None and work.attention is None and name not in _COPIES
         mixed = elementwise and len(operands) > 1 and len({x.dtype for x in (*operands, *outputs)}) > 1
@@ -311,6 +314,11 @@ class Recorder(TorchDispatchMode):
         if site.startswith(_EXECUTOR):
             return self._forward_sites.get(node._sequence_nr(), site)
         return site
+
+
+def _runs_again(files: frozenset[str]) -> bool:
+    """Whether this is a forward pass within a backward pass (``train.recompute``): modules are called there only so."""
+    return torch._C._current_autograd_node() is not None and any(file.startswith("model/") for file in files)
 
 
 def _our_frames(frame: FrameType | None) -> Iterator[tuple[str, int]]:

@@ -23,7 +23,7 @@ def cost(operation: Operation, device: Device) -> Cost:
 
 def _arithmetic(work: Work, device: Device) -> float:
     if work.product is not None:
-        return work.flops / device.product_rate(work.dtype, min(work.product))
+        return (work.flops + work.recomputed_flops) / device.product_rate(work.dtype, min(work.product))
     if work.attention is not None:
         kernel, head, backward = work.attention
         return work.causal_flops / device.attention_rate(kernel, work.dtype, head, backward=backward)

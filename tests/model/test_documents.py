@@ -61,7 +61,9 @@ def test_packed_and_separate_documents_have_the_same_losses_and_gradients(
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def attention_by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+def attention_by_mask(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, *, keep_scores: bool
+) -> torch.Tensor:
     return documents_module.masked_attention(q, k, v, documents.positions)
 
 

@@ -108,6 +108,7 @@ def gradients(
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=dtype,
+        recompute=settings.train.recompute,
     )
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)

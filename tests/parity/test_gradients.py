@@ -34,10 +34,10 @@ def model(request, workers, tmp_path_factory):
     return recipe, expected
 
 
-def run(workers, recipe, layout, mutation=None):
+def run(workers, recipe, layout, mutation=None, recompute="none"):
     ranks, parallel = LAYOUTS[layout]
     overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
-    overrides.append(f"data.document_mask={str('mask' in layout).lower()}")
+    overrides += [f"data.document_mask={str('mask' in layout).lower()}", f"train.recompute={recompute}"]
     return workers.run(ranks, gradients, recipe, overrides, mutation)
 
 
@@ -45,6 +45,18 @@ def run(workers, recipe, layout, mutation=None):
 def test_every_gradient_equals_that_of_one_process(layout, model, workers):
     recipe, expected = model
     assert largest_difference(run(workers, recipe, layout), expected["mask" in layout]) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2", "tp2 without sequence parallelism", "pp2", "tp2 pp2 dp2", "tp2, document mask"],
+)
+def test_every_gradient_equals_that_of_one_process_that_keeps_all(layout, recompute, model, workers):
+    recipe, expected = model
+    results = run(workers, recipe, layout, recompute=recompute)
+    assert largest_difference(results, expected["mask" in layout]) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -117,6 +117,41 @@ def test_every_rank_takes_what_the_formula_says(workers, tmp_path, layout):
 
 
 @needs_kernels
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", ["one process", "tp 2", "tp 2, sequence parallel", "pp 2", "pp 2, gpipe"])
+def test_recomputation_keeps_what_the_formula_says(workers, tmp_path, layout, recompute):
+    ranks, changes = LAYOUTS[layout]
+    require_formula(workers, settings_of(tmp_path, ranks, {**changes, "train.recompute": recompute}), ranks)
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_formula_holds_for_every_mode_split_of_the_sequence_and_schedule(
+    workers, tmp_path, sequence_parallel, schedule, recompute
+):
+    changes = {
+        "parallel.tp": 2,
+        "parallel.pp": 2,
+        "parallel.sequence_parallel": sequence_parallel,
+        "parallel.schedule": schedule,
+        "train.recompute": recompute,
+        "train.micro_batch_size": 1,
+    }
+    require_formula(workers, settings_of(tmp_path, 4, changes), 4)
+
+
+def require_formula(workers: Any, settings: Settings, ranks: int) -> None:
+    for rank, (static, peak) in enumerate(workers.run(ranks, measured_peak, settings)):
+        formula = memory_of_rank(settings, load_device("cpu"), ranks, rank)
+        # Without what lies between the steps, which recomputation does not change.
+        assert formula.total - formula.static == pytest.approx(peak - static, rel=0.04)
+        assert formula.total == pytest.approx(peak, rel=0.01)
+
+
+@needs_kernels
 @pytest.mark.parametrize("sequences", MEASURED_PEAK_BYTES)
 def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
     """4 sequences per microbatch, 1 or 8 microbatches per step; docs/performance.md."""
@@ -135,6 +170,10 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (8, {"parallel.tp": 8, "train.micro_batch_size": 1}),  # more ranks than key/value heads
         (8, {"parallel.tp": 2, "train.micro_batch_size": 1}),
         (1, {"train.precision": "fp32"}),
+        (1, {"train.recompute": "selective"}),
+        (1, {"train.recompute": "full"}),
+        (2, {"parallel.tp": 2, "train.recompute": "selective"}),
+        (2, {"parallel.tp": 2, "train.recompute": "full"}),
         (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
     ],
     ids=str,

@@ -110,6 +110,36 @@ def test_flops_on_cpu_are_what_torch_counts_in_the_real_step(tmp_path, length, p
     assert trace(recipe, device="cpu").total.flops == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_layers_that_run_again_add_their_products_and_attention_to_the_recomputed_flops_only(tmp_path, tp):
+    """Not the last product of each, which nobody needs; with tp, not its sum either."""
+    overrides = ["--train.precision=bf16-mixed", f"--parallel.tp={tp}"]
+    recipe = write_recipe(tmp_path, train={"global_batch_size": 4})
+    traces = {}
+    for mode in ("none", "selective", "full"):
+        settings = settings_of(recipe, *overrides, f"--train.recompute={mode}", world_size=tp)
+        traces[mode] = trace_step(settings, load_device("h100"), tp)
+    reports = {mode: traced.as_dict() for mode, traced in traces.items()}
+    assert reports["none"]["flops"] == reports["selective"]["flops"] == reports["full"]["flops"]
+    assert reports["none"]["flops_with_recomputation"] == reports["selective"]["flops_with_recomputation"]
+
+    model, length = traces["full"].settings.model, traces["full"].moment.sequence_length
+    hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    weights = hidden * (2 * queries + 2 * keys + 2 * model.intermediate_size)
+    per_token = 2 * weights + 4 * queries * length
+    tokens = 4 * length
+    extra = reports["full"]["flops_with_recomputation"] - reports["none"]["flops_with_recomputation"]
+    assert extra == model.num_hidden_layers * tokens * per_token // tp
+    assert reports["full"]["step_seconds"] > reports["none"]["step_seconds"]
+    if tp > 1:
+        none, full = (
+            sum(operation.kind == "collectives" for operation in traces[mode].operations) for mode in ("none", "full")
+        )
+        # For every sequence and layer: two gathers of the input, and the sum after attention.
+        assert full - none == 3 * 4 * model.num_hidden_layers
+
+
 @pytest.mark.parametrize("device", ["h100", "a100", "mi300x"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_flops_with_recomputation_are_what_torch_counts_in_the_gpus_operators(tmp_path, monkeypatch, device, precision):

@@ -1,4 +1,4 @@
-"""The executor: runs one stage's program of actions (``schedule.py``) over real microbatches."""
+"""The executor: runs one stage's program of actions (``program.py``) over real microbatches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagap.parallel.mesh import Mesh
-from megagap.parallel.placement import Placement
-from megagap.parallel.schedule import (
+from megagap.parallel.actions import (
     Action,
     Backward,
     BackwardInput,
@@ -19,8 +17,10 @@ from megagap.parallel.schedule import (
     Hop,
     Message,
     Transfer,
-    flow,
 )
+from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import Placement
+from megagap.parallel.program import flow
 from megagap.parallel.tensor import WeightGradientQueue
 
 

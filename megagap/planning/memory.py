@@ -26,17 +26,11 @@ from megagap.optim.buckets import Kind, arrange
 from megagap.optim.gradient_store import kind_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.optim.rules import RULES
+from megagap.parallel.actions import Backward, BackwardWeight, Compute, Forward
 from megagap.parallel.cross_entropy import chunk_tokens
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import VirtualStage
-from megagap.parallel.schedule import (
-    SCHEDULES,
-    Backward,
-    BackwardWeight,
-    Compute,
-    Forward,
-    peak_live_activations,
-)
+from megagap.parallel.program import peak_live_activations
 from megagap.planning.devices import Device
 from megagap.train import make_layout
 
@@ -208,8 +202,7 @@ def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int)
     stages = [_Stage(settings, device, world_size, stage) for stage in placement.stages_of(rank)]
     any_stage = stages[0]
     microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
-    schedule = SCHEDULES[settings.parallel.schedule]
-    actions = list(schedule(rank, placement.ranks, placement.chunks, microbatches))
+    actions = list(settings.schedule(rank, placement.ranks, placement.chunks, microbatches))
     parameters = _parameters(settings, world_size, rank)
     buckets = [bucket.stop - bucket.start for bucket in arrange(parameters, dp).buckets]
     elements = sum(buckets)

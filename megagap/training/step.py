@@ -12,12 +12,13 @@ from megagap.model.llama import LlamaStage
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import Boundary, execute
 from megagap.parallel.placement import Placement
-from megagap.parallel.schedule import SCHEDULES, Action, Forward, programs_of
+from megagap.parallel.program import programs_of
 from megagap.timeline import Moment, Timeline
 from megagap.training.guard import accept_update
 
@@ -42,8 +43,8 @@ class TrainState:
     def program(self, microbatches: int) -> list[Action]:
         """What this rank does in a step of so many microbatches: proven when it is first asked for."""
         if microbatches not in self.programs:
-            schedule = SCHEDULES[self.settings.parallel.schedule]
-            self.programs[microbatches] = programs_of(schedule, self.placement, microbatches)[self.mesh.pp.rank]
+            programs = programs_of(self.settings.schedule, self.placement, microbatches)
+            self.programs[microbatches] = programs[self.mesh.pp.rank]
         return self.programs[microbatches]
 
     @property

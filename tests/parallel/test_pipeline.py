@@ -8,17 +8,10 @@ import torch
 
 from megagap.checkpoint.model import load_model
 from megagap.config import Settings
+from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.placement import Place, Placement
-from megagap.parallel.schedule import (
-    Backward,
-    BackwardInput,
-    BackwardWeight,
-    Compute,
-    Forward,
-    gpipe,
-    one_forward_one_backward,
-    programs_of,
-)
+from megagap.parallel.program import programs_of
+from megagap.parallel.schedule import ANY, SCHEDULES, Schedule, gpipe
 from tests.parity.gradients import assembled, gradients, largest_difference
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -96,24 +89,24 @@ def test_gradients_equal_those_of_one_process_in_every_placement(name, model, wo
         assert held <= {layer for stage in mine for layer in stage.layers}
 
 
-def placed_gradients(rank, ranks, recipe, tp, placement, schedule):
+def placed_gradients(rank, ranks, recipe, tp, placement, order):
     """Of a placement and a schedule that no setting gives."""
     overrides = [f"parallel.pp={placement.ranks}", f"parallel.tp={tp}"]
-    return gradients(rank, ranks, recipe, overrides, placement=placement, schedule=schedule)
+    return gradients(rank, ranks, recipe, overrides, placement=placement, order=order)
 
 
 def test_a_schedule_by_hand_is_run_as_it_is_written():
     """So that the runs above are of what they say: what is proven is what was written, with transfers between."""
     placement = Placement.loop([1] * 4, chunks=2)
-    first, last = programs_of(interleaved, placement, MICROBATCHES)
+    first, last = programs_of(Schedule(interleaved, chunks=ANY), placement, MICROBATCHES)
     computed = [action for action in first if isinstance(action, Compute)]
     assert computed[:6] == [Forward(0), Forward(1), Forward(0, 1), Forward(1, 1), Forward(2), Backward(0, 1)]
     assert len(computed) == len([action for action in last if isinstance(action, Compute)]) == 16
 
 
 def test_1f1b_refuses_several_chunks():
-    with pytest.raises(AssertionError, match="one chunk per stage, not 2"):
-        programs_of(one_forward_one_backward, Placement.loop([1] * 4, chunks=2), MICROBATCHES)
+    with pytest.raises(AssertionError, match="chunks per stage, not 2"):
+        programs_of(SCHEDULES["1f1b"], Placement.loop([1] * 4, chunks=2), MICROBATCHES)
 
 
 def train_placed(rank, ranks, recipe, overrides, placement):

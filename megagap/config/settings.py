@@ -218,6 +218,8 @@ class Run(Section):
     """Save and stop after so many steps of this start (a restart counts anew); the schedule stays as it is. 0: off."""
     log_every: Positive = 10
     """Steps between console lines; metrics.jsonl has every step."""
+    spans: bool = False
+    """Record when each rank computes what in the pipeline, in spans/ of the run directory, for draw-schedule."""
 
 
 class Settings(Section):

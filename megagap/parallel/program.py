@@ -62,10 +62,10 @@ def flow(action: Compute, rank: int, placement: Placement) -> tuple[Hop | None, 
 
 
 class Timed(NamedTuple):
-    """An action of a :func:`timeline`, in units of half a backward."""
+    """An action of a :func:`timeline`, in units of half a backward, or as it was measured, in seconds."""
 
-    start: int
-    end: int
+    start: float
+    end: float
     action: Compute
 
 
@@ -76,7 +76,7 @@ def timeline(schedules: Sequence[Sequence[Compute]], placement: Placement) -> li
     ``schedules``: every rank's compute actions. Asserts that none of them waits for ever.
     """
     rows: list[list[Timed]] = [[] for _ in schedules]
-    made_at: dict[Message, int] = {}
+    made_at: dict[Message, float] = {}
     todo = [deque(actions) for actions in schedules]
     progress = True
     while progress:
@@ -119,7 +119,7 @@ def with_transfers(schedules: Sequence[Sequence[Compute]], placement: Placement)
     cannot wait for each other: the first message of the sequence that is not transferred yet always can be.
     """
     # In order of time; what is sent when an action starts comes before it.
-    sequence: list[tuple[int, bool, int, Compute | Hop]] = []
+    sequence: list[tuple[float, bool, int, Compute | Hop]] = []
     for rank, row in enumerate(timeline(schedules, placement)):
         for start, end, action in row:
             sequence.append((start, True, rank, action))

@@ -17,6 +17,7 @@ TOOLS = {
     "evaluate": "evaluate",
     "benchmark-mfu": "benchmark_mfu",
     "trace-step": "trace_step",
+    "draw-schedule": "draw_schedule",
     "plot": "plot_run",
     "gather-text": "gather_text",
 }

@@ -264,9 +264,8 @@ def _check_compute(rank: int, actions: Sequence[Compute], chunks: int, microbatc
         place[type(action)][key] = index
     whole, inputs, weights = place[Backward], place[BackwardInput], place[BackwardWeight]
     assert place[Forward].keys() == everything, f"stage {rank}: not every microbatch goes forward"
-    assert inputs.keys() == weights.keys() and not whole.keys() & inputs.keys(), (
-        f"stage {rank}: BackwardInput without BackwardWeight"
-    )
+    assert inputs.keys() == weights.keys(), f"stage {rank}: BackwardInput without BackwardWeight, or the reverse"
+    assert not whole.keys() & inputs.keys(), f"stage {rank}: Backward beside BackwardInput of the same microbatch"
     backwards = whole | inputs
     assert not backwards or backwards.keys() == everything, f"stage {rank}: not every microbatch goes backward"
     assert all(place[Forward][key] < index for key, index in backwards.items()), f"stage {rank}: backward too early"

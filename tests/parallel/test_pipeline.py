@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megagap.checkpoint.model import load_model
+from megagap.commands.draw_schedule import NAMES
 from megagap.config import Settings
+from megagap.observe.spans import read_step
 from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.placement import Place, Placement
 from megagap.parallel.program import programs_of
@@ -93,6 +95,23 @@ def placed_gradients(rank, ranks, recipe, tp, placement, order):
     """Of a placement and a schedule that no setting gives."""
     overrides = [f"parallel.pp={placement.ranks}", f"parallel.tp={tp}"]
     return gradients(rank, ranks, recipe, overrides, placement=placement, order=order)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_executed_order_is_that_of_the_list(name, workers, tmp_path):
+    """On real processes, as their spans say."""
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    overrides = ["parallel.pp=2", f"parallel.schedule={name}", "run.spans=true", f"run.dir={tmp_path / 'run'}"]
+    workers.run(2, train_recipe, recipe, overrides)
+    chunks = SCHEDULES[name].default_chunks
+    for step in (1, 2):
+        for stage, spans in enumerate(read_step(tmp_path / "run", step).ranks):
+            executed = [
+                NAMES[span.name](span.fields["microbatch"], span.fields["chunk"])
+                for span in spans
+                if span.name in NAMES
+            ]
+            assert executed == list(SCHEDULES[name](stage, 2, chunks, MICROBATCHES))
 
 
 def test_a_schedule_by_hand_is_run_as_it_is_written():

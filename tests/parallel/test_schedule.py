@@ -19,7 +19,7 @@ from megagap.parallel.program import (
     validate,
     with_transfers,
 )
-from megagap.parallel.schedule import EVALUATION, SCHEDULES, Schedule
+from megagap.parallel.schedule import EVALUATION, SCHEDULES, Schedule, all_activations
 
 ONE, TWO = Placement.loop([1]), Placement.loop([1, 1])
 
@@ -204,59 +204,79 @@ def test_in_a_v_the_last_rank_hands_over_to_itself_without_a_transfer():
     assert all(peer == 1 for action in first if isinstance(action, Transfer) for peer, _ in action.sends)
 
 
-def test_the_validator_finds_a_chunk_that_comes_before_the_one_of_the_same_rank_that_it_needs():
-    placement = Placement.v_shape([1, 1])
-    with pytest.raises(AssertionError, match=r"needs Message\(.*\) before it is there"):
-        validate([[Forward(0, 1), Forward(0, 0)]], placement, 1)
-
-
-def test_the_validator_finds_a_chunk_that_is_left_out():
-    with pytest.raises(AssertionError, match="not every microbatch goes forward"):
-        validate([[Forward(0), Backward(0)]], Placement.v_shape([1, 1]), 1)
-
-
 def test_the_possible_values_of_the_setting_are_the_schedules_there_are():
     annotation = Parallel.model_fields["schedule"].annotation
     assert get_args(get_args(annotation)[0]) == tuple(SCHEDULES)
 
 
-def test_the_validator_finds_a_deadlock():
-    one = [
-        Transfer((), ((1, Message("gradient", 0, 1)),)),
-        Forward(0),
-        Transfer(((1, Message("activation", 0, 1)),), ()),
-    ]
-    two = [Transfer((), (Hop(0, Message("activation", 0, 1)),)), Forward(0)]
-    with pytest.raises(AssertionError, match=r"deadlock|never used"):
-        validate([one, two], TWO, 1)
+def act(microbatch: int) -> Message:
+    return Message("activation", microbatch, 1)
 
 
-@pytest.mark.parametrize("program", [[Forward(0)], [Forward(0), Backward(0)]])
-def test_the_validator_finds_missing_transfers(program):
-    with pytest.raises(AssertionError, match="stage 0"):
-        validate([program, program], TWO, 1)
+def grad(microbatch: int) -> Message:
+    return Message("gradient", microbatch, 1)
 
 
-def test_the_validator_finds_messages_out_of_order():
-    one, _ = with_transfers([[Forward(1), Forward(0)]] * 2, TWO)
-    _, two = with_transfers([[Forward(0), Forward(1)]] * 2, TWO)
-    with pytest.raises(AssertionError, match="expects"):
-        validate([one, two], TWO, 2)
+def sent(peer: int, *messages: Message) -> Transfer:
+    return Transfer(tuple(Hop(peer, message) for message in messages), ())
 
 
-@pytest.mark.parametrize(
-    ("actions", "complaint"),
-    [
-        ([Forward(0)], "not every microbatch"),
-        ([Forward(0), Forward(0), Forward(1)], "twice"),
-        ([Backward(0), Forward(0), Forward(1), Backward(1)], "too early"),
-        ([Forward(0), Forward(1), Backward(0)], "not every microbatch"),
-        ([Forward(0), Forward(1), BackwardInput(0), BackwardInput(1), BackwardWeight(1)], "without BackwardWeight"),
-    ],
-)
-def test_the_validator_finds_incomplete_schedules(actions, complaint):
+def received(peer: int, *messages: Message) -> Transfer:
+    return Transfer((), tuple(Hop(peer, message) for message in messages))
+
+
+F, B, I, W = Forward, Backward, BackwardInput, BackwardWeight  # noqa: E741
+FIRST = [F(0), sent(1, act(0)), F(1), sent(1, act(1)), received(1, grad(0)), B(0), received(1, grad(1)), B(1)]
+LAST = [received(0, act(0)), F(0), received(0, act(1)), F(1), B(0), sent(0, grad(0)), B(1), sent(0, grad(1))]
+
+
+def test_what_the_broken_schedules_are_made_from_is_valid():
+    validate([FIRST, LAST], TWO, 2, SCHEDULES["gpipe"].live)
+    validate([[F(0), F(1), I(0), W(0), I(1), W(1)]], ONE, 2)
+
+
+BROKEN = {
+    "a program is missing": ([FIRST], TWO, "1 programs for 2 pipeline ranks"),
+    "a microbatch never goes forward": ([[F(0), B(0)]], ONE, "stage 0: not every microbatch goes forward"),
+    "a microbatch goes forward twice": ([[F(0), F(0), F(1), B(0), B(1)]], ONE, "twice"),
+    "a microbatch never goes backward": ([[F(0), F(1), B(0)]], ONE, "not every microbatch goes backward"),
+    "a backward before its forward": ([[B(0), F(0), F(1), B(1)]], ONE, "backward too early"),
+    "a weight gradient is left out": ([[F(0), F(1), I(0), I(1), W(1)]], ONE, "without BackwardWeight"),
+    "a weight gradient that nothing deferred": ([[F(0), F(1), B(0), B(1), W(1)]], ONE, "or the reverse"),
+    "a weight gradient too early": ([[F(0), F(1), W(0), I(0), I(1), W(1)]], ONE, "weight gradient too early"),
+    "a gradient computed twice": ([[F(0), F(1), B(0), I(0), W(0), B(1)]], ONE, "Backward beside BackwardInput"),
+    "a receive is left out": ([FIRST, LAST[1:]], TWO, "stage 1: .* needs .* before it is there"),
+    "a send is left out": ([FIRST, LAST[:-1]], TWO, "stage 1: never used or sent"),
+    "a send before what it sends": ([[FIRST[1], FIRST[0], *FIRST[2:]], LAST], TWO, "sent before it is computed"),
+    "a send that nobody receives": (
+        [[F(0), F(1), sent(1, act(0)), sent(1, act(1)), *FIRST[4:]], [received(0, act(1), act(0)), F(0), *LAST[3:]]],
+        TWO,
+        "stage 0 sends .* stage 1 expects",
+    ),
+    "sends that wait for each other": (
+        [FIRST, [LAST[0], F(0), B(0), sent(0, grad(0)), LAST[2], F(1), B(1), sent(0, grad(1))]],
+        TWO,
+        "deadlock",
+    ),
+    "a chunk before the one below it": (
+        [[F(0, 1), F(0, 0), F(1, 0), F(1, 1)]],
+        Placement.v_shape([1, 1]),
+        "before it is there",
+    ),
+    "more activations than promised": ([FIRST, LAST], TWO, "stage 1: 2 live activations, more than the bound of 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_validator_rejects_a_broken_schedule_for_its_own_reason(name):
+    programs, placement, complaint = BROKEN[name]
     with pytest.raises(AssertionError, match=complaint):
-        validate([actions], ONE, 2)
+        validate(programs, placement, 2, SCHEDULES["1f1b"].live if "promised" in name else all_activations)
+
+
+def test_a_schedule_that_breaks_its_promise_on_activations_is_never_run():
+    with pytest.raises(AssertionError, match="stage 0: 4 live activations, more than the bound of 2"):
+        programs_of(Schedule(SCHEDULES["gpipe"].order, live=lambda *shape: 2), TWO, 4)
 
 
 def test_gpipe_runs_all_forwards_first():

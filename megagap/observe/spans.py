@@ -13,15 +13,18 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megagap.config import Settings
 from megagap.errors import DataError
 from megagap.files import LineFile, make_folder, reading
-from megagap.parallel.mesh import Mesh
+
+if TYPE_CHECKING:  # recordings are read without torch
+    from torch.cuda import Event
+
+    from megagap.parallel.mesh import Mesh
 
 FOLDER = "spans"
 BUFFERED_LINES = 2000
@@ -84,19 +87,22 @@ class DeviceClock:
     """
 
     def __init__(self) -> None:
+        from torch.cuda import Event
+
+        self._event = partial(Event, enable_timing=True)
         self._last = self.mark()
         self._last.synchronize()
         self._seconds = time.time()
 
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+    def mark(self) -> "Event":
+        event = self._event()
         event.record()
         return event
 
-    def has_passed(self, mark: torch.cuda.Event) -> bool:
+    def has_passed(self, mark: "Event") -> bool:
         return mark.query()
 
-    def seconds(self, mark: torch.cuda.Event) -> float:
+    def seconds(self, mark: "Event") -> float:
         mark.synchronize()
         self._seconds += self._last.elapsed_time(mark) / 1000
         self._last = mark
@@ -165,7 +171,7 @@ class RecordedSpans(Spans):
             self._lines = []
 
 
-def spans_of_run(settings: Settings, run: Path, mesh: Mesh, first_step: int) -> Spans:
+def spans_of_run(settings: Settings, run: Path, mesh: "Mesh", first_step: int) -> Spans:
     """Where this process records its spans: nowhere, unless ``run.spans`` is set."""
     if not settings.run.spans:
         return Spans()
@@ -174,7 +180,7 @@ def spans_of_run(settings: Settings, run: Path, mesh: Mesh, first_step: int) -> 
     return RecordedSpans(span_file(run, rank), rank, clock, describe_start(settings, mesh, first_step))
 
 
-def describe_start(settings: Settings, mesh: Mesh, first_step: int) -> dict[str, Any]:
+def describe_start(settings: Settings, mesh: "Mesh", first_step: int) -> dict[str, Any]:
     """The layout in which a start's spans are recorded, of this rank."""
     return {
         "first_step": first_step,

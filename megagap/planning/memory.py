@@ -241,9 +241,7 @@ def _state_bytes(settings: Settings) -> int:
     return sum(tensor.nbytes for tensor in RULES[settings.optim.name](settings.optim).new_state(one).values())
 
 
-def _kept_beside(
-    actions: list[Compute], saved: list[int], deferred: list[int]
-) -> dict[tuple[type[Compute], int], int]:
+def _kept_beside(actions: list[Compute], saved: list[int], deferred: list[int]) -> dict[tuple[type[Compute], int], int]:
     """The most that other microbatches, and other chunks, keep while a chunk goes backward; in bytes, by the kind of
     action and the chunk.
 

@@ -11,6 +11,7 @@ from megagap.commands.draw_schedule import NAMES
 from megagap.config import Settings
 from megagap.observe.spans import read_step
 from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
+from megagap.parallel.pipeline import MOST_BATCHES, _Run, no_span
 from megagap.parallel.placement import Place, Placement
 from megagap.parallel.program import programs_of
 from megagap.parallel.schedule import ANY, SCHEDULES, Schedule, gpipe
@@ -154,3 +155,34 @@ def test_a_run_with_several_chunks_per_rank_logs_and_stores_what_one_process_doe
     assert one.keys() == placed.keys()
     for name, weight in one.items():
         torch.testing.assert_close(placed[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class FakeWork:
+    """A batch under way: ended once it is waited for, or when it says so."""
+
+    def __init__(self, ended: bool = False) -> None:
+        self.ended = ended
+        self.waits = 0
+
+    def is_completed(self) -> bool:
+        return self.ended
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.ended = True
+
+
+@pytest.mark.parametrize(("device", "waited"), [("cuda", [0, 0, 1, 0, 0]), ("cpu", [0, 0, 1, 1, 0])])
+def test_on_a_gpu_a_transfer_does_not_wait_for_the_batch_before(device, waited):
+    """NCCL's Work of a batch also stands for what it receives, which may be needed much later. Batches that have ended
+    are dropped, at most two are left under way, and at the end all are waited for."""
+    mesh = mock.Mock(device=torch.device(device))
+    run = _Run(mock.Mock(), mock.Mock(), V, mesh, differentiate=True, span=no_span)
+    works = [FakeWork(ended=True), FakeWork(ended=True), FakeWork(), FakeWork(), FakeWork()]
+    for work in works:
+        run.finish_sends(run.unfinished - 1)
+        run.sends.append(([work], [torch.zeros(1)]))
+        assert len(run.sends) <= MOST_BATCHES
+    assert [work.waits for work in works] == waited
+    run.finish_sends(0)
+    assert not run.sends and all(work.ended for work in works)

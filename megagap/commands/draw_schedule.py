@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,10 @@ number is the microbatch, a letter behind it the chunk. A backward takes twice a
 as one, and transfers take no time. --run draws measured times instead, of a run that was trained with run.spans = true.
 """
 
-MOST_ACTIONS = 200_000
-"""Of all ranks: more take too long to prove and draw."""
-MOST_LABELS = 2_000
-"""Of actions in the image; more would not be readable."""
+MOST_ACTIONS = 50_000
+"""Microbatches on virtual stages: more take longer than some seconds to prove and draw."""
+MOST_IN_DETAIL = 2_000
+"""Actions in an image that shows each with its number; of more, none would be readable."""
 
 KINDS: dict[type[Compute], tuple[str, str, str]] = {
     Forward: ("F", "blue", "tab:blue"),
@@ -237,9 +238,9 @@ def draw_image(picture: Picture, output: Path) -> None:
     figure = Figure(figsize=(12, min(40, 1.6 + 0.45 * ranks)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    with_labels = sum(map(len, picture.rows)) <= MOST_LABELS
+    in_detail = sum(map(len, picture.rows)) <= MOST_IN_DETAIL
     for rank, row in enumerate(picture.rows):
-        draw_rank(axes, picture, rank, row, with_labels)
+        draw_rank(axes, picture, rank, row, in_detail)
     used = {type(timed.action) for row in picture.rows for timed in row}
     names = {kind: name.replace("_", " ") for name, kind in NAMES.items() if kind in used}
     axes.legend(
@@ -262,12 +263,19 @@ def draw_image(picture: Picture, output: Path) -> None:
     print(f"written: {output}", file=sys.stderr)
 
 
-def draw_rank(axes: "Axes", picture: Picture, rank: int, row: Sequence[Timed], with_labels: bool) -> None:
-    """Bars of a rank; later chunks are fainter."""
+def draw_rank(axes: "Axes", picture: Picture, rank: int, row: Sequence[Timed], in_detail: bool) -> None:
+    """Bars of a rank, one collection for each kind and chunk; later chunks are fainter.
+
+    ``in_detail``: with edges and the microbatches' numbers.
+    """
+    bars_of: dict[tuple[type[Compute], int], list[tuple[float, float]]] = defaultdict(list)
     for timed in row:
         start, length = timed.start - picture.start, timed.end - timed.start
-        colour, strength = KINDS[type(timed.action)][2], 1 - 0.55 * timed.action.chunk / max(1, picture.chunks - 1)
-        axes.barh(rank, length, left=start, height=0.8, color=colour, alpha=strength, edgecolor="white", linewidth=0.5)
-        if with_labels and length > picture.makespan / 200:
-            label = str(timed.action.microbatch)
-            axes.text(start + length / 2, rank, label, ha="center", va="center", fontsize=6, clip_on=True)
+        bars_of[type(timed.action), timed.action.chunk].append((start, length))
+        if in_detail and length > picture.makespan / 200:
+            number = str(timed.action.microbatch)
+            axes.text(start + length / 2, rank, number, ha="center", va="center", fontsize=6, clip_on=True)
+    edges = {"edgecolor": "white", "linewidth": 0.5} if in_detail else {"linewidth": 0}
+    for (kind, chunk), found in bars_of.items():
+        strength = 1 - 0.55 * chunk / max(1, picture.chunks - 1)
+        axes.broken_barh(found, (rank - 0.4, 0.8), facecolor=KINDS[kind][2], alpha=strength, **edges)

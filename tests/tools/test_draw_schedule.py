@@ -72,7 +72,7 @@ SHAPE = ["--stages", "4", "--microbatches", "8"]
         (["1f1b", "--stages", "4", "--microbatches", "-1"], "must be at least 1"),
         (["gpipe", *SHAPE, "--chunks", "0"], "must be at least 1"),
         (["gpipe", "--stages", "four", "--microbatches", "8"], "invalid int value"),
-        (["gpipe", "--stages", str(10**12), "--microbatches", str(10**12)], "must be at most 200,000"),
+        (["gpipe", "--stages", str(10**12), "--microbatches", str(10**12)], "must be at most 50,000"),
         (["gpipe", *SHAPE, "--step", "3"], "--step applies to --run only"),
         (["gpipe", "--run", "runs/x"], "--run has its own schedule"),
         (["--run", "nowhere"], "nowhere has no spans/rank_00000.jsonl: no spans were recorded"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from megagap.commands.parser import make_parser
-from megagap.errors import counted, library_errors, printable
+from megagap.errors import DataError, counted, library_errors, printable
 from megagap.files import write_bytes, writing
 from megagap.observe.spans import MeasuredStep, Span, read_step
 from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
@@ -170,13 +170,15 @@ def of_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tupl
     measured = read_step(options.run, options.step)
     rows = [timed_actions(spans) for spans in measured.ranks]
     start = measured.start
-    asked = {"run": printable(str(options.run)), "step": measured.step, "schedule": start["schedule"]}
-    asked |= {"stages": len(rows), "chunks": start["chunks"]}
-    return asked, Picture(measured_title(options.run, measured), rows, start["chunks"], unit=0)
+    if not all(rows):
+        raise DataError(f"{options.run}: step {measured.step} has a rank without actions; choose another --step")
+    asked = {"run": printable(str(options.run)), "step": measured.step, "schedule": start.schedule}
+    asked |= {"stages": len(rows), "chunks": start.chunks}
+    return asked, Picture(measured_title(options.run, measured), rows, start.chunks, unit=0)
 
 
 def measured_title(run: Path, measured: MeasuredStep) -> str:
-    return f"{printable(str(run))}, step {measured.step}: {measured.start['schedule']}, measured, in seconds"
+    return f"{printable(str(run))}, step {measured.step}: {printable(measured.start.schedule)}, measured, in seconds"
 
 
 def timed_actions(spans: Sequence[Span]) -> list[Timed]:
@@ -184,7 +186,7 @@ def timed_actions(spans: Sequence[Span]) -> list[Timed]:
     actions = [
         Timed(span.start, span.end, NAMES[span.name](span.fields["microbatch"], span.fields["chunk"]))
         for span in spans
-        if span.name in NAMES
+        if span.name in NAMES and span.fields.keys() >= {"microbatch", "chunk"}
     ]
     return sorted(actions, key=lambda timed: timed.start)
 

@@ -15,7 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megagap.config import Settings
 from megagap.errors import DataError
@@ -197,15 +199,43 @@ def describe_start(settings: Settings, mesh: "Mesh", first_step: int) -> dict[st
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class Span:
-    """One line of a file."""
+Number = Annotated[int, Field(ge=0, lt=2**31)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Start(BaseModel):
+    """What a file says of a start, of :func:`describe_start`: the line before its spans."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    first_step: Number
+    processes: Number
+    pipeline: Annotated[list[Number], Field(min_length=1)]
+    """Global ranks of the pipeline that this rank is in."""
+    schedule: str
+    chunks: Annotated[Number, Field(ge=1)]
+
+
+class Span(BaseModel):
+    """One line of a file; what else it was given is in ``fields``."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Number]
 
     name: str
-    step: int
-    start: float
-    end: float
-    fields: dict[str, int]
+    step: Number
+    start: Seconds
+    end: Seconds
+
+    @property
+    def fields(self) -> dict[str, int]:
+        return self.__pydantic_extra__
+
+    @model_validator(mode="after")
+    def _ends_after_its_start(self) -> "Span":
+        if self.end < self.start:
+            raise ValueError("it ends before it starts")
+        return self
 
 
 @dataclass(frozen=True)
@@ -213,8 +243,7 @@ class MeasuredStep:
     """The spans of one step on the ranks of one pipeline."""
 
     step: int
-    start: dict[str, Any]
-    """What :func:`describe_start` says of the first rank."""
+    start: Start
     ranks: list[list[Span]]
     """By pipeline rank, in the order in which they ended."""
 
@@ -233,19 +262,26 @@ def read_step(run: Path, step: int | None = None) -> MeasuredStep:
         raise DataError(f"{span_file(run, 0)} has no step {step}; it has steps {min(first)} to {max(first)}")
     start, spans = first[step]
     rows = [spans]
-    for rank in start["pipeline"][1:]:
+    for rank in start.pipeline[1:]:
         path = span_file(run, rank)
         other = _read_file(path, run).get(step)
-        if other is None or other[0]["pipeline"] != start["pipeline"]:
+        if other is None or other[0].pipeline != start.pipeline:
             raise DataError(
-                f"{path} lacks step {step} of the start with {start['processes']} processes: it is still running, or "
+                f"{path} lacks step {step} of the start with {start.processes} processes: it is still running, or "
                 "was killed\n  ask for an earlier --step."
             )
         rows.append(other[1])
     return MeasuredStep(step, start, rows)
 
 
-def _read_file(path: Path, run: Path) -> dict[int, tuple[dict[str, Any], list[Span]]]:
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+
+
+def _read_file(path: Path, run: Path) -> dict[int, tuple[Start, list[Span]]]:
     """By step: the start in which it was made last, and its spans."""
     with reading(path):
         try:
@@ -254,22 +290,20 @@ def _read_file(path: Path, run: Path) -> dict[int, tuple[dict[str, Any], list[Sp
             raise DataError(
                 f"{run} has no {FOLDER}/{path.name}: no spans were recorded\n  train it with --run.spans true."
             ) from None
-    steps: dict[int, tuple[dict[str, Any], list[Span]]] = {}
-    start: dict[str, Any] | None = None
+    steps: dict[int, tuple[Start, list[Span]]] = {}
+    start: Start | None = None
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            if "first_step" in record:
-                start = {key: record[key] for key in ("first_step", "processes", "pipeline", "schedule", "chunks")}
+            if '"first_step"' in line:
+                start = Start.model_validate_json(line)
                 continue
-            known = {key: record.pop(key) for key in ("name", "step", "start", "end")}
-            span = Span(**known, fields={key: int(value) for key, value in record.items()})
-            if start is None or not span.end >= span.start:
-                raise ValueError("no start before it" if start is None else "it ends before it starts")
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            span = Span.model_validate_json(line)
+            if start is None:
+                raise ValueError("no start is described before it")
+        except ValueError as error:
             if number == len(lines):
                 break  # cut short by a kill
-            raise DataError(f"{path}:{number} is not a span: {error}") from None
+            raise DataError(f"{path}:{number} is not a span: {_reason(error)}") from None
         if span.step not in steps or steps[span.step][0] is not start:
             steps[span.step] = (start, [])
         steps[span.step][1].append(span)

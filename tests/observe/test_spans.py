@@ -104,8 +104,8 @@ def test_of_a_step_that_was_made_again_the_last_time_counts(tmp_path):
     record(span_file(tmp_path, 0), (3, 4), {**START, "schedule": "zb-h1"})
     assert read_step(tmp_path).step == 4
     again = read_step(tmp_path, 3)
-    assert again.start["schedule"] == "zb-h1" and len(again.ranks[0]) == 1
-    assert read_step(tmp_path, 2).start["schedule"] == "1f1b"
+    assert again.start.schedule == "zb-h1" and len(again.ranks[0]) == 1
+    assert read_step(tmp_path, 2).start.schedule == "1f1b"
 
 
 def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path):

@@ -89,7 +89,6 @@ def test_an_unknown_key_of_a_table_within_a_setting_names_its_neighbours(recipe,
 
 
 PLANNED_VALUES = {
-    "parallel.vpp": ("1", "2"),
     "parallel.cp": ("1", "true"),
     "parallel.context_mode": ("ring", "alltoall"),
     "train.compile": ("false", "1"),
@@ -134,6 +133,27 @@ def test_a_tokenizer_that_is_nowhere_is_a_fault_with_the_place_looked_at(recipe,
             None,
             "one layer count per stage (2), summing to 4",
         ),
+        ({"parallel__vpp": 2, "parallel__schedule": "1f1b"}, None, "must be 1 with parallel.schedule = 1f1b"),
+        ({"parallel__vpp": 2, "parallel__schedule": "zb-h1"}, None, "schedules for 2: gpipe, interleaved, zb-v"),
+        ({"parallel__vpp": 1, "parallel__schedule": "zb-v"}, None, "must be 2 with parallel.schedule = zb-v"),
+        ({"parallel__pp": 3, "parallel__vpp": 2}, None, "parallel.pp × parallel.vpp = 6  exceeds model.num_hidden"),
+        ({"parallel__pp": 2, "parallel__vpp": 2**50}, None, "must be at most 65,536 stages"),
+        (
+            {"parallel__pp": 4, "parallel__vpp": 2, "parallel__layers_per_stage": "balanced"},
+            None,
+            "exceeds model.num_hidden_layers = 4 by more than the first and the last stage",
+        ),
+        (
+            {"parallel__pp": 2, "parallel__vpp": 2, "parallel__layers_per_stage": [2, 2]},
+            None,
+            "one layer count per stage (4 = pp 2 × vpp 2), summing to 4",
+        ),
+        (
+            {"parallel__pp": 2, "parallel__vpp": 2, "parallel__layers_per_stage": [2, 0, 1, 1]},
+            None,
+            "each middle stage at least 1 layer",
+        ),
+        ({"parallel__layers_per_stage": "balance"}, None, 'such as [2, 2] or "balanced"; did you mean "balanced"?'),
         ({"train__sequence_length": 4096}, None, "exceeds model.max_position_embeddings = 2048"),
         ({"parallel__tp": 2, "train__sequence_length": 63}, None, "must be a multiple of parallel.tp = 2"),
         ({"parallel__sequence_parallel": True}, None, "needs parallel.tp > 1"),
@@ -540,3 +560,26 @@ def test_values_of_a_command_line_may_repeat_be_negative_or_in_quotes(recipe):
     assert load_recipe(recipe(), ['checkpoint.load="latest"', "run.dir=2026"]).checkpoint.load == "latest"
     assert load_recipe(recipe(), ["run.dir=2026"]).run.dir.endswith("/2026")
     assert load_recipe(recipe(), ['checkpoint.load=""']).checkpoint.load == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "vpp", "layers", "places"),
+    [
+        ({}, "1f1b", 1, [2, 2], [0, 1]),
+        ({"parallel__vpp": 2}, "interleaved", 2, [1, 1, 1, 1], [0, 1, 0, 1]),
+        ({"parallel__schedule": "interleaved"}, "interleaved", 2, [1, 1, 1, 1], [0, 1, 0, 1]),
+        ({"parallel__schedule": "interleaved", "parallel__vpp": 1}, "interleaved", 1, [2, 2], [0, 1]),
+        ({"parallel__schedule": "zb-v"}, "zb-v", 2, [1, 1, 1, 1], [0, 1, 1, 0]),
+        ({"parallel__schedule": "gpipe", "parallel__vpp": 2}, "gpipe", 2, [1, 1, 1, 1], [0, 1, 0, 1]),
+        ({"parallel__schedule": "zb-h1", "parallel__layers_per_stage": "balanced"}, "zb-h1", 1, [2, 2], [0, 1]),
+        (
+            {"parallel__vpp": 2, "parallel__layers_per_stage": "balanced", "model__vocab_size": 100_000},
+            *("interleaved", 2, [2, 1, 1, 0], [0, 1, 0, 1]),
+        ),
+    ],
+)
+def test_schedule_virtual_stages_and_layers_follow_from_each_other(recipe, changes, schedule, vpp, layers, places):
+    settings = load_recipe(recipe(parallel__pp=2, **changes))
+    parallel = settings.parallel
+    assert (parallel.schedule, parallel.vpp, parallel.layers_per_stage) == (schedule, vpp, layers)
+    assert [place.rank for place in settings.placement.places] == places

@@ -12,8 +12,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from megagap.commands import call
 from megagap.config.settings import PLANNED
 from megagap.observe.metrics import read_metrics
+from megagap.parallel import schedule
+from megagap.parallel.program import actions_of, bubble_fraction, peak_live_activations, timeline
+from megagap.terminal.programs import CalledAs
 
 ROOT = Path(__file__).parents[1]
 README, RUNNING = ROOT / "README.md", ROOT / "docs/running.md"
@@ -130,6 +134,37 @@ def test_the_page_on_token_files(example, tmp_path):
     assert "in 1,503 of 1,503 documents" in run(parts["inspect"], tmp_path)
     run(parts["tokenizer"].replace("32768", "300"), tmp_path)
     assert (tmp_path / "tokenizer/tokenizer.json").exists()
+
+
+SCHEDULES = ROOT / "docs/schedules.md"
+DRAWN = re.compile(r"<!-- drawn: (.+?) -->\n```text\n(.*?)```", re.DOTALL)
+
+
+def test_the_pictures_on_the_page_on_schedules_are_those_that_are_drawn(capsys):
+    drawn = DRAWN.findall(SCHEDULES.read_text(encoding="utf-8"))
+    assert {arguments.split()[0] for arguments, _ in drawn} == set(schedule.SCHEDULES)
+    for arguments, picture in drawn:
+        call("draw-schedule", CalledAs.TOOL, arguments.split())
+        assert capsys.readouterr().out == picture, arguments
+
+
+def test_bubbles_and_activations_on_the_page_on_schedules_are_right():
+    rows = re.findall(
+        r"^\| `([\w-]+)`.*?\| (\d+|any) \|.*?\| ([\d.]+) % \| ([\d.]+) \|", SCHEDULES.read_text(), re.MULTILINE
+    )
+    assert {name for name, *_ in rows} == set(schedule.SCHEDULES)
+    for name, chunks, bubble, live in rows:
+        kind, count = schedule.SCHEDULES[name], 1 if chunks == "any" else int(chunks)
+        placement = kind.place([1] * 8 * count, count)
+        actions = actions_of(kind, placement, 32)
+        assert f"{100 * bubble_fraction(timeline(actions, placement)):.1f}" == bubble, name
+        assert max(map(peak_live_activations, actions)) / count == float(live), name
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_on_schedules(example):
+    assert '"bubble_fraction": 0.067' in run(blocks(SCHEDULES)["schedules"], example)
+    assert (example / "interleaved.png").stat().st_size > 0
 
 
 SPIKE = "python tools/inspect_data.py examples/recipes/code.toml"

@@ -97,14 +97,14 @@ def test_every_setting_is_there_with_its_meaning_and_default():
 @pytest.mark.parametrize(
     "line",
     [
-        "--parallel.schedule gpipe | 1f1b  (default 1f1b)",
+        "--parallel.schedule gpipe | 1f1b | interleaved | zb-h1 | zb-v  (optional)",
         "--optim.betas '[0.9, 0.95]'  (each >= 0, < 1; default '[0.9, 0.95]')",
         "--parallel.tp N  (N >= 1; default 1)",
         "--model.head_dim N  (N >= 0, a multiple of 2; default 0)",
         "--data.workers N  (N >= 0, <= 256; default 1)",
         "--optim.lr X  (X > 0; default 0.0003)",
         "--data.document_mask true | false  (default false)",
-        "--parallel.layers_per_stage '[2, 2]'  (each >= 0; optional)",
+        "--parallel.layers_per_stage '[2, 2]' | balanced  (each >= 0; optional)",
         """--data.sources '[{path = "prefix_text_document", weight = 1.0}]'  (default '[]')""",
         """--train.skip_samples '["1000:2000"]'  (default '[]')""",
         "--model.hidden_size N  (N >= 1; required)",

@@ -31,6 +31,7 @@ SUMMARIES = {
     "convert": "turn checkpoints into Hugging Face models and back",
     "benchmark-mfu": "time a recipe's training step on this machine",
     "trace-step": "predict a training step's time and memory on a device",
+    "draw-schedule": "draw a pipeline schedule, or what a run's pipeline did",
 }
 """Of the subcommands, in the order in which they are first needed."""
 

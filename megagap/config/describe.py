@@ -43,9 +43,15 @@ def plain(annotation: Any) -> Any:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):
         kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
-        if len(kinds) == 1:
-            return plain(kinds[0])
+        return plain(kinds[0]) if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
     return annotation
+
+
+def kinds_of(annotation: Any) -> list[Any]:
+    """The types among which a setting's value can be chosen; one, for most."""
+    annotation = plain(annotation)
+    is_choice = get_origin(annotation) in (Union, UnionType)
+    return [plain(kind) for kind in get_args(annotation)] if is_choice else [annotation]
 
 
 def describe(annotation: Any, *, typed: bool = False) -> str:
@@ -164,11 +170,15 @@ def _values(section: str, key: str, field: FieldInfo) -> str:
     annotation = plain(field.annotation)
     if (section, key) == ("model", "preset"):
         return " | ".join(presets())
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if annotation is bool:
+    return " | ".join(_values_of(kind) for kind in kinds_of(annotation))
+
+
+def _values_of(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if kind is bool:
         return "true | false"
-    return {int: "N", float: "X", str: "TEXT"}.get(annotation) or as_argument(example(annotation))
+    return {int: "N", float: "X", str: "TEXT"}.get(kind) or as_argument(example(kind))
 
 
 def _default(field: FieldInfo) -> str:
@@ -180,7 +190,7 @@ def _default(field: FieldInfo) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     """Bounds of a number, or of each one in a list or tuple; "" where there are none."""
-    annotation = plain(field.annotation)
+    annotation = kinds_of(field.annotation)[0]
     if get_origin(annotation) not in (list, tuple):
         return _limits(annotation, field.metadata, "N" if annotation is int else "X")
     inner = get_args(annotation)[0]

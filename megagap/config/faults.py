@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from megagap.config.describe import as_argument, describe, example, plain
+from megagap.config.describe import as_argument, describe, example, kinds_of, plain
 from megagap.config.settings import SECTIONS, Section
 from megagap.errors import counted
 
@@ -84,7 +84,10 @@ def _descend(location: Sequence[int | str], value: Any, annotation: Any) -> tupl
 
 def _hint(value: Any, annotation: Any, typed: bool) -> str:
     """How to write what was probably meant."""
-    annotation = plain(annotation)
+    kinds = kinds_of(annotation)
+    if len(kinds) > 1:
+        return next(filter(None, (_hint(value, kind, typed) for kind in kinds)), "")
+    annotation = kinds[0]
     meant = _meant(value, annotation)
     if type(value) is int and annotation is float:
         return "; this has too many digits"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from megagap.config.describe import annotation_of, as_argument, example, plain
+from megagap.config.describe import annotation_of, as_argument, example, kinds_of
 from megagap.config.faults import Fault, from_pydantic, nearest_setting, render, syntax_fault, unknown
 from megagap.config.model_section import FindModel, apply_preset, find_stored, missing_settings, origin_notes
 from megagap.config.paths import absolute, run_directory, unusable_text
@@ -19,6 +19,7 @@ from megagap.config.rules import check_rules
 from megagap.config.settings import PLANNED, SECTIONS, PhaseSettings, Section, Settings, SourceSettings, source_name
 from megagap.config.timeline import run_length, timeline_of_data
 from megagap.errors import CheckpointError, ConfigError, system_reason
+from megagap.parallel.schedule import choose
 from megagap.token_formats import FORMATS, find_format, matching_prefixes, pair_prefix
 
 MAX_RECIPE_BYTES = 1 << 24
@@ -115,7 +116,7 @@ def _split_by_shell(values: dict[str, str], argument: str) -> str | None:
     name = next(reversed(values), "")
     section, _, key = name.partition(".")
     field = SECTIONS[section].model_fields.get(key) if section in SECTIONS else None
-    if argument.startswith("--") or field is None or get_origin(plain(field.annotation)) not in (list, tuple):
+    if argument.startswith("--") or field is None or get_origin(kinds_of(field.annotation)[0]) not in (list, tuple):
         return None
     typed = as_argument(example(annotation_of(field)))
     return f"unexpected argument {argument!r} after --{name} {values[name]}: quote a list as one, --{name} {typed}"
@@ -256,12 +257,15 @@ def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
     """Fill in what depends on other settings, and make paths absolute."""
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
     steps = run_length(timeline_of_data(data, train), train.steps, train.tokens)
+    schedule, chunks = choose(parallel.schedule, parallel.vpp)
     return _with(
         settings,
         model=_with(model, head_dim=model.head_dim or model.hidden_size // model.num_attention_heads),
         parallel=_with(
             parallel,
             sequence_parallel=parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
+            vpp=chunks,
+            schedule=schedule,
             layers_per_stage=[len(stage.layers) for stage in settings.placement.stages],
         ),
         data=_with(

@@ -9,10 +9,15 @@ from megagap.config.settings import source_name
 from megagap.config.timeline import batch_sizes_of, phases_of, run_length
 from megagap.errors import counted
 from megagap.parallel.placement import Placement
+from megagap.parallel.schedule import SCHEDULES, choose
 from megagap.timeline import Timeline
 
 Lookup = Callable[[str], Any]
 Rule = Callable[[Lookup], Iterator[Fault]]
+
+
+MOST_STAGES = 65_536
+"""Virtual stages in a pipeline: a schedule lists the actions of all of them."""
 
 
 class _Unsound(Exception):
@@ -124,14 +129,34 @@ def _sequence_parallel_needs_tp(v: Lookup) -> Iterator[Fault]:
         yield Fault("parallel.sequence_parallel", True, "needs parallel.tp > 1, whose ranks split the sequence")
 
 
+def _schedule_has_chunks(v: Lookup) -> Iterator[Fault]:
+    name, chunks = choose(v("parallel.schedule"), v("parallel.vpp"))
+    supported = SCHEDULES[name].chunks
+    if chunks not in supported:
+        others = [other for other, schedule in SCHEDULES.items() if chunks in schedule.chunks]
+        message = f"must be {supported[0]} with parallel.schedule = {name}; schedules for {chunks}: {', '.join(others)}"
+        yield Fault("parallel.vpp", chunks, message)
+
+
 def _stages_have_layers(v: Lookup) -> Iterator[Fault]:
-    pp, layers, given = v("parallel.pp"), v("model.num_hidden_layers"), v("parallel.layers_per_stage")
-    if pp > layers:
-        yield Fault("parallel.pp", pp, f"exceeds model.num_hidden_layers = {layers}: a stage would have no layers")
-    elif given is not None and (len(given) != pp or sum(given) != layers):
-        message = f"must list one layer count per stage ({pp}), summing to {layers}"
+    layers, given = v("model.num_hidden_layers"), v("parallel.layers_per_stage")
+    name, chunks = choose(v("parallel.schedule"), v("parallel.vpp"))
+    if chunks not in SCHEDULES[name].chunks:
+        return
+    pp, stages = v("parallel.pp"), v("parallel.pp") * chunks
+    what = ("parallel.pp", pp) if chunks == 1 else ("parallel.pp × parallel.vpp", stages)
+    if stages > MOST_STAGES:
+        yield Fault(*what, f"must be at most {MOST_STAGES:,} stages")
+    elif given is None and stages > layers:
+        yield Fault(*what, f"exceeds model.num_hidden_layers = {layers}: a stage would have no layers")
+    elif stages > layers + 2:
+        message = f"exceeds model.num_hidden_layers = {layers} by more than the first and the last stage, which may"
+        yield Fault(*what, f"{message} have none")
+    elif isinstance(given, list) and (len(given) != stages or sum(given) != layers):
+        per = "" if chunks == 1 else f" = pp {pp} × vpp {chunks}"
+        message = f"must list one layer count per stage ({stages}{per}), summing to {layers}"
         yield Fault("parallel.layers_per_stage", given, message)
-    elif given is not None and any(stage.is_empty for stage in Placement.loop(given).stages):
+    elif isinstance(given, list) and any(stage.is_empty for stage in Placement.loop(given).stages):
         yield Fault(
             "parallel.layers_per_stage",
             given,
@@ -322,6 +347,7 @@ RULES: tuple[Rule, ...] = (
     _tp_divides_feed_forward,
     _tp_divides_sequence,
     _sequence_parallel_needs_tp,
+    _schedule_has_chunks,
     _stages_have_layers,
     _sequence_fits_model,
     _scaling_is_a_band,

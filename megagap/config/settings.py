@@ -4,13 +4,14 @@ A setting explains itself in the docstring below it: ``--help`` and error messag
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megagap.parallel.placement import Placement, spread_layers
-from megagap.parallel.schedule import SCHEDULES
+from megagap.parallel.placement import Placement, balance_layers, spread_layers
+from megagap.parallel.schedule import SCHEDULES, Schedule, choose
 from megagap.token_formats import pair_prefix
 
 Positive = Annotated[int, Field(ge=1, le=2**60)]
@@ -81,12 +82,15 @@ class Parallel(Section):
     """Tensor-parallel ranks: each layer's matrices are split over them. Keep within a node; must divide the heads."""
     pp: Positive = 1
     """Pipeline-parallel ranks: the layers are split over them, in order."""
+    vpp: Positive | None = None
+    """Virtual stages of each pipeline rank. Default: 1; 2 with interleaved and zb-v."""
     sequence_parallel: bool | None = None
     """Split the residual stream over tp along the sequence; saves activation memory. Default: true where tp > 1."""
-    schedule: ScheduleName = "1f1b"
-    """Order of forwards and backwards in the pipeline."""
-    layers_per_stage: list[Count] | None = None
-    """Layers of each pipeline stage; by default spread evenly, earlier stages first."""
+    schedule: ScheduleName | None = None
+    """Order of forwards and backwards in the pipeline. Default: 1f1b; interleaved where vpp > 1."""
+    layers_per_stage: list[Count] | Literal["balanced"] | None = None
+    """Layers of each of the pp × vpp virtual stages, in the order of the model; `balanced`: as even as possible in
+    FLOPs, the output projection's included. By default spread evenly, earlier stages first."""
 
 
 class SourceSettings(Section):
@@ -220,6 +224,8 @@ class Run(Section):
     """Save and stop after so many steps of this start (a restart counts anew); the schedule stays as it is. 0: off."""
     log_every: Positive = 10
     """Steps between console lines; metrics.jsonl has every step."""
+    spans: bool = False
+    """Record when each rank computes what in the pipeline, in spans/ of the run directory, for draw-schedule."""
 
 
 class Settings(Section):
@@ -238,10 +244,29 @@ class Settings(Section):
         return self._notes
 
     @property
+    def schedule(self) -> Schedule:
+        """What the pipeline ranks compute, in order."""
+        return SCHEDULES[choose(self.parallel.schedule, self.parallel.vpp)[0]]
+
+    @property
     def placement(self) -> Placement:
         """Which pipeline rank computes which layers."""
-        layers, parallel = self.model.num_hidden_layers, self.parallel
-        return Placement.loop(parallel.layers_per_stage or spread_layers(layers, parallel.pp))
+        parallel, layers = self.parallel, self.model.num_hidden_layers
+        _, chunks = choose(parallel.schedule, parallel.vpp)
+        match parallel.layers_per_stage:
+            case "balanced":
+                counts = balance_layers(layers, parallel.pp * chunks, self._head_in_layers())
+            case None:
+                counts = spread_layers(layers, parallel.pp * chunks)
+            case counts:
+                pass
+        return self.schedule.place(counts, chunks)
+
+    def _head_in_layers(self) -> float:
+        """What the output projection costs per token, in FLOPs of a layer."""
+        part = FlopParts.of(self.model)
+        layer = 6 * part.layer_weights + part.layer_square(self.train.sequence_length)
+        return 6 * part.head_weights / layer
 
     def with_notes(self, notes: Sequence[str]) -> Self:
         noted = self.model_copy()
@@ -249,10 +274,34 @@ class Settings(Section):
         return noted
 
 
+@dataclass(frozen=True)
+class FlopParts:
+    """What a model's floating-point operations are counted from (``model/flops.py``)."""
+
+    layer_weights: int
+    """Elements of the matrices of a layer."""
+    head_weights: int
+    """Elements of the output projection."""
+    query_width: int
+    """Query heads times their width."""
+
+    @classmethod
+    def of(cls, model: Model) -> Self:
+        width = model.head_dim or model.hidden_size // model.num_attention_heads
+        query, key_value = model.num_attention_heads * width, model.num_key_value_heads * width
+        attention = model.hidden_size * (query + 2 * key_value) + query * model.hidden_size
+        feed_forward = 3 * model.hidden_size * model.intermediate_size
+        return cls(attention + feed_forward, model.hidden_size * model.vocab_size, query)
+
+    def layer_square(self, sequence_length: int) -> int:
+        """Operations per token and layer on the whole attention matrix (Narayanan et al. 2021, appendix)."""
+        return 12 * self.query_width * sequence_length
+
+
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
+    "parallel": {"cp": 1, "context_mode": "ring"},
     "train": {"compile": False},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megagap.config import Model
+from megagap.config.settings import FlopParts
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,7 @@ class FlopsPerToken:
 def flops_per_token(model: Model, sequence_length: int) -> FlopsPerToken:
     """6 operations for each matrix weight (2 forward, 4 backward; Kaplan et al. 2020, section 2.1) and attention's
     12 · layers · query width · sequence (Narayanan et al. 2021, appendix), halved where the causal half is counted."""
-    layers, hidden = model.num_hidden_layers, model.hidden_size
-    query = model.num_attention_heads * model.head_dim
-    key_value = model.num_key_value_heads * model.head_dim
-    attention = hidden * (query + 2 * key_value) + query * hidden
-    feed_forward = 3 * hidden * model.intermediate_size
-    matrices = 6 * (layers * (attention + feed_forward) + hidden * model.vocab_size)
-    square = 12 * layers * query * sequence_length
+    parts = FlopParts.of(model)
+    matrices = 6 * (model.num_hidden_layers * parts.layer_weights + parts.head_weights)
+    square = model.num_hidden_layers * parts.layer_square(sequence_length)
     return FlopsPerToken(full=matrices + square, causal=matrices + square // 2)

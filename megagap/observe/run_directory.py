@@ -5,6 +5,7 @@ RUN/
   metrics.jsonl      one object per step      tensorboard/       the same, for TensorBoard
   logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
   events.jsonl       append-only              status.json        state, step, message
+  spans/             of every rank, where run.spans is set
   config_before_step_00000100.toml            config.toml of the starts before, where a restart changed a setting
 """
 

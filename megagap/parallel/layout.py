@@ -28,7 +28,7 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 """Each axis, and the dimensions of the grid that it spans, outermost first. The order is that in which groups are made.
 
-``embedding`` has the first and the last stage of ``pp`` only."""
+``embedding`` has the ranks of the first and the last virtual stage only."""
 
 OBJECT_BLOCK = 64
 """Ranks per group of :meth:`Layout.object_levels`: 64 blocks of 64 have 4,096 ranks, in which no rank connects to more
@@ -53,10 +53,12 @@ class Layout:
     """Consecutive tp ranks that share key/value heads: tp / key-value heads, at least 1."""
     dp_replicate: int = 1
     """Parts of dp that each hold all gradients and optimizer states; these are sharded within a part."""
+    embedding_ranks: tuple[int, ...] | None = None
+    """Pipeline ranks of the first and the last virtual stage (``Placement.embedding_ranks``); None: first and last."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 1:
+            if field.name != "embedding_ranks" and getattr(self, field.name) < 1:
                 raise DistributedError(f"{field.name} = {getattr(self, field.name)}: must be at least 1")
         if self.world_size % (self.pp * self.cp * self.tp):
             raise DistributedError(
@@ -73,9 +75,10 @@ class Layout:
         return self.world_size // (self.pp * self.cp * self.tp)
 
     def size(self, axis: str) -> int:
-        """Members of each group of an axis; of ``embedding``, on the first and the last stage."""
-        size = prod(self._dimensions[dimension] for dimension in AXES[axis])
-        return min(size, 2) if axis == "embedding" else size
+        """Members of each group of an axis; of ``embedding``, on the first and the last virtual stage."""
+        if axis == "embedding":
+            return len(self._sharing)
+        return prod(self._dimensions[dimension] for dimension in AXES[axis])
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """A rank's place along ``pp``, ``dp``, ``cp`` and ``tp``."""
@@ -83,20 +86,23 @@ class Layout:
         return dict(zip(("pp", "dp", "cp", "tp"), map(int, places), strict=True))
 
     def groups(self, axis: str) -> tuple[Members, ...]:
-        """All groups of an axis. Every rank is in exactly one; ranks of middle stages are alone in ``embedding``."""
+        """All groups of an axis. Every rank is in exactly one; ranks of other stages are alone in ``embedding``."""
         array = self._arrays[axis]
-        if axis != "embedding" or self.pp <= 2:
+        if axis != "embedding":
             return _tuples(array)
-        return (*_tuples(array[:, [0, -1]]), *_tuples(array[:, 1:-1].reshape(-1, 1)))
+        if len(self._sharing) == 1:
+            return tuple((rank,) for rank in range(self.world_size))
+        others = [stage for stage in range(self.pp) if stage not in self._sharing]
+        return (*_tuples(array[:, list(self._sharing)]), *_tuples(array[:, others].reshape(-1, 1)))
 
     def members(self, axis: str, rank: int) -> Members:
         """The group of an axis that a rank is in."""
         array = self._arrays[axis]
         (row,), (place,) = np.nonzero(array == rank)
         members = tuple(array[row].tolist())
-        if axis != "embedding" or self.pp <= 2:
+        if axis != "embedding":
             return members
-        return (members[0], members[-1]) if place in (0, self.pp - 1) else (rank,)
+        return tuple(members[stage] for stage in self._sharing) if place in self._sharing else (rank,)
 
     @cached_property
     def divisions(self) -> dict[str, tuple[Members, ...]]:
@@ -126,6 +132,11 @@ class Layout:
             return (blocks,)
         others = ((rank,) for block in blocks for rank in block[1:])
         return (blocks, (tuple(block[0] for block in blocks), *others))
+
+    @property
+    def _sharing(self) -> tuple[int, ...]:
+        """Pipeline ranks that share a tied embedding, in order."""
+        return tuple(sorted({0, self.pp - 1} if self.embedding_ranks is None else self.embedding_ranks))
 
     @cached_property
     def _dimensions(self) -> dict[str, int]:

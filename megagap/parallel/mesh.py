@@ -56,7 +56,7 @@ class Mesh:
     replicate: Axis
     """Those parts: the ranks that hold the same shards."""
     embedding: Axis
-    """The first and the last stage, which share a tied embedding; one member on other stages."""
+    """The ranks of the first and the last virtual stage, which share a tied embedding; one member on other ranks."""
     kv: Axis
     """The consecutive tp ranks that hold the same key/value heads, where tp exceeds their number."""
     world: Axis

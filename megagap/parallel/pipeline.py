@@ -1,6 +1,8 @@
-"""The executor: runs one stage's program of actions (``schedule.py``) over real microbatches."""
+"""The executor: runs one stage's program of actions (``program.py``) over real microbatches."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,9 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagap.parallel.mesh import Mesh
-from megagap.parallel.placement import Placement
-from megagap.parallel.schedule import (
+from megagap.parallel.actions import (
     Action,
     Backward,
     BackwardInput,
@@ -19,9 +19,28 @@ from megagap.parallel.schedule import (
     Hop,
     Message,
     Transfer,
-    flow,
 )
+from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import Placement
+from megagap.parallel.program import flow
 from megagap.parallel.tensor import WeightGradientQueue
+
+MOST_BATCHES = 2
+"""Batches of transfers under way on a GPU at most, whose sent tensors are kept. With one, computation would wait for
+what the batch before receives, be it needed much later: NCCL's batches have one Work for both directions, while gloo
+has one for each tensor.
+"""
+
+
+class OpenSpan(Protocol):
+    """Records what happens in a block: ``with span("forward", microbatch=0, chunk=0): …`` (``observe/spans.py``)."""
+
+    def __call__(self, name: str, **fields: int) -> AbstractContextManager[None]: ...
+
+
+def no_span(name: str, **fields: int) -> AbstractContextManager[None]:
+    """Records nothing."""
+    return nullcontext()
 
 
 class Stages(Protocol):
@@ -51,23 +70,34 @@ def execute(
     boundary: Boundary,
     placement: Placement,
     mesh: Mesh,
+    span: OpenSpan = no_span,
 ) -> None:
-    """Run this rank's program; gradients accumulate in the parameters."""
+    """Run this rank's program; gradients accumulate in the parameters.
+
+    Each action is recorded by ``span`` under its name, with ``microbatch`` and ``chunk``; what it waits for before is a
+    span ``wait`` of its own.
+    """
     differentiate = any(isinstance(action, Backward | BackwardWeight) for action in program)
-    run = _Run(stages, boundary, placement, mesh, differentiate)
+    run = _Run(stages, boundary, placement, mesh, differentiate, span)
     for action in program:
         run.act(action)
-    run.finish_sends()
+    run.finish_sends(0)
 
 
 class _Run:
     """The live tensors of one execution of a program."""
 
     def __init__(
-        self, stages: Stages, boundary: Boundary, placement: Placement, mesh: Mesh, differentiate: bool
+        self,
+        stages: Stages,
+        boundary: Boundary,
+        placement: Placement,
+        mesh: Mesh,
+        differentiate: bool,
+        span: OpenSpan,
     ) -> None:
         self.stages, self.boundary, self.placement, self.mesh = stages, boundary, placement, mesh
-        self.differentiate = differentiate
+        self.differentiate, self.span = differentiate, span
         self.available: dict[Message, Tensor] = {}
         """Received from other ranks, or made by a neighbouring chunk of this one."""
         self.arriving: dict[Message, dist.Work] = {}
@@ -76,7 +106,9 @@ class _Run:
         self.live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         """By microbatch and chunk, from forward to backward: what came in and what went out."""
         self.waiting_weights: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self.sends: list[tuple[dist.Work, Tensor]] = []
+        self.unfinished = MOST_BATCHES if mesh.device.type == "cuda" else 1
+        self.sends: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        """Of each batch that may still be under way; the tensors must live until it ends."""
 
     def act(self, action: Action) -> None:
         match action:
@@ -91,16 +123,19 @@ class _Run:
                     self.backward(action)
                 self.waiting_weights[microbatch, chunk] = jobs
             case BackwardWeight(microbatch, chunk):
-                with torch.no_grad():  # as within a backward pass
-                    for job in self.waiting_weights.pop((microbatch, chunk)):
-                        job()
+                # As within a backward pass. Each job is dropped with what it keeps once it is done.
+                waiting = deque(self.waiting_weights.pop((microbatch, chunk)))
+                with self.span("backward_weight", microbatch=microbatch, chunk=chunk), torch.no_grad():
+                    while waiting:
+                        waiting.popleft()()
 
     def forward(self, action: Forward) -> None:
         needed, made = flow(action, self.mesh.pp.rank, self.placement)
         activation = self.take(needed)
         if activation is not None and self.differentiate:
             activation.requires_grad_()
-        output = self.stages.compute(action.chunk, action.microbatch, activation)
+        with self.span("forward", microbatch=action.microbatch, chunk=action.chunk):
+            output = self.stages.compute(action.chunk, action.microbatch, activation)
         if made is not None:
             self.hand_on(made, output.detach())
         if self.differentiate:
@@ -109,7 +144,10 @@ class _Run:
     def backward(self, action: Backward | BackwardInput) -> None:
         needed, made = flow(action, self.mesh.pp.rank, self.placement)
         activation, output = self.live.pop((action.microbatch, action.chunk))
-        torch.autograd.backward(output, self.take(needed))
+        gradient = self.take(needed)
+        name = "backward" if isinstance(action, Backward) else "backward_input"
+        with self.span(name, microbatch=action.microbatch, chunk=action.chunk):
+            torch.autograd.backward(output, gradient)
         if made is not None:
             assert activation is not None and activation.grad is not None
             self.hand_on(made, activation.grad)
@@ -118,7 +156,8 @@ class _Run:
         if needed is None:
             return None
         if (work := self.arriving.pop(needed.message, None)) is not None:
-            work.wait()
+            with self.span("wait", peer=needed.peer):
+                work.wait()
         return self.available.pop(needed.message)
 
     def hand_on(self, made: Hop, tensor: Tensor) -> None:
@@ -126,7 +165,7 @@ class _Run:
 
     def transfer(self, transfer: Transfer) -> None:
         """Post the whole batch; what it receives is waited for when it is needed."""
-        self.finish_sends()  # their memory
+        self.finish_sends(self.unfinished - 1)
         pp = self.mesh.pp
         operations = []
         for peer, message in transfer.sends:
@@ -140,11 +179,14 @@ class _Run:
         # gloo returns one Work per operation, NCCL one for the batch (and its wait does not block the host).
         works *= len(operations) // len(works)
         sends = len(transfer.sends)
-        tensors = [operation.tensor for operation in operations]
-        self.sends = list(zip(works[:sends], tensors[:sends], strict=True))
         self.arriving |= {message: work for (_, message), work in zip(transfer.receives, works[sends:], strict=True)}
+        if sends:
+            self.sends.append((works[:sends], [operation.tensor for operation in operations[:sends]]))
 
-    def finish_sends(self) -> None:
-        for work, _ in self.sends:
-            work.wait()
-        self.sends = []
+    def finish_sends(self, leave: int) -> None:
+        """Drop the batches that have ended, and wait for the others, from the oldest, until ``leave`` are left."""
+        while self.sends and all(work.is_completed() for work in self.sends[0][0]):
+            self.sends.popleft()
+        while len(self.sends) > leave:
+            for work in self.sends.popleft()[0]:
+                work.wait()

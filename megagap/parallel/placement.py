@@ -66,13 +66,13 @@ class Placement:
         return cls(_cut(layers_per_stage), places)
 
     @classmethod
-    def v_shape(cls, layers_per_stage: Sequence[int]) -> "Placement":
+    def v_shape(cls, layers_per_stage: Sequence[int], chunks: int = 2) -> "Placement":
         """The model goes down the ranks and back: rank r has the virtual stages r and 2 · ranks - 1 - r (ZB-V; Qi et
         al. 2023). The first rank then has both the embedding and the head.
 
-        ``layers_per_stage``: layers of each virtual stage along the model, two for every rank.
+        ``layers_per_stage``: layers of each virtual stage along the model, ``chunks`` (always two) for every rank.
         """
-        assert len(layers_per_stage) % 2 == 0, layers_per_stage
+        assert chunks == 2 and len(layers_per_stage) % 2 == 0, (layers_per_stage, chunks)
         ranks = len(layers_per_stage) // 2
         down = [Place(rank, 0) for rank in range(ranks)]
         back = [Place(rank, 1) for rank in reversed(range(ranks))]
@@ -112,6 +112,20 @@ def spread_layers(layers: int, stages: int) -> list[int]:
     """Layers of each of so many virtual stages, if nothing else is asked for; what does not divide goes to the earlier
     ones."""
     return [layers // stages + (stage < layers % stages) for stage in range(stages)]
+
+
+def balance_layers(layers: int, stages: int, head: float) -> list[int]:
+    """Layers of each of so many virtual stages, so that the slowest takes as little time as possible.
+
+    ``head``: the time of the output projection and the loss, in layers; looking up embeddings takes none. Stages
+    between the first and the last have at least one layer: ``layers`` must suffice for that.
+    """
+    last = stages - 1
+    counts = [int(0 < stage < last) for stage in range(stages)]
+    assert sum(counts) <= layers, (layers, stages)
+    for _ in range(layers - sum(counts)):
+        counts[min(range(stages), key=lambda stage: counts[stage] + head * (stage == last))] += 1
+    return counts
 
 
 def _cut(layers_per_stage: Sequence[int]) -> tuple[VirtualStage, ...]:

@@ -1,7 +1,7 @@
-"""Pipeline schedules as data: for each stage a list of actions, proven here and executed by ``pipeline.py``.
+"""Pipeline schedules as data: what each pipeline rank computes, in order.
 
-A schedule lists compute only. The transfers between stages are derived from it by :func:`with_transfers`, so that no
-schedule can get them wrong, and :func:`validate` proves the result against a model of NCCL before it is run.
+A schedule lists compute only: ``program.py`` puts the transfers between, and proves the result before ``pipeline.py``
+executes it. ``megagap draw-schedule`` draws each; docs/schedules.md compares them.
 
 1F1B on three stages with four microbatches, in time (F forward, B backward, which takes twice as long)::
 
@@ -11,86 +11,52 @@ schedule can get them wrong, and :func:`validate` proves the result against a mo
 
 Bars separate warm-up, steady phase and cool-down; the last stage has the steady phase only.
 
-To add a schedule, write such a function and add it to :data:`SCHEDULES`.
+To add a schedule, write such a function and add it to :data:`SCHEDULES`, with the bound that it keeps.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
-from typing import Literal, NamedTuple
+from itertools import accumulate, count, pairwise
 
+from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.placement import Placement
 
-
-@dataclass(frozen=True, order=True)
-class Forward:
-    """Compute a microbatch's activations on this stage's ``chunk`` of layers."""
-
-    microbatch: int
-    chunk: int = 0
-
-
-@dataclass(frozen=True, order=True)
-class Backward:
-    """Compute a microbatch's input gradient and weight gradients."""
-
-    microbatch: int
-    chunk: int = 0
-
-
-@dataclass(frozen=True, order=True)
-class BackwardInput:
-    """Compute a microbatch's input gradient only; its weight gradients are deferred to :class:`BackwardWeight`."""
-
-    microbatch: int
-    chunk: int = 0
-
-
-@dataclass(frozen=True, order=True)
-class BackwardWeight:
-    """Compute the weight gradients that :class:`BackwardInput` deferred."""
-
-    microbatch: int
-    chunk: int = 0
-
-
-Compute = Forward | Backward | BackwardInput | BackwardWeight
-
-
-@dataclass(frozen=True)
-class Message:
-    """One tensor between neighbours: an activation (forward) or its gradient (backward), at the boundary before
-    virtual stage ``boundary``."""
-
-    kind: Literal["activation", "gradient"]
-    microbatch: int
-    boundary: int
-
-
-class Hop(NamedTuple):
-    """A message on its way from or to another pipeline rank, or this one, whose own chunks can be neighbours."""
-
-    peer: int
-    """Pipeline rank."""
-    message: Message
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Sends and receives that form one batched action."""
-
-    sends: tuple[Hop, ...]
-    receives: tuple[Hop, ...]
-
-
-Action = Compute | Transfer
-
-Schedule = Callable[[int, int, int, int], Iterator[Compute]]
+Order = Callable[[int, int, int, int], Iterator[Compute]]
 """What a stage computes, in order: (stage, stages, chunks, microbatches) -> actions.
 
 A stage is here all that one pipeline rank computes: ``chunks`` virtual stages of the model.
 """
+
+Bound = Callable[[int, int, int, int], int]
+"""A number that depends on (stage, stages, chunks, microbatches)."""
+
+ONE = range(1, 2)
+ANY = range(1, 2**60)
+"""Numbers of chunks that a schedule may support."""
+
+
+def all_activations(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    """The bound of a schedule that keeps everything: every microbatch on every chunk."""
+    return chunks * microbatches
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """An order of actions, what it is for, and what it promises."""
+
+    order: Order
+    live: Bound = all_activations
+    """How many activations a stage keeps at most, as ``program.peak_live_activations`` counts them: this is proven."""
+    chunks: range = ONE
+    """The numbers of chunks per stage that it supports."""
+    default_chunks: int = 1
+    """How many it has where none is asked for."""
+    place: Callable[[Sequence[int], int], Placement] = Placement.loop
+    """Where its virtual stages are: (layers of each, chunks) -> placement."""
+
+    def __call__(self, stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+        """The stage's actions."""
+        return self.order(stage, stages, chunks, microbatches)
 
 
 def gpipe(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
@@ -101,11 +67,7 @@ def gpipe(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[C
 
 
 def one_forward_one_backward(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
-    """1F1B (PipeDream-flush; Narayanan et al. 2021, section 2.2). At most ``stages - stage`` live activations.
-
-    For one chunk per stage.
-    """
-    assert chunks == 1, f"1F1B is for one chunk per stage, not {chunks}"
+    """1F1B (PipeDream-flush; Narayanan et al. 2021, section 2.2). At most ``stages - stage`` live activations."""
     warmup = min(stages - stage - 1, microbatches)
     forwards, backwards = count(), count()
     # Warm-up: until this stage's first microbatch has passed all stages after it.
@@ -118,245 +80,150 @@ def one_forward_one_backward(stage: int, stages: int, chunks: int, microbatches:
     yield from (Backward(next(backwards)) for _ in range(warmup))
 
 
+def _1f1b_live(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    return min(stages - stage, microbatches)
+
+
+def interleaved(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """Interleaved 1F1B (Narayanan et al. 2021, section 2.2), for any number of microbatches; with one chunk it is 1F1B.
+
+    Groups of microbatches go around the stages once per chunk, so that the pipeline fills with a chunk's time instead
+    of a whole stage's.
+    """
+    if chunks == 1:
+        yield from one_forward_one_backward(stage, stages, chunks, microbatches)
+        return
+    groups = _groups(stages, microbatches)
+    forwards = [Forward(i, chunk) for group in groups for chunk in range(chunks) for i in group]
+    backwards = [Backward(i, chunk) for group in groups for chunk in reversed(range(chunks)) for i in group]
+    warmup = min(_interleaved_warmup(stage, stages, chunks, microbatches), len(forwards))
+    yield from forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        yield forward
+        yield backward
+    yield from backwards[len(forwards) - warmup :]
+
+
+def _interleaved_warmup(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    """Until the first group has passed all chunks but the last, and its first microbatch is back from the end: two more
+    forwards for each stage after this one, for a backward takes twice as long."""
+    return (chunks - 1) * len(_groups(stages, microbatches)[0]) + 2 * (stages - stage - 1)
+
+
+def _interleaved_live(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    if chunks == 1:
+        return _1f1b_live(stage, stages, chunks, microbatches)
+    return min(_interleaved_warmup(stage, stages, chunks, microbatches) + 1, chunks * microbatches)
+
+
+def zero_bubble_h1(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """ZB-H1 (Qi et al. 2023, section 2.2): 1F1B that defers weight gradients, and fills the cool-down with them.
+
+    Stage i computes a weight gradient i microbatches late: all stages then keep as many activations as the first one
+    in 1F1B. It hands no gradient on, so it has no reason to split its backwards.
+    """
+    warmup = min(stages - stage - 1, microbatches)
+    yield from (Forward(i) for i in range(warmup))
+    for i in range(microbatches):
+        if warmup + i < microbatches:
+            yield Forward(warmup + i)
+        if stage == 0:
+            yield Backward(i)
+            continue
+        yield BackwardInput(i)
+        if i >= stage:
+            yield BackwardWeight(i - stage)
+    if stage > 0:
+        yield from (BackwardWeight(i) for i in range(max(0, microbatches - stage), microbatches))
+
+
+def _as_many_as_stages(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    return chunks * min(stages, microbatches)
+
+
+def zero_bubble_v(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
+    """ZB-V (Qi et al. 2023, section 6) on two chunks in a V: no bubble but that of the first and the last transfers.
+
+    It is made for at least 2 · stages - 1 microbatches; of fewer, the actions of those that are missing are left out.
+    """
+    for action in _full_zero_bubble_v(stage, stages, max(2 * stages - 1, microbatches)):
+        if action.microbatch < microbatches:
+            yield action
+
+
+def _full_zero_bubble_v(stage: int, stages: int, microbatches: int) -> Iterator[Compute]:
+    down, back = 0, 1
+    forwards, inputs, weights = ((count(), count()) for _ in range(3))
+
+    def forward(chunk: int) -> Compute:
+        return Forward(next(forwards[chunk]), chunk)
+
+    def backward_input(chunk: int) -> Compute:
+        return BackwardInput(next(inputs[chunk]), chunk)
+
+    def backward_weight(chunk: int) -> Compute:
+        return BackwardWeight(next(weights[chunk]), chunk)
+
+    # Warm-up: until the first microbatch has come back up to this stage, then until its gradient has.
+    ahead = 2 * (stages - stage) - 1
+    yield from (forward(down) for _ in range(ahead))
+    for _ in range(stage):
+        yield forward(back)
+        yield forward(down)
+    for _ in range(stages - stage):
+        yield forward(back)
+        yield backward_input(back)
+        yield backward_weight(back)
+    # Steady: a forward and a backward of both chunks, until no forward is left.
+    for i in range(microbatches - stages):
+        if i < microbatches - ahead - stage:
+            yield forward(down)
+        yield backward_input(down)
+        yield backward_weight(down)
+        yield forward(back)
+        yield backward_input(back)
+        yield backward_weight(back)
+    # Cool-down: what others wait for first, weight gradients while waiting.
+    for _ in range(stage):
+        yield backward_input(down)
+        yield backward_input(back)
+    for _ in range(stages - stage):
+        yield backward_input(down)
+        yield backward_weight(down)
+    yield from (backward_weight(back) for _ in range(stage))
+    yield from (backward_weight(down) for _ in range(stage))
+
+
 def forward_only(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
     """Evaluation."""
     for group in _groups(stages, microbatches):
         yield from (Forward(i, chunk) for chunk in range(chunks) for i in group)
 
 
-def _groups(stages: int, microbatches: int) -> Iterator[range]:
-    """As many microbatches as there are stages: after the last of them, a chunk's output for the first has come around
-    to the next chunk."""
-    return (range(first, min(first + stages, microbatches)) for first in range(0, microbatches, stages))
+def _groups(stages: int, microbatches: int) -> list[range]:
+    """At least as many microbatches as there are stages: after the last of them, a chunk's output for the first has
+    come around to the next chunk. As equal as possible, larger ones first."""
+    groups = max(1, microbatches // stages)
+    ends = list(accumulate(microbatches // groups + (i < microbatches % groups) for i in range(groups)))
+    return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
-SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+SCHEDULES: dict[str, Schedule] = {
+    "gpipe": Schedule(gpipe, chunks=ANY),
+    "1f1b": Schedule(one_forward_one_backward, live=_1f1b_live),
+    "interleaved": Schedule(interleaved, live=_interleaved_live, chunks=ANY, default_chunks=2),
+    "zb-h1": Schedule(zero_bubble_h1, live=_as_many_as_stages),
+    "zb-v": Schedule(
+        zero_bubble_v, live=_as_many_as_stages, chunks=range(2, 3), default_chunks=2, place=Placement.v_shape
+    ),
+}
 """By the value of the setting ``parallel.schedule``, whose possible values are these."""
 
-
-def programs_of(schedule: Schedule, placement: Placement, microbatches: int) -> list[list[Action]]:
-    """What each pipeline rank does under a schedule, proven by :func:`validate`."""
-    ranks, chunks = placement.ranks, placement.chunks
-    schedules = [list(schedule(rank, ranks, chunks, microbatches)) for rank in range(ranks)]
-    for rank, actions in enumerate(schedules):
-        _check_compute(rank, actions, chunks, microbatches)
-    programs = with_transfers(schedules, placement)
-    validate(programs, placement, microbatches)
-    return programs
+EVALUATION = Schedule(forward_only, chunks=ANY)
 
 
-def flow(action: Compute, rank: int, placement: Placement) -> tuple[Hop | None, Hop | None]:
-    """What a rank's action needs and what it makes, with the rank that makes or needs it: the one rule of borders.
-
-    Forwards go up the virtual stages, backwards down. The first forward needs no activation and the last backward no
-    gradient: they start from tokens and from the loss.
-    """
-    if isinstance(action, BackwardWeight):
-        return None, None
-    here, forward = placement.virtual(rank, action.chunk), isinstance(action, Forward)
-
-    def hop(neighbour: int) -> Hop | None:
-        if not 0 <= neighbour < len(placement.stages):
-            return None
-        kind: Literal["activation", "gradient"] = "activation" if forward else "gradient"
-        return Hop(placement.places[neighbour].rank, Message(kind, action.microbatch, max(here, neighbour)))
-
-    below, above = hop(here - 1), hop(here + 1)
-    return (below, above) if forward else (above, below)
-
-
-class Timed(NamedTuple):
-    """An action of a :func:`timeline`, in units of half a backward."""
-
-    start: int
-    end: int
-    action: Compute
-
-
-def timeline(schedules: Sequence[Sequence[Compute]], placement: Placement) -> list[list[Timed]]:
-    """When every rank computes what, if a backward takes twice as long as a forward, each of its halves as long, and
-    transfers take no time.
-
-    ``schedules``: every rank's compute actions. Asserts that none of them waits for ever.
-    """
-    rows: list[list[Timed]] = [[] for _ in schedules]
-    made_at: dict[Message, int] = {}
-    todo = [deque(actions) for actions in schedules]
-    progress = True
-    while progress:
-        progress = False
-        for rank, (row, actions) in enumerate(zip(rows, todo, strict=True)):
-            while actions:
-                needed, made = flow(actions[0], rank, placement)
-                if needed is not None and needed.message not in made_at:
-                    break
-                free = row[-1].end if row else 0
-                start = free if needed is None else max(free, made_at[needed.message])
-                action = actions.popleft()
-                row.append(Timed(start, start + (2 if isinstance(action, Backward) else 1), action))
-                if made is not None:
-                    made_at[made.message] = row[-1].end
-                progress = True
-    waiting = {rank: actions[0] for rank, actions in enumerate(todo) if actions}
-    assert not waiting, f"stages wait for each other: {waiting}"
-    return rows
-
-
-def with_transfers(schedules: Sequence[Sequence[Compute]], placement: Placement) -> list[list[Action]]:
-    """Put the sends and receives that compute actions need between those of every rank.
-
-    A message is sent right after the action that makes it, and its receive is posted at that moment of the
-    :func:`timeline`, even if it is needed later: it arrives during what is computed meanwhile, and no sender waits
-    until its receiver needs it. What falls between two actions of a rank goes as one :class:`Transfer`, so that
-    opposite transfers of a pair are batched. Chunks of one rank hand over without a transfer.
-
-    All programs are then parts of one sequence in which both sides of a message stand at the same place. So ranks
-    cannot wait for each other: the first message of the sequence that is not transferred yet always can be.
-    """
-    # In order of time; what is sent when an action starts comes before it.
-    sequence: list[tuple[int, bool, int, Compute | Hop]] = []
-    for rank, row in enumerate(timeline(schedules, placement)):
-        for start, end, action in row:
-            sequence.append((start, True, rank, action))
-            _, made = flow(action, rank, placement)
-            if made is not None and made.peer != rank:
-                sequence.append((end, False, rank, made))
-    programs: list[list[Action]] = [[] for _ in schedules]
-    sends: list[list[Hop]] = [[] for _ in schedules]
-    receives: list[list[Hop]] = [[] for _ in schedules]
-
-    def close_batch(rank: int) -> None:
-        if sends[rank] or receives[rank]:
-            programs[rank].append(Transfer(tuple(sends[rank]), tuple(receives[rank])))
-            sends[rank], receives[rank] = [], []
-
-    for _, _, rank, event in sorted(sequence, key=lambda entry: entry[:3]):
-        if isinstance(event, Hop):
-            sends[rank].append(event)
-            receives[event.peer].append(Hop(rank, event.message))
-        else:
-            close_batch(rank)
-            programs[rank].append(event)
-    for rank in range(len(programs)):
-        close_batch(rank)
-    return programs
-
-
-def peak_live_activations(actions: Iterable[Action]) -> int:
-    """For how many microbatches, counted per chunk, a rank keeps activations at most: from a forward to the end of its
-    backward, weight gradients included."""
-    live = most = 0
-    for action in actions:
-        live += isinstance(action, Forward)
-        most = max(most, live)
-        live -= isinstance(action, Backward | BackwardWeight)
-    return most
-
-
-def validate(programs: Sequence[Sequence[Action]], placement: Placement, microbatches: int) -> None:
-    """Prove that all ranks' programs together are complete and cannot deadlock.
-
-    Transfers follow NCCL's model: a batch ends when the peers have posted the other side of everything in it, and
-    messages of one ordered pair arrive in the order in which they were sent. Asserts otherwise: a bug in megagap.
-    """
-    assert len(programs) == placement.ranks, f"{len(programs)} programs for {placement.ranks} pipeline ranks"
-    for rank, program in enumerate(programs):
-        compute = [action for action in program if not isinstance(action, Transfer)]
-        _check_compute(rank, compute, placement.chunks, microbatches)
-        _check_data_flow(rank, program, placement)
-    _check_progress(programs)
-
-
-class _Network:
-    """Who waits for what, as NCCL would have it."""
-
-    def __init__(self, ranks: int) -> None:
-        # Per ordered pair: messages posted by the sender, and by the receiver, not yet matched.
-        self._sent: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
-        self._awaited: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
-        self._open = [0] * ranks
-
-    def post(self, rank: int, transfer: Transfer) -> None:
-        """A rank begins a batch."""
-        self._open[rank] += len(transfer.sends) + len(transfer.receives)
-        for peer, message in transfer.sends:
-            self._sent[rank, peer].append(message)
-            self._match(rank, peer)
-        for peer, message in transfer.receives:
-            self._awaited[peer, rank].append(message)
-            self._match(peer, rank)
-
-    def has_ended(self, rank: int) -> bool:
-        """Whether all that the rank has posted has met its other side."""
-        return not self._open[rank]
-
-    def _match(self, sender: int, receiver: int) -> None:
-        sent, awaited = self._sent[sender, receiver], self._awaited[sender, receiver]
-        while sent and awaited:
-            message, expected = sent.popleft(), awaited.popleft()
-            assert message == expected, f"stage {sender} sends {message}, stage {receiver} expects {expected}"
-            self._open[sender] -= 1
-            self._open[receiver] -= 1
-
-
-def _check_progress(programs: Sequence[Sequence[Action]]) -> None:
-    """Every program comes to its end: run them all, each as far as it gets, until none gets any further."""
-    network = _Network(len(programs))
-    todo = [deque(program) for program in programs]
-    waiting: set[int] = set()
-    progress = True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(todo):
-            while actions:
-                action = actions[0]
-                if isinstance(action, Transfer):
-                    if rank not in waiting:
-                        waiting.add(rank)
-                        network.post(rank, action)
-                    if not network.has_ended(rank):
-                        break
-                    waiting.remove(rank)
-                actions.popleft()
-                progress = True
-    stuck = {rank: actions[0] for rank, actions in enumerate(todo) if actions}
-    assert not stuck, f"deadlock: {stuck}"
-
-
-def _check_data_flow(rank: int, program: Sequence[Action], placement: Placement) -> None:
-    """What an action needs is there before it, what is sent was computed before, and all of it is used."""
-    available: set[Message] = set()
-    to_send: set[Message] = set()
-    for action in program:
-        if isinstance(action, Transfer):
-            for _, message in action.sends:
-                assert message in to_send, f"stage {rank}: {message} is sent before it is computed"
-                to_send.remove(message)
-            available |= {message for _, message in action.receives}
-            continue
-        needed, made = flow(action, rank, placement)
-        if needed is not None:
-            assert needed.message in available, f"stage {rank}: {action} needs {needed.message} before it is there"
-            available.remove(needed.message)
-        if made is not None:
-            (available if made.peer == rank else to_send).add(made.message)
-    assert not available and not to_send, f"stage {rank}: never used or sent: {available | to_send}"
-
-
-def _check_compute(rank: int, actions: Sequence[Compute], chunks: int, microbatches: int) -> None:
-    """On every chunk every microbatch goes forward once, and backward once if at all, after its forward."""
-    everything = {(i, chunk) for i in range(microbatches) for chunk in range(chunks)}
-    place: dict[type, dict[tuple[int, int], int]] = {k: {} for k in (Forward, Backward, BackwardInput, BackwardWeight)}
-    for index, action in enumerate(actions):
-        key = (action.microbatch, action.chunk)
-        assert key not in place[type(action)], f"stage {rank}: {action} twice"
-        place[type(action)][key] = index
-    whole, inputs, weights = place[Backward], place[BackwardInput], place[BackwardWeight]
-    assert place[Forward].keys() == everything, f"stage {rank}: not every microbatch goes forward"
-    assert inputs.keys() == weights.keys() and not whole.keys() & inputs.keys(), (
-        f"stage {rank}: BackwardInput without BackwardWeight"
-    )
-    backwards = whole | inputs
-    assert not backwards or backwards.keys() == everything, f"stage {rank}: not every microbatch goes backward"
-    assert all(place[Forward][key] < index for key, index in backwards.items()), f"stage {rank}: backward too early"
-    assert all(inputs[key] < index for key, index in weights.items()), f"stage {rank}: weight gradient too early"
+def choose(name: str | None, chunks: int | None) -> tuple[str, int]:
+    """The schedule's name and number of chunks, where one or both are left open; whether they fit is not checked."""
+    if name is None:
+        name = "interleaved" if (chunks or 1) > 1 else "1f1b"
+    return name, SCHEDULES[name].default_chunks if chunks is None else chunks

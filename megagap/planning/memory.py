@@ -26,17 +26,12 @@ from megagap.optim.buckets import Kind, arrange
 from megagap.optim.gradient_store import kind_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.optim.rules import RULES
+from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.cross_entropy import chunk_tokens
 from megagap.parallel.mesh import Mesh
+from megagap.parallel.pipeline import MOST_BATCHES
 from megagap.parallel.placement import VirtualStage
-from megagap.parallel.schedule import (
-    SCHEDULES,
-    Backward,
-    BackwardWeight,
-    Compute,
-    Forward,
-    peak_live_activations,
-)
+from megagap.parallel.program import peak_live_activations
 from megagap.planning.devices import Device
 from megagap.train import make_layout
 
@@ -208,14 +203,18 @@ def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int)
     stages = [_Stage(settings, device, world_size, stage) for stage in placement.stages_of(rank)]
     any_stage = stages[0]
     microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
-    schedule = SCHEDULES[settings.parallel.schedule]
-    actions = list(schedule(rank, placement.ranks, placement.chunks, microbatches))
+    actions = list(settings.schedule(rank, placement.ranks, placement.chunks, microbatches))
     parameters = _parameters(settings, world_size, rank)
     buckets = [bucket.stop - bucket.start for bucket in arrange(parameters, dp).buckets]
     elements = sum(buckets)
     slices = elements // dp
-    kept = _kept_beside(actions, [stage.saved for stage in stages])
-    moments = [moment for stage, others in zip(stages, kept, strict=True) for moment in stage.moments(others)]
+    kept = _kept_beside(actions, [stage.saved for stage in stages], [stage.deferred for stage in stages])
+    moments = [
+        moment
+        for (kind, chunk), others in kept.items()
+        for moment in stages[chunk].moments(others, deferring=kind is BackwardInput)
+        if kind is not BackwardWeight
+    ]
     if not any_stage.is_gpu:  # squares of a bucket
         moments.append(_Moment("norm of the gradients", 0, max(buckets) // dp * FP32))
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
@@ -242,20 +241,26 @@ def _state_bytes(settings: Settings) -> int:
     return sum(tensor.nbytes for tensor in RULES[settings.optim.name](settings.optim).new_state(one).values())
 
 
-def _kept_beside(actions: list[Compute], saved: list[int]) -> list[int]:
-    """The most that other microbatches, and other chunks, keep while a chunk goes backward; in bytes, by chunk.
+def _kept_beside(actions: list[Compute], saved: list[int], deferred: list[int]) -> dict[tuple[type[Compute], int], int]:
+    """The most that other microbatches, and other chunks, keep while a chunk goes backward; in bytes, by the kind of
+    action and the chunk.
 
-    ``saved``: what a microbatch keeps of each chunk.
+    ``saved``: what a microbatch keeps of each chunk, until its backward; ``deferred``: what the weight gradients keep
+    that it has deferred, until they are computed.
     """
-    most, live = [0] * len(saved), 0
+    most: dict[tuple[type[Compute], int], int] = {}
+    live = 0
     for action in actions:
-        size = saved[action.chunk]
-        if isinstance(action, Forward):
-            live += size
-        else:
-            most[action.chunk] = max(most[action.chunk], live - size)
-        if isinstance(action, Backward | BackwardWeight):
-            live -= size
+        place = (type(action), action.chunk)
+        match action:
+            case Forward():
+                live += saved[action.chunk]
+            case Backward() | BackwardInput():
+                live -= saved[action.chunk]
+                most[place] = max(most.get(place, 0), live)
+                live += deferred[action.chunk] if isinstance(action, BackwardInput) else 0
+            case BackwardWeight():
+                live -= deferred[action.chunk]
     return most
 
 
@@ -358,15 +363,23 @@ class _Stage:
         scores = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
         return self.batch * self.heads * scores * self.itemsize
 
+    @property
+    def deferred(self) -> int:
+        """What the weight gradients of a microbatch keep until they are computed: input and output's gradient of each
+        matrix. It is a little less than :attr:`saved`."""
+        attention = self.R + self.Q + 2 * self.K + self.Q + self.R
+        feed_forward = self.R + 2 * self.F + self.F + self.R
+        return self.layers * (attention + feed_forward)
+
     # -- moments
 
-    def moments(self, others: int) -> Iterator[_Moment]:
+    def moments(self, others: int, deferring: bool = False) -> Iterator[_Moment]:
         """Those in which the peak can be, beside ``others`` bytes of activations. Earlier ones of a forward pass, and
-        later layers' backward, hold less."""
+        later layers' backward, hold less. ``deferring``: whether weight gradients are put off."""
         if self.has_head:
             yield from self._loss(others)
         if self.layers:
-            yield from self._last_layer_backward(others)
+            yield from self._last_layer_backward(others, deferring)
         if self.has_embedding:
             yield self._embedding_backward(others)
 
@@ -376,14 +389,19 @@ class _Stage:
         logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
         # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
         output = self.R + (2 * self.A - self.R if self.splits_sequence else 0)
-        # A middle or last stage may still be sending the gradient before.
-        sending = self.R if self.pp > 1 and self.microbatches > 1 else 0
+        sending = self._sending
         yield _Moment("loss", others + self.saved, output + logits + self._product_copy(self.rows) + sending)
 
-    def _last_layer_backward(self, others: int) -> Iterator[_Moment]:
+    @property
+    def _sending(self) -> int:
+        """Gradients before that may still be on their way to the stage before."""
+        return self.R * (MOST_BATCHES if self.is_gpu else 1) if self.pp > 1 and self.microbatches > 1 else 0
+
+    def _last_layer_backward(self, others: int, deferring: bool) -> Iterator[_Moment]:
         """The feed-forward, then attention, of the layer whose backward pass is first, beside all others' activations.
 
-        ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends.
+        ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends. What
+        is deferred stays as well: of each matrix its input, and the gradient of its output.
         """
         kept = others + self.saved - (2 * self.R + FP32 * self.residual_tokens if self.has_head else 0)
         if self.recompute == "full":  # with the layer's own, computed again; the first norm of a stage reads its input
@@ -391,16 +409,19 @@ class _Stage:
         gathered = self.A if self.splits_sequence else 0
         summed = self.R if self.splits_sequence else 0
         name = "backward of the last layer"
-        sending = self.R if self.has_head and self.pp > 1 and self.microbatches > 1 else 0
+        sending = self._sending if self.has_head else 0
         stream = self.R + sending  # the gradient of the residual stream
         product_again, input_again = self.F - self._product, self.R - self._input
         yield _Moment(name, kept, stream + gathered + self.F + product_again + self._product_copy(self.inner))
-        yield _Moment(name, kept - self._product, stream + 3 * self.F)
+        kept -= 0 if deferring else self._product
+        yield _Moment(name, kept, stream + 3 * self.F)
         # The input, made and gathered again; its gradient, and that summed over tp.
         inputs = input_again + gathered + self.A + summed
-        kept -= 2 * self.F + self._product
+        kept -= 2 * self.F
         yield _Moment(name, kept, stream + 2 * self.F + inputs + self._product_copy(self.inner))
         kept -= self.R + self._input
+        if deferring:
+            kept += 2 * self.F + self._input + (self.R if self.has_head else 0)
         stream += 0 if self.has_head else self.R
         queries = self.heads * self.model.head_dim
         yield _Moment(name, kept, stream + gathered + self.Q + self._product_copy(queries))

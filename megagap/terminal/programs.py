@@ -18,6 +18,7 @@ TOOLS = {
     "evaluate": "evaluate",
     "benchmark-mfu": "benchmark_mfu",
     "trace-step": "trace_step",
+    "draw-schedule": "draw_schedule",
     "plot": "plot_run",
     "gather-text": "gather_text",
 }

@@ -10,7 +10,8 @@ from megagap.ops.document_mask import Documents
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute
-from megagap.parallel.schedule import forward_only, programs_of
+from megagap.parallel.program import programs_of
+from megagap.parallel.schedule import EVALUATION
 from megagap.training.step import BoundStages, TrainState, boundary, count_targets, counts_loss, targets_of
 
 MICROBATCHES_PER_STAGE = 8
@@ -71,7 +72,7 @@ def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Call
         pause()
         part = slice(begin, begin + MICROBATCHES_PER_STAGE * mesh.pp.size)
         work = BoundStages(state.stages, inputs[part], targets[part], scale, documents[part] if documents else None)
-        program = programs_of(forward_only, state.placement, len(work.inputs))[mesh.pp.rank]
+        program = programs_of(EVALUATION, state.placement, len(work.inputs))[mesh.pp.rank]
         execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
         losses.append(work.sequence_losses)
     own_loss = torch.cat(losses).sum() * scale * counts_loss(state.stages)

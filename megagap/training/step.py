@@ -9,15 +9,17 @@ from torch import Tensor
 from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage
+from megagap.observe.spans import Spans
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.pipeline import Boundary, execute
+from megagap.parallel.pipeline import Boundary, OpenSpan, execute, no_span
 from megagap.parallel.placement import Placement
-from megagap.parallel.schedule import SCHEDULES, Action, Forward, programs_of
+from megagap.parallel.program import programs_of
 from megagap.timeline import Moment, Timeline
 from megagap.training.guard import accept_update
 
@@ -35,6 +37,8 @@ class TrainState:
     timeline: Timeline
     step: int = 0
     """Steps made, including those whose update was skipped."""
+    spans: Spans = field(default_factory=Spans)
+    """Where the pipeline's actions are recorded."""
 
     programs: dict[int, list[Action]] = field(default_factory=dict)
     """This rank's actions in a step, by its number of microbatches."""
@@ -42,8 +46,8 @@ class TrainState:
     def program(self, microbatches: int) -> list[Action]:
         """What this rank does in a step of so many microbatches: proven when it is first asked for."""
         if microbatches not in self.programs:
-            schedule = SCHEDULES[self.settings.parallel.schedule]
-            self.programs[microbatches] = programs_of(schedule, self.placement, microbatches)[self.mesh.pp.rank]
+            programs = programs_of(self.settings.schedule, self.placement, microbatches)
+            self.programs[microbatches] = programs[self.mesh.pp.rank]
         return self.programs[microbatches]
 
     @property
@@ -150,7 +154,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     moment = state.moment
     for stage in state.stages:
         stage.use_rope_theta(moment.rope_theta)
-    work = compute_gradients(state, batch, state.program(len(batch.tokens)))
+    state.spans.begin_step(state.step)
+    work = compute_gradients(state, batch, state.program(len(batch.tokens)), state.spans.span)
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
@@ -163,7 +168,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, moment.lr)
 
 
-def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) -> BoundStages:
+def compute_gradients(state: TrainState, batch: Batch, program: list[Action], span: OpenSpan = no_span) -> BoundStages:
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
@@ -172,7 +177,7 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action]) ->
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
-    execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
+    execute(program, work, boundary(state.stages, inputs), state.placement, mesh, span)
     store.finish()
     return work
 

@@ -1,6 +1,7 @@
 """The training loop: data, step, metrics, evaluation, checkpoints, stopping."""
 
 import logging
+from contextlib import closing
 
 import torch
 
@@ -13,6 +14,7 @@ from megagap.model.init import initialise
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
 from megagap.observe.run_directory import RunDirectory
+from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
@@ -45,7 +47,8 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         run.status("finished")
         return
 
-    with make_loader(settings, mesh, data) as loader:
+    state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
+    with make_loader(settings, mesh, data) as loader, closing(state.spans):
         train_from(start, state, loader, held_out, run)
 
 

@@ -26,7 +26,7 @@ from megagap.terminal.programs import TOOLS, CalledAs, typed
 from tests.launching import SECONDS
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_TORCH = ("gather-text", "train-tokenizer", "preprocess", "merge", "inspect", "plot", "recipe")
+WITHOUT_TORCH = ("gather-text", "train-tokenizer", "preprocess", "merge", "inspect", "plot", "draw-schedule", "recipe")
 
 
 def program(subcommand: str, called_as: CalledAs) -> list[str]:

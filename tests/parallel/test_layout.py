@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megagap.errors import DistributedError
 from megagap.parallel.layout import AXES, Layout
+from megagap.parallel.placement import Placement
 
 small = st.integers(1, 4)
 
@@ -126,8 +127,18 @@ def test_the_groups_of_4096_ranks_are_known_without_torch():
     program = """
 import sys
 from megagap.parallel.layout import Layout
+from megagap.parallel.placement import Placement
 print(*((axis, len(groups)) for axis, groups in Layout(4096, pp=8, tp=8).divisions.items()))
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "('pp', 512) ('dp', 64) ('tp', 512) ('embedding', 3584)", done.stderr
+
+
+def test_in_a_v_no_other_rank_shares_the_embedding_and_no_group_is_made_for_it():
+    """The first rank has both the first and the last virtual stage."""
+    layout = Layout(12, pp=3, tp=2, embedding_ranks=Placement.v_shape([1] * 6).embedding_ranks)
+    assert all(layout.members("embedding", rank) == (rank,) for rank in range(12))
+    assert sorted(layout.groups("embedding")) == [(rank,) for rank in range(12)]
+    assert layout.size("embedding") == 1 and "embedding" not in layout.divisions
+    assert "embedding" in Layout(12, pp=3, tp=2).divisions

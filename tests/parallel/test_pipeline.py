@@ -7,18 +7,14 @@ import pytest
 import torch
 
 from megagap.checkpoint.model import load_model
+from megagap.commands.draw_schedule import NAMES
 from megagap.config import Settings
+from megagap.observe.spans import read_step
+from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
+from megagap.parallel.pipeline import MOST_BATCHES, _Run, no_span
 from megagap.parallel.placement import Place, Placement
-from megagap.parallel.schedule import (
-    Backward,
-    BackwardInput,
-    BackwardWeight,
-    Compute,
-    Forward,
-    gpipe,
-    one_forward_one_backward,
-    programs_of,
-)
+from megagap.parallel.program import programs_of
+from megagap.parallel.schedule import ANY, SCHEDULES, Schedule, gpipe
 from tests.parity.gradients import assembled, gradients, largest_difference
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -96,24 +92,41 @@ def test_gradients_equal_those_of_one_process_in_every_placement(name, model, wo
         assert held <= {layer for stage in mine for layer in stage.layers}
 
 
-def placed_gradients(rank, ranks, recipe, tp, placement, schedule):
+def placed_gradients(rank, ranks, recipe, tp, placement, order):
     """Of a placement and a schedule that no setting gives."""
     overrides = [f"parallel.pp={placement.ranks}", f"parallel.tp={tp}"]
-    return gradients(rank, ranks, recipe, overrides, placement=placement, schedule=schedule)
+    return gradients(rank, ranks, recipe, overrides, placement=placement, order=order)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_executed_order_is_that_of_the_list(name, workers, tmp_path):
+    """On real processes, as their spans say."""
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    overrides = ["parallel.pp=2", f"parallel.schedule={name}", "run.spans=true", f"run.dir={tmp_path / 'run'}"]
+    workers.run(2, train_recipe, recipe, overrides)
+    chunks = SCHEDULES[name].default_chunks
+    for step in (1, 2):
+        for stage, spans in enumerate(read_step(tmp_path / "run", step).ranks):
+            executed = [
+                NAMES[span.name](span.fields["microbatch"], span.fields["chunk"])
+                for span in spans
+                if span.name in NAMES
+            ]
+            assert executed == list(SCHEDULES[name](stage, 2, chunks, MICROBATCHES))
 
 
 def test_a_schedule_by_hand_is_run_as_it_is_written():
     """So that the runs above are of what they say: what is proven is what was written, with transfers between."""
     placement = Placement.loop([1] * 4, chunks=2)
-    first, last = programs_of(interleaved, placement, MICROBATCHES)
+    first, last = programs_of(Schedule(interleaved, chunks=ANY), placement, MICROBATCHES)
     computed = [action for action in first if isinstance(action, Compute)]
     assert computed[:6] == [Forward(0), Forward(1), Forward(0, 1), Forward(1, 1), Forward(2), Backward(0, 1)]
     assert len(computed) == len([action for action in last if isinstance(action, Compute)]) == 16
 
 
 def test_1f1b_refuses_several_chunks():
-    with pytest.raises(AssertionError, match="one chunk per stage, not 2"):
-        programs_of(one_forward_one_backward, Placement.loop([1] * 4, chunks=2), MICROBATCHES)
+    with pytest.raises(AssertionError, match="chunks per stage, not 2"):
+        programs_of(SCHEDULES["1f1b"], Placement.loop([1] * 4, chunks=2), MICROBATCHES)
 
 
 def train_placed(rank, ranks, recipe, overrides, placement):
@@ -142,3 +155,34 @@ def test_a_run_with_several_chunks_per_rank_logs_and_stores_what_one_process_doe
     assert one.keys() == placed.keys()
     for name, weight in one.items():
         torch.testing.assert_close(placed[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class FakeWork:
+    """A batch under way: ended once it is waited for, or when it says so."""
+
+    def __init__(self, ended: bool = False) -> None:
+        self.ended = ended
+        self.waits = 0
+
+    def is_completed(self) -> bool:
+        return self.ended
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.ended = True
+
+
+@pytest.mark.parametrize(("device", "waited"), [("cuda", [0, 0, 1, 0, 0]), ("cpu", [0, 0, 1, 1, 0])])
+def test_on_a_gpu_a_transfer_does_not_wait_for_the_batch_before(device, waited):
+    """NCCL's Work of a batch also stands for what it receives, which may be needed much later. Batches that have ended
+    are dropped, at most two are left under way, and at the end all are waited for."""
+    mesh = mock.Mock(device=torch.device(device))
+    run = _Run(mock.Mock(), mock.Mock(), V, mesh, differentiate=True, span=no_span)
+    works = [FakeWork(ended=True), FakeWork(ended=True), FakeWork(), FakeWork(), FakeWork()]
+    for work in works:
+        run.finish_sends(run.unfinished - 1)
+        run.sends.append(([work], [torch.zeros(1)]))
+        assert len(run.sends) <= MOST_BATCHES
+    assert [work.waits for work in works] == waited
+    run.finish_sends(0)
+    assert not run.sends and all(work.ended for work in works)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagap.parallel.placement import Place, Placement, spread_layers
+from megagap.parallel.placement import Place, Placement, balance_layers, spread_layers
 
 counts = st.lists(st.integers(0, 4), min_size=1, max_size=6).map(lambda counts: [*counts, *counts])
 placements = st.one_of(
@@ -68,3 +68,24 @@ def test_a_placement_that_leaves_a_chunk_without_a_virtual_stage_is_refused():
 def test_layers_are_spread_evenly_earlier_stages_first():
     assert spread_layers(7, 3) == [3, 2, 2]
     assert spread_layers(6, 3) == [2, 2, 2]
+
+
+@given(st.integers(1, 8), st.integers(0, 30), st.floats(0, 12))
+def test_balanced_layers_make_the_slowest_stage_as_fast_as_any_division_does(stages, more, head):
+    """By trying every number of layers of the last stage, the others being spread evenly."""
+    layers = max(stages - 2, 0) + more
+    counts = balance_layers(layers, stages, head)
+    assert sum(counts) == layers and all(counts[1:-1])
+
+    def slowest(counts: list[int]) -> float:
+        return max(*counts, counts[-1] + head)
+
+    possible = [[*spread_layers(layers - last, stages - 1), last] for last in range(layers + 1)] if stages > 1 else []
+    valid = [other for other in possible if all(other[1:-1])]
+    assert slowest(counts) <= min(map(slowest, valid), default=layers + head)
+
+
+def test_a_large_head_takes_layers_from_the_last_stage():
+    assert balance_layers(8, 2, 0.0) == [4, 4]
+    assert balance_layers(8, 2, 2.0) == [5, 3]
+    assert balance_layers(8, 4, 5.0) == [3, 3, 2, 0]

@@ -31,7 +31,8 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import Pending
 from megagap.parallel.mesh import Axis
 from megagap.parallel.placement import Placement
-from megagap.parallel.schedule import Schedule, programs_of
+from megagap.parallel.program import programs_of
+from megagap.parallel.schedule import ANY, Order, Schedule
 from megagap.process.rendezvous import Process
 from megagap.train import make_mesh
 from megagap.training.datasets import training_data
@@ -95,10 +96,10 @@ def gradients(
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
     placement: Placement | None = None,
-    schedule: Schedule | None = None,
+    order: Order | None = None,
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
-    passed. ``placement`` and ``schedule`` stand for those of the recipe."""
+    passed. ``placement`` and ``order`` stand for those of the recipe."""
     settings = load_recipe(recipe, overrides, ranks)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device(device))
     placement = placement or settings.placement
@@ -118,8 +119,9 @@ def gradients(
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
         batch = loader.step(1).to(mesh.device)
         microbatches = len(batch.tokens)
-        if schedule is not None:
-            state.programs[microbatches] = programs_of(schedule, placement, microbatches)[mesh.pp.rank]
+        if order is not None:
+            programs = programs_of(Schedule(order, chunks=ANY), placement, microbatches)
+            state.programs[microbatches] = programs[mesh.pp.rank]
         _poison(parameters)
         compute_gradients(state, batch, state.program(microbatches))
     parts = [

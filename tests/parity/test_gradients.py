@@ -2,6 +2,7 @@
 
 import pytest
 
+from megagap.parallel.schedule import SCHEDULES
 from tests.parity.gradients import Mutation, assembled, gradients, largest_difference
 from tests.parity.test_layouts import LAYOUTS
 from tests.recipes import write_recipe
@@ -19,13 +20,38 @@ LAYOUTS = LAYOUTS | {
     "dp2, document mask": (2, {}),
     "tp2, document mask": (2, dict(tp=2)),
     "tp4 pp2": (8, dict(tp=4, pp=2)),
+    "pp2 vpp2, gpipe, balanced": (2, dict(pp=2, vpp=2, schedule="gpipe", layers_per_stage="balanced")),
+    "pp2, zb-v, document mask": (2, dict(pp=2, schedule="zb-v")),
+    "tp2 pp2, zb-h1": (4, dict(tp=2, pp=2, schedule="zb-h1")),
+    "pp3 vpp2, ends without layers": (3, dict(pp=3, vpp=2, layers_per_stage="[0,1,2,1,1,0]")),
 }
+"""Of the schedules, those that reach every mechanism: :data:`PIPELINES` has all of them."""
+
+PIPELINES = {
+    f"pp{pp} vpp{vpp}, {schedule}{mask}": (pp, dict(pp=pp, vpp=vpp, schedule=schedule, layers_per_stage="balanced"))
+    for pp in (2, 3, 4)
+    for vpp in (1, 2)
+    for schedule in SCHEDULES
+    for mask in ("", ", document mask")
+    if vpp in SCHEDULES[schedule].chunks
+}
+"""Of 6 layers; with 4 microbatches, which 3 stages do not divide."""
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, workers, tmp_path_factory):
     """A recipe, and the gradients of one process with and without a document mask."""
-    recipe = write_recipe(tmp_path_factory.mktemp("gradients"), model=MODELS[request.param])
+    return reference(workers, tmp_path_factory.mktemp("gradients"), MODELS[request.param])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def six_layers(request, workers, tmp_path_factory):
+    """The same of six layers."""
+    return reference(workers, tmp_path_factory.mktemp("six_layers"), MODELS[request.param] | {"num_hidden_layers": 6})
+
+
+def reference(workers, folder, model):
+    recipe = write_recipe(folder, model=model)
     expected = {}
     for masked in (False, True):
         ((parts, calls),) = workers.run(1, gradients, recipe, [f"data.document_mask={str(masked).lower()}"])
@@ -35,7 +61,7 @@ def model(request, workers, tmp_path_factory):
 
 
 def run(workers, recipe, layout, mutation=None, recompute="none"):
-    ranks, parallel = LAYOUTS[layout]
+    ranks, parallel = (LAYOUTS | PIPELINES)[layout]
     overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
     overrides += [f"data.document_mask={str('mask' in layout).lower()}", f"train.recompute={recompute}"]
     return workers.run(ranks, gradients, recipe, overrides, mutation)
@@ -57,6 +83,13 @@ def test_every_gradient_equals_that_of_one_process_that_keeps_all(layout, recomp
     recipe, expected = model
     results = run(workers, recipe, layout, recompute=recompute)
     assert largest_difference(results, expected["mask" in layout]) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_every_gradient_of_every_schedule_equals_that_of_one_process(pipeline, six_layers, workers):
+    recipe, expected = six_layers
+    assert largest_difference(run(workers, recipe, pipeline), expected["mask" in pipeline]) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ LAYOUTS = {
     "tp2 dp2": (4, dict(tp=2)),
     "pp2 dp2": (4, dict(pp=2)),
     "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
+    "pp2 vpp2": (2, dict(pp=2, vpp=2)),
 }
 
 

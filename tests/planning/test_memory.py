@@ -64,6 +64,9 @@ LAYOUTS = {
     "tp 2, sequence parallel": (2, {"parallel.tp": 2}),
     "pp 2": (2, {"parallel.pp": 2, "train.micro_batch_size": 1}),
     "pp 2, gpipe": (2, {"parallel.pp": 2, "parallel.schedule": "gpipe", "train.micro_batch_size": 1}),
+    "pp 2, vpp 2": (2, {"parallel.pp": 2, "parallel.vpp": 2, "train.micro_batch_size": 1}),
+    "pp 2, zb-h1": (2, {"parallel.pp": 2, "parallel.schedule": "zb-h1", "train.micro_batch_size": 1}),
+    "pp 2, zb-v": (2, {"parallel.pp": 2, "parallel.schedule": "zb-v", "train.micro_batch_size": 1}),
     "dp 2": (2, {}),
     "dp 2, bf16-mixed": (2, {"train.precision": "bf16-mixed"}),
 }

@@ -94,7 +94,6 @@ PLANNED_VALUES = {
     "parallel.context_mode": ("ring", "alltoall"),
     "train.batch_ramp": ("[]", "[[100, 4]]"),
     "train.recompute": ("none", "full"),
-    "train.compile": ("false", "1"),
     "optim.rounding": ("nearest", "stochastic"),
     "checkpoint.async": ("false", "true"),
     "run.wandb": ("false", "true"),

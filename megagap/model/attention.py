@@ -69,11 +69,21 @@ class Attention(nn.Module):
 
         A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token.
         """
+        q, k, v = self.project(x, cos, sin, None if documents is None else documents.positions)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.o_proj(self.mix(q, k, v, documents).flatten(2))
+
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, rotated, of this rank's heads [b, s, heads, d], and keys, rotated, and values of its key heads."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotary(q, k, cos, sin, None if documents is None else documents.positions)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        mixed = attention(q, k, v) if documents is None else document_attention(q, k, v, documents)
-        return self.o_proj(mixed.flatten(2))
+        return *rotary(q, k, cos, sin, positions), v
+
+    @staticmethod
+    def mix(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """The attention itself: [b, s, heads, d] of this rank's heads."""
+        return attention(q, k, v) if documents is None else document_attention(q, k, v, documents)

@@ -49,6 +49,11 @@ class WeightGradientQueue:
         finally:
             self._jobs = None
 
+    @property
+    def is_deferring(self) -> bool:
+        """Whether weight gradients are being queued."""
+        return self._jobs is not None
+
     def add(self, job: Callable[[], None]) -> bool:
         """Queue ``job`` if weight gradients are being deferred; False if it must run now."""
         if self._jobs is None:
@@ -63,6 +68,14 @@ class Region:
 
     tp: Axis
     sequence_parallel: bool
+
+    def whole_length(self, x: Tensor) -> int:
+        """Tokens of a whole sequence of the residual stream."""
+        return x.shape[SEQUENCE] * self.tp.size if self.sequence_parallel else x.shape[SEQUENCE]
+
+    def own_length(self, y: Tensor) -> int:
+        """Tokens of a sequence [b, s, h] that the residual stream holds on this rank."""
+        return y.shape[SEQUENCE] // self.tp.size if self.sequence_parallel else y.shape[SEQUENCE]
 
     def gather(self, x: Tensor) -> Pending:
         """Start making the residual stream [b, s or s / tp, h] whole: [b, s, h]. Without sequence parallelism it is."""
@@ -146,6 +159,8 @@ class ColumnParallelLinear(nn.Module):
                 split(f"{name}.bias", (out_features,), **place, **replicas)  # type: ignore[arg-type]
             )
         self.region, self.queue = tensor_parallel.region, tensor_parallel.queue
+        self.number: Tensor | None = None
+        """Where compiled, what stands for the layer in the graph (``opaque.py``)."""
 
     def forward(self, x: Tensor) -> Tensor:
         (y,) = column_parallel(x, self)
@@ -171,9 +186,16 @@ class RowParallelLinear(nn.Module):
         self.bias = (
             tensor_parallel.parameter(tensor_parallel.replicated(f"{name}.bias", (out_features,))) if bias else None
         )
+        self.number: Tensor | None = None
+        """As of :class:`ColumnParallelLinear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _RowProduct.apply(x, self.region, self.queue, self.weight)
+        y: Tensor
+        if self.number is not None and torch.compiler.is_compiling():
+            length, width = self.region.own_length(x), len(self.weight)
+            y = torch.ops.megagap_parallel.row_product(x, self.number, length, width)
+        else:
+            y = _RowProduct.apply(x, self.region, self.queue, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -183,7 +205,13 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, .
     As if each were called by itself; the input's gradient is accumulated inside the matrix products.
     """
     first, weights = layers[0], [layer.weight for layer in layers]
-    products: tuple[Tensor, ...] = _ColumnProducts.apply(x, first.region, first.queue, *weights)
+    products: Sequence[Tensor]
+    if first.number is not None and torch.compiler.is_compiling():
+        numbers, widths = [layer.number for layer in layers], [len(weight) for weight in weights]
+        length = first.region.whole_length(x)
+        products = torch.ops.megagap_parallel.column_products(x, numbers, length, widths)
+    else:
+        products = _ColumnProducts.apply(x, first.region, first.queue, *weights)
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
 
 

@@ -25,6 +25,7 @@ import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
 from megagap.config import load_recipe, timeline_of
+from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.optim.distributed import DistributedOptimizer
@@ -109,6 +110,8 @@ def gradients(
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=dtype,
     )
+    if settings.train.compile:
+        compile_layers(stages)
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)

@@ -10,7 +10,7 @@ before and after it. Passes without gradients (evaluation, generation) are not c
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,24 +24,23 @@ from megagap.parallel.opaque import make_opaque
 GRAPHS_PER_LENGTH = 2
 """The first layer of a stage has no update of a layer before to add."""
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
-
-def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1) -> None:
+def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1, backend: str = "inductor") -> None:
     """Compile the stages' layers when they are first used in training. ``lengths``: different lengths of sequences
-    that they will be used with, each of which is compiled once.
+    that they will be used with, each of which is compiled once. ``backend``: of torch.compile; ``aot_eager`` makes the
+    same graphs, and runs them as they are.
 
     Raises :class:`CompileError` if this machine lacks what torch.compile needs.
     """
     for stage in stages:
-        require_compiler(stage.tensor_parallel.mesh.device)
+        if backend == "inductor":
+            require_compiler(stage.tensor_parallel.mesh.device)
         _allow_graphs(lengths * GRAPHS_PER_LENGTH)
         for layer in stage.layers:
             assert isinstance(layer, Layer)
             make_opaque(layer.modules())
             # Not the module as a whole: its hooks wait for parameters, which is no part of the graph.
-            layer.forward = _CompiledLayer(layer)  # type: ignore[method-assign]
+            layer.forward = _CompiledLayer(layer, backend)  # type: ignore[method-assign]
 
 
 def require_compiler(device: torch.device) -> None:
@@ -62,8 +61,10 @@ def require_compiler(device: torch.device) -> None:
 class _CompiledLayer:
     """The ``forward`` of a layer."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, backend: str) -> None:
         self._layer, self._plain = layer, layer.forward
+        functions = (_whole, _before_attention, _after_attention)
+        self._whole, self._before_attention, self._after_attention = (_compiled(f, backend) for f in functions)
 
     def __call__(
         self,
@@ -80,11 +81,13 @@ class _CompiledLayer:
         # Weights are no inputs of the graph, so it is only through x that its backward pass is called.
         assert x.requires_grad
         if x.device.type == "cpu" and documents is None:
-            return _compiled(_whole)(layer, x, update, cos, sin)
+            whole: tuple[Tensor, Tensor] = self._whole(layer, x, update, cos, sin)
+            return whole
         positions = None if documents is None else documents.positions
-        q, k, v, x = _compiled(_before_attention)(layer, x, update, cos, sin, positions)
+        q, k, v, x = self._before_attention(layer, x, update, cos, sin, positions)
         mixed = layer.self_attn.mix(q, k, v, documents)
-        return _compiled(_after_attention)(layer, x, mixed)
+        x, update = self._after_attention(layer, x, mixed)
+        return x, update
 
 
 def _whole(layer: Layer, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,13 +109,13 @@ def _after_attention(layer: Layer, x: Tensor, mixed: Tensor) -> tuple[Tensor, Te
 
 
 @cache
-def _compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """``function`` as one graph: a break in it is an error, and shapes are constants of the code."""
-    graph: Callable[_P, _R] = torch.compile(function, fullgraph=True, dynamic=False)
+    graph = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
-    def call(*arguments: _P.args, **options: _P.kwargs) -> _R:
+    def call(*arguments: Any) -> Any:
         try:
-            return graph(*arguments, **options)
+            return graph(*arguments)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = f"torch.compile failed: {_first_line(getattr(error, 'inner_exception', error))}"
             raise CompileError(_cannot(reason, "see the cause above")) from error
@@ -121,10 +124,11 @@ def _compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _allow_graphs(number: int) -> None:
-    """Torch takes functions that are compiled more often than a limit for a mistake."""
+    """Allow so many more in this process. A function that is compiled more often than a limit, torch takes for a
+    mistake."""
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, name, max(getattr(config, name), number))
+    setattr(config, name, getattr(config, name) + number)
 
 
 def _cannot(reason: str, cure: str) -> str:

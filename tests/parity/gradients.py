@@ -97,9 +97,11 @@ def gradients(
     dtype: torch.dtype = torch.float64,
     placement: Placement | None = None,
     schedule: Schedule | None = None,
+    backend: str = "inductor",
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
-    passed. ``placement`` and ``schedule`` stand for those of the recipe."""
+    passed. ``placement`` and ``schedule`` stand for those of the recipe; ``backend``: of
+    torch.compile."""
     settings = load_recipe(recipe, overrides, ranks)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device(device))
     placement = placement or settings.placement
@@ -111,7 +113,7 @@ def gradients(
         dtype=dtype,
     )
     if settings.train.compile:
-        compile_layers(stages)
+        compile_layers(stages, backend=backend)
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)

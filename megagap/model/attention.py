@@ -83,7 +83,6 @@ class Attention(nn.Module):
         )
         return *rotary(q, k, cos, sin, positions), v
 
-    @staticmethod
-    def mix(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """The attention itself: [b, s, heads, d] of this rank's heads."""
         return attention(q, k, v) if documents is None else document_attention(q, k, v, documents)

@@ -7,9 +7,9 @@ layers of a rank share the code. Where attention cannot be traced, or is one lib
 before and after it. Passes without gradients (evaluation, generation) are not compiled: their shapes vary.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from megagap.model.attention import KeyValueCache
 from megagap.model.llama import Layer, LlamaStage
 from megagap.ops.document_mask import Documents
 from megagap.parallel.opaque import make_opaque
+
+log = logging.getLogger(__name__)
 
 GRAPHS_PER_LENGTH = 2
 """The first layer of a stage has no update of a layer before to add."""
@@ -40,29 +42,49 @@ def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1, backend: str 
             assert isinstance(layer, Layer)
             make_opaque(layer.modules())
             # Not the module as a whole: its hooks wait for parameters, which is no part of the graph.
-            layer.forward = _CompiledLayer(layer, backend)  # type: ignore[method-assign]
+            layer.forward = _CompiledLayer(layer, backend, in_one=_attention_is_traced(stage))  # type: ignore[method-assign]
+    log.info("torch.compile compiles the layers in the first step, which takes longer")
+
+
+def _attention_is_traced(stage: LlamaStage) -> bool:
+    """Whether attention of whole sequences is part of the graph. On a GPU it is one call of a library, which there is
+    nothing to fuse with; context parallelism communicates in it."""
+    mesh = stage.tensor_parallel.mesh
+    return mesh.device.type == "cpu" and mesh.cp.size == 1
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raises :class:`CompileError` if torch's compiler cannot make code for this device."""
-    if device.type == "cuda":
-        if find_spec("triton") is None:
-            raise CompileError(_cannot("torch compiles for GPUs with triton, which is not installed", "install it"))
-        return
+    """Raises :class:`CompileError` if torch cannot compile for this device, which a small function shows."""
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
+        torch.compile(_probe, fullgraph=True, dynamic=False)(torch.ones(64, device=device))
     except Exception as error:
-        reason = f"torch compiles for CPUs with a C++ compiler, and found none ({_first_line(error)})"
-        raise CompileError(_cannot(reason, "install one (Debian: g++), or name yours in the variable CXX")) from error
+        needs = "triton and a C compiler" if device.type == "cuda" else "a C++ compiler and Python's headers"
+        raise CompileError(
+            f"train.compile = true: torch cannot compile on this machine: {_reason(error)}\n"
+            f"  it needs {needs} (Debian: apt-get install g++ python3-dev; CXX names another compiler).\n"
+            "  Install them, or set train.compile = false."
+        ) from error
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says most: a compiler's first complaint, else the first of its own."""
+    cause = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    complaints = [line for line in lines if " error: " in line]
+    return (complaints or lines or [type(cause).__name__])[0]
 
 
 class _CompiledLayer:
     """The ``forward`` of a layer."""
 
-    def __init__(self, layer: Layer, backend: str) -> None:
-        self._layer, self._plain = layer, layer.forward
+    def __init__(self, layer: Layer, backend: str, *, in_one: bool) -> None:
+        """``in_one``: one graph, with attention, unless sequences are packed from documents, whose borders only the
+        host knows."""
+        self._layer, self._plain, self._in_one = layer, layer.forward, in_one
         functions = (_whole, _before_attention, _after_attention)
         self._whole, self._before_attention, self._after_attention = (_compiled(f, backend) for f in functions)
 
@@ -80,7 +102,7 @@ class _CompiledLayer:
             return self._plain(x, update, cos, sin, cache, documents)
         # Weights are no inputs of the graph, so it is only through x that its backward pass is called.
         assert x.requires_grad
-        if x.device.type == "cpu" and documents is None:
+        if self._in_one and documents is None:
             whole: tuple[Tensor, Tensor] = self._whole(layer, x, update, cos, sin)
             return whole
         positions = None if documents is None else documents.positions
@@ -111,16 +133,7 @@ def _after_attention(layer: Layer, x: Tensor, mixed: Tensor) -> tuple[Tensor, Te
 @cache
 def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """``function`` as one graph: a break in it is an error, and shapes are constants of the code."""
-    graph = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-
-    def call(*arguments: Any) -> Any:
-        try:
-            return graph(*arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = f"torch.compile failed: {_first_line(getattr(error, 'inner_exception', error))}"
-            raise CompileError(_cannot(reason, "see the cause above")) from error
-
-    return call
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _allow_graphs(number: int) -> None:
@@ -129,11 +142,3 @@ def _allow_graphs(number: int) -> None:
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, getattr(config, name) + number)
-
-
-def _cannot(reason: str, cure: str) -> str:
-    return f"train.compile = true: {reason}\n  {cure}, or set train.compile = false."
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

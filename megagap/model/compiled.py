@@ -39,7 +39,7 @@ def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1, backend: str 
             require_compiler(stage.tensor_parallel.mesh.device)
         _allow_graphs(lengths * GRAPHS_PER_LENGTH)
         for layer in stage.layers:
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, Layer) and "forward" not in vars(layer), "what wraps it comes after compiling"
             make_opaque(layer.modules())
             # Not the module as a whole: its hooks wait for parameters, which is no part of the graph.
             layer.forward = _CompiledLayer(layer, backend, in_one=_attention_is_traced(stage))  # type: ignore[method-assign]

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from megagap.config import Model
 from megagap.model.compiled import compile_layers
+from megagap.model.init import initialise
+from megagap.model.llama import build_whole
 from megagap.parallel.schedule import BackwardInput, BackwardWeight, Compute, Forward
 from tests.parity.gradients import assembled, gradients, largest_difference
 from tests.recipes import write_recipe
@@ -66,6 +69,23 @@ def test_every_gradient_of_compiled_layers_equals_that_of_a_plain_process(layout
     assert largest_difference(run(workers, recipe, layout, "inductor"), expected["mask" in layout]) < TOLERANCE
 
 
+def test_without_an_optimizer_gradients_are_where_autograd_puts_them():
+    shape = dict(num_hidden_layers=2, num_key_value_heads=2, vocab_size=61, max_position_embeddings=16)
+    model = Model(hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=48, attention_bias=True, **shape)
+    tokens = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for compiled in (False, True):
+        stage = build_whole(model, torch.float64)
+        initialise(stage.sharded_parameters(), model, seed=1)
+        if compiled:
+            compile_layers([stage], backend="aot_eager")
+        for _ in range(2):  # gradients are added up
+            stage(tokens, 16).square().sum().backward()
+        found.append([parameter.grad for layer in stage.layers for parameter in layer.parameters()])
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-14)
+
+
 def split_backwards(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[Compute]:
     """All forwards, all gradients of inputs, and last those of weights."""
     for action in (Forward, BackwardInput, BackwardWeight):
@@ -108,6 +128,20 @@ def in_phases(folder: Path, lengths: list[int], **changes: Any) -> Path:
     train = dict(steps=0, compile=True, evaluate_every=3, evaluate_samples=3)
     data = dict(sources=[], phases=phases) | changes.pop("data", {})
     return write_recipe(folder, data=data, train=train, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_layers_train_like_one_plain_process(layout, workers, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    given = [f"data.document_mask={str('mask' in layout).lower()}"]
+    recipe = write_recipe(tmp_path, train=dict(steps=6))
+    (plain,) = workers.run(1, train_recipe, recipe, [*given, f"run.dir={tmp_path / 'plain'}"])
+    given += [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
+    given += ["train.compile=true", f"run.dir={tmp_path / 'compiled'}"]
+    ours = workers.run(ranks, train_recipe, recipe, given)[0]
+    for key in ("loss", "grad_norm"):
+        assert [m[key] for m in ours] == pytest.approx([m[key] for m in plain], rel=1e-5)
 
 
 @pytest.mark.parametrize(("masked", "graphs"), [(False, 2), (True, 3)])

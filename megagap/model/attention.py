@@ -81,7 +81,8 @@ class Attention(nn.Module):
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in column_parallel(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        return *rotary(q, k, cos, sin, positions), v
+        q, k = rotary(q, k, cos, sin, positions)
+        return q, k, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
         """The attention itself: [b, s, heads, d] of this rank's heads."""

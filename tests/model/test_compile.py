@@ -18,6 +18,7 @@ from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import build_whole
 from megagap.parallel.schedule import BackwardInput, BackwardWeight, Compute, Forward
+from tests.launching import SECONDS
 from tests.parity.gradients import assembled, gradients, largest_difference
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -204,7 +205,11 @@ def test_a_run_that_torch_cannot_compile_says_why_before_it_starts(compiler, tmp
     recipe = write_recipe(tmp_path, train=dict(compile=True))
     environment = {"CXX": str(program), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "megagap.train", recipe], env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-m", "megagap.train", recipe],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"compile error: train.compile = true: torch cannot compile on this machine: {reason}" in done.stderr

@@ -86,6 +86,12 @@ class LostPeerError(DistributedError):
     exit_code = 1
 
 
+class CompileError(MegagapError):
+    """torch.compile cannot compile the model's layers on this machine."""
+
+    kind = "compile error"
+
+
 class DivergedError(MegagapError):
     """Training produced losses or gradients that are not finite, or no gradients, for too long."""
 

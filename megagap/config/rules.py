@@ -299,6 +299,12 @@ def _cooldown_decays(v: Lookup) -> Iterator[Fault]:
         yield Fault("optim.warmup_steps", v("optim.warmup_steps"), message)
 
 
+def _compiler_chooses(v: Lookup) -> Iterator[Fault]:
+    if v("train.compile") and v("train.recompute") == "selective":
+        message = "cannot be combined with train.compile, whose compiler chooses what is cheap to compute again"
+        yield Fault("train.recompute", "selective", f'{message}; set "none" or "full"')
+
+
 def _ascends(ramp: Sequence[tuple[int, int]]) -> bool:
     return all(tokens < later for (tokens, _), (later, _) in pairwise(ramp))
 
@@ -362,6 +368,7 @@ RULES: tuple[Rule, ...] = (
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
     _cooldown_decays,
+    _compiler_chooses,
     _ramp_ascends,
     _batch_divides,
 )

@@ -161,6 +161,8 @@ class Train(Section):
     """Determines the initial weights and the order of samples, whatever the layout."""
     deterministic: bool = False
     """Use only kernels that repeat bit for bit; slower attention on GPUs (AMD's: not tried); CPUs always do so."""
+    compile: bool = False
+    """Compile each layer with torch.compile, in the first step, which then takes longer; CPUs need a C++ compiler."""
     evaluate_every: Count = 0
     """Steps between evaluations on the held-out set; the last step is evaluated too. 0: never."""
     evaluate_first: bool = False
@@ -302,7 +304,6 @@ SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Setti
 
 PLANNED: dict[str, dict[str, Any]] = {
     "parallel": {"cp": 1, "context_mode": "ring"},
-    "train": {"compile": False},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},

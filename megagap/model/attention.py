@@ -73,13 +73,22 @@ class Attention(nn.Module):
         A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token. ``again``: makes x in
         the backward pass, which then does not keep it.
         """
-        projected = column_parallel(x, self.q_proj, self.k_proj, self.v_proj, again=again)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        q, k = rotary(q, k, cos, sin, None if documents is None else documents.positions)
+        q, k, v = self.project(x, cos, sin, None if documents is None else documents.positions, again)
         if cache is not None:
             k, v = cache.extend(k, v)
+        return self.o_proj(self.mix(q, k, v, documents).flatten(2))
+
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, again: Again | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, rotated, of this rank's heads [b, s, heads, d], and keys, rotated, and values of its key heads."""
+        projected = column_parallel(x, self.q_proj, self.k_proj, self.v_proj, again=again)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        q, k = rotary(q, k, cos, sin, positions)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        """The attention itself: [b, s, heads, d] of this rank's heads."""
         if documents is None:
-            mixed = attention(q, k, v, keep_scores=self.keep_scores)
-        else:
-            mixed = document_attention(q, k, v, documents, keep_scores=self.keep_scores)
-        return self.o_proj(mixed.flatten(2))
+            return attention(q, k, v, keep_scores=self.keep_scores)
+        return document_attention(q, k, v, documents, keep_scores=self.keep_scores)

@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gain_scale: float = 1
     if compiled.supports(x, weight) and weight.shape == x.shape[-1:]:
         y: Tensor = torch.ops.megagap.rms_norm(x, weight, eps, gain_scale)[0]
         return y
-    if (apex := gpu_library("apex.normalization.fused_layer_norm", x, weight)) is not None:
+    # Apex's functions cannot be traced; torch.compile fuses the plain form.
+    if not torch.compiler.is_compiling() and (apex := gpu_library("apex.normalization.fused_layer_norm", x, weight)):
         gain = weight if gain_scale == 1 else weight * gain_scale
         y = apex.fused_rms_norm_affine(x, gain, gain.shape, eps)  # rounds once, after the product
         return y

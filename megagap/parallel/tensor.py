@@ -49,6 +49,11 @@ class WeightGradientQueue:
         finally:
             self._jobs = None
 
+    @property
+    def is_deferring(self) -> bool:
+        """Whether weight gradients are being queued."""
+        return self._jobs is not None
+
     def add(self, job: Callable[[], None]) -> bool:
         """Queue ``job`` if weight gradients are being deferred; False if it must run now."""
         if self._jobs is None:
@@ -72,6 +77,14 @@ class Region:
 
     tp: Axis
     sequence_parallel: bool
+
+    def whole_length(self, x: Tensor) -> int:
+        """Tokens of a whole sequence of the residual stream."""
+        return x.shape[SEQUENCE] * self.tp.size if self.sequence_parallel else x.shape[SEQUENCE]
+
+    def own_length(self, y: Tensor) -> int:
+        """Tokens of a sequence [b, s, h] that the residual stream holds on this rank."""
+        return y.shape[SEQUENCE] // self.tp.size if self.sequence_parallel else y.shape[SEQUENCE]
 
     def gather(self, x: Tensor) -> Pending:
         """Start making the residual stream [b, s or s / tp, h] whole: [b, s, h]. Without sequence parallelism it is."""
@@ -160,6 +173,8 @@ class ColumnParallelLinear(nn.Module):
                 split(f"{name}.bias", (out_features,), **place, **replicas)  # type: ignore[arg-type]
             )
         self.region, self.queue = tensor_parallel.region, tensor_parallel.queue
+        self.number: Tensor | None = None
+        """Where compiled, what stands for the layer in the graph (``opaque.py``)."""
 
     def forward(self, x: Tensor) -> Tensor:
         (y,) = column_parallel(x, self)
@@ -178,7 +193,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         tp = tensor_parallel.mesh.tp
         self.region, self.queue = tensor_parallel.region, tensor_parallel.queue
-        self._computes = True
+        self.computes = True
         self.weight = tensor_parallel.parameter(
             split(f"{name}.weight", (out_features, in_features), dim=1, rank=tp.rank, size=tp.size)
         )
@@ -186,21 +201,29 @@ class RowParallelLinear(nn.Module):
         self.bias = (
             tensor_parallel.parameter(tensor_parallel.replicated(f"{name}.bias", (out_features,))) if bias else None
         )
+        self.number: Tensor | None = None
+        """As of :class:`ColumnParallelLinear`."""
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
         """``again``: makes x in the backward pass, which then does not keep it."""
-        y: Tensor = _RowProduct.apply(x, self.region, self.queue, self.weight, again, self._computes)
+        y: Tensor
+        if self.number is not None and torch.compiler.is_compiling():
+            assert again is None, "what a graph keeps is the compiler's choice"
+            length, width = self.region.own_length(x), len(self.weight)
+            y = torch.ops.megagap_parallel.row_product(x, self.number, length, width)
+        else:
+            y = _RowProduct.apply(x, self.region, self.queue, self.weight, again, self.computes)
         return y if self.bias is None else y + self.bias
 
     @contextmanager
     def only_keeping(self) -> Iterator[None]:
         """Inside, a forward pass keeps what its backward pass needs, but computes and sends nothing: nobody reads its
         result, which is not set."""
-        self._computes = False
+        self.computes = False
         try:
             yield
         finally:
-            self._computes = True
+            self.computes = True
 
 
 def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | None = None) -> tuple[Tensor, ...]:
@@ -210,7 +233,14 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | Non
     x in the backward pass, which then does not keep it.
     """
     first, weights = layers[0], [layer.weight for layer in layers]
-    products: tuple[Tensor, ...] = _ColumnProducts.apply(x, first.region, first.queue, again, *weights)
+    products: Sequence[Tensor]
+    if first.number is not None and torch.compiler.is_compiling():
+        assert again is None, "what a graph keeps is the compiler's choice"
+        numbers, widths = [layer.number for layer in layers], [len(weight) for weight in weights]
+        length = first.region.whole_length(x)
+        products = torch.ops.megagap_parallel.column_products(x, numbers, length, widths)
+    else:
+        products = _ColumnProducts.apply(x, first.region, first.queue, again, *weights)
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
 
 

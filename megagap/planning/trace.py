@@ -152,7 +152,7 @@ class Trace:
 
 
 def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace:
-    """Trace the second step of rank 0, without the one-time work of a first step.
+    """Trace the second step of rank 0, without the one-time work of a first step, and without torch.compile.
 
     Raises :class:`ConfigError` for what cannot be traced: pipeline stages, which wait for each other, a document mask
     without the data that it follows from, an operation whose result torch cannot know without values.
@@ -169,7 +169,7 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
         mesh = make_mesh(settings, Process(0, world_size, 0, min(world_size, device.node)), device.torch_device)
         host_batch = _host_batch(settings, mesh, first)
         with pretending(device, pinned, recorder.host_sync), recorder:
-            state = build_state(settings, mesh)
+            state = build_state(_uncompiled(settings), mesh)
             batch = host_batch.to(mesh.device)
             train_step(state, batch, lambda: (False, False))
             static = recorder.memory.live
@@ -177,6 +177,12 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
                 train_step(state, batch, lambda: (False, False))
     operations, host_syncs, peak = recorder.operations, recorder.host_syncs, recorder.memory.peak
     return Trace(settings, first, device, world_size, operations, host_syncs, peak, static)
+
+
+def _uncompiled(settings: Settings) -> Settings:
+    """A trace sees each operation as it is called. What torch.compile makes of some of them is not modelled."""
+    train = settings.train.model_copy(update={"compile": False})
+    return settings.model_copy(update={"train": train})
 
 
 def _host_batch(settings: Settings, mesh: Mesh, first: Moment) -> Batch:

@@ -10,6 +10,7 @@ from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
 from megagap.errors import DivergedError, counted
+from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
@@ -176,12 +177,15 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
         dtype=torch.float32,
         recompute=settings.train.recompute,
     )
+    timeline = timeline or timeline_of(settings)
+    if settings.train.compile:
+        compile_layers(stages, len({phase.sequence_length for phase in timeline.phases}))
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
     for stage in stages:
         optimizer.store.wait_as_used(stage.blocks())
-    return TrainState(settings, mesh, placement, stages, optimizer, timeline or timeline_of(settings))
+    return TrainState(settings, mesh, placement, stages, optimizer, timeline)
 
 
 def log_start(start: Start, state: TrainState) -> None:

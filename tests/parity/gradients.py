@@ -25,6 +25,7 @@ import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
 from megagap.config import load_recipe, timeline_of
+from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.optim.distributed import DistributedOptimizer
@@ -97,9 +98,10 @@ def gradients(
     dtype: torch.dtype = torch.float64,
     placement: Placement | None = None,
     order: Order | None = None,
+    backend: str = "inductor",
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
-    passed. ``placement`` and ``order`` stand for those of the recipe."""
+    passed. ``placement`` and ``order`` stand for those of the recipe; ``backend``: of torch.compile."""
     settings = load_recipe(recipe, overrides, ranks)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device(device))
     placement = placement or settings.placement
@@ -111,6 +113,8 @@ def gradients(
         dtype=dtype,
         recompute=settings.train.recompute,
     )
+    if settings.train.compile:
+        compile_layers(stages, backend=backend)
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)

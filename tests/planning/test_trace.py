@@ -346,3 +346,9 @@ def test_an_operation_that_needs_values_is_refused_with_its_call_site(tmp_path, 
     )
     with pytest.raises(ConfigError, match=r"training/step\.py:\d+ calls aten.*cannot be traced"):
         trace(write_recipe(tmp_path))
+
+
+def test_a_trace_is_of_the_operations_as_they_are_called_whether_or_not_a_run_compiles_them(tmp_path):
+    recipe = write_recipe(tmp_path)
+    plain, compiled_run = (trace(recipe, "--train.compile", value).as_dict() for value in ("false", "true"))
+    assert compiled_run["step_seconds"] == plain["step_seconds"] and plain["step_seconds"] > 0

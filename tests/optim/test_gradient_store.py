@@ -128,7 +128,7 @@ def waits(rank, ranks, recipe):
     store.wait_as_used(stage.blocks())
     store.gather_parameters()
     pending = []
-    for block, parameters in stage.blocks():
+    for block, parameters, _ in stage.blocks():
         mine = {id(p) for p in parameters}
 
         def look(*_, mine=mine):

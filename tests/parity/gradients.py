@@ -112,14 +112,15 @@ def gradients(
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000)
+    blocks = [stage.blocks() for stage in stages]
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000, blocks=blocks)
     state = TrainState(settings, mesh, placement, stages, optimizer, timeline_of(settings))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
         batch = loader.step(1).to(mesh.device)
         microbatches = len(batch.tokens)
         if schedule is not None:
             state.programs[microbatches] = programs_of(schedule, placement, microbatches)[mesh.pp.rank]
-        _poison(parameters)
+        _poison(optimizer)
         compute_gradients(state, batch, state.program(microbatches))
     parts = [
         Part(
@@ -137,10 +138,14 @@ def gradients(
     return parts, calls
 
 
-def _poison(parameters: list[Any]) -> None:
+def _poison(optimizer: DistributedOptimizer) -> None:
     """What is left of a step before must be overwritten, not added to."""
-    for parameter in parameters:
-        parameter.sink.gradient[: parameter.shard.sizes[0]] = torch.nan
+    for bucket in optimizer.store.buckets:
+        if bucket.gradients is None:
+            bucket.own_gradient.fill_(torch.nan)
+            continue
+        for place in bucket.places:
+            place.gradient[: place.parameter.shard.sizes[0]] = torch.nan
 
 
 def _move_from_the_start(parameters: list[Any]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.parity.gradients import Mutation, assembled, gradients, largest_difference
-from tests.parity.test_layouts import LAYOUTS
+from tests.parity.test_layouts import LAYOUTS, layout_overrides
 from tests.recipes import write_recipe
 
 TOLERANCE = 1e-10
@@ -19,6 +19,22 @@ LAYOUTS = LAYOUTS | {
     "dp2, document mask": (2, {}),
     "tp2, document mask": (2, dict(tp=2)),
     "tp4 pp2": (8, dict(tp=4, pp=2)),
+    "dp2 zero 0": (2, dict(zero=0)),
+    "dp4 zero 2": (4, dict(zero=2)),
+    "dp2 zero 3": (2, dict(zero=3)),
+    "dp4 zero 3": (4, dict(zero=3)),
+    "tp2 dp2 zero 0": (4, dict(tp=2, zero=0)),
+    "tp2 dp2 zero 2": (4, dict(tp=2, zero=2)),
+    "tp4 dp2 zero 3": (8, dict(tp=4, zero=3)),
+    "pp2 dp2 zero 0": (4, dict(pp=2, zero=0)),
+    "pp2 dp2 zero 2, gpipe": (4, dict(pp=2, schedule="gpipe", zero=2)),
+    "pp2 dp2 zero 3": (4, dict(pp=2, zero=3)),
+    "tp2 pp2 dp2 zero 3": (8, dict(tp=2, pp=2, zero=3)),
+    "dp4 in 2 replicas": (4, dict(dp_replicate=2)),
+    "dp4 in 2 replicas, zero 2": (4, dict(dp_replicate=2, zero=2)),
+    "dp4 in 2 replicas, zero 3": (4, dict(dp_replicate=2, zero=3)),
+    "dp2 in 2 replicas, zero 3": (2, dict(dp_replicate=2, zero=3)),
+    "tp2 dp4 in 2 replicas, zero 3": (8, dict(tp=2, dp_replicate=2, zero=3)),
 }
 
 
@@ -36,7 +52,7 @@ def model(request, workers, tmp_path_factory):
 
 def run(workers, recipe, layout, mutation=None):
     ranks, parallel = LAYOUTS[layout]
-    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
+    overrides = layout_overrides(parallel)
     overrides.append(f"data.document_mask={str('mask' in layout).lower()}")
     return workers.run(ranks, gradients, recipe, overrides, mutation)
 

@@ -127,7 +127,10 @@ class Bucket:
         gradients: Tensor | None,
         sharding: Sharding,
         replicas: Axis | None,
+        opening: Callable[[], None],
     ) -> None:
+        """``opening`` is called before a full-size gradient is made, where none is kept."""
+        self._opening = opening
         self.kind, self.start, self.places, self.replicas = place.kind, place.start, places, replicas
         self.sharding, self.shard, self.replicate = sharding, sharding.shard, sharding.replicate
         self.values, self.gradients = values, gradients
@@ -216,6 +219,7 @@ class Bucket:
         if self.gradients is not None:
             return self.gradients
         if self._open is None:
+            self._opening()
             self._open = torch.empty_like(self.values, dtype=self.own_gradient.dtype)
             for gap in self._gaps():
                 self._open[gap].zero_()
@@ -347,8 +351,11 @@ class GradientStore:
             place.parameter.sink = place
             place.parameter.register_post_accumulate_grad_hook(_collect)
         self._next_reduction = len(self.buckets)
-        self._in_flight: dict[Kind, Bucket] = {}
-        """From stage 2 on: of each kind, the bucket whose reduction was started last."""
+        self._kinds = len({bucket.kind for bucket in self.buckets})
+        self._openings = 0
+        self._in_flight: dict[Kind, tuple[Bucket, int]] = {}
+        """From stage 2 on: of each kind, the bucket whose reduction was started last, and how many full-size gradients
+        had been made then."""
         self._complete = False
         self._resident: ResidentBlocks[Bucket] | None = None
         if self.sharding.parameters:
@@ -380,6 +387,7 @@ class GradientStore:
                 gradients[kind][within] if gradients else None,
                 self.sharding,
                 replicas,
+                self._opening,
             )
             for member in places:
                 member.bucket = bucket
@@ -470,10 +478,19 @@ class GradientStore:
         """Start reducing what a microbatch has added, in the order of the backward pass: the same on all data ranks,
         which compute the same."""
         # One bucket of a kind is on its way while the next is filled: two are live.
-        if (before := self._in_flight.pop(bucket.kind, None)) is not None:
-            before.finish_reduction()
+        if bucket.kind in self._in_flight:
+            self._in_flight.pop(bucket.kind)[0].finish_reduction()
         bucket.start_reduction()
-        self._in_flight[bucket.kind] = bucket
+        self._in_flight[bucket.kind] = bucket, self._openings
+
+    def _opening(self) -> None:
+        """Wait for reductions since which each kind can have been added to: else the last of a backward pass would keep
+        its memory through the next forward pass."""
+        self._openings += 1
+        for kind, (bucket, before) in list(self._in_flight.items()):
+            if self._openings - before > self._kinds:
+                bucket.finish_reduction()
+                del self._in_flight[kind]
 
     def _start_ready_reductions(self, all_buckets: bool = False) -> None:
         # In bucket order, the same on all data ranks: collectives must be issued in the same order.

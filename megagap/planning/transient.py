@@ -1,0 +1,145 @@
+"""What stages 2 and 3 of ``optim.zero`` hold for a while in a step, by arithmetic: whole gradients and gathered blocks.
+
+It follows the events of a rank's program as the gradient store does (``optim/gradient_store.py``), without tensors.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megagap.model.llama import LlamaStage, sharded_parameters
+from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
+from megagap.optim.gradient_store import arrangement, kind_of
+from megagap.optim.sharding import Sharding
+from megagap.parallel.schedule import Backward, BackwardWeight, Compute, Forward
+from megagap.parallel.shard import ShardedParameter
+
+FP32 = 4
+"""Bytes of an element of masters, moments and gradients, in every precision."""
+
+
+@dataclass(frozen=True)
+class StoredParameters:
+    """The parameters of a rank, built without storage, in the buckets of its gradient store."""
+
+    stages: Sequence[LlamaStage]
+    """Its virtual stages, by chunk."""
+    sharding: Sharding
+    buckets: Arrangement
+    parameters: Sequence[ShardedParameter]
+
+    @classmethod
+    def of(cls, stages: Sequence[LlamaStage], sharding: Sharding, decay_embeddings: bool) -> "StoredParameters":
+        parameters = sharded_parameters(stages)
+        sizes = [(kind_of(parameter.shard, decay_embeddings), parameter.numel()) for parameter in parameters]
+        blocks = [stage.blocks() for stage in stages]
+        buckets = arrangement(sizes, sharding, BUCKET_ELEMENTS, parameters, blocks)
+        return cls(stages, sharding, buckets, parameters)
+
+    @property
+    def elements(self) -> int:
+        """With padding."""
+        return sum(bucket.stop - bucket.start for bucket in self.buckets.buckets)
+
+    def numbers(self, parameters: Sequence[ShardedParameter]) -> list[int]:
+        places = {id(parameter): number for number, parameter in enumerate(self.parameters)}
+        return [places[id(parameter)] for parameter in parameters]
+
+    def gathered_elements(self, *parts: Sequence[ShardedParameter]) -> int:
+        """Elements of the buckets that hold some of these parameters; 0 where nothing is gathered."""
+        if not self.sharding.parameters:
+            return 0
+        wanted = {number for part in parts for number in self.numbers(part)}
+        return sum(b.stop - b.start for b in self.buckets.buckets if wanted & set(b.parameters))
+
+
+class _Gradients:
+    """The whole gradients that are live, as events follow each other."""
+
+    def __init__(self, stored: StoredParameters) -> None:
+        self._stored = stored
+        self._bucket_of = {number: bucket for bucket in stored.buckets.buckets for number in bucket.parameters}
+        self._kinds = len({bucket.kind for bucket in stored.buckets.buckets})
+        self._reports = [0] * len(stored.parameters)
+        self._reduced: dict[Range, int] = defaultdict(int)
+        self._open: set[Range] = set()
+        self._in_flight: dict[Kind, tuple[Range, int, bool]] = {}
+        """Bucket, number of openings before, whether its slice is to be added to a sum."""
+        self._holds_sum: set[Range] = set()
+        self._openings = 0
+
+    @property
+    def live(self) -> int:
+        """Bytes."""
+        ranks = self._stored.sharding.shard.size
+        size = lambda bucket: bucket.stop - bucket.start  # noqa: E731
+        whole = sum(map(size, self._open)) + sum(size(bucket) for bucket, _, _ in self._in_flight.values())
+        arriving = sum(size(bucket) // ranks for bucket, _, adds in self._in_flight.values() if adds)
+        return FP32 * (whole + arriving)
+
+    def add(self, number: int) -> None:
+        bucket = self._bucket_of[number]
+        if bucket in self._open:
+            return
+        self._openings += 1
+        for kind, (_, before, _) in list(self._in_flight.items()):
+            if self._openings - before > self._kinds:
+                del self._in_flight[kind]
+        self._open.add(bucket)
+
+    def report(self, number: int) -> None:
+        self._reports[number] += 1
+        bucket = self._bucket_of[number]
+        done = min(self._reports[n] // self._stored.parameters[n].uses for n in bucket.parameters)
+        if done > self._reduced[bucket]:
+            self._reduced[bucket] = done
+            if bucket in self._open:
+                self._open.remove(bucket)
+                self._in_flight[bucket.kind] = (bucket, self._openings, bucket in self._holds_sum)
+                self._holds_sum.add(bucket)
+
+
+@dataclass
+class Transient:
+    """The most that is held, in bytes, while each block of each chunk is computed."""
+
+    loss: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """By chunk: in the forward pass of the last block, with its loss."""
+    backward: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    """By chunk and block: while the block goes backward."""
+    forward: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    """By chunk and block: while it goes forward."""
+
+
+def transient(stored: StoredParameters, actions: Sequence[Compute], itemsize: int) -> Transient:
+    """Follow a rank's program of a step. ``itemsize``: of the parameters."""
+    found = Transient()
+    if not stored.sharding.gradients:
+        return found
+    gradients = _Gradients(stored)
+    blocks = [stage.blocks() for stage in stored.stages]
+
+    def keep_largest(known: dict, key: object, *gathered: Sequence[ShardedParameter]) -> None:  # type: ignore[type-arg]
+        known[key] = max(known[key], gradients.live + itemsize * stored.gathered_elements(*gathered))
+
+    for action in actions:
+        chunk = action.chunk
+        stage, own = stored.stages[chunk], blocks[chunk]
+        if isinstance(action, Forward):
+            for i, block in enumerate(own):
+                following = own[i + 1].parameters if i + 1 < len(own) else []
+                keep_largest(found.forward, (chunk, i), block.parameters, following)
+            if stage.has_head:
+                gradients.add(*stored.numbers([stage.output]))
+                keep_largest(found.loss, chunk, own[-1].parameters)
+        elif isinstance(action, Backward | BackwardWeight):
+            if stage.has_head:
+                gradients.report(*stored.numbers([stage.output]))
+            for i, block in reversed(list(enumerate(own))):
+                before = own[i - 1].in_backward if i else []
+                is_head = stage.has_head and i == len(own) - 1
+                for number in reversed(stored.numbers(block.in_backward if is_head else block.parameters)):
+                    gradients.add(number)
+                    keep_largest(found.backward, (chunk, i), block.in_backward, before)
+                    gradients.report(number)
+    return found

@@ -204,7 +204,7 @@ class _Moment:
 def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
     """The peak of one pipeline rank, whose virtual stages share its memory."""
     placement = settings.placement
-    stored = _stored_parameters(settings, world_size, rank)
+    stored = stored_parameters(settings, world_size, rank)
     stages = [_Stage(settings, device, world_size, stage) for stage in placement.stages_of(rank)]
     any_stage = stages[0]
     microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
@@ -263,7 +263,7 @@ def _kept_beside(actions: list[Compute], saved: list[int]) -> list[int]:
     return most
 
 
-def _stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:
+def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:
     """Of a pipeline rank's first process: of the stages themselves, built without storage."""
     layout = make_layout(settings, world_size)
     first = rank * layout.world_size // layout.pp

@@ -1,9 +1,10 @@
 """What stages 2 and 3 of ``optim.zero`` hold for a while in a step, by arithmetic: whole gradients and gathered blocks.
 
-It follows the events of a rank's program as the gradient store does (``optim/gradient_store.py``), without tensors.
+It follows the events of a rank's program as the gradient store does (``optim/gradient_store.py``), without tensors, and
+so knows how often a bucket is reduced and gathered, too.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,13 +46,6 @@ class StoredParameters:
         places = {id(parameter): number for number, parameter in enumerate(self.parameters)}
         return [places[id(parameter)] for parameter in parameters]
 
-    def gathered_elements(self, *parts: Sequence[ShardedParameter]) -> int:
-        """Elements of the buckets that hold some of these parameters; 0 where nothing is gathered."""
-        if not self.sharding.parameters:
-            return 0
-        wanted = {number for part in parts for number in self.numbers(part)}
-        return sum(b.stop - b.start for b in self.buckets.buckets if wanted & set(b.parameters))
-
 
 class _Gradients:
     """The whole gradients that are live, as events follow each other."""
@@ -67,6 +61,7 @@ class _Gradients:
         """Bucket, number of openings before, whether its slice is to be added to a sum."""
         self._holds_sum: set[Range] = set()
         self._openings = 0
+        self.reductions: Counter[Range] = Counter()
 
     @property
     def live(self) -> int:
@@ -97,6 +92,26 @@ class _Gradients:
                 self._open.remove(bucket)
                 self._in_flight[bucket.kind] = (bucket, self._openings, bucket in self._holds_sum)
                 self._holds_sum.add(bucket)
+                self.reductions[bucket] += 1
+
+
+class _Residents:
+    """The parameters that are there, as blocks are used one after another (``optim/resident_blocks.py``)."""
+
+    def __init__(self, stored: StoredParameters) -> None:
+        self._stored = stored
+        self._resident: set[Range] = set()
+        self.gathers: Counter[Range] = Counter()
+
+    def use(self, *parts: Sequence[ShardedParameter]) -> int:
+        """Elements that are there once the block now and the one after it are."""
+        if not self._stored.sharding.parameters:
+            return 0
+        wanted = {number for part in parts for number in self._stored.numbers(part)}
+        needed = {bucket for bucket in self._stored.buckets.buckets if wanted & set(bucket.parameters)}
+        self.gathers.update(needed - self._resident)
+        self._resident = needed
+        return sum(bucket.stop - bucket.start for bucket in needed)
 
 
 @dataclass
@@ -109,6 +124,10 @@ class Transient:
     """By chunk and block: while the block goes backward."""
     forward: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
     """By chunk and block: while it goes forward."""
+    reductions: Counter[Range] = field(default_factory=Counter)
+    """How often each bucket is reduced in a step, from stage 2 on."""
+    gathers: Counter[Range] = field(default_factory=Counter)
+    """How often each bucket is gathered in a step, at stage 3."""
 
 
 def transient(stored: StoredParameters, actions: Sequence[Compute], itemsize: int) -> Transient:
@@ -116,30 +135,34 @@ def transient(stored: StoredParameters, actions: Sequence[Compute], itemsize: in
     found = Transient()
     if not stored.sharding.gradients:
         return found
-    gradients = _Gradients(stored)
+    gradients, residents = _Gradients(stored), _Residents(stored)
+    found.reductions, found.gathers = gradients.reductions, residents.gathers
     blocks = [stage.blocks() for stage in stored.stages]
 
-    def keep_largest(known: dict, key: object, *gathered: Sequence[ShardedParameter]) -> None:  # type: ignore[type-arg]
-        known[key] = max(known[key], gradients.live + itemsize * stored.gathered_elements(*gathered))
+    def keep_largest(known: dict, key: object, gathered: int) -> None:  # type: ignore[type-arg]
+        known[key] = max(known[key], gradients.live + itemsize * gathered)
 
     for action in actions:
         chunk = action.chunk
         stage, own = stored.stages[chunk], blocks[chunk]
         if isinstance(action, Forward):
+            gathered = 0
             for i, block in enumerate(own):
-                following = own[i + 1].parameters if i + 1 < len(own) else []
-                keep_largest(found.forward, (chunk, i), block.parameters, following)
+                gathered = residents.use(block.parameters, own[i + 1].parameters if i + 1 < len(own) else [])
+                keep_largest(found.forward, (chunk, i), gathered)
             if stage.has_head:
                 gradients.add(*stored.numbers([stage.output]))
-                keep_largest(found.loss, chunk, own[-1].parameters)
+                keep_largest(found.loss, chunk, gathered)
         elif isinstance(action, Backward | BackwardWeight):
             if stage.has_head:
                 gradients.report(*stored.numbers([stage.output]))
             for i, block in reversed(list(enumerate(own))):
-                before = own[i - 1].in_backward if i else []
+                gathered = (
+                    residents.use(block.in_backward, own[i - 1].in_backward if i else []) if (block.in_backward) else 0
+                )
                 is_head = stage.has_head and i == len(own) - 1
                 for number in reversed(stored.numbers(block.in_backward if is_head else block.parameters)):
                     gradients.add(number)
-                    keep_largest(found.backward, (chunk, i), block.in_backward, before)
+                    keep_largest(found.backward, (chunk, i), gathered)
                     gradients.report(number)
     return found

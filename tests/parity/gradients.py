@@ -54,6 +54,7 @@ COLLECTIVES = (
     "reduce_scatter_async",
     "all_gather_async",
     "reduce_scatter_flat_async",
+    "all_gather_flat_async",
 )
 
 
@@ -218,7 +219,7 @@ def _watched(
         if mutation.how == "drop":
             return _DROPPED[name](*arguments)
         result = collective(*arguments, **options)
-        if name == "reduce_scatter_flat_async":
+        if name.endswith("_flat_async"):
             result.wait()
             arguments[0].mul_(2)
             return None
@@ -243,11 +244,16 @@ def _copy_own_part(output: Tensor, tensor: Tensor, axis: Axis) -> None:
     output.copy_(_own_part(tensor, axis, 0))
 
 
+def _repeat_own_part(output: Tensor, tensor: Tensor, axis: Axis) -> None:
+    output.copy_(torch.cat([tensor] * axis.size))
+
+
 _DROPPED: dict[str, Callable[..., Any]] = {
     "all_reduce": lambda tensor, axis, *operation: tensor,
     "all_reduce_async": lambda tensor, axis: Pending(tensor),
     "reduce_scatter_async": lambda tensor, axis, dim: Pending(_own_part(tensor, axis, dim)),
     "all_gather_async": lambda tensor, axis, dim: Pending(torch.cat([tensor] * axis.size, dim)),
     "reduce_scatter_flat_async": _copy_own_part,
+    "all_gather_flat_async": _repeat_own_part,
 }
 """What is left of each collective without its communication."""

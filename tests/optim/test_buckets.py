@@ -65,3 +65,24 @@ def test_a_model_of_ordinary_shape_has_buckets_of_about_the_size_asked_for():
     parameters = [(KINDS[0], 262_668_288), *[(KINDS[0], 60_817_408 // 7)] * 7 * 16]
     sizes = [bucket.stop - bucket.start for bucket in arrange(parameters, 8).buckets]
     assert len(sizes) > 30 and all(24_000_000 < size < 51_000_000 for size in sizes)
+
+
+BLOCKS = st.lists(st.booleans(), min_size=30, max_size=30)
+
+
+@given(PARAMETERS, RANKS, BLOCKS)
+def test_with_blocks_a_bucket_has_all_of_a_blocks_parameters_of_its_kind_and_no_others(parameters, ranks, borders):
+    blocks = [sum(borders[: n + 1]) for n in range(len(parameters))]
+    found = arrange(parameters, ranks, 100, blocks=blocks)
+    held = {
+        frozenset(n for n in range(len(parameters)) if (blocks[n], parameters[n][0]) == (block, kind))
+        for block, (kind, _) in zip(blocks, parameters, strict=True)
+    }
+    assert {frozenset(bucket.parameters) for bucket in found.buckets} == held
+    assert len(found.buckets) == len(held)
+
+
+@given(PARAMETERS, RANKS, ELEMENTS)
+def test_without_cuts_a_parameter_is_in_one_bucket(parameters, ranks, elements):
+    buckets = arrange(parameters, ranks, elements, cuts=False).buckets
+    assert sorted(n for bucket in buckets for n in bucket.parameters) == list(range(len(parameters)))

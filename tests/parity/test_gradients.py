@@ -79,7 +79,7 @@ def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
         for site in sorted(set(most) - seen):
             for mutation in mutations(site, most[site]):
                 difference = largest_difference(run(workers, recipe, layout, mutation), expected["mask" in layout])
-                if not difference > 1000 * TOLERANCE:
+                if difference <= 1000 * TOLERANCE:  # not a number: wrong parameters overflowed
                     missed.append((layout, mutation, difference))
         seen |= set(most)
     assert not missed

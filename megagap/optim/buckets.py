@@ -59,7 +59,7 @@ def arrange(
 
     ``ranks``: of the axis that buckets are sharded over, which divides the length of every bucket.
     ``cuts``: a parameter of more than two buckets' size is cut, so that its reduction is, too.
-    ``blocks``: the block of each parameter; a bucket then has all of a block's parameters of its kind, and no others.
+    ``blocks``: the block of each parameter; a bucket then has parameters of one block only.
     """
     unit = ranks * ALIGNMENT
     piece = round_up(bucket_elements, unit)
@@ -79,10 +79,10 @@ def arrange(
         starts[number] = ends.get(kind, 0)
         end = starts[number] + elements
         first = opened.get(kind, 0)
-        while cuts and blocks is None and end - first >= 2 * piece:
+        while cuts and end - first >= 2 * piece:
             closed.append((kind, first, first + piece))
             first += piece
-        if blocks is None and end - first >= bucket_elements:
+        if end - first >= bucket_elements:
             closed.append((kind, first, round_up(end, unit)))
             first = end = round_up(end, unit)
         opened[kind], ends[kind] = first, round_up(end, ALIGNMENT)

@@ -522,16 +522,15 @@ def arrangement(
 ) -> Arrangement:
     """The buckets of a stage's ``parameters``, of these kinds and sizes.
 
-    At stage 3 a bucket has parameters of one block that are gathered at the same times, from stage 2 on whole ones.
+    From stage 2 on a bucket has whole parameters of one block, which are gathered at the same times.
     """
     numbers: dict[int, int] = {}
     for number, block in enumerate(block for chunk in blocks for block in chunk):
         again = {id(parameter) for parameter in block.in_backward}
         for parameter in block.parameters:
             numbers.setdefault(id(parameter), 2 * number + (id(parameter) not in again))
-    of_blocks = [numbers[id(parameter)] for parameter in parameters] if sharding.parameters else None
-    cuts = not sharding.gradients
-    return arrange(sizes, sharding.shard.size, bucket_elements, cuts=cuts, blocks=of_blocks)
+    of_blocks = [numbers[id(parameter)] for parameter in parameters] if sharding.gradients and blocks else None
+    return arrange(sizes, sharding.shard.size, bucket_elements, cuts=not sharding.gradients, blocks=of_blocks)
 
 
 def kind_of(shard: Shard, decay_embeddings: bool) -> Kind:

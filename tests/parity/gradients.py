@@ -97,6 +97,7 @@ def gradients(
     dtype: torch.dtype = torch.float64,
     placement: Placement | None = None,
     schedule: Schedule | None = None,
+    bucket_elements: int = 20_000,
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
     passed. ``placement`` and ``schedule`` stand for those of the recipe."""
@@ -114,7 +115,7 @@ def gradients(
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
     blocks = [stage.blocks() for stage in stages]
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000, blocks=blocks)
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements, blocks)
     state = TrainState(settings, mesh, placement, stages, optimizer, timeline_of(settings))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
         batch = loader.step(1).to(mesh.device)

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from megagap.config import load_recipe
+from megagap.optim.buckets import BUCKET_ELEMENTS
 from megagap.planning.communication import data_parallel_traffic
 from megagap.planning.memory import stored_parameters
 from tests.parity.gradients import gradients
@@ -24,14 +25,17 @@ LAYOUTS = {
 }
 
 
+def calls_of_a_step(rank, ranks, recipe, overrides):
+    return gradients(rank, ranks, recipe, overrides, bucket_elements=BUCKET_ELEMENTS)[1]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_calls_of_a_step_are_those_that_real_processes_make(workers, tmp_path, layout):
-    """At stage 3 buckets are blocks, whatever the size of buckets, which is another in that test."""
     ranks, overrides = LAYOUTS[layout]
     overrides = [*overrides, "optim.zero=3"]
     recipe = write_recipe(tmp_path)
     settings = load_recipe(recipe, overrides, ranks)
-    for rank, (_, calls) in enumerate(workers.run(ranks, gradients, recipe, overrides)):
+    for rank, calls in enumerate(workers.run(ranks, calls_of_a_step, recipe, overrides)):
         made: Counter[tuple[str, str]] = Counter()
         for site, number in calls.items():
             if site.startswith("gradient_store"):
@@ -65,7 +69,7 @@ def test_the_volume_is_that_of_the_stage(tmp_path, zero, expected):
 
 
 def test_replicas_sum_slices_only(tmp_path):
-    settings = settings_of(tmp_path, 8, "parallel.dp_replicate=4", "train.global_batch_size=8")
+    settings = settings_of(tmp_path, 8, "parallel.dp_replicate=4", "train.global_batch_size=16")
     elements = stored_parameters(settings, 8, 0).elements
     (summed,) = [t for t in data_parallel_traffic(settings, 8) if t.axis == "replicate"]
     assert (summed.collective, summed.ranks, summed.bytes) == ("all-reduce", 4, 4 * elements // 2)

@@ -214,7 +214,9 @@ def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int)
     elements, ranks = stored.elements, sharding.shard.size
     slices = elements // ranks
     kept = _kept_beside(actions, [stage.saved for stage in stages])
-    held = transient(stored, actions, itemsize)
+    # What is held repeats itself after the first microbatches.
+    few = min(microbatches, placement.ranks * (2 * placement.chunks + 2))
+    held = transient(stored, list(schedule(rank, placement.ranks, placement.chunks, few)), itemsize)
     moments = [
         moment
         for chunk, (stage, others) in enumerate(zip(stages, kept, strict=True))
@@ -299,7 +301,7 @@ class _Held:
 
     @property
     def most_in_forward(self) -> int:
-        return max((n for (chunk, _), n in self.transient.forward.items() if chunk == self.chunk), default=0)
+        return self.transient.forward[self.chunk]
 
     @property
     def any(self) -> bool:

@@ -5,15 +5,16 @@ so knows how often a bucket is reduced and gathered, too.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from megagap.model.llama import LlamaStage, sharded_parameters
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
 from megagap.optim.gradient_store import arrangement, kind_of
 from megagap.optim.sharding import Sharding
 from megagap.parallel.schedule import Backward, BackwardWeight, Compute, Forward
-from megagap.parallel.shard import ShardedParameter
+from megagap.parallel.shard import Block, ShardedParameter
 
 FP32 = 4
 """Bytes of an element of masters, moments and gradients, in every precision."""
@@ -42,9 +43,43 @@ class StoredParameters:
         """With padding."""
         return sum(bucket.stop - bucket.start for bucket in self.buckets.buckets)
 
-    def numbers(self, parameters: Sequence[ShardedParameter]) -> list[int]:
-        places = {id(parameter): number for number, parameter in enumerate(self.parameters)}
-        return [places[id(parameter)] for parameter in parameters]
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """By the parameter's identity, its number."""
+        return {id(parameter): number for number, parameter in enumerate(self.parameters)}
+
+    @cached_property
+    def bucket_of(self) -> dict[int, Range]:
+        """The bucket of each parameter, by number; where none is cut."""
+        return {number: bucket for bucket in self.buckets.buckets for number in bucket.parameters}
+
+    def numbers(self, parameters: Iterable[ShardedParameter]) -> list[int]:
+        return [self.places[id(parameter)] for parameter in parameters]
+
+    def buckets_of(self, parameters: Iterable[ShardedParameter]) -> frozenset[Range]:
+        """Those that hold some of these parameters."""
+        return frozenset(self.bucket_of[number] for number in self.numbers(parameters))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of a stage, as events need it."""
+
+    forward: frozenset[Range]
+    """What is gathered before its forward pass."""
+    backward: frozenset[Range]
+    gradients: list[int]
+    """Parameters in the order in which its backward pass adds their gradients, but for the output projection."""
+
+    @classmethod
+    def of(cls, block: Block, stage: LlamaStage, stored: StoredParameters) -> "_Block":
+        is_head = stage.has_head and block.module is stage.norm
+        added = block.in_backward if is_head else block.parameters
+        return cls(
+            stored.buckets_of(block.parameters),
+            stored.buckets_of(block.in_backward),
+            list(reversed(stored.numbers(added))),
+        )
 
 
 class _Gradients:
@@ -52,7 +87,7 @@ class _Gradients:
 
     def __init__(self, stored: StoredParameters) -> None:
         self._stored = stored
-        self._bucket_of = {number: bucket for bucket in stored.buckets.buckets for number in bucket.parameters}
+        self._bucket_of = stored.bucket_of
         self._kinds = len({bucket.kind for bucket in stored.buckets.buckets})
         self._reports = [0] * len(stored.parameters)
         self._reduced: dict[Range, int] = defaultdict(int)
@@ -100,15 +135,14 @@ class _Residents:
 
     def __init__(self, stored: StoredParameters) -> None:
         self._stored = stored
-        self._resident: set[Range] = set()
+        self._resident: frozenset[Range] = frozenset()
         self.gathers: Counter[Range] = Counter()
 
-    def use(self, *parts: Sequence[ShardedParameter]) -> int:
+    def use(self, now: frozenset[Range], soon: frozenset[Range]) -> int:
         """Elements that are there once the block now and the one after it are."""
         if not self._stored.sharding.parameters:
             return 0
-        wanted = {number for part in parts for number in self._stored.numbers(part)}
-        needed = {bucket for bucket in self._stored.buckets.buckets if wanted & set(bucket.parameters)}
+        needed = now | soon
         self.gathers.update(needed - self._resident)
         self._resident = needed
         return sum(bucket.stop - bucket.start for bucket in needed)
@@ -116,14 +150,14 @@ class _Residents:
 
 @dataclass
 class Transient:
-    """The most that is held, in bytes, while each block of each chunk is computed."""
+    """The most that is held, in bytes, while chunks and their blocks are computed."""
 
-    loss: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    loss: Counter[int] = field(default_factory=Counter)
     """By chunk: in the forward pass of the last block, with its loss."""
-    backward: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    backward: Counter[tuple[int, int]] = field(default_factory=Counter)
     """By chunk and block: while the block goes backward."""
-    forward: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
-    """By chunk and block: while it goes forward."""
+    forward: Counter[int] = field(default_factory=Counter)
+    """By chunk: while any block goes forward, without the loss."""
     reductions: Counter[Range] = field(default_factory=Counter)
     """How often each bucket is reduced in a step, from stage 2 on."""
     gathers: Counter[Range] = field(default_factory=Counter)
@@ -137,32 +171,33 @@ def transient(stored: StoredParameters, actions: Sequence[Compute], itemsize: in
         return found
     gradients, residents = _Gradients(stored), _Residents(stored)
     found.reductions, found.gathers = gradients.reductions, residents.gathers
-    blocks = [stage.blocks() for stage in stored.stages]
+    blocks = [[_Block.of(block, stage, stored) for block in stage.blocks()] for stage in stored.stages]
+    outputs = [stored.numbers([stage.output])[0] if stage.has_head else None for stage in stored.stages]
+    nothing: frozenset[Range] = frozenset()
 
-    def keep_largest(known: dict, key: object, gathered: int) -> None:  # type: ignore[type-arg]
-        known[key] = max(known[key], gradients.live + itemsize * gathered)
+    def largest(known: int, gathered: int) -> int:
+        return max(known, gradients.live + itemsize * gathered)
 
     for action in actions:
         chunk = action.chunk
-        stage, own = stored.stages[chunk], blocks[chunk]
+        own, output = blocks[chunk], outputs[chunk]
         if isinstance(action, Forward):
             gathered = 0
             for i, block in enumerate(own):
-                gathered = residents.use(block.parameters, own[i + 1].parameters if i + 1 < len(own) else [])
-                keep_largest(found.forward, (chunk, i), gathered)
-            if stage.has_head:
-                gradients.add(*stored.numbers([stage.output]))
-                keep_largest(found.loss, chunk, gathered)
+                gathered = residents.use(block.forward, own[i + 1].forward if i + 1 < len(own) else nothing)
+                found.forward[chunk] = largest(found.forward[chunk], gathered)
+            if output is not None:
+                gradients.add(output)
+                found.loss[chunk] = largest(found.loss[chunk], gathered)
         elif isinstance(action, Backward | BackwardWeight):
-            if stage.has_head:
-                gradients.report(*stored.numbers([stage.output]))
+            if output is not None:
+                gradients.report(output)
             for i, block in reversed(list(enumerate(own))):
-                gathered = (
-                    residents.use(block.in_backward, own[i - 1].in_backward if i else []) if (block.in_backward) else 0
-                )
-                is_head = stage.has_head and i == len(own) - 1
-                for number in reversed(stored.numbers(block.in_backward if is_head else block.parameters)):
+                gathered = 0
+                if block.backward:
+                    gathered = residents.use(block.backward, own[i - 1].backward if i else nothing)
+                for number in block.gradients:
                     gradients.add(number)
-                    keep_largest(found.backward, (chunk, i), gathered)
+                    found.backward[chunk, i] = largest(found.backward[chunk, i], gathered)
                     gradients.report(number)
     return found

@@ -79,6 +79,7 @@ def make_layout(settings: Settings, world_size: int) -> Layout:
         pp=parallel.pp,
         tp=parallel.tp,
         kv_sharing=kv_sharing,
+        dp_replicate=parallel.dp_replicate,
         embedding_ranks=settings.placement.embedding_ranks,
     )
 

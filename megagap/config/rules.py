@@ -342,6 +342,9 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
         if batch % (dp * micro) and batch % micro == 0:
             message = f"must be a multiple of {counted(dp, 'data-parallel rank')} × train.micro_batch_size = {micro}"
             yield Fault(setting, batch, message)
+    if dp % v("parallel.dp_replicate"):
+        message = f"does not divide the {counted(dp, 'data-parallel rank')} of this run; possible: {divisors(dp)}"
+        yield Fault("parallel.dp_replicate", v("parallel.dp_replicate"), message)
 
 
 RULES: tuple[Rule, ...] = (

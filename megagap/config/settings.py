@@ -84,6 +84,8 @@ class Parallel(Section):
     """Pipeline-parallel ranks: the layers are split over them, in order."""
     vpp: Positive | None = None
     """Virtual stages of each pipeline rank. Default: 1; 2 with interleaved and zb-v."""
+    dp_replicate: Positive = 1
+    """Groups of data-parallel ranks that each hold everything `optim.zero` shards; it is sharded within a group."""
     sequence_parallel: bool | None = None
     """Split the residual stream over tp along the sequence; saves activation memory. Default: true where tp > 1."""
     schedule: ScheduleName | None = None
@@ -196,8 +198,9 @@ class Optim(Section):
     """AdamW's epsilon."""
     clip_grad: NonNegative = 1.0
     """Maximum global gradient norm; 0: no clipping."""
-    zero: Literal[1] = 1
-    """What is sharded over data-parallel ranks; 1: optimizer state and masters."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """What is sharded over data-parallel ranks; 0: nothing, 1: optimizer state and masters, 2: gradients too, 3:
+    parameters too."""
 
 
 class Checkpoint(Section):

@@ -19,7 +19,7 @@ from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement, VirtualStage
-from megagap.parallel.shard import ShardedParameter
+from megagap.parallel.shard import Block, ShardedParameter
 from megagap.parallel.tensor import RowParallelLinear, TensorParallel
 
 
@@ -157,14 +157,17 @@ class LlamaStage(nn.Module):
         """The dtype it computes in."""
         return next(self.parameters()).dtype
 
-    def blocks(self) -> list[tuple[nn.Module, list[ShardedParameter]]]:
-        """The modules in the order in which a forward pass calls them, each with the parameters used from there on."""
-        blocks: list[tuple[nn.Module, list[ShardedParameter]]] = []
+    def blocks(self) -> list[Block]:
+        """In the order in which a forward pass calls them."""
+        blocks: list[Block] = []
         if self.has_embedding:
-            blocks.append((self.embed_tokens, [self.embed_tokens.weight]))
-        blocks += [(layer, list(layer.parameters())) for layer in self.layers]  # type: ignore[arg-type]
+            blocks.append(Block(self.embed_tokens, [self.embed_tokens.weight], []))
+        for layer in self.layers:
+            parameters: list[ShardedParameter] = list(layer.parameters())  # type: ignore[arg-type]
+            blocks.append(Block(layer, parameters, parameters))
         if self.has_head:
-            blocks.append((self.norm, [self.norm.weight, self.output]))
+            # The loss computes all that depends on the output projection in its forward pass.
+            blocks.append(Block(self.norm, [self.norm.weight, self.output], [self.norm.weight]))
         return blocks
 
     def sharded_parameters(self) -> list[ShardedParameter]:
@@ -174,7 +177,7 @@ class LlamaStage(nn.Module):
 
 def sharded_parameters(stages: Iterable[LlamaStage]) -> list[ShardedParameter]:
     """Every parameter of a rank's stages once, in the order in which the forward pass uses them."""
-    in_order = {id(p): p for stage in stages for _, parameters in stage.blocks() for p in parameters}
+    in_order = {id(p): p for stage in stages for block in stage.blocks() for p in block.parameters}
     assert in_order.keys() == {id(parameter) for stage in stages for parameter in stage.parameters()}
     return list(in_order.values())
 

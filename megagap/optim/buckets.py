@@ -1,7 +1,8 @@
 """Which parameters share a bucket: pure arithmetic, for any number of ranks.
 
 Parameters of one kind lie end to end in one flat buffer, in the order in which the backward pass completes their
-gradients; buckets are consecutive ranges of it. Each rank of the data axis owns an equal slice of every bucket.
+gradients; buckets are consecutive ranges of it. Each rank of the axis that they are sharded over owns an equal slice of
+every bucket.
 """
 
 from collections.abc import Sequence
@@ -46,11 +47,19 @@ class Arrangement:
         return max(bucket.stop for bucket in self.buckets if bucket.kind == kind)
 
 
-def arrange(parameters: Sequence[tuple[Kind, int]], ranks: int, bucket_elements: int = BUCKET_ELEMENTS) -> Arrangement:
+def arrange(
+    parameters: Sequence[tuple[Kind, int]],
+    ranks: int,
+    bucket_elements: int = BUCKET_ELEMENTS,
+    *,
+    cuts: bool = True,
+    blocks: Sequence[int] | None = None,
+) -> Arrangement:
     """Lay out ``parameters``, the kind and number of elements of each, in the order in which they are first used.
 
-    ``ranks``: of the data axis, which divides the length of every bucket. A parameter of more than two buckets' size
-    is cut, so that its reduction is, too.
+    ``ranks``: of the axis that buckets are sharded over, which divides the length of every bucket.
+    ``cuts``: a parameter of more than two buckets' size is cut, so that its reduction is, too.
+    ``blocks``: the block of each parameter; a bucket then has parameters of one block only.
     """
     unit = ranks * ALIGNMENT
     piece = round_up(bucket_elements, unit)
@@ -62,10 +71,15 @@ def arrange(parameters: Sequence[tuple[Kind, int]], ranks: int, bucket_elements:
 
     for number in reversed(range(len(parameters))):
         kind, elements = parameters[number]
+        if blocks is not None and number + 1 < len(parameters) and blocks[number] != blocks[number + 1]:
+            for other, first in opened.items():
+                if first < ends[other]:
+                    closed.append((other, first, round_up(ends[other], unit)))
+                    opened[other] = ends[other] = round_up(ends[other], unit)
         starts[number] = ends.get(kind, 0)
         end = starts[number] + elements
         first = opened.get(kind, 0)
-        while end - first >= 2 * piece:
+        while cuts and end - first >= 2 * piece:
             closed.append((kind, first, first + piece))
             first += piece
         if end - first >= bucket_elements:

@@ -10,7 +10,7 @@ from megagap.optim.buckets import BUCKET_ELEMENTS
 from megagap.optim.gradient_store import GradientStore
 from megagap.optim.rules import RULES, State
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.shard import ShardedParameter, Slice
+from megagap.parallel.shard import Block, ShardedParameter, Slice
 
 
 class DistributedOptimizer:
@@ -23,10 +23,17 @@ class DistributedOptimizer:
         mesh: Mesh,
         dtype: torch.dtype = torch.float32,
         bucket_elements: int = BUCKET_ELEMENTS,
+        blocks: Sequence[Sequence[Block]] = (),
     ) -> None:
-        """``parameters``: see :class:`GradientStore`."""
+        """``parameters``, ``blocks``: see :class:`GradientStore`."""
         self.store = GradientStore(
-            parameters, mesh, dtype, decay_embeddings=optim.decay_embeddings, bucket_elements=bucket_elements
+            parameters,
+            mesh,
+            dtype,
+            zero=optim.zero,
+            decay_embeddings=optim.decay_embeddings,
+            bucket_elements=bucket_elements,
+            blocks=blocks,
         )
         self._rule = RULES[optim.name](optim)
         assert not self._rule.wants_matrices, "the store hands out slices of any shape"
@@ -48,7 +55,7 @@ class DistributedOptimizer:
                 decayed=bucket.kind.decayed,
                 rounded=bucket.rounded,
             )
-            bucket.start_gather()
+            bucket.publish()
 
     @property
     def updates(self) -> int:

@@ -51,8 +51,8 @@ class Mesh:
     data: Axis
     """dp × cp: gradients are reduced over it."""
     shard: Axis
-    """The part of ``data`` over which optimizer state is sharded: all of it, unless dp is divided into parts that each
-    hold everything."""
+    """The part of ``data`` over which ``optim.zero`` shards: all of it, unless dp is divided into parts that each hold
+    everything."""
     replicate: Axis
     """Those parts: the ranks that hold the same shards."""
     embedding: Axis
@@ -88,10 +88,12 @@ class Mesh:
         cp: int = 1,
         tp: int = 1,
         kv_sharing: int = 1,
+        dp_replicate: int = 1,
         timeout: timedelta | None = None,
     ) -> "Mesh":
         """:meth:`of` a layout of these sizes."""
-        return cls.of(Layout(world_size, pp=pp, cp=cp, tp=tp, kv_sharing=kv_sharing), rank, device, timeout)
+        layout = Layout(world_size, pp=pp, cp=cp, tp=tp, kv_sharing=kv_sharing, dp_replicate=dp_replicate)
+        return cls.of(layout, rank, device, timeout)
 
     @classmethod
     def of(cls, layout: Layout, rank: int, device: torch.device, timeout: timedelta | None = None) -> "Mesh":

@@ -5,7 +5,7 @@ Initialisation, clipping, decay groups, checkpoints, Hugging Face conversion and
 
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -119,3 +119,13 @@ class ShardedParameter(nn.Parameter):
         self = super().__new__(cls, torch.zeros(shard.local_shape, device=device, dtype=dtype), requires_grad=True)
         self.shard, self.sink, self.uses = shard, None, 1
         return self
+
+
+class Block(NamedTuple):
+    """A part of a stage that is computed at one go, and the parameters it needs for that."""
+
+    module: nn.Module
+    parameters: list[ShardedParameter]
+    """Used from when the module is called until another block's is."""
+    in_backward: list[ShardedParameter]
+    """Those whose values its backward pass reads."""

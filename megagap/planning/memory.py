@@ -10,7 +10,7 @@ activation [b, s, intermediate / tp].
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -19,13 +19,12 @@ from rich.table import Table
 
 from megagap.config import Settings, timeline_of
 from megagap.errors import ConfigError
-from megagap.model.llama import build_stages, sharded_parameters
+from megagap.model.llama import build_stages
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
-from megagap.optim.buckets import Kind, arrange
-from megagap.optim.gradient_store import kind_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.optim.rules import RULES
+from megagap.optim.sharding import Sharding
 from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.cross_entropy import chunk_tokens
 from megagap.parallel.mesh import Mesh
@@ -33,6 +32,7 @@ from megagap.parallel.pipeline import MOST_BATCHES
 from megagap.parallel.placement import VirtualStage
 from megagap.parallel.program import peak_live_activations
 from megagap.planning.devices import Device
+from megagap.planning.transient import FP32, StoredParameters, Transient, transient
 from megagap.train import make_layout
 
 GIB = 2**30
@@ -40,9 +40,6 @@ GIB = 2**30
 RESERVE_BYTES = 4 * GIB
 """Left free on a GPU for what the formula does not count: the driver's context (0.5 GiB), buffers of NCCL or RCCL (1 to
 2 GiB with several groups), workspaces of libraries, and fragmentation of the allocator."""
-
-FP32 = 4
-"""Bytes of an element of masters, moments and gradients, in every precision."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +51,19 @@ class RankMemory:
     ranks: range
     """Global ranks of the processes, all of which take as much."""
     parameters: int
-    """In the dtype that is computed in."""
+    """In the dtype that is computed in; this data rank's slice where ``optim.zero`` is 3."""
     masters: int
     """This data rank's slice in fp32; 0 where the parameters are fp32 and their own masters."""
     moments: int
     """AdamW's, of the slice."""
     gradients: int
-    """fp32 sums of all local parameters and, with several data ranks, of the slice after the reduction."""
+    """fp32 sums of all local parameters (``optim.zero`` below 2) and, where they are sharded, of the slice after the
+    reduction."""
     activations: int
     """What backward passes need of the microbatches in flight."""
     workspace: int
-    """Temporary tensors of the moment: gradients of activations, a chunk's logits, gathered sequences."""
+    """Temporary tensors of the moment: gradients of activations, a chunk's logits, gathered sequences, and, where
+    ``optim.zero`` is 2 or 3, whole gradients and parameters of some blocks."""
     inputs: int
     """Tokens of the step, rotary tables."""
     moment: str
@@ -200,33 +199,36 @@ class _Moment:
 def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
     """The peak of one pipeline rank, whose virtual stages share its memory."""
     placement = settings.placement
+    stored = stored_parameters(settings, world_size, rank)
     stages = [_Stage(settings, device, world_size, stage) for stage in placement.stages_of(rank)]
     any_stage = stages[0]
     microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
     actions = list(settings.schedule(rank, placement.ranks, placement.chunks, microbatches))
-    parameters = _parameters(settings, world_size, rank)
-    buckets = [bucket.stop - bucket.start for bucket in arrange(parameters, dp).buckets]
-    elements = sum(buckets)
-    slices = elements // dp
+    sharding, buckets = stored.sharding, [bucket.stop - bucket.start for bucket in stored.buckets.buckets]
+    elements, ranks = stored.elements, sharding.shard.size
+    slices = elements // ranks
     kept = _kept_beside(actions, [stage.saved for stage in stages], [stage.deferred for stage in stages])
+    # What is held repeats itself after the first microbatches.
+    few = min(microbatches, placement.ranks * (2 * placement.chunks + 2))
+    held = transient(stored, list(settings.schedule(rank, placement.ranks, placement.chunks, few)), itemsize)
     moments = [
         moment
         for (kind, chunk), others in kept.items()
-        for moment in stages[chunk].moments(others, deferring=kind is BackwardInput)
+        for moment in stages[chunk].moments(others, _Held(held, chunk, stages[chunk]), kind is BackwardInput)
         if kind is not BackwardWeight
     ]
     if not any_stage.is_gpu:  # squares of a bucket
-        moments.append(_Moment("norm of the gradients", 0, max(buckets) // dp * FP32))
+        moments.append(_Moment("norm of the gradients", 0, max(buckets) // ranks * FP32))
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
     processes = any_stage.tp * dp
     tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim
     return RankMemory(
         stage=rank,
         ranks=range(rank * processes, (rank + 1) * processes),
-        parameters=elements * itemsize,
+        parameters=(slices if sharding.parameters else elements) * itemsize,
         masters=0 if itemsize == FP32 else slices * FP32,
         moments=slices * _state_bytes(settings),
-        gradients=elements * FP32 + (slices * FP32 if dp > 1 else 0),
+        gradients=(0 if sharding.gradients else elements * FP32) + (slices * FP32 if ranks > 1 else 0),
         activations=peak.activations,
         workspace=peak.workspace,
         inputs=8 * microbatches * any_stage.batch * (any_stage.length + 1) + tables,
@@ -264,9 +266,8 @@ def _kept_beside(actions: list[Compute], saved: list[int], deferred: list[int]) 
     return most
 
 
-def _parameters(settings: Settings, world_size: int, rank: int) -> list[tuple[Kind, int]]:
-    """Kind of bucket and local elements of every parameter of a pipeline rank's first process, in the order of the
-    forward pass: of the stages themselves, built without storage."""
+def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:
+    """Of a pipeline rank's first process: of the stages themselves, built without storage."""
     layout = make_layout(settings, world_size)
     first = rank * layout.world_size // layout.pp
     mesh = Mesh.without_groups(layout, first, torch.device("meta"))
@@ -274,8 +275,38 @@ def _parameters(settings: Settings, world_size: int, rank: int) -> list[tuple[Ki
     stages = build_stages(
         settings.model, settings.placement, mesh, sequence_parallel=sequence_parallel, dtype=torch.float32
     )
-    decayed = settings.optim.decay_embeddings
-    return [(kind_of(parameter.shard, decayed), parameter.numel()) for parameter in sharded_parameters(stages)]
+    return StoredParameters.of(stages, Sharding.of(settings.optim.zero, mesh), settings.optim.decay_embeddings)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is held for a while (:class:`Transient`) at the moments of one chunk; 0 bytes below stage 2."""
+
+    transient: Transient
+    chunk: int
+    stage: "_Stage"
+
+    @property
+    def in_loss(self) -> int:
+        return self.transient.loss[self.chunk]
+
+    def _block(self, layer: int) -> int:
+        return layer + self.stage.has_embedding
+
+    def backward(self, layer: int) -> int:
+        return self.transient.backward[self.chunk, self._block(layer)]
+
+    @property
+    def in_embedding_backward(self) -> int:
+        return self.transient.backward[self.chunk, 0]
+
+    @property
+    def most_in_forward(self) -> int:
+        return self.transient.forward[self.chunk]
+
+    @property
+    def any(self) -> bool:
+        return bool(self.transient.backward)
 
 
 class _Stage:
@@ -373,24 +404,33 @@ class _Stage:
 
     # -- moments
 
-    def moments(self, others: int, deferring: bool = False) -> Iterator[_Moment]:
+    def moments(self, others: int, held: _Held, deferring: bool) -> Iterator[_Moment]:
         """Those in which the peak can be, beside ``others`` bytes of activations. Earlier ones of a forward pass, and
-        later layers' backward, hold less. ``deferring``: whether weight gradients are put off."""
+        earlier layers' backward, hold less, unless gradients and parameters are there for a while only. ``deferring``:
+        whether weight gradients are put off."""
         if self.has_head:
-            yield from self._loss(others)
-        if self.layers:
-            yield from self._last_layer_backward(others, deferring)
+            yield from self._loss(others, held.in_loss)
+        for layer in reversed(range(self.layers if held.any else min(self.layers, 1))):
+            # Counted from the last layer; its activations are gone once it went backward.
+            gone = self.layers - 1 - layer if held.any else 0
+            for moment in self._last_layer_backward(others, deferring):
+                less = gone * (2 * self.R if self.recompute == "full" else self._saved_by_layer)
+                name = moment.name if not gone else "backward of an earlier layer"
+                yield _Moment(name, moment.activations - less, moment.workspace + held.backward(layer))
         if self.has_embedding:
-            yield self._embedding_backward(others)
+            moment = self._embedding_backward(others)
+            yield replace(moment, workspace=moment.workspace + held.in_embedding_backward)
+        if held.any:
+            yield _Moment("forward", others + self.saved, held.most_in_forward)
 
-    def _loss(self, others: int) -> Iterator[_Moment]:
+    def _loss(self, others: int, held: int) -> Iterator[_Moment]:
         device = "cuda" if self.is_gpu else "cpu"
         chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, device))
         logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
         # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
         output = self.R + (2 * self.A - self.R if self.splits_sequence else 0)
-        sending = self._sending
-        yield _Moment("loss", others + self.saved, output + logits + self._product_copy(self.rows) + sending)
+        work = output + logits + self._product_copy(self.rows) + self._sending + held
+        yield _Moment("loss", others + self.saved, work)
 
     @property
     def _sending(self) -> int:

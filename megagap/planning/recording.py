@@ -146,10 +146,19 @@ class Memory:
     live: int = 0
     peak: int = 0
     _seen: dict[int, int] = field(default_factory=dict)
+    _resized: dict[int, "weakref.ref[torch.UntypedStorage]"] = field(default_factory=dict)
+    """Storages that have changed their size once, and may do so again without an operation that shows it."""
 
     def see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if self._seen.get(key, storage.nbytes()) != storage.nbytes():
+            self._resized[key] = weakref.ref(storage)
+        for other, reference in self._resized.items():
+            if (found := reference()) is not None:
+                self.live += found.nbytes() - self._seen[other]
+                self._seen[other] = found.nbytes()
+        self.peak = max(self.peak, self.live)
         if key in self._seen:
             return
         self._seen[key] = storage.nbytes()
@@ -159,6 +168,7 @@ class Memory:
 
     def _freed(self, key: int) -> None:
         self.live -= self._seen.pop(key)
+        self._resized.pop(key, None)
 
 
 class Recorder(TorchDispatchMode):

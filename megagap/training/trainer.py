@@ -182,9 +182,8 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
         compile_layers(stages, len({phase.sequence_length for phase in timeline.phases}))
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, COMPUTE_DTYPES[settings.train.precision])
-    for stage in stages:
-        optimizer.store.wait_as_used(stage.blocks())
+    dtype, blocks = COMPUTE_DTYPES[settings.train.precision], [stage.blocks() for stage in stages]
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, blocks=blocks)
     return TrainState(settings, mesh, placement, stages, optimizer, timeline)
 
 

@@ -65,3 +65,20 @@ def test_a_model_of_ordinary_shape_has_buckets_of_about_the_size_asked_for():
     parameters = [(KINDS[0], 262_668_288), *[(KINDS[0], 60_817_408 // 7)] * 7 * 16]
     sizes = [bucket.stop - bucket.start for bucket in arrange(parameters, 8).buckets]
     assert len(sizes) > 30 and all(24_000_000 < size < 51_000_000 for size in sizes)
+
+
+BLOCKS = st.lists(st.booleans(), min_size=30, max_size=30)
+
+
+@given(PARAMETERS, RANKS, ELEMENTS, BLOCKS, st.booleans())
+def test_a_bucket_has_parameters_of_one_block_only(parameters, ranks, elements, borders, cuts):
+    blocks = [sum(borders[: n + 1]) for n in range(len(parameters))]
+    found = arrange(parameters, ranks, elements, cuts=cuts, blocks=blocks)
+    assert all(len({blocks[n] for n in bucket.parameters}) == 1 for bucket in found.buckets)
+    assert {n for bucket in found.buckets for n in bucket.parameters} == set(range(len(parameters)))
+
+
+@given(PARAMETERS, RANKS, ELEMENTS)
+def test_without_cuts_a_parameter_is_in_one_bucket(parameters, ranks, elements):
+    buckets = arrange(parameters, ranks, elements, cuts=False).buckets
+    assert sorted(n for bucket in buckets for n in bucket.parameters) == list(range(len(parameters)))

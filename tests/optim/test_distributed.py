@@ -13,7 +13,7 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.shard import ShardedParameter, whole
+from megagap.parallel.shard import Block, ShardedParameter, whole
 
 SHAPES = {"model.embed_tokens.weight": (7, 5), "a.weight": (3, 5), "norm.weight": (5,), "b.weight": (4, 4)}
 OPTIM = Optim(lr=0.05, weight_decay=0.3, clip_grad=1.5)
@@ -49,6 +49,58 @@ def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[s
         optimizer.step(OPTIM.lr, clip_divisor(norm, OPTIM.clip_grad), torch.tensor(True))
     optimizer.store.wait_for_parameters()
     return {p.shard.name: p.detach().clone() for p in made}
+
+
+MODES = {"zero 0": (0, 1), "zero 1": (1, 1), "zero 2": (2, 1), "zero 3": (3, 1), "2 replicas, zero 1": (1, 2)}
+
+
+def train_in_mode(
+    rank: int, ranks: int, mode: str, dtype: torch.dtype, accept: bool = True
+) -> dict[tuple[str, str], torch.Tensor]:
+    """One step of the same gradients; the parts that this rank owns, by kind and name: elements elsewhere are NaN."""
+    zero, replicate = MODES[mode]
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank, dp_replicate=replicate)
+    made = parameters()
+    blocks = [[Block(torch.nn.Identity(), made[:2], made[:2]), Block(torch.nn.Identity(), made[2:], made[2:])]]
+    optim = OPTIM.model_copy(update={"zero": zero})
+    optimizer = DistributedOptimizer(made, optim, mesh, dtype, bucket_elements=20, blocks=blocks)
+    optimizer.store.begin(1)
+    # Multiples of 1/8, whose sums are exact: in whatever order.
+    torch.autograd.backward(made, [(8 * gradient(0, rank, 0, p.shape)).round().to(dtype) / 8 for p in made])
+    optimizer.store.finish()
+    norm = all_reduce(optimizer.store.squared_norm(), mesh.world).sqrt()
+    optimizer.step(OPTIM.lr, torch.full_like(norm, 2.0), torch.tensor(accept))
+    found: dict[tuple[str, str], torch.Tensor] = {("norm", ""): norm}
+    for part in optimizer.slices(owned_only=True):
+        whole = found.setdefault((part.kind, part.shard.name), torch.full((part.shard.numel,), torch.nan))
+        whole[part.start : part.stop] = part.tensor
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "zero 1"])
+def test_masters_and_moments_are_the_same_bits_in_every_mode_and_every_element_has_one_owner(workers, mode, dtype):
+    found, expected = (assembled(workers.run(4, train_in_mode, each, dtype)) for each in (mode, "zero 1"))
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rejected_step_changes_nothing_in_any_mode(workers, mode):
+    initial = {p.shard.name: p.detach().flatten() for p in parameters()}
+    for (kind, name), value in assembled(workers.run(4, train_in_mode, mode, torch.float32, False)).items():
+        assert kind == "norm" or torch.equal(value, initial[name] if kind == "weight" else 0 * initial[name])
+
+
+def assembled(results: list[dict[tuple[str, str], torch.Tensor]]) -> dict[tuple[str, str], torch.Tensor]:
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for key in {key for result in results for key in result}:
+        parts = torch.stack([result[key] for result in results if key in result])
+        if key[0] != "norm":
+            assert ((~parts.isnan()).sum(0) == 1).all(), f"{key}: every element has one owner"
+        whole[key] = parts.nansum(0) if key[0] != "norm" else parts[0]
+    return whole
 
 
 def reference(ranks: int, steps: int = 3) -> dict[str, torch.Tensor]:

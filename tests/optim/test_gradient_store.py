@@ -128,7 +128,7 @@ def waits(rank, ranks, recipe):
     store.wait_as_used(stage.blocks())
     store.gather_parameters()
     pending = []
-    for block, parameters in stage.blocks():
+    for block, parameters, _ in stage.blocks():
         mine = {id(p) for p in parameters}
 
         def look(*_, mine=mine):
@@ -160,3 +160,40 @@ def test_a_bucket_is_complete_when_all_microbatches_have_added_to_it():
         weight.sink.add_product(torch.ones(5, 3), torch.ones(5, 4))
         weight.sink.finished()
     assert all(bucket.is_complete for bucket in store.buckets)
+
+
+def resident(rank, ranks, recipe, tied):
+    """In a step of two microbatches at stage 3: the names that are there as each block starts, forward and backward;
+    and after the step, the elements of parameters and of gradients that have memory."""
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
+    stage = small_stage(recipe, mesh, tied=tied)
+    for p in stage.sharded_parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    store = GradientStore(stage.sharded_parameters(), mesh, torch.float32, zero=3, blocks=[stage.blocks()])
+    seen = []
+
+    def there():
+        assert sum(bucket.is_open for bucket in store.buckets) <= 3
+        return {place.parameter.shard.name for b in store.buckets if b.is_resident for place in b.places}
+
+    for block in stage.blocks():
+        block.module.register_forward_pre_hook(lambda *_: seen.append(there()))
+    store.begin(2)
+    tokens = torch.randint(0, 64, (1, 8))
+    for _ in range(2):
+        loss, _ = stage.loss(stage(tokens, 8), tokens, torch.ones(()))
+        loss.backward()
+        seen.append(there())
+    store.finish()
+    left = sum(b.values.untyped_storage().nbytes() for b in store.buckets), [b.gradients for b in store.buckets]
+    return seen, left, [[p.shard.name for p in block.parameters] for block in stage.blocks()]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_at_stage_3_the_parameters_of_two_blocks_are_there_and_none_after_the_step(recipe, workers, tied):
+    for seen, (bytes_left, gradients), blocks in workers.run(2, resident, recipe, tied):
+        assert bytes_left == 0 and set(gradients) == {None}
+        forward = [set(block) for block in blocks]
+        following = [*forward[1:], set()]
+        expected = [now | soon for now, soon in zip(forward, following, strict=True)]
+        assert seen == 2 * [*expected, forward[1]]

@@ -56,6 +56,7 @@ COLLECTIVES = (
     "reduce_scatter_async",
     "all_gather_async",
     "reduce_scatter_flat_async",
+    "all_gather_flat_async",
 )
 
 
@@ -99,6 +100,7 @@ def gradients(
     placement: Placement | None = None,
     order: Order | None = None,
     backend: str = "inductor",
+    bucket_elements: int = 20_000,
 ) -> tuple[list[Part], Counter[str]]:
     """This rank's gradients of the first step, replicas included, and how often each call site of a collective was
     passed. ``placement`` and ``order`` stand for those of the recipe; ``backend``: of torch.compile."""
@@ -118,7 +120,8 @@ def gradients(
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     _move_from_the_start(parameters)
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements=20_000)
+    blocks = [stage.blocks() for stage in stages]
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, bucket_elements, blocks)
     state = TrainState(settings, mesh, placement, stages, optimizer, timeline_of(settings))
     with make_loader(settings, mesh, training_data(settings)) as loader, _mutated(mutation) as calls:
         batch = loader.step(1).to(mesh.device)
@@ -126,7 +129,7 @@ def gradients(
         if order is not None:
             programs = programs_of(Schedule(order, chunks=ANY), placement, microbatches)
             state.programs[microbatches] = programs[mesh.pp.rank]
-        _poison(parameters)
+        _poison(optimizer)
         compute_gradients(state, batch, state.program(microbatches))
     parts = [
         Part(
@@ -144,10 +147,14 @@ def gradients(
     return parts, calls
 
 
-def _poison(parameters: list[Any]) -> None:
+def _poison(optimizer: DistributedOptimizer) -> None:
     """What is left of a step before must be overwritten, not added to."""
-    for parameter in parameters:
-        parameter.sink.gradient[: parameter.shard.sizes[0]] = torch.nan
+    for bucket in optimizer.store.buckets:
+        if bucket.gradients is None:
+            bucket.own_gradient.fill_(torch.nan)
+            continue
+        for place in bucket.places:
+            place.gradient[: place.parameter.shard.sizes[0]] = torch.nan
 
 
 def _move_from_the_start(parameters: list[Any]) -> None:
@@ -220,7 +227,7 @@ def _watched(
         if mutation.how == "drop":
             return _DROPPED[name](*arguments)
         result = collective(*arguments, **options)
-        if name == "reduce_scatter_flat_async":
+        if name.endswith("_flat_async"):
             result.wait()
             arguments[0].mul_(2)
             return None
@@ -245,11 +252,16 @@ def _copy_own_part(output: Tensor, tensor: Tensor, axis: Axis) -> None:
     output.copy_(_own_part(tensor, axis, 0))
 
 
+def _repeat_own_part(output: Tensor, tensor: Tensor, axis: Axis) -> None:
+    output.copy_(torch.cat([tensor] * axis.size))
+
+
 _DROPPED: dict[str, Callable[..., Any]] = {
     "all_reduce": lambda tensor, axis, *operation: tensor,
     "all_reduce_async": lambda tensor, axis: Pending(tensor),
     "reduce_scatter_async": lambda tensor, axis, dim: Pending(_own_part(tensor, axis, dim)),
     "all_gather_async": lambda tensor, axis, dim: Pending(torch.cat([tensor] * axis.size, dim)),
     "reduce_scatter_flat_async": _copy_own_part,
+    "all_gather_flat_async": _repeat_own_part,
 }
 """What is left of each collective without its communication."""

@@ -24,6 +24,20 @@ LAYOUTS = {
     "pp2 vpp2": (2, dict(pp=2, vpp=2)),
 }
 
+SHARDED = {
+    "dp2 zero 0": (2, dict(zero=0)),
+    "pp2 dp2 zero 2": (4, dict(pp=2, zero=2)),
+    "tp2 dp2 zero 3": (4, dict(tp=2, zero=3)),
+    "dp4 in 2 replicas, zero 3": (4, dict(dp_replicate=2, zero=3)),
+}
+"""What is sharded over data-parallel ranks: losses and norms of whole runs."""
+
+
+def layout_overrides(layout):
+    return [
+        f"{'optim' if name == 'zero' else 'parallel'}.{name}={str(value).lower()}" for name, value in layout.items()
+    ]
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def reference(request, workers, tmp_path_factory):
@@ -38,11 +52,11 @@ def reference(request, workers, tmp_path_factory):
     return recipe, metrics
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS | SHARDED)
 def test_layout_equals_one_process(layout, reference, workers, tmp_path):
     recipe, expected = reference
-    ranks, parallel = LAYOUTS[layout]
-    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
+    ranks, parallel = (LAYOUTS | SHARDED)[layout]
+    overrides = layout_overrides(parallel)
     metrics = workers.run(ranks, train_recipe, recipe, [*overrides, f"run.dir={tmp_path}"])[0]
     assert len(metrics) == len(expected) == STEPS
     for ours, theirs in zip(metrics, expected, strict=True):

@@ -1,8 +1,18 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, in whatever layout it was written."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from megagap.checkpoint import load_model
+from megagap.checkpoint import Index, load_model, load_tensor
+from megagap.config import load_recipe, timeline_of
+from megagap.observe.run_directory import RunDirectory
+from megagap.process.rendezvous import Process
+from megagap.resume.persistence import find_source, load, save
+from megagap.train import make_mesh
+from megagap.training.datasets import training_data
+from megagap.training.trainer import build_state
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -35,3 +45,49 @@ def test_weights_of_another_gain_scale_are_rescaled_when_they_start_a_new_run(wo
         after = load_model(tmp_path / "scaled/checkpoints/step_00000003")
     assert after.settings.norm_gain_scale == 20
     torch.testing.assert_close(after(tokens), before, rtol=1e-5, atol=1e-5)
+
+
+def resave(rank, ranks, recipe, overrides):
+    """Load a checkpoint and write it again, without a step."""
+    settings = load_recipe(recipe, overrides, ranks)
+    mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
+    run = RunDirectory(Path(settings.run.dir), is_writer=rank == 0)
+    run.open()
+    data = training_data(settings, timeline_of(settings))
+    state = build_state(settings, mesh)
+    load(state, run, data, find_source(settings, run, mesh))
+    save(state, run, data)
+    run.close()
+
+
+def tensors_of(run, kind):
+    folder = run / "checkpoints/step_00000002"
+    index = Index.read(folder)
+    return {name: load_tensor(folder, index, kind, name) for name in index.names(kind)}
+
+
+MODES = {
+    "zero 0": (2, ["optim.zero=0"]),
+    "tp2 dp2, zero 2": (4, ["parallel.tp=2", "optim.zero=2"]),
+    "dp4, zero 3": (4, ["optim.zero=3"]),
+    "dp4 in 2 replicas, zero 3": (4, ["parallel.dp_replicate=2", "optim.zero=3"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("zero 0", "dp4, zero 3"), ("dp4 in 2 replicas, zero 3", "tp2 dp2, zero 2"), ("tp2 dp2, zero 2", "zero 0")],
+)
+def test_a_checkpoint_of_any_stage_goes_on_at_any_other_with_the_same_bits(workers, tmp_path, writer, reader):
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    ranks, layout = MODES[writer]
+    workers.run(ranks, train_recipe, recipe, [*layout, f"run.dir={tmp_path / 'first'}"])
+    ranks, layout = MODES[reader]
+    loading = [f"checkpoint.load={tmp_path / 'first'}", f"run.dir={tmp_path / 'second'}"]
+    workers.run(ranks, resave, recipe, [*layout, *loading])
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        expected, found = (tensors_of(tmp_path / run, kind) for run in ("first", "second"))
+        assert expected.keys() == found.keys() and len(expected) > 10
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), (kind, name)
+            assert tensor.abs().max() > 0

@@ -1,0 +1,203 @@
+"""What stages 2 and 3 of ``optim.zero`` hold for a while in a step, by arithmetic: whole gradients and gathered blocks.
+
+It follows the events of a rank's program as the gradient store does (``optim/gradient_store.py``), without tensors, and
+so knows how often a bucket is reduced and gathered, too.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from megagap.model.llama import LlamaStage, sharded_parameters
+from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
+from megagap.optim.gradient_store import arrangement, kind_of
+from megagap.optim.sharding import Sharding
+from megagap.parallel.actions import Backward, BackwardWeight, Compute, Forward
+from megagap.parallel.shard import Block, ShardedParameter
+
+FP32 = 4
+"""Bytes of an element of masters, moments and gradients, in every precision."""
+
+
+@dataclass(frozen=True)
+class StoredParameters:
+    """The parameters of a rank, built without storage, in the buckets of its gradient store."""
+
+    stages: Sequence[LlamaStage]
+    """Its virtual stages, by chunk."""
+    sharding: Sharding
+    buckets: Arrangement
+    parameters: Sequence[ShardedParameter]
+
+    @classmethod
+    def of(cls, stages: Sequence[LlamaStage], sharding: Sharding, decay_embeddings: bool) -> "StoredParameters":
+        parameters = sharded_parameters(stages)
+        sizes = [(kind_of(parameter.shard, decay_embeddings), parameter.numel()) for parameter in parameters]
+        blocks = [stage.blocks() for stage in stages]
+        buckets = arrangement(sizes, sharding, BUCKET_ELEMENTS, parameters, blocks)
+        return cls(stages, sharding, buckets, parameters)
+
+    @property
+    def elements(self) -> int:
+        """With padding."""
+        return sum(bucket.stop - bucket.start for bucket in self.buckets.buckets)
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """By the parameter's identity, its number."""
+        return {id(parameter): number for number, parameter in enumerate(self.parameters)}
+
+    @cached_property
+    def bucket_of(self) -> dict[int, Range]:
+        """The bucket of each parameter, by number; where none is cut."""
+        return {number: bucket for bucket in self.buckets.buckets for number in bucket.parameters}
+
+    def numbers(self, parameters: Iterable[ShardedParameter]) -> list[int]:
+        return [self.places[id(parameter)] for parameter in parameters]
+
+    def buckets_of(self, parameters: Iterable[ShardedParameter]) -> frozenset[Range]:
+        """Those that hold some of these parameters."""
+        return frozenset(self.bucket_of[number] for number in self.numbers(parameters))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of a stage, as events need it."""
+
+    forward: frozenset[Range]
+    """What is gathered before its forward pass."""
+    backward: frozenset[Range]
+    gradients: list[int]
+    """Parameters in the order in which its backward pass adds their gradients, but for the output projection."""
+
+    @classmethod
+    def of(cls, block: Block, stage: LlamaStage, stored: StoredParameters) -> "_Block":
+        is_head = stage.has_head and block.module is stage.norm
+        added = block.in_backward if is_head else block.parameters
+        return cls(
+            stored.buckets_of(block.parameters),
+            stored.buckets_of(block.in_backward),
+            list(reversed(stored.numbers(added))),
+        )
+
+
+class _Gradients:
+    """The whole gradients that are live, as events follow each other."""
+
+    def __init__(self, stored: StoredParameters) -> None:
+        self._stored = stored
+        self._bucket_of = stored.bucket_of
+        self._kinds = len({bucket.kind for bucket in stored.buckets.buckets})
+        self._reports = [0] * len(stored.parameters)
+        self._reduced: dict[Range, int] = defaultdict(int)
+        self._open: set[Range] = set()
+        self._in_flight: dict[Kind, tuple[Range, int, bool]] = {}
+        """Bucket, number of openings before, whether its slice is to be added to a sum."""
+        self._holds_sum: set[Range] = set()
+        self._openings = 0
+        self.reductions: Counter[Range] = Counter()
+
+    @property
+    def live(self) -> int:
+        """Bytes."""
+        ranks = self._stored.sharding.shard.size
+        size = lambda bucket: bucket.stop - bucket.start  # noqa: E731
+        whole = sum(map(size, self._open)) + sum(size(bucket) for bucket, _, _ in self._in_flight.values())
+        arriving = sum(size(bucket) // ranks for bucket, _, adds in self._in_flight.values() if adds)
+        return FP32 * (whole + arriving)
+
+    def add(self, number: int) -> None:
+        bucket = self._bucket_of[number]
+        if bucket in self._open:
+            return
+        self._openings += 1
+        for kind, (_, before, _) in list(self._in_flight.items()):
+            if self._openings - before > self._kinds:
+                del self._in_flight[kind]
+        self._open.add(bucket)
+
+    def report(self, number: int) -> None:
+        self._reports[number] += 1
+        bucket = self._bucket_of[number]
+        done = min(self._reports[n] // self._stored.parameters[n].uses for n in bucket.parameters)
+        if done > self._reduced[bucket]:
+            self._reduced[bucket] = done
+            if bucket in self._open:
+                self._open.remove(bucket)
+                self._in_flight[bucket.kind] = (bucket, self._openings, bucket in self._holds_sum)
+                self._holds_sum.add(bucket)
+                self.reductions[bucket] += 1
+
+
+class _Residents:
+    """The parameters that are there, as blocks are used one after another (``optim/resident_blocks.py``)."""
+
+    def __init__(self, stored: StoredParameters) -> None:
+        self._stored = stored
+        self._resident: frozenset[Range] = frozenset()
+        self.gathers: Counter[Range] = Counter()
+
+    def use(self, now: frozenset[Range], soon: frozenset[Range]) -> int:
+        """Elements that are there once the block now and the one after it are."""
+        if not self._stored.sharding.parameters:
+            return 0
+        needed = now | soon
+        self.gathers.update(needed - self._resident)
+        self._resident = needed
+        return sum(bucket.stop - bucket.start for bucket in needed)
+
+
+@dataclass
+class Transient:
+    """The most that is held, in bytes, while chunks and their blocks are computed."""
+
+    loss: Counter[int] = field(default_factory=Counter)
+    """By chunk: in the forward pass of the last block, with its loss."""
+    backward: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """By chunk and block: while the block goes backward."""
+    forward: Counter[int] = field(default_factory=Counter)
+    """By chunk: while any block goes forward, without the loss."""
+    reductions: Counter[Range] = field(default_factory=Counter)
+    """How often each bucket is reduced in a step, from stage 2 on."""
+    gathers: Counter[Range] = field(default_factory=Counter)
+    """How often each bucket is gathered in a step, at stage 3."""
+
+
+def transient(stored: StoredParameters, actions: Sequence[Compute], itemsize: int) -> Transient:
+    """Follow a rank's program of a step. ``itemsize``: of the parameters."""
+    found = Transient()
+    if not stored.sharding.gradients:
+        return found
+    gradients, residents = _Gradients(stored), _Residents(stored)
+    found.reductions, found.gathers = gradients.reductions, residents.gathers
+    blocks = [[_Block.of(block, stage, stored) for block in stage.blocks()] for stage in stored.stages]
+    outputs = [stored.numbers([stage.output])[0] if stage.has_head else None for stage in stored.stages]
+    nothing: frozenset[Range] = frozenset()
+
+    def largest(known: int, gathered: int) -> int:
+        return max(known, gradients.live + itemsize * gathered)
+
+    for action in actions:
+        chunk = action.chunk
+        own, output = blocks[chunk], outputs[chunk]
+        if isinstance(action, Forward):
+            gathered = 0
+            for i, block in enumerate(own):
+                gathered = residents.use(block.forward, own[i + 1].forward if i + 1 < len(own) else nothing)
+                found.forward[chunk] = largest(found.forward[chunk], gathered)
+            if output is not None:
+                gradients.add(output)
+                found.loss[chunk] = largest(found.loss[chunk], gathered)
+        elif isinstance(action, Backward | BackwardWeight):
+            if output is not None:
+                gradients.report(output)
+            for i, block in reversed(list(enumerate(own))):
+                gathered = 0
+                if block.backward:
+                    gathered = residents.use(block.backward, own[i - 1].backward if i else nothing)
+                for number in block.gradients:
+                    gradients.add(number)
+                    found.backward[chunk, i] = largest(found.backward[chunk, i], gathered)
+                    gradients.report(number)
+    return found

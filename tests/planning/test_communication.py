@@ -1,0 +1,80 @@
+"""What data-parallel ranks send in a step, by arithmetic, is what real processes do."""
+
+from collections import Counter
+
+import pytest
+
+from megagap.config import load_recipe
+from megagap.optim.buckets import BUCKET_ELEMENTS
+from megagap.planning.communication import data_parallel_traffic
+from megagap.planning.memory import stored_parameters
+from tests.parity.gradients import gradients
+from tests.recipes import write_recipe
+
+COLLECTIVES = {
+    "reduce_scatter_flat_async": "reduce-scatter",
+    "all_gather_flat_async": "all-gather",
+    "all_reduce_async": "all-reduce",
+}
+
+LAYOUTS = {
+    "dp2 zero 3": (2, []),
+    "dp4 in 2 replicas, zero 3": (4, ["parallel.dp_replicate=2"]),
+    "pp2 dp2 zero 3, gpipe": (4, ["parallel.pp=2", "parallel.schedule=gpipe"]),
+    "tp2 dp2 zero 3": (4, ["parallel.tp=2"]),
+}
+
+
+def calls_of_a_step(rank, ranks, recipe, overrides):
+    return gradients(rank, ranks, recipe, overrides, bucket_elements=BUCKET_ELEMENTS)[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_calls_of_a_step_are_those_that_real_processes_make(workers, tmp_path, layout):
+    ranks, overrides = LAYOUTS[layout]
+    overrides = [*overrides, "optim.zero=3"]
+    recipe = write_recipe(tmp_path)
+    settings = load_recipe(recipe, overrides, ranks)
+    for rank, calls in enumerate(workers.run(ranks, calls_of_a_step, recipe, overrides)):
+        made: Counter[tuple[str, str]] = Counter()
+        for site, number in calls.items():
+            if site.startswith("gradient_store"):
+                name, axis = site.split(": ")[1].split(" over ")
+                made[COLLECTIVES[name], axis] += number
+        stage = rank // (ranks // settings.parallel.pp)
+        expected = {(t.collective, t.axis): t.calls for t in data_parallel_traffic(settings, ranks, stage)}
+        assert made == expected
+
+
+def settings_of(tmp_path, ranks, *overrides):
+    return load_recipe(write_recipe(tmp_path), [*overrides, "train.precision=bf16-mixed"], ranks)
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        (0, {("all-reduce", "gradients"): 4 * 1}),
+        (1, {("reduce-scatter", "gradients"): 4 * 1, ("all-gather", "parameters"): 2 * 1}),
+        (2, {("reduce-scatter", "gradients"): 4 * 2, ("all-gather", "parameters"): 2 * 1}),
+    ],
+)
+def test_the_volume_is_that_of_the_stage(tmp_path, zero, expected):
+    """2 microbatches; bytes per parameter of the whole tensors."""
+    settings = settings_of(tmp_path, 4, f"optim.zero={zero}", "train.global_batch_size=8", "train.micro_batch_size=1")
+    elements = stored_parameters(settings, 4, 0).elements
+    traffic = data_parallel_traffic(settings, 4)
+    assert {(t.collective, t.tensors): t.bytes / elements for t in traffic} == expected
+    rounds = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+    assert all(t.sent_bytes == rounds[t.collective] * t.bytes * 3 // 4 for t in traffic)
+
+
+def test_replicas_sum_slices_only(tmp_path):
+    settings = settings_of(tmp_path, 8, "parallel.dp_replicate=4", "train.global_batch_size=16")
+    elements = stored_parameters(settings, 8, 0).elements
+    (summed,) = [t for t in data_parallel_traffic(settings, 8) if t.axis == "replicate"]
+    assert (summed.collective, summed.ranks, summed.bytes) == ("all-reduce", 4, 4 * elements // 2)
+
+
+def test_one_process_sends_nothing(tmp_path):
+    for zero in range(4):
+        assert data_parallel_traffic(settings_of(tmp_path, 1, f"optim.zero={zero}"), 1) == []

@@ -1,0 +1,188 @@
+"""One recipe on the processes of a layout against one process: gradients in float64, then a few steps of training."""
+
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from megagap.checkpoint import Index, load_tensor, resolve_checkpoint
+from megagap.errors import MegagapError
+from tests.parity.cases import ONE_PROCESS
+from tests.parity.gradients import Mutation, Part, assembled, gradients, largest_difference
+from tests.training_run import train_recipe
+from tests.workers import Workers
+
+GRADIENTS = 1e-10
+"""Largest difference of a parameter's gradient in float64, relative to its norm."""
+TRAINING = {"fp32": 1e-5, "bf16-mixed": 2e-2}
+"""Largest relative difference of losses, gradient norms and final weights over a few steps."""
+TIMES_NOISE = 4.0
+"""Larger differences are right where another order of summation in one process makes some, up to this multiple."""
+SECONDS = 600.0
+"""Until a layout that gives no answer counts as hanging."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A message that a user would see in place of a result."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a layout."""
+
+    kind: str
+    """``gradients``, ``training``, ``refusal`` (of what the rules accept), ``crash`` or ``hang``."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A few steps of training."""
+
+    losses: NDArray[np.float64]
+    norms: NDArray[np.float64]
+    weights: dict[str, NDArray[np.float64]]
+    """At the end, whole, by name."""
+
+    def difference(self, other: "Trajectory") -> dict[str, float]:
+        """The largest of each kind, relative: of numbers to the largest, of weights to the norm of each."""
+        assert len(self.losses) == len(other.losses) and self.weights.keys() == other.weights.keys()
+        return {
+            "losses": _relative(self.losses, other.losses),
+            "gradient norms": _relative(self.norms, other.norms),
+            "final weights": max(_relative(self.weights[name], weight) for name, weight in other.weights.items()),
+        }
+
+
+def _relative(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    if ours.ndim == 1 and len(ours) == 0:
+        return 0.0
+    distance, size = float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))
+    return distance / size if size else (0.0 if distance == 0 else math.inf)
+
+
+def one_process(recipe: Path, **train: Any) -> Path:
+    """The same recipe beside it without its layout, with other settings of ``[train]``."""
+    tree = tomllib.loads(recipe.read_text())
+    for name in ONE_PROCESS:
+        section, _, key = name.partition(".")
+        if key:
+            tree.get(section, {}).pop(key, None)
+        else:
+            tree.pop(section, None)
+    tree["train"] |= train
+    path = recipe.with_name("one_process.toml")
+    path.write_text(tomli_w.dumps(tree))
+    return path
+
+
+def answering(rank: int, ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function``'s result, or the message that it ends with."""
+    try:
+        return function(rank, ranks, *arguments)
+    except MegagapError as error:
+        return Refusal(str(error))
+
+
+class Comparison:
+    """Compares layouts with one process, on a pool of processes; ``mutation`` is a bug to plant in the layout."""
+
+    def __init__(self, workers: Workers, mutation: Mutation | None = None, seconds: float = SECONDS) -> None:
+        self.workers, self.mutation, self.seconds = workers, mutation, seconds
+
+    def check(self, recipe: Path, ranks: int, trains: bool = True) -> Finding | None:
+        """What is wrong with ``recipe`` on so many ranks; None: nothing. Writes runs and a recipe beside it."""
+        try:
+            finding = self._check_gradients(recipe, ranks)
+            return finding or (self._check_training(recipe, ranks) if trains else None)
+        except _NoResultError as stop:
+            return stop.finding
+
+    def _check_gradients(self, recipe: Path, ranks: int) -> Finding | None:
+        expected = assembled(self.gradients(one_process(recipe), 1)[0][0])
+        difference = largest_difference(self.gradients(recipe, ranks, self.mutation), expected)
+        if difference < GRADIENTS:
+            return None
+        return Finding("gradients", f"a gradient in float64 differs by {difference:.2g} of its norm, over {GRADIENTS}")
+
+    def _check_training(self, recipe: Path, ranks: int) -> Finding | None:
+        tree = tomllib.loads(recipe.read_text())
+        allowed = TRAINING[tree["train"].get("precision", "fp32")]
+        expected = self.trajectory(one_process(recipe), 1)
+        found = self.trajectory(recipe, ranks).difference(expected)
+        if max(found.values()) < allowed:
+            return None
+        noise = self.noise(recipe, expected)
+        wrong = {
+            kind: difference
+            for kind, difference in found.items()
+            if not difference < max(allowed, TIMES_NOISE * noise[kind])
+        }
+        if not wrong:
+            return None
+        parts = [f"{kind} by {difference:.2g} (noise {noise[kind]:.2g})" for kind, difference in wrong.items()]
+        return Finding(
+            "training", f"training differs, over {allowed:g} and {TIMES_NOISE:g} × noise: {', '.join(parts)}"
+        )
+
+    def noise(self, recipe: Path, expected: Trajectory) -> dict[str, float]:
+        """What other sizes of microbatches change in one process: the largest difference of each kind."""
+        train = tomllib.loads(recipe.read_text())["train"]
+        batch, micro = train["global_batch_size"], train.get("micro_batch_size", 1)
+        largest = dict.fromkeys(("losses", "gradient norms", "final weights"), 0.0)
+        for size in sorted({1, batch, next(n for n in range(2, batch + 2) if batch % n == 0 or n > batch)} - {micro}):
+            if size <= batch:
+                other = self.trajectory(one_process(recipe, micro_batch_size=size), 1)
+                for kind, difference in other.difference(expected).items():
+                    largest[kind] = max(largest[kind], difference)
+        return largest
+
+    def gradients(
+        self, recipe: Path, ranks: int, mutation: Mutation | None = None
+    ) -> list[tuple[list[Part], Counter[str]]]:
+        """Of the first step in float64, from every rank."""
+        return self._run(ranks, gradients, recipe, [], mutation)
+
+    def trajectory(self, recipe: Path, ranks: int) -> Trajectory:
+        """Of the recipe's steps, as the trainer makes them."""
+        folder = recipe.parent / f"run_{len(list(recipe.parent.glob('run_*')))}"
+        metrics = self._run(ranks, train_recipe, recipe, [f"run.dir={folder}"])[0]
+        return Trajectory(
+            np.array([m["loss"] for m in metrics], np.float64),
+            np.array([m["grad_norm"] for m in metrics], np.float64),
+            final_weights(folder),
+        )
+
+    def _run(self, ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        try:
+            answers = self.workers.run(ranks, answering, function, *arguments, timeout=self.seconds)
+        except AssertionError as error:
+            kind = "hang" if "Traceback" not in str(error) and "no answer" in str(error) else "crash"
+            raise _NoResultError(Finding(kind, str(error))) from None
+        refusals = {answer.text for answer in answers if isinstance(answer, Refusal)}
+        if refusals:
+            raise _NoResultError(Finding("refusal", "\n".join(sorted(refusals))))
+        return answers
+
+
+class _NoResultError(Exception):
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.text)
+        self.finding = finding
+
+
+def final_weights(run: Path) -> dict[str, NDArray[np.float64]]:
+    """Of a run's newest checkpoint."""
+    folder = resolve_checkpoint(run)
+    index = Index.read(folder)
+    return {name: load_tensor(folder, index, "weight", name).double().numpy() for name in index.names("weight")}

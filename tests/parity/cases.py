@@ -159,15 +159,6 @@ def is_valid(case: Mapping[str, Any]) -> bool:
     return not check_rules(values, ranks)
 
 
-def draw(random: Random, tries: int = 100_000) -> Case:
-    """A valid case. Each value is as likely as the rules allow, so that small layouts do not crowd out large ones."""
-    for _ in range(tries):
-        case = {dimension.name: dimension.draw(random) for dimension in DIMENSIONS}
-        if is_valid(case):
-            return case
-    raise AssertionError("no valid case was found")
-
-
 def write_case(folder: Path, case: Case) -> Path:
     """The case as ``folder/recipe.toml``, with its data."""
     write_documents(folder, case["model.vocab_size"], case["documents"])
@@ -198,13 +189,20 @@ def write_documents(folder: Path, vocabulary: int, documents: str) -> None:
 
 def reduced(case: Case, fails: Callable[[Case], bool]) -> Case:
     """A case that still fails, in which no dimension alone can be made simpler."""
+
+    def try_simpler(simpler: Case) -> bool:
+        nonlocal case
+        if simpler == case or not is_valid(simpler) or not fails(simpler):
+            return False
+        case = simpler
+        return True
+
+    for group in (BATCH, MODEL, LAYOUT):  # whole groups first, which are many dimensions in one run
+        try_simpler(case | {dimension.name: dimension.values[0] for dimension in group})
     changed = True
     while changed:
         changed = False
         for dimension in DIMENSIONS:
-            for value in dimension.values[: dimension.values.index(case[dimension.name])]:
-                simpler = case | {dimension.name: value}
-                if is_valid(simpler) and fails(simpler):
-                    case, changed = simpler, True
-                    break
+            simpler_values = dimension.values[: dimension.values.index(case[dimension.name])]
+            changed |= any(try_simpler(case | {dimension.name: value}) for value in simpler_values)
     return case

@@ -1,9 +1,11 @@
 """One recipe on the processes of a layout against one process: gradients in float64, then a few steps of training."""
 
+import io
 import math
 import tomllib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +89,10 @@ def one_process(recipe: Path, **train: Any) -> Path:
 
 
 def answering(rank: int, ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function``'s result, or the message that it ends with."""
+    """``function``'s result, or the message that it ends with. Its log is not shown."""
     try:
-        return function(rank, ranks, *arguments)
+        with redirect_stderr(io.StringIO()):
+            return function(rank, ranks, *arguments)
     except MegagapError as error:
         return Refusal(str(error))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tomli_w
+import torch
 from numpy.typing import NDArray
 
 from megagap.checkpoint import Index, load_tensor, resolve_checkpoint
@@ -23,6 +24,8 @@ from tests.workers import Workers
 
 GRADIENTS = 1e-10
 """Largest difference of a parameter's gradient in float64, relative to its norm."""
+GRADIENTS_FP32 = 1e-5
+"""The same in fp32."""
 TRAINING = {"fp32": 1e-5, "bf16-mixed": 2e-2}
 """Largest relative difference of losses, gradient norms and final weights over a few steps."""
 TIMES_NOISE = 4.0
@@ -57,20 +60,22 @@ class Trajectory:
     """At the end, whole, by name."""
 
     def difference(self, other: "Trajectory") -> dict[str, float]:
-        """The largest of each kind, relative: of numbers to the largest, of weights to the norm of each."""
+        """The largest of each kind, relative to the norm of the numbers, or of the weight; but of no weight that is
+        next to nothing, as biases are at first."""
         assert len(self.losses) == len(other.losses) and self.weights.keys() == other.weights.keys()
+        least = 0.01 * max(float(np.linalg.norm(weight)) for weight in other.weights.values())
         return {
             "losses": _relative(self.losses, other.losses),
             "gradient norms": _relative(self.norms, other.norms),
-            "final weights": max(_relative(self.weights[name], weight) for name, weight in other.weights.items()),
+            "final weights": max(
+                _relative(self.weights[name], weight, least) for name, weight in other.weights.items()
+            ),
         }
 
 
-def _relative(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
-    if ours.ndim == 1 and len(ours) == 0:
-        return 0.0
-    distance, size = float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))
-    return distance / size if size else (0.0 if distance == 0 else math.inf)
+def _relative(ours: NDArray[np.float64], theirs: NDArray[np.float64], least: float = 0.0) -> float:
+    distance, size = float(np.linalg.norm(ours - theirs)), max(float(np.linalg.norm(theirs)), least)
+    return 0.0 if distance == 0 else distance / size if size else math.inf
 
 
 def one_process(recipe: Path, **train: Any) -> Path:
@@ -100,8 +105,14 @@ def answering(rank: int, ranks: int, function: Callable[..., Any], *arguments: A
 class Comparison:
     """Compares layouts with one process, on a pool of processes; ``mutation`` is a bug to plant in the layout."""
 
-    def __init__(self, workers: Workers, mutation: Mutation | None = None, seconds: float = SECONDS) -> None:
-        self.workers, self.mutation, self.seconds = workers, mutation, seconds
+    def __init__(
+        self,
+        workers: Workers,
+        mutation: Mutation | None = None,
+        seconds: float = SECONDS,
+        in_fp32_too: bool = False,
+    ) -> None:
+        self.workers, self.mutation, self.seconds, self.in_fp32_too = workers, mutation, seconds, in_fp32_too
 
     def check(self, recipe: Path, ranks: int, trains: bool = True) -> Finding | None:
         """What is wrong with ``recipe`` on so many ranks; None: nothing. Writes runs and a recipe beside it."""
@@ -112,18 +123,21 @@ class Comparison:
             return stop.finding
 
     def _check_gradients(self, recipe: Path, ranks: int) -> Finding | None:
-        expected = assembled(self.gradients(one_process(recipe), 1)[0][0])
-        difference = largest_difference(self.gradients(recipe, ranks, self.mutation), expected)
-        if difference < GRADIENTS:
-            return None
-        return Finding("gradients", f"a gradient in float64 differs by {difference:.2g} of its norm, over {GRADIENTS}")
+        allowed = {torch.float64: GRADIENTS} | ({torch.float32: GRADIENTS_FP32} if self.in_fp32_too else {})
+        for dtype, limit in allowed.items():
+            expected = assembled(self.gradients(one_process(recipe), 1, dtype=dtype)[0][0])
+            difference = largest_difference(self.gradients(recipe, ranks, self.mutation, dtype), expected)
+            if not difference < limit:
+                text = f"a gradient in {str(dtype).removeprefix('torch.')} differs by {difference:.2g} of its norm"
+                return Finding("gradients", f"{text}, over {limit:g}")
+        return None
 
     def _check_training(self, recipe: Path, ranks: int) -> Finding | None:
         tree = tomllib.loads(recipe.read_text())
         allowed = TRAINING[tree["train"].get("precision", "fp32")]
         expected = self.trajectory(one_process(recipe), 1)
         found = self.trajectory(recipe, ranks).difference(expected)
-        if max(found.values()) < allowed:
+        if all(difference < allowed for difference in found.values()):
             return None
         noise = self.noise(recipe, expected)
         wrong = {
@@ -151,10 +165,10 @@ class Comparison:
         return largest
 
     def gradients(
-        self, recipe: Path, ranks: int, mutation: Mutation | None = None
+        self, recipe: Path, ranks: int, mutation: Mutation | None = None, dtype: torch.dtype = torch.float64
     ) -> list[tuple[list[Part], Counter[str]]]:
-        """Of the first step in float64, from every rank."""
-        return self._run(ranks, gradients, recipe, [], mutation)
+        """Of the first step, from every rank."""
+        return self._run(ranks, gradients, recipe, [], mutation, "cpu", dtype)
 
     def trajectory(self, recipe: Path, ranks: int) -> Trajectory:
         """Of the recipe's steps, as the trainer makes them."""

@@ -115,6 +115,16 @@ def ranks_of(case: Mapping[str, Any]) -> int:
     return case["dp"] * case.get("parallel.tp", 1) * case.get("parallel.pp", 1) * case.get("parallel.cp", 1)
 
 
+def layout_name(case: Mapping[str, Any]) -> str:
+    """What of the layout is not the simplest, for the id of a test."""
+    parts = [
+        f"{dimension.name.rpartition('.')[2]}={case[dimension.name]}"
+        for dimension in LAYOUT
+        if case[dimension.name] != dimension.values[0]
+    ]
+    return " ".join(parts) or "one process"
+
+
 def sections_of(case: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The case as a recipe's settings by section, except its sources."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}

@@ -26,8 +26,13 @@ GRADIENTS = 1e-10
 """Largest difference of a parameter's gradient in float64, relative to its norm."""
 GRADIENTS_FP32 = 1e-5
 """The same in fp32."""
-TRAINING = {"fp32": 1e-5, "bf16-mixed": 2e-2}
-"""Largest relative difference of losses, gradient norms and final weights over a few steps."""
+TRAINING = {
+    "fp32": {"losses": 1e-5, "gradient norms": 1e-5, "final weights": 1e-5},
+    "bf16-mixed": {"losses": 1e-3, "gradient norms": 2e-2, "final weights": 1e-2},
+}
+"""Largest relative differences over a few steps."""
+SMALLEST_WEIGHT = {"fp32": 0.01, "bf16-mixed": 1.0}
+"""Differences of smaller weights, such as of biases, are relative to this part of the norm of the largest."""
 TIMES_NOISE = 4.0
 """Larger differences are right where another order of summation in one process makes some, up to this multiple."""
 SECONDS = 600.0
@@ -59,17 +64,17 @@ class Trajectory:
     weights: dict[str, NDArray[np.float64]]
     """At the end, whole, by name."""
 
-    def difference(self, other: "Trajectory") -> dict[str, float]:
-        """The largest of each kind, relative to the norm of the numbers, or of the weight; but of no weight that is
-        next to nothing, as biases are at first."""
+    def difference(self, other: "Trajectory", smallest_weight: float) -> dict[str, float]:
+        """The largest of each kind, relative to the norm of the numbers, or of the weight.
+
+        ``smallest_weight``: see :data:`SMALLEST_WEIGHT`.
+        """
         assert len(self.losses) == len(other.losses) and self.weights.keys() == other.weights.keys()
-        least = 0.01 * max(float(np.linalg.norm(weight)) for weight in other.weights.values())
+        least = smallest_weight * max(float(np.linalg.norm(weight)) for weight in other.weights.values())
         return {
             "losses": _relative(self.losses, other.losses),
             "gradient norms": _relative(self.norms, other.norms),
-            "final weights": max(
-                _relative(self.weights[name], weight, least) for name, weight in other.weights.items()
-            ),
+            "final weights": max(_relative(self.weights[name], other.weights[name], least) for name in other.weights),
         }
 
 
@@ -91,6 +96,11 @@ def one_process(recipe: Path, **train: Any) -> Path:
     path = recipe.with_name("one_process.toml")
     path.write_text(tomli_w.dumps(tree))
     return path
+
+
+def _train(recipe: Path) -> dict[str, Any]:
+    """The recipe's section of that name."""
+    return tomllib.loads(recipe.read_text())["train"]
 
 
 def answering(rank: int, ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -133,35 +143,30 @@ class Comparison:
         return None
 
     def _check_training(self, recipe: Path, ranks: int) -> Finding | None:
-        tree = tomllib.loads(recipe.read_text())
-        allowed = TRAINING[tree["train"].get("precision", "fp32")]
+        precision = _train(recipe).get("precision", "fp32")
+        allowed, smallest = TRAINING[precision], SMALLEST_WEIGHT[precision]
         expected = self.trajectory(one_process(recipe), 1)
-        found = self.trajectory(recipe, ranks).difference(expected)
-        if all(difference < allowed for difference in found.values()):
+        found = self.trajectory(recipe, ranks).difference(expected, smallest)
+        if all(found[kind] < limit for kind, limit in allowed.items()):
             return None
-        noise = self.noise(recipe, expected)
-        wrong = {
-            kind: difference
-            for kind, difference in found.items()
-            if not difference < max(allowed, TIMES_NOISE * noise[kind])
-        }
-        if not wrong:
-            return None
-        parts = [f"{kind} by {difference:.2g} (noise {noise[kind]:.2g})" for kind, difference in wrong.items()]
-        return Finding(
-            "training", f"training differs, over {allowed:g} and {TIMES_NOISE:g} × noise: {', '.join(parts)}"
-        )
+        noise = self.noise(recipe, expected, smallest)
+        limits = {kind: max(limit, TIMES_NOISE * noise[kind]) for kind, limit in allowed.items()}
+        wrong = [
+            f"{kind} by {found[kind]:.2g}, over {limit:.2g}"
+            for kind, limit in limits.items()
+            if not found[kind] < limit
+        ]
+        return Finding("training", f"training differs: {'; '.join(wrong)}") if wrong else None
 
-    def noise(self, recipe: Path, expected: Trajectory) -> dict[str, float]:
+    def noise(self, recipe: Path, expected: Trajectory, smallest_weight: float) -> dict[str, float]:
         """What other sizes of microbatches change in one process: the largest difference of each kind."""
-        train = tomllib.loads(recipe.read_text())["train"]
-        batch, micro = train["global_batch_size"], train.get("micro_batch_size", 1)
-        largest = dict.fromkeys(("losses", "gradient norms", "final weights"), 0.0)
-        for size in sorted({1, batch, next(n for n in range(2, batch + 2) if batch % n == 0 or n > batch)} - {micro}):
-            if size <= batch:
-                other = self.trajectory(one_process(recipe, micro_batch_size=size), 1)
-                for kind, difference in other.difference(expected).items():
-                    largest[kind] = max(largest[kind], difference)
+        batch, micro = _train(recipe)["global_batch_size"], _train(recipe).get("micro_batch_size", 1)
+        smallest_divisor = next((size for size in range(2, batch) if batch % size == 0), batch)
+        largest = {"losses": 0.0, "gradient norms": 0.0, "final weights": 0.0}
+        for size in {1, smallest_divisor, batch} - {micro}:
+            other = self.trajectory(one_process(recipe, micro_batch_size=size), 1)
+            for kind, difference in other.difference(expected, smallest_weight).items():
+                largest[kind] = max(largest[kind], difference)
         return largest
 
     def gradients(

@@ -60,6 +60,7 @@ class Fuzzer:
 
     def _refuse(self, case: Case, check_recipe: bool) -> Finding | None:
         """A finding where the settings of a case end in a traceback instead of being accepted or refused."""
+        valid = False
         try:
             valid = is_valid(case)
             if valid or check_recipe:

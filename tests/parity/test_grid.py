@@ -54,13 +54,15 @@ def test_the_sample_has_every_value_and_leaves_out_only_what_does_not_fit():
     assert len({layout_of(case) for case in SAMPLE}) >= 15
 
 
-def test_in_the_sample_a_rank_has_masked_targets_only(workers, tmp_path):
+def test_in_the_sample_a_data_rank_has_nothing_but_masked_targets_while_another_has_some(workers, tmp_path):
+    of_the_data = ("dp", "microbatches", "documents", "data.document_mask", "train.sequence_length", "model.vocab_size")
     masked = [case for case in SAMPLE if "every other" in case["documents"] and case["dp"] > 1]
-    assert masked
-    (recipe, ranks), *_ = [(write_case(tmp_path, case), ranks_of(case)) for case in masked[:1]]
-    counts = workers.run(ranks, targets_by_step, recipe, 4)
-    assert any(0 in of_a_rank for of_a_rank in counts)
-    assert all(any(of_a_rank[step] for of_a_rank in counts) for step in range(4))
+    steps = []
+    for number, case in enumerate(masked):  # the other ranks of a data rank have the same samples
+        alone = simplest() | {name: case[name] for name in of_the_data}
+        recipe = write_case(tmp_path / str(number), alone)
+        steps += zip(*workers.run(case["dp"], targets_by_step, recipe, 4), strict=True)
+    assert any(0 in counts and any(counts) for counts in steps)
 
 
 def targets_by_step(rank, ranks, recipe, steps):

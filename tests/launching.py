@@ -19,11 +19,13 @@ SECONDS = 900.0
 _launched: list[subprocess.Popen[str]] = []
 
 
-def launch(recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0) -> subprocess.Popen[str]:
+def launch(
+    recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0, dies: tuple[int, str] | None = None
+) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node RANKS -m megagap.train RECIPE OVERRIDES``; one rank runs without torchrun.
 
     ``stall_after``: the run stands still once it has made so many steps, to be killed there at leisure; with ``N:RANK``
-    that rank only.
+    that rank only. ``dies``: this rank is killed at this place of the third step (``tests/dying_train.py``).
     """
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -31,6 +33,8 @@ def launch(recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0
         else [sys.executable]
     )
     module = ["-m", "tests.stalling_train", str(stall_after)] if stall_after else ["-m", "megagap.train"]
+    if dies is not None:
+        module = ["-m", "tests.dying_train", *map(str, dies)]
     process = subprocess.Popen(
         [*launcher, *module, str(recipe), *overrides],
         stdout=subprocess.PIPE,

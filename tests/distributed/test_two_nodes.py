@@ -24,9 +24,17 @@ def our_tracebacks(text: str) -> list[str]:
     return [line for line in text.splitlines() if f'File "{ROOT}/megagap' in line]
 
 
-def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path):
-    """One pipeline stage on each, two data-parallel replicas within."""
-    recipe = write_recipe(tmp_path, parallel=dict(pp=2))
+LAYOUTS = {
+    "tp within, pp across": dict(tp=2, pp=2),
+    "tp within, dp across": dict(tp=2),
+    "dp within, pp across": dict(pp=2),
+}
+"""Of two processes on each machine; ranks next to each other are on one."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path, layout):
+    recipe = write_recipe(tmp_path, parallel=LAYOUTS[layout])
     expected = workers.run(4, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])[0]
 
     started = machines.launch(tmp_path, recipe)

@@ -1,7 +1,6 @@
 """Bad input ends in one clear message (what, where, what to do), without a traceback of ours, within seconds."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from megagap.data.indexed import IndexedDatasetWriter
-from tests.launching import SECONDS, descendants, finish, launch, wait_until
+from tests.launching import SECONDS, descendants, finish, is_alive, launch, wait_until
 from tests.recipes import write_recipe
 
 
@@ -91,15 +90,39 @@ def test_three_faults_are_all_reported(tmp_path):
         assert part in output
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
-    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    process = launch(recipe, 2)
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
-    workers = descendants(process.pid)
-    os.kill(workers[-1], signal.SIGKILL)
+DEATHS = [
+    ({}, 1, "forward"),
+    ({}, 0, "collective"),
+    ({"tp": 2}, 1, "backward"),
+    ({"tp": 2}, 0, "forward"),
+    ({"pp": 2}, 1, "backward"),
+    ({"pp": 2}, 0, "forward"),
+    ({"pp": 2}, 1, "collective"),
+]
+"""Layout of two ranks (dp where it says nothing else), who dies, and where in a step."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "lost", "place"), DEATHS, ids=str)
+def test_a_rank_that_dies_in_mid_step_ends_the_others_with_a_message(tmp_path, parallel, lost, place):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=parallel)
+    code, output = finish(launch(recipe, 2, dies=(lost, place)))
+    assert code == 1, output
+    assert f"distributed error: rank {1 - lost} lost contact with another rank" in output
+    assert "megagap/training" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_rank_that_dies_among_tp_pp_and_dp_ends_all_others(tmp_path, lost):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(tp=2, pp=2))
+    process = launch(recipe, 8, dies=(lost, "forward"))
+    ranks: set[int] = set()
+    wait_until(lambda: ranks.update(descendants(process.pid)) or process.poll() is not None)
     code, output = finish(process)
     assert code == 1 and "lost contact with another rank" in output
     assert "megagap/training" not in output
+    assert len(ranks) >= 8 and not any(map(is_alive, ranks))
 
 
 @pytest.mark.parametrize("half_set", [{"RANK": "abc"}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=str)

@@ -184,13 +184,21 @@ def assembled(parts: list[Part]) -> dict[str, NDArray[np.float64]]:
 def largest_difference(
     results: list[tuple[list[Part], Counter[str]]], expected: dict[str, NDArray[np.float64]]
 ) -> float:
-    """Over all parts of all ranks: the norm of the difference, relative to that of the whole parameter's gradient."""
+    """Over all parts of all ranks: the norm of the difference, relative to that of the whole parameter's gradient.
+
+    A gradient that is nothing but rounding (of keys that are alone in their documents) is compared with the others'.
+    """
     parts = [part for parts, _ in results for part in parts]
     assert {part.name for part in parts} == set(expected)
-    return max(
-        float(np.linalg.norm(part.values - part.of(expected[part.name])) / np.linalg.norm(expected[part.name]))
-        for part in parts
-    )
+    norms = {name: float(np.linalg.norm(gradient)) for name, gradient in expected.items()}
+    least = 1e-5 * max(norms.values())
+    differences = [float(np.linalg.norm(part.values - part.of(expected[part.name]))) for part in parts]
+    # One that is not a number must not be lost in max(), which may pass over it.
+    scaled = [
+        0.0 if difference == 0 else difference / max(norms[part.name], least, float(np.finfo(float).tiny))
+        for part, difference in zip(parts, differences, strict=True)
+    ]
+    return max(scaled, key=lambda value: (np.isnan(value), value))
 
 
 @contextmanager

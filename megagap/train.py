@@ -74,7 +74,7 @@ def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mes
 def make_layout(settings: Settings, world_size: int) -> Layout:
     parallel = settings.parallel
     kv_sharing = max(1, parallel.tp // settings.model.num_key_value_heads)
-    return Layout(world_size, pp=parallel.pp, tp=parallel.tp, kv_sharing=kv_sharing)
+    return Layout(world_size, pp=parallel.pp, cp=parallel.cp, tp=parallel.tp, kv_sharing=kv_sharing)
 
 
 def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> tuple[Path, list[str]]:

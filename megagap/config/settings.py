@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megagap.parallel.layout import ContextMode
 from megagap.parallel.placement import Placement, spread_layers
 from megagap.parallel.schedule import SCHEDULES
 from megagap.token_formats import pair_prefix
@@ -81,6 +82,10 @@ class Parallel(Section):
     """Tensor-parallel ranks: each layer's matrices are split over them. Keep within a node; must divide the heads."""
     pp: Positive = 1
     """Pipeline-parallel ranks: the layers are split over them, in order."""
+    cp: Positive = 1
+    """Context-parallel ranks: each sequence is split over them, for long ones."""
+    context_mode: ContextMode = "ring"
+    """How attention reaches the tokens of other ranks: keys travel around, heads for tokens, or all keys gathered."""
     sequence_parallel: bool | None = None
     """Split the residual stream over tp along the sequence; saves activation memory. Default: true where tp > 1."""
     schedule: ScheduleName = "1f1b"
@@ -246,7 +251,7 @@ class Settings(Section):
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "parallel": {"vpp": 1, "cp": 1, "context_mode": "ring"},
+    "parallel": {"vpp": 1},
     "train": {"batch_ramp": [], "recompute": "none", "compile": False},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},

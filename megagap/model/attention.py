@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megagap.config import Model
 from megagap.ops import attention, rotary
 from megagap.ops.document_mask import Documents, document_attention
+from megagap.parallel.context import OwnDocuments, context_attention
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
@@ -36,6 +37,7 @@ class Attention(nn.Module):
     def __init__(self, name: str, model: Model, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.head_dim = model.head_dim
+        self.cp, self.context_mode = tensor_parallel.mesh.cp, tensor_parallel.context_mode
         query_width = model.num_attention_heads * model.head_dim
         key_width = model.num_key_value_heads * model.head_dim
         key_parts = min(tensor_parallel.mesh.tp.size, model.num_key_value_heads)
@@ -63,9 +65,10 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
     ) -> Tensor:
-        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream.
+        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d], of x's tokens or, with documents, of all positions.
+        Result as x, to be added to the stream. Under context parallelism s counts this rank's tokens.
 
         A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token.
         """
@@ -75,5 +78,11 @@ class Attention(nn.Module):
         q, k = rotary(q, k, cos, sin, None if documents is None else documents.positions)
         if cache is not None:
             k, v = cache.extend(k, v)
-        mixed = attention(q, k, v) if documents is None else document_attention(q, k, v, documents)
-        return self.o_proj(mixed.flatten(2))
+        return self.o_proj(self._mix(q, k, v, documents).flatten(2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | OwnDocuments | None) -> Tensor:
+        if self.cp.size > 1:
+            assert not isinstance(documents, Documents), "not cut for this rank"
+            return context_attention(q, k, v, self.cp, self.context_mode, documents)
+        assert not isinstance(documents, OwnDocuments)
+        return attention(q, k, v) if documents is None else document_attention(q, k, v, documents)

@@ -14,8 +14,10 @@ from megagap.model.feed_forward import FeedForward
 from megagap.model.norm import RMSNorm
 from megagap.model.rotary import rotary_tables
 from megagap.ops.document_mask import Documents
+from megagap.parallel.context import OwnDocuments, own_places
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
+from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement, VirtualStage
 from megagap.parallel.shard import ShardedParameter
@@ -43,7 +45,7 @@ class Layer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream [b, s or s / tp, h]; update: what the previous layer adds to it. Returns both, updated."""
         normalised, x = self.input_layernorm(x, update)
@@ -95,15 +97,18 @@ class LlamaStage(nn.Module):
         x: Tensor,
         length: int,
         caches: list[KeyValueCache] | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
     ) -> Tensor:
-        """``length``: tokens of a full sequence, which under sequence parallelism is not the length of x.
+        """``length``: tokens of a full sequence, which under sequence or context parallelism is not the length of x.
 
         ``caches``, one per layer, are for generation by a single process: they hold the tokens before x, which
         ``length`` counts too, and x is appended to them; the output is the last token's only, [b, 1, h]. With
         ``documents``, packed into the sequences, attention stays within each and positions count from its start.
         """
         cos, sin = self.rotary_tables(length)
+        if documents is None and self.tensor_parallel.mesh.cp.size > 1:
+            places = own_places(self.tensor_parallel.mesh.cp, length, cos.device)
+            cos, sin = cos[places], sin[places]
         if caches:
             cos, sin = cos[caches[0].length :], sin[caches[0].length :]
         if self.has_embedding:
@@ -163,11 +168,17 @@ def sharded_parameters(stages: Iterable[LlamaStage]) -> list[ShardedParameter]:
 
 
 def build_stages(
-    model: Model, placement: Placement, mesh: Mesh, *, sequence_parallel: bool, dtype: torch.dtype
+    model: Model,
+    placement: Placement,
+    mesh: Mesh,
+    *,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    context_mode: ContextMode = "ring",
 ) -> list[LlamaStage]:
     """This rank's virtual stages by chunk, with unset parameters: ``model.init`` or a checkpoint fills them."""
     assert placement.ranks == mesh.pp.size, (placement, mesh.pp)
-    tensor_parallel = TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype)
+    tensor_parallel = TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype, context_mode)
     stages = placement.stages_of(mesh.pp.rank)
     uses = sum(stage.has_embedding + stage.has_head for stage in stages)
     tied = _tied_embedding(model, placement, tensor_parallel, uses) if model.tie_word_embeddings and uses else None

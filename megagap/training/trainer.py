@@ -171,6 +171,7 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=torch.float32,
+        context_mode=settings.parallel.context_mode,
     )
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)

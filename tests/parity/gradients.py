@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import megagap.optim.gradient_store
+import megagap.parallel.context
 import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
@@ -40,6 +41,7 @@ from megagap.training.trainer import make_loader
 
 MODULES = {
     "tensor": megagap.parallel.tensor,
+    "context": megagap.parallel.context,
     "cross_entropy": megagap.parallel.cross_entropy,
     "gradient_store": megagap.optim.gradient_store,
     "step": megagap.training.step,
@@ -54,6 +56,8 @@ COLLECTIVES = (
     "reduce_scatter_async",
     "all_gather_async",
     "reduce_scatter_flat_async",
+    "pass_on_async",
+    "all_to_all_async",
 )
 
 
@@ -108,6 +112,7 @@ def gradients(
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=dtype,
+        context_mode=settings.parallel.context_mode,
     )
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
@@ -244,5 +249,7 @@ _DROPPED: dict[str, Callable[..., Any]] = {
     "reduce_scatter_async": lambda tensor, axis, dim: Pending(_own_part(tensor, axis, dim)),
     "all_gather_async": lambda tensor, axis, dim: Pending(torch.cat([tensor] * axis.size, dim)),
     "reduce_scatter_flat_async": _copy_own_part,
+    "pass_on_async": lambda tensor, axis: Pending(tensor),
+    "all_to_all_async": lambda tensor, axis: Pending(tensor),
 }
 """What is left of each collective without its communication."""

@@ -19,6 +19,24 @@ LAYOUTS = LAYOUTS | {
     "dp2, document mask": (2, {}),
     "tp2, document mask": (2, dict(tp=2)),
     "tp4 pp2": (8, dict(tp=4, pp=2)),
+    "cp2, ring": (2, dict(cp=2)),
+    "cp2, alltoall": (2, dict(cp=2, context_mode="alltoall")),
+    "cp2, allgather": (2, dict(cp=2, context_mode="allgather")),
+    "cp4, ring": (4, dict(cp=4)),
+    "cp4, alltoall, more ranks than key/value heads": (4, dict(cp=4, context_mode="alltoall")),
+    "cp4, allgather": (4, dict(cp=4, context_mode="allgather")),
+    "cp4, ring, document mask": (4, dict(cp=4)),
+    "cp2, alltoall, document mask": (2, dict(cp=2, context_mode="alltoall")),
+    "cp2, allgather, document mask": (2, dict(cp=2, context_mode="allgather")),
+    "cp2 tp2, ring": (4, dict(cp=2, tp=2)),
+    "cp2 tp2, alltoall, without sequence parallelism": (
+        4,
+        dict(cp=2, tp=2, context_mode="alltoall", sequence_parallel=False),
+    ),
+    "cp2 tp4, allgather": (8, dict(cp=2, tp=4, context_mode="allgather")),
+    "cp2 pp2, ring": (4, dict(cp=2, pp=2)),
+    "cp2 pp2 dp2, alltoall, document mask": (8, dict(cp=2, pp=2, context_mode="alltoall")),
+    "cp2 dp2, ring": (4, dict(cp=2)),
 }
 
 

@@ -90,8 +90,6 @@ def test_an_unknown_key_of_a_table_within_a_setting_names_its_neighbours(recipe,
 
 PLANNED_VALUES = {
     "parallel.vpp": ("1", "2"),
-    "parallel.cp": ("1", "true"),
-    "parallel.context_mode": ("ring", "alltoall"),
     "train.batch_ramp": ("[]", "[[100, 4]]"),
     "train.recompute": ("none", "full"),
     "train.compile": ("false", "1"),

@@ -86,11 +86,13 @@ class LlamaStage(nn.Module):
                 tensor_parallel.parameter(vocab_shard("lm_head.weight", *vocabulary)) if tied is None else tied.weight
             )
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._own: tuple[int, Tensor, Tensor] | None = None
 
     def use_rope_theta(self, theta: float) -> None:
         """Compute with this base of the rotary wavelengths from now on."""
         if theta != self.model.rope_theta:
             self.model, self._tables = self.model.model_copy(update={"rope_theta": theta}), None
+            self._own = None
 
     def forward(
         self,
@@ -107,8 +109,7 @@ class LlamaStage(nn.Module):
         """
         cos, sin = self.rotary_tables(length)
         if documents is None and self.tensor_parallel.mesh.cp.size > 1:
-            places = own_places(self.tensor_parallel.mesh.cp, length, cos.device)
-            cos, sin = cos[places], sin[places]
+            cos, sin = self._own_tables(length)
         if caches:
             cos, sin = cos[caches[0].length :], sin[caches[0].length :]
         if self.has_embedding:
@@ -139,6 +140,14 @@ class LlamaStage(nn.Module):
             self._tables = rotary_tables(self.model, length, self.tensor_parallel.mesh.device)
         cos, sin = self._tables
         return cos[:length], sin[:length]
+
+    def _own_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """The rows of :meth:`rotary_tables` for this cp rank's tokens of a sequence."""
+        if self._own is None or self._own[0] != length:
+            cos, sin = self.rotary_tables(length)
+            places = own_places(self.tensor_parallel.mesh.cp, length, cos.device)
+            self._own = length, cos[places], sin[places]
+        return self._own[1:]
 
     @property
     def dtype(self) -> torch.dtype:

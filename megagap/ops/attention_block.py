@@ -1,4 +1,4 @@
-"""Attention of some queries to some keys, as a part of a larger softmax: its result, its log-sum-exp, its backward pass.
+"""Attention of some queries to some keys, as a part of a larger softmax: result, log-sum-exp and backward pass.
 
 Parts over different keys are merged by their log-sum-exp (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1).
 The backward pass of a part needs the result and the log-sum-exp of the whole softmax only: the weights are then those

@@ -161,6 +161,7 @@ class _Ring(torch.autograd.Function):
             grad_q[:, rows] += for_queries
             # The gradients of these keys, from the ranks that had them before.
             total = torch.zeros_like(here, dtype=log_sum.dtype) if carried is None else carried.wait()
+            carried = None  # what was sent is no longer needed
             for gradient, added in zip(total, for_keys, strict=True):
                 gradient[:, : block.keys] += added
             carried = pass_on_async(total, cp)

@@ -159,7 +159,7 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
     """
     if settings.parallel.cp > 1:
         raise ConfigError(
-            f"parallel.cp = {settings.parallel.cp}: a rank waits for the keys of others, which a trace of one rank does "
+            f"parallel.cp = {settings.parallel.cp}: ranks wait for keys of each other, which a trace of one does "
             "not show\n  trace --parallel.cp 1, with sequences as long as a rank's part; its memory alone: --memory."
         )
     if settings.parallel.pp > 1:

@@ -66,6 +66,9 @@ LAYOUTS = {
     "pp 2, gpipe": (2, {"parallel.pp": 2, "parallel.schedule": "gpipe", "train.micro_batch_size": 1}),
     "dp 2": (2, {}),
     "dp 2, bf16-mixed": (2, {"train.precision": "bf16-mixed"}),
+    "cp 2, ring": (2, {"parallel.cp": 2}),
+    "cp 2, alltoall": (2, {"parallel.cp": 2, "parallel.context_mode": "alltoall"}),
+    "cp 2, allgather": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather"}),
 }
 
 

@@ -2,6 +2,9 @@
 
 import pytest
 
+from megagap.parallel.context import places_of
+from megagap.parallel.cross_entropy import IGNORED_TARGET
+from megagap.training.step import targets_of
 from tests.parity.gradients import Mutation, assembled, gradients, largest_difference
 from tests.parity.test_layouts import LAYOUTS
 from tests.recipes import write_recipe
@@ -34,9 +37,7 @@ LAYOUTS = LAYOUTS | {
         dict(cp=2, tp=2, context_mode="alltoall", sequence_parallel=False),
     ),
     "cp2 tp4, allgather": (8, dict(cp=2, tp=4, context_mode="allgather")),
-    "cp2 pp2, ring": (4, dict(cp=2, pp=2)),
     "cp2 pp2 dp2, alltoall, document mask": (8, dict(cp=2, pp=2, context_mode="alltoall")),
-    "cp2 dp2, ring": (4, dict(cp=2)),
 }
 
 
@@ -65,6 +66,30 @@ def test_every_gradient_equals_that_of_one_process(layout, model, workers):
     assert largest_difference(run(workers, recipe, layout), expected["mask" in layout]) < TOLERANCE
 
 
+def without_targets_on_a_rank(rank, ranks, recipe, overrides):
+    """The gradients where the second of two context-parallel ranks, or who has its tokens, has no target."""
+
+    def none_there(tokens, positions):
+        targets = targets_of(tokens, positions)
+        places = places_of(1, 2, targets.shape[-1], targets.device)
+        return targets.index_fill(-1, places, IGNORED_TARGET)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megagap.training.step.targets_of", none_there)
+        return gradients(rank, ranks, recipe, overrides)
+
+
+@pytest.mark.parametrize("mode", ["ring", "alltoall", "allgather"])
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_a_context_parallel_rank_without_any_target_does_no_harm(mode, model, workers):
+    recipe, _ = model
+    overrides = ["data.document_mask=true"]
+    ((parts, _),) = workers.run(1, without_targets_on_a_rank, recipe, overrides)
+    cp = ["parallel.cp=2", f"parallel.context_mode={mode}"]
+    results = workers.run(2, without_targets_on_a_rank, recipe, overrides + cp)
+    assert largest_difference(results, assembled(parts)) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
 def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
@@ -77,6 +102,9 @@ def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
         "tp2 without sequence parallelism",
         "tp4, more ranks than key/value heads",
         "dp2, document mask",
+        "cp2, ring",
+        "cp2, alltoall",
+        "cp2, allgather",
     ):
         counts = [calls for _, calls in run(workers, recipe, layout)]
         most = {site: max(calls[site] for calls in counts) for site in set().union(*counts)}

@@ -159,11 +159,13 @@ class _Ring(torch.autograd.Function):
                 grad[:, rows], q[:, rows], keys, values, out[:, rows], log_sum[:, :, rows], block.mask
             )
             grad_q[:, rows] += for_queries
+            del for_queries  # before more is made
             # The gradients of these keys, from the ranks that had them before.
             total = torch.zeros_like(here, dtype=log_sum.dtype) if carried is None else carried.wait()
             carried = None  # what was sent is no longer needed
             for gradient, added in zip(total, for_keys, strict=True):
                 gradient[:, : block.keys] += added
+            del for_keys, added
             carried = pass_on_async(total, cp)
             if coming is not None:
                 here = coming.wait()
@@ -213,6 +215,8 @@ class _Gathered(torch.autograd.Function):
                 grad_q[:, rows] += for_queries
                 for total, added in zip(totals, for_keys, strict=True):
                     total[:, block] += added
+                del for_queries, for_keys, added  # before the next ones are made
+        del keys, values
         pending = [reduce_scatter_async(_by_rank(total, cp), cp, SEQUENCE) for total in totals]
         grad_k, grad_v = (sums.wait().to(k.dtype) for sums in pending)
         return grad_q.to(q.dtype), grad_k, grad_v, None, None

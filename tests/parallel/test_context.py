@@ -1,5 +1,7 @@
 """Context parallelism: which tokens a rank has, what attention to those of others gives, what is refused."""
 
+import re
+
 import pytest
 import torch
 
@@ -105,10 +107,10 @@ def test_results_and_gradients_are_those_of_whole_sequences(workers, mode, ranks
     ids=str,
 )
 def test_a_layout_that_cannot_be_is_refused_with_the_nearest_that_can(tmp_path, ranks, length, parallel, told):
-    recipe = write_recipe(tmp_path, train=dict(steps=1, sequence_length=length))
+    recipe = write_recipe(tmp_path, train=dict(sequence_length=length))
     with pytest.raises(ConfigError) as refused:
         load_recipe(recipe, [f"parallel.{setting}" for setting in parallel], ranks)
-    assert told in str(refused.value)
+    assert told in re.sub(" +", " ", str(refused.value))
 
 
 # --------------------------------------------------------------------------------------- checkpoints, resuming

@@ -232,7 +232,7 @@ def _caller(frame: FrameType | None) -> str:
     assert frame is not None
     while (caller := (frame := frame.f_back).f_code.co_qualname).startswith("Region."):  # type: ignore[union-attr]
         pass
-    return caller
+    return caller.removesuffix(".<locals>.<listcomp>")  # which has a frame of its own before Python 3.12
 
 
 def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:

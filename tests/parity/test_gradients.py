@@ -127,6 +127,14 @@ def mutations(site, calls):
 
 
 SITES = {
+    "context._Gathered.backward: reduce_scatter_async over cp",
+    "context._Ring.backward: pass_on_async over cp",
+    "context._Ring.forward: pass_on_async over cp",
+    "context._ToHeads.backward: all_to_all_async over cp",
+    "context._ToHeads.forward: all_to_all_async over cp",
+    "context._ToTokens.backward: all_to_all_async over cp",
+    "context._ToTokens.forward: all_to_all_async over cp",
+    "context._gather_in_order: all_gather_async over cp",
     "cross_entropy._over_vocabulary: all_reduce over tp",
     "cross_entropy._over_vocabulary: all_reduce MAX over tp",
     "gradient_store.Bucket.finish_reduction: all_reduce over embedding",

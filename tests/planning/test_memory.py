@@ -56,6 +56,9 @@ SMALL: dict[str, Any] = {
     "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 512},
 }
 
+NARROW = {"model.intermediate_size": 64, "model.vocab_size": 64, "model.num_hidden_layers": 2}
+"""What the feed-forward and the loss need is less than what attention does."""
+
 LAYOUTS = {
     "one process": (1, {}),
     "one process, bf16-mixed": (1, {"train.precision": "bf16-mixed"}),
@@ -67,8 +70,9 @@ LAYOUTS = {
     "dp 2": (2, {}),
     "dp 2, bf16-mixed": (2, {"train.precision": "bf16-mixed"}),
     "cp 2, ring": (2, {"parallel.cp": 2}),
+    "cp 2, ring, most in attention": (2, {"parallel.cp": 2, **NARROW}),
+    "cp 2, allgather, most in attention": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather", **NARROW}),
     "cp 2, alltoall": (2, {"parallel.cp": 2, "parallel.context_mode": "alltoall"}),
-    "cp 2, allgather": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather"}),
 }
 
 

@@ -255,13 +255,18 @@ def _order(cp: Axis) -> list[int]:
 def _in_order(x: Tensor, cp: Axis) -> Tensor:
     """The parts of the ranks, one after the other [b, s, ...], as whole sequences."""
     order = _order(cp)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return x.unflatten(SEQUENCE, (2 * cp.size, -1))[:, inverse].flatten(1, 2)
+    return _rearranged(x, sorted(range(len(order)), key=order.__getitem__))
 
 
 def _by_rank(x: Tensor, cp: Axis) -> Tensor:
     """The inverse of :func:`_in_order`."""
-    return x.unflatten(SEQUENCE, (2 * cp.size, -1))[:, _order(cp)].flatten(1, 2)
+    return _rearranged(x, _order(cp))
+
+
+def _rearranged(x: Tensor, order: list[int]) -> Tensor:
+    """As many equal pieces of x [b, s, ...] in this order; by views, since a list as an index is copied to a GPU."""
+    pieces = x.chunk(len(order), SEQUENCE)
+    return torch.cat([pieces[piece] for piece in order], SEQUENCE)
 
 
 # -------------------------------------------------------------------------------- alltoall

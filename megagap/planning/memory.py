@@ -110,7 +110,8 @@ KINDS = ("parameters", "masters", "moments", "gradients", "activations", "worksp
 def memory_by_stage(settings: Settings, device: Device, world_size: int) -> list[RankMemory]:
     """The peak of each pipeline stage; ranks of one stage are alike. The longest sequences of all phases count.
 
-    Raises :class:`ConfigError` for a document mask where what attention keeps depends on the documents.
+    Raises :class:`ConfigError` for a document mask where what attention keeps depends on the documents, or is not
+    counted.
     """
     _require_known_attention(settings, device)
     return [_rank_memory(settings, device, world_size, rank) for rank in range(settings.placement.ranks)]
@@ -187,6 +188,12 @@ def _longest_sequence(settings: Settings) -> int:
 
 
 def _require_known_attention(settings: Settings, device: Device) -> None:
+    parallel = settings.parallel
+    if settings.data.document_mask and parallel.cp > 1 and parallel.context_mode != "alltoall":
+        raise ConfigError(
+            f"data.document_mask = true with parallel.context_mode = {parallel.context_mode}: what attention needs is "
+            "not counted\n  ask with --data.document_mask false, or --parallel.context_mode alltoall."
+        )
     if settings.data.document_mask and (device.kind == "cpu" or settings.train.precision == "fp32"):
         raise ConfigError(
             f"data.document_mask = true: what attention keeps on {device.key} in {settings.train.precision} depends on "

@@ -288,7 +288,11 @@ def test_the_longest_phase_counts(tmp_path):
 def test_a_document_mask_is_refused_where_the_documents_decide(memories):
     with pytest.raises(ConfigError, match=r"document_mask = true: what attention keeps on cpu in fp32 depends"):
         memories(device="cpu", data__document_mask=True)
-    assert memories(data__document_mask=True, train__precision="bf16-mixed")
+    masked = dict(data__document_mask=True, train__precision="bf16-mixed")
+    assert memories(**masked)
+    with pytest.raises(ConfigError, match=r"document_mask = true with parallel\.context_mode = ring: what attention"):
+        memories(2, parallel__cp=2, **masked)
+    assert memories(2, parallel__cp=2, parallel__context_mode="alltoall", **masked)
 
 
 def test_a_layout_fits_if_the_reserve_is_left(memories):

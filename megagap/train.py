@@ -77,6 +77,7 @@ def make_layout(settings: Settings, world_size: int) -> Layout:
     return Layout(
         world_size,
         pp=parallel.pp,
+        cp=parallel.cp,
         tp=parallel.tp,
         kv_sharing=kv_sharing,
         dp_replicate=parallel.dp_replicate,

@@ -89,8 +89,6 @@ def test_an_unknown_key_of_a_table_within_a_setting_names_its_neighbours(recipe,
 
 
 PLANNED_VALUES = {
-    "parallel.cp": ("1", "true"),
-    "parallel.context_mode": ("ring", "alltoall"),
     "optim.rounding": ("nearest", "stochastic"),
     "checkpoint.async": ("false", "true"),
     "run.wandb": ("false", "true"),

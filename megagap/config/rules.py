@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from math import lcm
 from typing import Any
 
 from megagap.config.faults import Fault
@@ -116,10 +117,35 @@ def _steps(v: Lookup) -> int:
     return run_length(_timeline(v), v("train.steps"), v("train.tokens"))
 
 
+def _cp_divides_sequence(v: Lookup) -> Iterator[Fault]:
+    """Each cp rank has two equal pieces of a sequence; under sequence parallelism their tokens are split over tp."""
+    cp, tp = v("parallel.cp"), v("parallel.tp")
+    splits = tp > 1 and v("parallel.sequence_parallel") is not False
+    unit = cp * (lcm(2, tp) if splits else 2)
+    for setting, length in _lengths(v):
+        if cp > 1 and length % unit:
+            of = "2 × parallel.cp" + (", and of parallel.cp × parallel.tp" if splits else "")
+            below, above = length // unit * unit, -(-length // unit) * unit
+            nearest = f"{below} or {above}" if below else f"{above}"
+            yield Fault(setting, length, f"must be a multiple of {of}, that is of {unit}; nearest: {nearest}")
+
+
+def _cp_divides_heads(v: Lookup) -> Iterator[Fault]:
+    """Only where heads are exchanged for tokens."""
+    cp, tp, heads = v("parallel.cp"), v("parallel.tp"), v("model.num_attention_heads")
+    if v("parallel.context_mode") == "alltoall" and heads % tp == 0 and heads // tp % cp:
+        message = (
+            f"does not divide the {counted(heads // tp, 'attention head')} of each tensor-parallel rank, "
+            f'as parallel.context_mode = "alltoall" needs; possible: {divisors(heads // tp)}; '
+            'or set parallel.context_mode to "ring" or "allgather"'
+        )
+        yield Fault("parallel.cp", cp, message)
+
+
 def _tp_divides_sequence(v: Lookup) -> Iterator[Fault]:
     tp, on = v("parallel.tp"), v("parallel.sequence_parallel")
     for setting, length in _lengths(v):
-        if on is not False and tp > 1 and length % tp:
+        if v("parallel.cp") == 1 and on is not False and tp > 1 and length % tp:
             message = f"must be a multiple of parallel.tp = {tp}; or set parallel.sequence_parallel = false"
             yield Fault(setting, length, message)
 
@@ -332,12 +358,13 @@ def _batch_divides(v: Lookup) -> Iterator[Fault]:
 def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
     if world_size is None:
         return
-    tp, pp = v("parallel.tp"), v("parallel.pp")
-    if world_size % (tp * pp):
+    tp, pp, cp = v("parallel.tp"), v("parallel.pp"), v("parallel.cp")
+    ranks, names = tp * pp * cp, "parallel.tp × parallel.pp" + (" × parallel.cp" if cp > 1 else "")
+    if world_size % ranks:
         message = f"does not divide the {counted(world_size, 'process', 'processes')} of this run"
-        yield Fault("parallel.tp × parallel.pp", tp * pp, message)
+        yield Fault(names, ranks, message)
         return
-    dp, micro = world_size // (tp * pp), v("train.micro_batch_size")
+    dp, micro = world_size // ranks, v("train.micro_batch_size")
     for setting, batch in _batch_sizes(v):
         if batch % (dp * micro) and batch % micro == 0:
             message = f"must be a multiple of {counted(dp, 'data-parallel rank')} × train.micro_batch_size = {micro}"
@@ -355,6 +382,8 @@ RULES: tuple[Rule, ...] = (
     _tp_fits_key_values,
     _tp_divides_feed_forward,
     _tp_divides_sequence,
+    _cp_divides_sequence,
+    _cp_divides_heads,
     _sequence_parallel_needs_tp,
     _schedule_has_chunks,
     _stages_have_layers,

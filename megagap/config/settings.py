@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megagap.parallel.layout import ContextMode
 from megagap.parallel.placement import Placement, balance_layers, spread_layers
 from megagap.parallel.schedule import SCHEDULES, Schedule, choose
 from megagap.token_formats import pair_prefix
@@ -86,6 +87,10 @@ class Parallel(Section):
     """Virtual stages of each pipeline rank. Default: 1; 2 with interleaved and zb-v."""
     dp_replicate: Positive = 1
     """Groups of data-parallel ranks that each hold everything `optim.zero` shards; it is sharded within a group."""
+    cp: Positive = 1
+    """Context-parallel ranks: each sequence is split over them, for long ones."""
+    context_mode: ContextMode = "ring"
+    """How attention reaches the tokens of other ranks: keys travel around, heads for tokens, or all keys gathered."""
     sequence_parallel: bool | None = None
     """Split the residual stream over tp along the sequence; saves activation memory. Default: true where tp > 1."""
     schedule: ScheduleName | None = None
@@ -306,7 +311,6 @@ class FlopParts:
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "parallel": {"cp": 1, "context_mode": "ring"},
     "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megagap.config import Model
 from megagap.ops import attention, rotary
 from megagap.ops.document_mask import Documents, document_attention
+from megagap.parallel.context import OwnDocuments, context_attention
 from megagap.parallel.tensor import Again, ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
@@ -38,6 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         self.keep_scores = keep_scores
         self.head_dim = model.head_dim
+        self.cp, self.context_mode = tensor_parallel.mesh.cp, tensor_parallel.context_mode
         query_width = model.num_attention_heads * model.head_dim
         key_width = model.num_key_value_heads * model.head_dim
         key_parts = min(tensor_parallel.mesh.tp.size, model.num_key_value_heads)
@@ -65,10 +67,11 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
         again: Again | None = None,
     ) -> Tensor:
-        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d]. Result as x, to be added to the stream.
+        """x: residual stream [b, s or s / tp, h]; cos, sin: [s, d], of x's tokens or, with documents, of all positions.
+        Result as x, to be added to the stream. Under context parallelism s counts this rank's tokens.
 
         A ``cache`` that is not empty holds the earlier tokens, and x must then be a single token. ``again``: makes x in
         the backward pass, which then does not keep it.
@@ -87,8 +90,12 @@ class Attention(nn.Module):
         q, k = rotary(q, k, cos, sin, positions)
         return q, k, v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | OwnDocuments | None = None) -> Tensor:
         """The attention itself: [b, s, heads, d] of this rank's heads."""
+        if self.cp.size > 1:
+            assert not isinstance(documents, Documents), "not cut for this rank"
+            return context_attention(q, k, v, self.cp, self.context_mode, documents, keep_scores=self.keep_scores)
+        assert not isinstance(documents, OwnDocuments)
         if documents is None:
             return attention(q, k, v, keep_scores=self.keep_scores)
         return document_attention(q, k, v, documents, keep_scores=self.keep_scores)

@@ -19,6 +19,7 @@ from megagap.errors import CompileError
 from megagap.model.attention import KeyValueCache
 from megagap.model.llama import Layer, LlamaStage
 from megagap.ops.document_mask import Documents
+from megagap.parallel.context import OwnDocuments
 from megagap.parallel.opaque import make_opaque
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class _CompiledLayer:
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
     ) -> tuple[Tensor, Tensor]:
         layer = self._layer
         if cache is not None or not torch.is_grad_enabled():

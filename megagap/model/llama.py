@@ -15,8 +15,10 @@ from megagap.model.norm import RMSNorm
 from megagap.model.recompute import Recompute, run_again_in_backward
 from megagap.model.rotary import rotary_tables
 from megagap.ops.document_mask import Documents
+from megagap.parallel.context import OwnDocuments, own_places
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
+from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement, VirtualStage
 from megagap.parallel.shard import Block, ShardedParameter
@@ -48,7 +50,7 @@ class Layer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KeyValueCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream [b, s or s / tp, h]; update: what the previous layer adds to it. Returns both, updated."""
         normalised, x = self.input_layernorm(x, update)
@@ -91,26 +93,30 @@ class LlamaStage(nn.Module):
                 tensor_parallel.parameter(vocab_shard("lm_head.weight", *vocabulary)) if tied is None else tied.weight
             )
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._own: tuple[int, Tensor, Tensor] | None = None
 
     def use_rope_theta(self, theta: float) -> None:
         """Compute with this base of the rotary wavelengths from now on."""
         if theta != self.model.rope_theta:
             self.model, self._tables = self.model.model_copy(update={"rope_theta": theta}), None
+            self._own = None
 
     def forward(
         self,
         x: Tensor,
         length: int,
         caches: list[KeyValueCache] | None = None,
-        documents: Documents | None = None,
+        documents: Documents | OwnDocuments | None = None,
     ) -> Tensor:
-        """``length``: tokens of a full sequence, which under sequence parallelism is not the length of x.
+        """``length``: tokens of a full sequence, which under sequence or context parallelism is not the length of x.
 
         ``caches``, one per layer, are for generation by a single process: they hold the tokens before x, which
         ``length`` counts too, and x is appended to them; the output is the last token's only, [b, 1, h]. With
         ``documents``, packed into the sequences, attention stays within each and positions count from its start.
         """
         cos, sin = self.rotary_tables(length)
+        if documents is None and self.tensor_parallel.mesh.cp.size > 1:
+            cos, sin = self._own_tables(length)
         if caches:
             cos, sin = cos[caches[0].length :], sin[caches[0].length :]
         if self.has_embedding:
@@ -152,6 +158,14 @@ class LlamaStage(nn.Module):
         cos, sin = self._tables
         return cos[:length], sin[:length]
 
+    def _own_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """The rows of :meth:`rotary_tables` for this cp rank's tokens of a sequence."""
+        if self._own is None or self._own[0] != length:
+            cos, sin = self.rotary_tables(length)
+            places = own_places(self.tensor_parallel.mesh.cp, length, cos.device)
+            self._own = length, cos[places], sin[places]
+        return self._own[1:]
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in."""
@@ -190,10 +204,11 @@ def build_stages(
     sequence_parallel: bool,
     dtype: torch.dtype,
     recompute: Recompute = "none",
+    context_mode: ContextMode = "ring",
 ) -> list[LlamaStage]:
     """This rank's virtual stages by chunk, with unset parameters: ``model.init`` or a checkpoint fills them."""
     assert placement.ranks == mesh.pp.size, (placement, mesh.pp)
-    tensor_parallel = TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype)
+    tensor_parallel = TensorParallel(mesh, sequence_parallel and mesh.tp.size > 1, dtype, context_mode)
     stages = placement.stages_of(mesh.pp.rank)
     uses = sum(stage.has_embedding + stage.has_head for stage in stages)
     tied = _tied_embedding(model, placement, tensor_parallel, uses) if model.tie_word_embeddings and uses else None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +21,8 @@ class Pending:
 
     tensor: Tensor
     works: Sequence[dist.Work] = ()
+    sent: Tensor | None = None
+    """What must live, unchanged, until then."""
 
     def wait(self) -> Tensor:
         """The result, to be used from now on; on a GPU its stream waits, not the host."""
@@ -87,3 +90,26 @@ def all_gather_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Wo
         output.copy_(tensor)
         return None
     return _all_gather_flat(output, tensor, group=axis.group, async_op=True)
+
+
+def pass_on_async(tensor: Tensor, axis: Axis) -> Pending:
+    """Start sending to the next member of the axis, as a ring, what the member before sends alike."""
+    if axis.group is None:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    received = torch.empty_like(tensor)
+    following, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    send = dist.P2POp(dist.isend, tensor, following, axis.group)
+    receive = dist.P2POp(dist.irecv, received, before, axis.group)
+    return Pending(received, dist.batch_isend_irecv([send, receive]), tensor)
+
+
+def all_to_all_async(tensor: Tensor, axis: Axis) -> Pending:
+    """Start giving ``tensor[i]`` [members, …] to member i, from each of whom one comes: [members, …]."""
+    if axis.group is None:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    received = torch.empty_like(tensor)
+    work = dist.all_to_all_single(received, tensor, group=axis.group, async_op=True)
+    assert work is not None
+    return Pending(received, [work], tensor)

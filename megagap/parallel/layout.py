@@ -7,10 +7,14 @@ Tensor parallelism is innermost (neighbours, so within a node), then context, da
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 import numpy as np
 
 from megagap.errors import DistributedError
+
+ContextMode = Literal["ring", "alltoall", "allgather"]
+"""How attention reaches the tokens of other cp ranks (``parallel/context.py``)."""
 
 Members = tuple[int, ...]
 """Ranks of a group, in order along its axis."""

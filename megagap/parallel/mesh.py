@@ -184,7 +184,8 @@ def _of_several(groups: _Groups) -> _Groups:
 
 def connect(mesh: Mesh) -> None:
     """Use each group once, in the order in which they were made: its connections are made and found to work before the
-    first step. A collective makes those for collectives, messages between neighbours those of the pipeline.
+    first step. A collective makes those for collectives, messages between neighbours those of the pipeline and
+    of the ring of cp ranks.
 
     Collective. Raises :class:`DistributedError` if a group has other members than it should, and what the backend
     raises if they cannot connect.
@@ -200,13 +201,19 @@ def connect(mesh: Mesh) -> None:
                     f"rank {mesh.world.rank}: the group of axis {axis.name} does not have the ranks it was made for\n"
                     "  this is a fault of torch or of NCCL: try another number of processes, or another layout."
                 )
-    pp = mesh.pp
-    if pp.group is not None:
-        neighbours = pp.ranks[(pp.rank + 1) % pp.size], pp.ranks[pp.rank - 1]
-        sent, received = torch.zeros(2, 2, 1, device=mesh.device)
-        sends = [dist.P2POp(dist.isend, sent[i], neighbours[i], pp.group) for i in range(2)]
-        receives = [dist.P2POp(dist.irecv, received[i], neighbours[1 - i], pp.group) for i in range(2)]
-        for work in dist.batch_isend_irecv(sends + receives):
-            work.wait()
+    for axis in (mesh.pp, mesh.cp):
+        _send_around(axis, mesh.device)
     if mesh.device.type == "cuda":
         torch.cuda.synchronize(mesh.device)
+
+
+def _send_around(axis: Axis, device: torch.device) -> None:
+    """A message from each member to both of its neighbours along the axis."""
+    if axis.group is None:
+        return
+    neighbours = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    sent, received = torch.zeros(2, 2, 1, device=device)
+    sends = [dist.P2POp(dist.isend, sent[i], neighbours[i], axis.group) for i in range(2)]
+    receives = [dist.P2POp(dist.irecv, received[i], neighbours[1 - i], axis.group) for i in range(2)]
+    for work in dist.batch_isend_irecv(sends + receives):
+        work.wait()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagap.parallel.collectives import Pending, all_gather_async, all_reduce_async, reduce_scatter_async
+from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.shard import GradientSink, Shard, ShardedParameter, split, whole
 
@@ -109,6 +110,8 @@ class TensorParallel:
     mesh: Mesh
     sequence_parallel: bool
     dtype: torch.dtype
+    context_mode: ContextMode = "ring"
+    """How attention reaches the tokens of other ranks, where cp exceeds 1."""
     queue: WeightGradientQueue = field(default_factory=WeightGradientQueue)
 
     @property

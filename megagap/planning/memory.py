@@ -6,7 +6,7 @@ driver, NCCL and the allocator's fragmentation take besides (:data:`RESERVE_BYTE
 
 Legend, for one microbatch on one rank, each in bytes: R the residual stream [b, s or s / tp, h], A an activation that
 is whole in a region [b, s, h], Q queries [b, s, heads / tp, d], K keys (and V values, as large), F a feed-forward
-activation [b, s, intermediate / tp].
+activation [b, s, intermediate / tp]. Under context parallelism s counts the tokens of one rank.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import MOST_BATCHES
 from megagap.parallel.placement import VirtualStage
 from megagap.parallel.program import peak_live_activations
+from megagap.planning.context import ContextMemory
 from megagap.planning.devices import Device
 from megagap.planning.transient import FP32, StoredParameters, Transient, transient
 from megagap.train import make_layout
@@ -103,7 +104,8 @@ KINDS = ("parameters", "masters", "moments", "gradients", "activations", "worksp
 def memory_by_stage(settings: Settings, device: Device, world_size: int) -> list[RankMemory]:
     """The peak of each pipeline stage; ranks of one stage are alike. The longest sequences of all phases count.
 
-    Raises :class:`ConfigError` for a document mask where what attention keeps depends on the documents.
+    Raises :class:`ConfigError` for a document mask where what attention keeps depends on the documents, or is not
+    counted.
     """
     _require_known_attention(settings, device)
     return [_rank_memory(settings, device, world_size, rank) for rank in range(settings.placement.ranks)]
@@ -122,13 +124,13 @@ def fullest(stages: list[RankMemory]) -> RankMemory:
 def report(settings: Settings, device: Device, world_size: int) -> dict[str, Any]:
     """What ``trace_step --memory --json`` prints."""
     stages, parallel = memory_by_stage(settings, device, world_size), settings.parallel
-    dp = world_size // (parallel.pp * parallel.tp)
+    dp = world_size // (parallel.pp * parallel.cp * parallel.tp)
     return {
         "device": device.key,
         "device_memory_bytes": int(device.memory_gib * GIB) or None,
         "reserve_bytes": RESERVE_BYTES if device.memory_gib else 0,
         "world_size": world_size,
-        "layout": {"pp": parallel.pp, "dp": dp, "tp": parallel.tp},
+        "layout": {"pp": parallel.pp, "dp": dp, "cp": parallel.cp, "tp": parallel.tp},
         "peak_memory_bytes": fullest(stages).total,
         "fits": fullest(stages).fits(device),
         "stages": [memory.as_dict(device) for memory in stages],
@@ -180,6 +182,12 @@ def _longest_sequence(settings: Settings) -> int:
 
 
 def _require_known_attention(settings: Settings, device: Device) -> None:
+    parallel = settings.parallel
+    if settings.data.document_mask and parallel.cp > 1 and parallel.context_mode != "alltoall":
+        raise ConfigError(
+            f"data.document_mask = true with parallel.context_mode = {parallel.context_mode}: what attention needs is "
+            "not counted\n  ask with --data.document_mask false, or --parallel.context_mode alltoall."
+        )
     if settings.data.document_mask and (device.kind == "cpu" or settings.train.precision == "fp32"):
         raise ConfigError(
             f"data.document_mask = true: what attention keeps on {device.key} in {settings.train.precision} depends on "
@@ -220,8 +228,12 @@ def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int)
     if not any_stage.is_gpu:  # squares of a bucket
         moments.append(_Moment("norm of the gradients", 0, max(buckets) // ranks * FP32))
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
-    processes = any_stage.tp * dp
+    processes = any_stage.tp * dp * any_stage.cp
     tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim
+    tokens = 8 * microbatches * any_stage.batch * (any_stage.length + 1)
+    if any_stage.cp > 1:  # this rank's rows and tokens, inputs and targets, are copies
+        tables += tables // any_stage.cp
+        tokens += 2 * 8 * microbatches * any_stage.tokens
     return RankMemory(
         stage=rank,
         ranks=range(rank * processes, (rank + 1) * processes),
@@ -231,7 +243,7 @@ def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int)
         gradients=(0 if sharding.gradients else elements * FP32) + (slices * FP32 if ranks > 1 else 0),
         activations=peak.activations,
         workspace=peak.workspace,
-        inputs=8 * microbatches * any_stage.batch * (any_stage.length + 1) + tables,
+        inputs=tokens + tables,
         moment=peak.name,
         in_flight=peak_live_activations(actions),
     )
@@ -315,8 +327,8 @@ class _Stage:
     def __init__(self, settings: Settings, device: Device, world_size: int, stage: VirtualStage) -> None:
         model, parallel, train = settings.model, settings.parallel, settings.train
         self.model, self.is_gpu = model, device.kind != "cpu"
-        self.pp, self.tp = parallel.pp, parallel.tp
-        self.dp = world_size // (self.pp * self.tp)
+        self.pp, self.cp, self.tp = parallel.pp, parallel.cp, parallel.tp
+        self.dp = world_size // (self.pp * self.cp * self.tp)
         self.has_embedding, self.has_head, self.layers = stage.has_embedding, stage.has_head, len(stage.layers)
         self.recompute = train.recompute
         self.dtype = COMPUTE_DTYPES[train.precision]
@@ -333,13 +345,17 @@ class _Stage:
         self.rows = ceil(model.vocab_size / self.tp)
         """Of the embedding and the output projection, with padding."""
 
-        tokens = self.batch * self.length
+        tokens = self.batch * self.length // self.cp
         self.tokens, self.residual_tokens = tokens, tokens // self.tp if self.splits_sequence else tokens
         self.R = self.residual_tokens * model.hidden_size * self.itemsize
         self.A = tokens * model.hidden_size * self.itemsize
         self.Q = tokens * self.heads * model.head_dim * self.itemsize
         self.K = tokens * self.key_heads * model.head_dim * self.itemsize
         self.F = tokens * self.inner * self.itemsize
+        self.context: ContextMemory | None = None
+        if self.cp > 1:
+            wide = max(FP32, self.itemsize) / self.itemsize
+            self.context = ContextMemory(parallel.context_mode, self.cp, self.key_heads, self.Q, self.K, wide)
 
     # -- activations
 
@@ -375,8 +391,11 @@ class _Stage:
         return 0 if self.recompute == "selective" else self.F
 
     def _saved_by_attention(self) -> int:
+        keys = self.context.saved_keys if self.context else 2 * self.K
         if self._in_blocks:
-            return self.Q + 2 * self.K + (0 if self.recompute == "selective" else self._block_scores)
+            return self.Q + keys + (0 if self.recompute == "selective" else self._block_scores)
+        if self.context:
+            return self.Q + keys + self.context.saved_result + FP32 * self.tokens * self.heads
         keys_repeated = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
         log_sums = FP32 * self.tokens * self.heads
         return self.Q + 2 * (self.Q if keys_repeated else self.K) + log_sums
@@ -384,7 +403,8 @@ class _Stage:
     @property
     def _in_blocks(self) -> bool:
         """On CPU, sequences of some lengths (``ops/attention.py``)."""
-        return not self.is_gpu and BLOCKED_FROM <= self.length <= BLOCKED_UP_TO.get(self.dtype, 0)
+        whole = self.context is None or self.context.sees_whole_sequences
+        return whole and not self.is_gpu and BLOCKED_FROM <= self.length <= BLOCKED_UP_TO.get(self.dtype, 0)
 
     @property
     def _block_scores(self) -> int:
@@ -392,7 +412,7 @@ class _Stage:
         ends = (min(start + BLOCK, self.length) for start in range(0, self.length, BLOCK))
         starts = range(0, self.length, BLOCK)
         scores = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
-        return self.batch * self.heads * scores * self.itemsize
+        return self.batch * self.heads // self.cp * scores * self.itemsize
 
     @property
     def deferred(self) -> int:
@@ -465,10 +485,12 @@ class _Stage:
         stream += 0 if self.has_head else self.R
         queries = self.heads * self.model.head_dim
         yield _Moment(name, kept, stream + gathered + self.Q + self._product_copy(queries))
-        block = self.batch * self.heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
+        heads = self.heads // self.cp
+        block = self.batch * heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
         scores = (3 if self.recompute == "selective" else 2) * block  # gradients, and what is computed again
         kept -= self.Q if self._in_blocks else 0
-        yield _Moment(name, kept, stream + 2 * self.Q + 2 * self.K + scores)
+        gradients = self.context.backward_workspace if self.context else 2 * self.Q + 2 * self.K
+        yield _Moment(name, kept, stream + gradients + scores)
 
     def _embedding_backward(self, others: int) -> _Moment:
         border = 2 * self.R if self.pp > 1 else 0  # the stage's output and its gradient

@@ -157,6 +157,11 @@ def trace_step(settings: Settings, device: Device, world_size: int = 1) -> Trace
     Raises :class:`ConfigError` for what cannot be traced: pipeline stages, which wait for each other, a document mask
     without the data that it follows from, an operation whose result torch cannot know without values.
     """
+    if settings.parallel.cp > 1:
+        raise ConfigError(
+            f"parallel.cp = {settings.parallel.cp}: ranks wait for keys of each other, which a trace of one does "
+            "not show\n  trace --parallel.cp 1, with sequences as long as a rank's part; its memory alone: --memory."
+        )
     if settings.parallel.pp > 1:
         raise ConfigError(
             f"parallel.pp = {settings.parallel.pp}: a stage waits for its neighbours, which a trace of one rank does "

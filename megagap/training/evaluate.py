@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megagap.data.validation import ValidationData
 from megagap.ops.document_mask import Documents
 from megagap.parallel.collectives import all_reduce
+from megagap.parallel.context import own_documents, own_tokens
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.pipeline import execute
 from megagap.parallel.program import programs_of
@@ -59,13 +60,13 @@ def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Call
     positions = torch.from_numpy(data.positions(name, first, count)) if state.settings.data.document_mask else None
     missing = (0, 0, 0, microbatches * micro - count)
     inputs, targets = (
-        F.pad(part, missing, value=filler).view(microbatches, micro, length).to(mesh.device)
+        own_tokens(F.pad(part, missing, value=filler).view(microbatches, micro, length), mesh.cp).to(mesh.device)
         for part, filler in ((tokens[:, :-1], 0), (targets_of(tokens, positions), IGNORED_TARGET))
     )
     documents = None
     if positions is not None:
         padded = F.pad(positions[:, :-1], missing).view(microbatches, micro, length)
-        documents = [Documents.of(part).to(mesh.device) for part in padded]
+        documents = own_documents([Documents.of(part).to(mesh.device) for part in padded], mesh.cp)
     scale = 1 / count_targets(targets, mesh)
     losses = []
     for begin in range(0, microbatches, MICROBATCHES_PER_STAGE * mesh.pp.size):

@@ -15,6 +15,7 @@ from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
+from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import Boundary, OpenSpan, execute, no_span
@@ -119,19 +120,22 @@ class BoundStages:
         inputs: Tensor,
         targets: Tensor,
         scale: Tensor,
-        documents: list[Documents] | None = None,
+        documents: Sequence[Documents] | Sequence[OwnDocuments] | None = None,
     ) -> None:
-        """inputs, targets: [m, b, s]; scale: factor that turns a sum over tokens into a share of the loss."""
+        """inputs, targets: [m, b, s / cp] of this rank's tokens; scale: factor that turns a sum over tokens into a
+        share of the loss."""
         self.stages, self.inputs, self.targets, self.scale = stages, inputs, targets, scale
         self.documents = documents
         self.queue = stages[0].queue
+        self.length = inputs.shape[-1] * stages[0].tensor_parallel.mesh.cp.size
+        """Tokens of a whole sequence."""
         self.sequence_losses = torch.zeros(inputs.shape[:2], device=inputs.device)
-        """Sum over the tokens of each sequence [m, b], once computed by the last virtual stage; elsewhere 0."""
+        """Sum over this rank's tokens of each sequence [m, b], once computed by the last virtual stage; elsewhere 0."""
 
     def compute(self, chunk: int, microbatch: int, activation: Tensor | None) -> Tensor:
         stage = self.stages[chunk]
         x = self.inputs[microbatch] if activation is None else activation
-        y: Tensor = stage(x, self.inputs.shape[-1], documents=self.documents[microbatch] if self.documents else None)
+        y: Tensor = stage(x, self.length, documents=self.documents[microbatch] if self.documents else None)
         if not stage.has_head:
             return y
         loss, losses = stage.loss(y, self.targets[microbatch], self.scale)
@@ -172,8 +176,9 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action], sp
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
+    inputs, targets = (own_tokens(part, mesh.cp) for part in (inputs, targets))
     scale = 1 / count_targets(targets, mesh, all_count=batch.positions is None)
-    work = BoundStages(state.stages, inputs, targets, scale, batch.documents)
+    work = BoundStages(state.stages, inputs, targets, scale, own_documents(batch.documents, mesh.cp))
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
@@ -225,7 +230,7 @@ def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def count_targets(targets: Tensor, mesh: Mesh, all_count: bool = False) -> Tensor:
-    """Targets that count, over all data ranks; fp32 device scalar, at least 1.
+    """Targets that count, over the parts of all ranks of ``data``; fp32 device scalar, at least 1.
 
     ``all_count``: whether all do, so that nobody needs to ask. Asking lets the first layer wait for all parameters: on
     a GPU the collectives of one group follow each other, and the gathers of the update before are under way.
@@ -236,7 +241,7 @@ def count_targets(targets: Tensor, mesh: Mesh, all_count: bool = False) -> Tenso
 
 
 def boundary(stages: Sequence[LlamaStage], inputs: Tensor) -> Boundary:
-    """What is sent between stages for inputs [m, b, s]."""
+    """What is sent between stages for inputs [m, b, s / cp]."""
     _, batch, length = inputs.shape
     stage = stages[0]
     parallel = stage.tensor_parallel

@@ -176,6 +176,7 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=torch.float32,
         recompute=settings.train.recompute,
+        context_mode=settings.parallel.context_mode,
     )
     timeline = timeline or timeline_of(settings)
     if settings.train.compile:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import megagap.optim.gradient_store
+import megagap.parallel.context
 import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
@@ -42,6 +43,7 @@ from megagap.training.trainer import make_loader
 
 MODULES = {
     "tensor": megagap.parallel.tensor,
+    "context": megagap.parallel.context,
     "cross_entropy": megagap.parallel.cross_entropy,
     "gradient_store": megagap.optim.gradient_store,
     "step": megagap.training.step,
@@ -57,6 +59,8 @@ COLLECTIVES = (
     "all_gather_async",
     "reduce_scatter_flat_async",
     "all_gather_flat_async",
+    "pass_on_async",
+    "all_to_all_async",
 )
 
 
@@ -114,6 +118,7 @@ def gradients(
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=dtype,
         recompute=settings.train.recompute,
+        context_mode=settings.parallel.context_mode,
     )
     if settings.train.compile:
         compile_layers(stages, backend=backend)
@@ -249,7 +254,7 @@ def _caller(frame: FrameType | None) -> str:
     assert frame is not None
     while (caller := (frame := frame.f_back).f_code.co_qualname).startswith("Region."):  # type: ignore[union-attr]
         pass
-    return caller
+    return caller.removesuffix(".<locals>.<listcomp>")  # which has a frame of its own before Python 3.12
 
 
 def _own_part(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -271,5 +276,7 @@ _DROPPED: dict[str, Callable[..., Any]] = {
     "all_gather_async": lambda tensor, axis, dim: Pending(torch.cat([tensor] * axis.size, dim)),
     "reduce_scatter_flat_async": _copy_own_part,
     "all_gather_flat_async": _repeat_own_part,
+    "pass_on_async": lambda tensor, axis: Pending(tensor),
+    "all_to_all_async": lambda tensor, axis: Pending(tensor),
 }
 """What is left of each collective without its communication."""

@@ -2,7 +2,10 @@
 
 import pytest
 
+from megagap.parallel.context import places_of
+from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.schedule import SCHEDULES
+from megagap.training.step import targets_of
 from tests.parity.gradients import Mutation, assembled, gradients, largest_difference
 from tests.parity.test_layouts import LAYOUTS, layout_overrides
 from tests.recipes import write_recipe
@@ -36,6 +39,22 @@ LAYOUTS = LAYOUTS | {
     "dp4 in 2 replicas, zero 3": (4, dict(dp_replicate=2, zero=3)),
     "dp2 in 2 replicas, zero 3": (2, dict(dp_replicate=2, zero=3)),
     "tp2 dp4 in 2 replicas, zero 3": (8, dict(tp=2, dp_replicate=2, zero=3)),
+    "cp2, ring": (2, dict(cp=2)),
+    "cp2, alltoall": (2, dict(cp=2, context_mode="alltoall")),
+    "cp2, allgather": (2, dict(cp=2, context_mode="allgather")),
+    "cp4, ring": (4, dict(cp=4)),
+    "cp4, alltoall, more ranks than key/value heads": (4, dict(cp=4, context_mode="alltoall")),
+    "cp4, allgather": (4, dict(cp=4, context_mode="allgather")),
+    "cp4, ring, document mask": (4, dict(cp=4)),
+    "cp2, alltoall, document mask": (2, dict(cp=2, context_mode="alltoall")),
+    "cp2, allgather, document mask": (2, dict(cp=2, context_mode="allgather")),
+    "cp2 tp2, ring": (4, dict(cp=2, tp=2)),
+    "cp2 tp2, alltoall, without sequence parallelism": (
+        4,
+        dict(cp=2, tp=2, context_mode="alltoall", sequence_parallel=False),
+    ),
+    "cp2 tp4, allgather": (8, dict(cp=2, tp=4, context_mode="allgather")),
+    "cp2 pp2 dp2, alltoall, document mask": (8, dict(cp=2, pp=2, context_mode="alltoall")),
 }
 """Of the schedules, those that reach every mechanism: :data:`PIPELINES` has all of them."""
 
@@ -104,6 +123,30 @@ def test_every_gradient_of_every_schedule_equals_that_of_one_process(pipeline, s
     assert largest_difference(run(workers, recipe, pipeline), expected["mask" in pipeline]) < TOLERANCE
 
 
+def without_targets_on_a_rank(rank, ranks, recipe, overrides):
+    """The gradients where the second of two context-parallel ranks, or who has its tokens, has no target."""
+
+    def none_there(tokens, positions):
+        targets = targets_of(tokens, positions)
+        places = places_of(1, 2, targets.shape[-1], targets.device)
+        return targets.index_fill(-1, places, IGNORED_TARGET)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megagap.training.step.targets_of", none_there)
+        return gradients(rank, ranks, recipe, overrides)
+
+
+@pytest.mark.parametrize("mode", ["ring", "alltoall", "allgather"])
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_a_context_parallel_rank_without_any_target_does_no_harm(mode, model, workers):
+    recipe, _ = model
+    overrides = ["data.document_mask=true"]
+    ((parts, _),) = workers.run(1, without_targets_on_a_rank, recipe, overrides)
+    cp = ["parallel.cp=2", f"parallel.context_mode={mode}"]
+    results = workers.run(2, without_targets_on_a_rank, recipe, overrides + cp)
+    assert largest_difference(results, assembled(parts)) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
 def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
@@ -118,6 +161,9 @@ def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
         "dp2, document mask",
         "dp2 zero 0",
         "dp4 in 2 replicas, zero 3",
+        "cp2, ring",
+        "cp2, alltoall",
+        "cp2, allgather",
     ):
         counts = [calls for _, calls in run(workers, recipe, layout)]
         most = {site: max(calls[site] for calls in counts) for site in set().union(*counts)}
@@ -140,6 +186,14 @@ def mutations(site, calls):
 
 
 SITES = {
+    "context._Gathered.backward: reduce_scatter_async over cp",
+    "context._Ring.backward: pass_on_async over cp",
+    "context._Ring.forward: pass_on_async over cp",
+    "context._ToHeads.backward: all_to_all_async over cp",
+    "context._ToHeads.forward: all_to_all_async over cp",
+    "context._ToTokens.backward: all_to_all_async over cp",
+    "context._ToTokens.forward: all_to_all_async over cp",
+    "context._gather_in_order: all_gather_async over cp",
     "cross_entropy._over_vocabulary: all_reduce over tp",
     "cross_entropy._over_vocabulary: all_reduce MAX over tp",
     "gradient_store.Bucket.start_gather: all_gather_flat_async over shard",

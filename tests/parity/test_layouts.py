@@ -22,6 +22,9 @@ LAYOUTS = {
     "pp2 dp2": (4, dict(pp=2)),
     "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
     "pp2 vpp2": (2, dict(pp=2, vpp=2)),
+    "cp2 dp2, ring": (4, dict(cp=2)),
+    "cp2 tp2, alltoall": (4, dict(cp=2, tp=2, context_mode="alltoall")),
+    "cp2 pp2, allgather": (4, dict(cp=2, pp=2, context_mode="allgather")),
 }
 
 SHARDED = {

@@ -56,6 +56,9 @@ SMALL: dict[str, Any] = {
     "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 512},
 }
 
+NARROW = {"model.intermediate_size": 64, "model.vocab_size": 64, "model.num_hidden_layers": 2}
+"""What the feed-forward and the loss need is less than what attention does."""
+
 LAYOUTS = {
     "one process": (1, {}),
     "one process, bf16-mixed": (1, {"train.precision": "bf16-mixed"}),
@@ -75,6 +78,10 @@ LAYOUTS = {
     "dp 2, zero 3, bf16-mixed": (2, {"optim.zero": 3, "train.precision": "bf16-mixed"}),
     "pp 2 dp 2, zero 3": (4, {"parallel.pp": 2, "optim.zero": 3, "train.micro_batch_size": 1}),
     "dp 4 in 2 replicas, zero 3": (4, {"parallel.dp_replicate": 2, "optim.zero": 3, "train.micro_batch_size": 1}),
+    "cp 2, ring": (2, {"parallel.cp": 2}),
+    "cp 2, ring, most in attention": (2, {"parallel.cp": 2, **NARROW}),
+    "cp 2, allgather, most in attention": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather", **NARROW}),
+    "cp 2, alltoall": (2, {"parallel.cp": 2, "parallel.context_mode": "alltoall"}),
 }
 
 
@@ -330,7 +337,11 @@ def test_the_longest_phase_counts(tmp_path):
 def test_a_document_mask_is_refused_where_the_documents_decide(memories):
     with pytest.raises(ConfigError, match=r"document_mask = true: what attention keeps on cpu in fp32 depends"):
         memories(device="cpu", data__document_mask=True)
-    assert memories(data__document_mask=True, train__precision="bf16-mixed")
+    masked = dict(data__document_mask=True, train__precision="bf16-mixed")
+    assert memories(**masked)
+    with pytest.raises(ConfigError, match=r"document_mask = true with parallel\.context_mode = ring: what attention"):
+        memories(2, parallel__cp=2, **masked)
+    assert memories(2, parallel__cp=2, parallel__context_mode="alltoall", **masked)
 
 
 def test_a_layout_fits_if_the_reserve_is_left(memories):

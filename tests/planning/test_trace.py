@@ -321,9 +321,11 @@ def test_a_trace_leaves_nothing_behind(tmp_path):
 # ------------------------------------------------------------------------------------------------- what cannot be done
 
 
-def test_pipeline_stages_are_refused(tmp_path):
+def test_ranks_that_wait_for_each_other_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"parallel\.pp = 2: .* not show"):
         trace(write_recipe(tmp_path), "--parallel.pp", "2", world_size=2)
+    with pytest.raises(ConfigError, match=r"parallel\.cp = 2: .* not show"):
+        trace(write_recipe(tmp_path), "--parallel.cp", "2", world_size=2)
 
 
 def test_a_document_mask_without_data_is_refused(tmp_path):

@@ -16,8 +16,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from megagap.checkpoint import find_model
 from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
 from megagap.errors import run_tool
@@ -25,11 +23,10 @@ from megagap.observe.logs import log_to, log_to_console
 from megagap.observe.run_directory import RunDirectory
 from megagap.ops.arithmetic import deterministic_kernels
 from megagap.parallel.communicator import DistributedCommunicator
-from megagap.parallel.layout import Layout
-from megagap.parallel.mesh import Mesh
 from megagap.process import launch
 from megagap.process.rendezvous import Process
 from megagap.terminal.programs import CalledAs
+from megagap.training.mesh import make_mesh
 from megagap.training.trainer import train
 
 EXAMPLES = """\
@@ -65,16 +62,6 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
         with deterministic_kernels(settings.train.deterministic):
             train(settings, mesh, run)
         run.close()
-
-
-def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mesh:
-    return Mesh.of(make_layout(settings, process.world_size), process.rank, device, launch.GROUP_TIMEOUT)
-
-
-def make_layout(settings: Settings, world_size: int) -> Layout:
-    parallel = settings.parallel
-    kv_sharing = max(1, parallel.tp // settings.model.num_key_value_heads)
-    return Layout(world_size, pp=parallel.pp, tp=parallel.tp, kv_sharing=kv_sharing)
 
 
 def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> tuple[Path, list[str]]:

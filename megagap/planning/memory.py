@@ -38,7 +38,7 @@ from megagap.parallel.schedule import (
     peak_live_activations,
 )
 from megagap.planning.devices import Device
-from megagap.train import make_layout
+from megagap.training.mesh import make_layout
 
 GIB = 2**30
 

@@ -57,6 +57,8 @@ class Examined:
     """Gradients before any reduction over data ranks and replicas, without padding: [numel]."""
     owned: dict[str, tuple[int, Tensor]]
     """The part [start, ..] that the rank has of each reduced gradient."""
+    counted: set[str]
+    """Parameters whose part this rank, among the ranks with the same, counts in norms and saves."""
     activations: list[tuple[str, int, str, Tensor]]
     """(module, its call on this rank, ``output`` or ``gradient of the output``, values), in the order of the step."""
 
@@ -105,6 +107,7 @@ def gradient_types(settings: Settings, world_size: int) -> GradientTypes:
     wrong_activation = _first_wrong_activation(ranks, expected, simulation)
     _check_types(result, ranks, wrong_activation)
     _check_sums(result, ranks, expected, wrong_activation)
+    _check_owners(result, ranks, expected)
     if wrong_activation is not None and not result.findings:
         result.findings.append(wrong_activation)
     return result
@@ -126,9 +129,9 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     ends = [given[0], *given[1:2], given[-1]] if layout.pp >= 3 else given
     layers = [min(count, most) for count in ends]
     tp = layout.tp
-    heads, groups = model.num_attention_heads, model.num_attention_heads // model.num_key_value_heads
-    while heads % 2 == 0 and heads // 2 % tp == 0 and heads // 2 >= 4 and heads // 2 >= groups:
-        heads //= 2
+    groups = model.num_attention_heads // model.num_key_value_heads
+    # Ranks share key/value heads as before; otherwise two of each rank are enough.
+    keys = model.num_key_value_heads if tp > model.num_key_value_heads else tp * min(2, model.num_key_value_heads // tp)
     vocabulary = min(model.vocab_size, 5 * tp + model.vocab_size % tp) if model.vocab_size > 6 * tp else model.vocab_size
     length = min(train.sequence_length, 8 if tp == 1 or 8 % tp else max(8, tp))
     length = length if not parallel.sequence_parallel else max(2, 8 // tp) * tp
@@ -141,8 +144,8 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
                 update={
                     "hidden_size": 12,
                     "num_hidden_layers": sum(layers),
-                    "num_attention_heads": heads,
-                    "num_key_value_heads": heads // groups,
+                    "num_attention_heads": keys * groups,
+                    "num_key_value_heads": keys,
                     "head_dim": 2,
                     "intermediate_size": 3 * tp,
                     "vocab_size": vocabulary,
@@ -228,12 +231,15 @@ def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined
     optimizer.store.finish = keep_and_finish  # type: ignore[method-assign]
     compute_gradients(state, batch, program)
     owned: dict[str, tuple[int, Tensor]] = {}
+    counted: set[str] = set()
     for bucket in optimizer.store.buckets:
+        if bucket.is_owned:
+            counted |= {place.parameter.shard.name for place in bucket.places}
         for part in bucket.slices("gradient", bucket.own_gradient):
             start, values = owned.get(part.shard.name, (part.start, part.tensor[:0]))
             owned[part.shard.name] = (min(start, part.start), torch.cat([values, part.tensor]))
     shards = {parameter.shard.name: parameter.shard for parameter in parameters}
-    return Examined(rank, role_of(mesh.pp.rank, layout.pp), shards, local, owned, activations)
+    return Examined(rank, role_of(mesh.pp.rank, layout.pp), shards, local, owned, counted, activations)
 
 
 def role_of(stage: int, stages: int) -> str:
@@ -365,11 +371,11 @@ def _check_record(
     axis = replicated[0] if replicated else None
     partial = axis is not None and found[axis] == "partial"
     where = f"{shard.name} ({examined.role})"
-    if axis != shard.replica_axis:
+    if _members(result.layout, axis, examined.rank) != _members(result.layout, shard.replica_axis, examined.rank):
         message = f"{where}: its record says that the ranks of {_or_none(shard.replica_axis)} share it; those of "
         message += f"{_or_none(axis)} do"
         _add(result, Finding("replica_axis", shard.name, axis or shard.replica_axis, None, message))
-    elif axis is not None and partial != shard.partial_gradient and shard.numel:
+    elif axis is not None and shard.replica_axis is not None and partial != shard.partial_gradient and shard.numel:
         if not partial and not examined.local[shard.name].any():
             return
         message = (
@@ -381,6 +387,29 @@ def _check_record(
         )
         site = activation.message if activation is not None else None
         _add(result, Finding("partial_gradient", shard.name, axis, site, message))
+
+
+def _members(layout: Layout, axis: str | None, rank: int) -> tuple[int, ...]:
+    return (rank,) if axis is None else layout.members(axis, rank)
+
+
+def _check_owners(result: GradientTypes, ranks: Sequence[Examined], expected: Examined) -> None:
+    """Every element of every parameter is counted and saved by exactly one rank."""
+    owners = {name: torch.zeros(shard.shape, dtype=torch.int64) for name, shard in expected.shards.items()}
+    for examined in ranks:
+        for name, (start, values) in examined.owned.items():
+            if name not in examined.counted:
+                continue
+            shard = examined.shards[name]
+            part = owners[name][tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))]
+            flat = part.flatten()
+            flat[start : start + len(values)] += 1
+            part.copy_(flat.view(part.shape))
+    for name, counts in owners.items():
+        if counts.min() != 1 or counts.max() != 1:
+            least, most = int(counts.min()), int(counts.max())
+            message = f"{name}: elements are counted and saved by {least} to {most} ranks instead of 1"
+            _add(result, Finding("ownership", name, expected.shards[name].replica_axis, "optim/gradient_store.py", message))
 
 
 def _check_sums(

@@ -33,6 +33,7 @@ EXAMPLES = """\
 examples:
   megagap train examples/recipes/code.toml --train.steps 100 --optim.betas '[0.9, 0.95]'
   torchrun --nproc-per-node 8 -m megagap train examples/recipes/quickstart.toml --parallel.tp 2
+  megagap train examples/recipes/llama3-70b-1024.toml --dry-run --world-size 1024
 """
 
 log = logging.getLogger("megagap.train")  # by name: run as a program, this module is called __main__
@@ -40,8 +41,12 @@ log = logging.getLogger("megagap.train")  # by name: run as a program, this modu
 
 def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
     """Train; ends the process. ``called_as``: how it was started, for its help."""
-    recipe, overrides = parse_arguments(arguments, called_as)
+    options, overrides = parse_arguments(arguments, called_as)
+    recipe: Path = options.recipe
     process = Process.from_environment()
+    if options.dry_run:
+        certify(options, overrides, process)
+        return
     with launch.orderly_exit(process) as ending:
         log_to_console(logging.WARNING)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size, find_model=find_model)
@@ -64,22 +69,45 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
         run.close()
 
 
-def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> tuple[Path, list[str]]:
+def certify(options: argparse.Namespace, overrides: list[str], process: Process) -> None:
+    """Prove the layout instead of training; under torchrun on rank 0 only."""
+    from megagap.planning.dry_run import dry_run  # which a run does not need
+
+    if process.rank == 0:
+        world_size = options.world_size or process.world_size
+        dry_run(options.recipe, parse_overrides(overrides), world_size, options.device, options.json)
+
+
+def parse_arguments(
+    arguments: list[str], called_as: CalledAs = CalledAs.TOOL
+) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog=called_as.program("train"),
-        usage="%(prog)s [-h] RECIPE [--section.key value ...]",
+        usage="%(prog)s [-h] RECIPE [--section.key value ...] [--dry-run [--world-size N] [--device NAME] [--json]]",
         description="Train a Llama-3 model from a recipe; more than one process under torchrun. Rerun to resume. "
         "The first Ctrl-C (or SIGTERM) saves and stops, a second one stops at once.",
         epilog=called_as.spell(EXAMPLES)
         + "\nsettings, which a recipe gives as key = value below its [section]:\n"
         + describe_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("recipe", type=Path, help="TOML file with the settings that differ from the defaults")
+    dry = parser.add_argument_group("instead of training (docs/parallelism.md)")
+    dry.add_argument("--dry-run", action="store_true", help="prove the layout and print what it takes; writes nothing")
+    dry.add_argument("--world-size", type=int, metavar="N", help="processes (WORLD_SIZE, else 1)")
+    dry.add_argument("--device", metavar="NAME", help="device whose memory must suffice (told for an h100, not required)")
+    dry.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     if arguments and arguments[0].startswith("--") and arguments[0] not in ("--help",):
         parser.error(f"the recipe comes first, then the settings ({arguments[0]} …)")
     known, rest = parser.parse_known_args(arguments)
-    return known.recipe, rest
+    if not known.dry_run:
+        for name in ("world_size", "device", "json"):
+            if getattr(known, name):
+                parser.error(f"--{name.replace('_', '-')} applies to --dry-run only")
+    if known.world_size is not None and known.world_size < 1:
+        parser.error("--world-size must be at least 1")
+    return known, rest
 
 
 if __name__ == "__main__":

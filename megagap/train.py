@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 
 from megagap.checkpoint import find_model
-from megagap.config import Settings, describe_settings, load_recipe, parse_overrides
+from megagap.config import describe_settings, load_recipe, parse_overrides
 from megagap.errors import run_tool
 from megagap.observe.logs import log_to, log_to_console
 from megagap.observe.run_directory import RunDirectory
 from megagap.ops.arithmetic import deterministic_kernels
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.process import launch
+from megagap.process.agreement import require_agreement
 from megagap.process.rendezvous import Process
 from megagap.terminal.programs import CalledAs
 from megagap.training.mesh import make_mesh
@@ -51,6 +52,7 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
         log_to_console(logging.WARNING)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size, find_model=find_model)
         device = launch.start(process)
+        require_agreement(settings, process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
         communicator = DistributedCommunicator(mesh)
@@ -78,9 +80,7 @@ def certify(options: argparse.Namespace, overrides: list[str], process: Process)
         dry_run(options.recipe, parse_overrides(overrides), world_size, options.device, options.json)
 
 
-def parse_arguments(
-    arguments: list[str], called_as: CalledAs = CalledAs.TOOL
-) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog=called_as.program("train"),
         usage="%(prog)s [-h] RECIPE [--section.key value ...] [--dry-run [--world-size N] [--device NAME] [--json]]",
@@ -96,7 +96,9 @@ def parse_arguments(
     dry = parser.add_argument_group("instead of training (docs/parallelism.md)")
     dry.add_argument("--dry-run", action="store_true", help="prove the layout and print what it takes; writes nothing")
     dry.add_argument("--world-size", type=int, metavar="N", help="processes (WORLD_SIZE, else 1)")
-    dry.add_argument("--device", metavar="NAME", help="device whose memory must suffice (told for an h100, not required)")
+    dry.add_argument(
+        "--device", metavar="NAME", help="device whose memory must suffice (told for an h100, not required)"
+    )
     dry.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     if arguments and arguments[0].startswith("--") and arguments[0] not in ("--help",):
         parser.error(f"the recipe comes first, then the settings ({arguments[0]} …)")

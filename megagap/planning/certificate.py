@@ -126,7 +126,12 @@ def certify(settings: Settings, device: Device, world_size: int, device_must_fit
         notes.append(str(error.args[0]))
     roles = list(_roles(settings, layout, held, stages))
     gradients = gradient_types(settings, world_size)
-    proofs = [*_gradient_proofs(gradients), _schedule(settings, layout), _coverage(settings, layout, held), _groups(layout)]
+    proofs = [
+        *_gradient_proofs(gradients),
+        _schedule(settings, layout),
+        _coverage(settings, layout, held),
+        _groups(layout),
+    ]
     full = [_too_full(role, device) for role in roles if role.memory is not None and role.memory.fits(device) is False]
     if device_must_fit:
         proofs.append(Proof("memory", f"the formula, for the fullest rank of each role on {device.key}", tuple(full)))
@@ -135,9 +140,7 @@ def certify(settings: Settings, device: Device, world_size: int, device_must_fit
     return Certificate(settings, layout, device, roles, proofs, gradients, notes)
 
 
-def _roles(
-    settings: Settings, layout: Layout, held: Sequence[Holding], stages: Sequence[RankMemory]
-) -> Iterator[Role]:
+def _roles(settings: Settings, layout: Layout, held: Sequence[Holding], stages: Sequence[RankMemory]) -> Iterator[Role]:
     by_role: dict[str, list[int]] = {}
     for stage in range(layout.pp):
         by_role.setdefault(role_of(stage, layout.pp), []).append(stage)
@@ -165,13 +168,9 @@ def _gradient_proofs(gradients: GradientTypes) -> Iterator[Proof]:
         f"{counted(model.num_hidden_layers, 'layer')} and a vocabulary of {model.vocab_size}, in float64: every "
         "gradient before and after its reductions against one process"
     )
-    yield Proof(
-        "gradients", examined, tuple(f.message for f in gradients.findings if f.kind != "collectives")
-    )
+    yield Proof("gradients", examined, tuple(f.message for f in gradients.findings if f.kind != "collectives"))
     examined = f"{counted(gradients.collectives, 'call')} of that step, each matched among all members of its group"
-    yield Proof(
-        "collectives", examined, tuple(f.message for f in gradients.findings if f.kind == "collectives")
-    )
+    yield Proof("collectives", examined, tuple(f.message for f in gradients.findings if f.kind == "collectives"))
 
 
 def _schedule(settings: Settings, layout: Layout) -> Proof:

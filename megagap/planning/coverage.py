@@ -43,9 +43,7 @@ class Holding:
 def holdings(settings: Settings, layout: Layout) -> list[Holding]:
     """Those of every pipeline and tensor-parallel rank."""
     first = [
-        rank
-        for rank in range(layout.world_size)
-        if (place := layout.coordinates(rank))["dp"] == 0 and place["cp"] == 0
+        rank for rank in range(layout.world_size) if (place := layout.coordinates(rank))["dp"] == 0 and place["cp"] == 0
     ]
     return [_holding(settings, layout, rank) for rank in first]
 

@@ -12,9 +12,8 @@ pass of their own, and where gradients are added without autograd, which a check
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Shard
-from megagap.planning.simulation import Simulation, SimulationFault, call_site
+from megagap.planning.simulation import Simulation, SimulationFault
 from megagap.training.mesh import make_layout
 from megagap.training.step import TrainState, compute_gradients
 
@@ -132,7 +131,9 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     groups = model.num_attention_heads // model.num_key_value_heads
     # Ranks share key/value heads as before; otherwise two of each rank are enough.
     keys = model.num_key_value_heads if tp > model.num_key_value_heads else tp * min(2, model.num_key_value_heads // tp)
-    vocabulary = min(model.vocab_size, 5 * tp + model.vocab_size % tp) if model.vocab_size > 6 * tp else model.vocab_size
+    vocabulary = (
+        min(model.vocab_size, 5 * tp + model.vocab_size % tp) if model.vocab_size > 6 * tp else model.vocab_size
+    )
     length = min(train.sequence_length, 8 if tp == 1 or 8 % tp else max(8, tp))
     length = length if not parallel.sequence_parallel else max(2, 8 // tp) * tp
     batch = min(train.micro_batch_size, 2)
@@ -211,9 +212,7 @@ def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined
             first, size = parameter.shard.offsets[0], parameter.shard.sizes[0]
             with torch.no_grad():
                 parameter[:size] += 0.1 * torch.cos(torch.arange(first, first + size, dtype=torch.float64))
-    optimizer = DistributedOptimizer(
-        parameters, settings.optim, mesh, torch.float64, bucket_elements=BUCKET_ELEMENTS
-    )
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, torch.float64, bucket_elements=BUCKET_ELEMENTS)
     state = TrainState(settings, mesh, settings.placement, stages, optimizer, timeline_of(settings))
     activations = _watch(stages)
     batch = _batch(settings, mesh.dp.rank, mesh.dp.size)
@@ -299,9 +298,7 @@ def _reference(settings: Settings, layout: Layout) -> Examined:
 # -- findings
 
 
-def _first_wrong_activation(
-    ranks: Sequence[Examined], expected: Examined, simulation: Simulation
-) -> Finding | None:
+def _first_wrong_activation(ranks: Sequence[Examined], expected: Examined, simulation: Simulation) -> Finding | None:
     """The first module along the model whose output is not that of one process, else the last whose gradient is not."""
     right = {(name, call, what): values for name, call, what, values in expected.activations}
     order = list(dict.fromkeys(name for name, *_ in expected.activations))
@@ -344,9 +341,7 @@ def _check_types(result: GradientTypes, ranks: Sequence[Examined], activation: F
             _check_record(result, examined, shard, found, activation)
 
 
-def _type_on(
-    layout: Layout, ranks: Sequence[Examined], examined: Examined, name: str, axis: str
-) -> str | None:
+def _type_on(layout: Layout, ranks: Sequence[Examined], examined: Examined, name: str, axis: str) -> str | None:
     members = layout.members(axis, examined.rank)
     if len(members) == 1:
         return None
@@ -409,7 +404,10 @@ def _check_owners(result: GradientTypes, ranks: Sequence[Examined], expected: Ex
         if counts.min() != 1 or counts.max() != 1:
             least, most = int(counts.min()), int(counts.max())
             message = f"{name}: elements are counted and saved by {least} to {most} ranks instead of 1"
-            _add(result, Finding("ownership", name, expected.shards[name].replica_axis, "optim/gradient_store.py", message))
+            _add(
+                result,
+                Finding("ownership", name, expected.shards[name].replica_axis, "optim/gradient_store.py", message),
+            )
 
 
 def _check_sums(

@@ -241,7 +241,9 @@ class Simulation:
             self._wait(rank, lambda: bool(queue), f"a receive from rank {sender} in {site}")
             message = queue.popleft()
             if message.shape != tensor.shape or message.dtype != tensor.dtype:
-                raise SimulationFault(f"rank {rank} expects {tensor.shape} of rank {sender}, which sends {message.shape}")
+                raise SimulationFault(
+                    f"rank {rank} expects {tensor.shape} of rank {sender}, which sends {message.shape}"
+                )
             with torch.no_grad():
                 tensor.copy_(message)
 

@@ -33,8 +33,8 @@ from megagap.parallel.mesh import Axis
 from megagap.parallel.placement import Placement
 from megagap.parallel.schedule import Schedule, programs_of
 from megagap.process.rendezvous import Process
-from megagap.training.mesh import make_mesh
 from megagap.training.datasets import training_data
+from megagap.training.mesh import make_mesh
 from megagap.training.step import TrainState, compute_gradients
 from megagap.training.trainer import make_loader
 

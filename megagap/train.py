@@ -93,7 +93,7 @@ def parse_arguments(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -
         allow_abbrev=False,
     )
     parser.add_argument("recipe", type=Path, help="TOML file with the settings that differ from the defaults")
-    dry = parser.add_argument_group("instead of training (docs/parallelism.md)")
+    dry = parser.add_argument_group("instead of training (docs/parallelism.md of megagap's repository)")
     dry.add_argument("--dry-run", action="store_true", help="prove the layout and print what it takes; writes nothing")
     dry.add_argument("--world-size", type=int, metavar="N", help="processes (WORLD_SIZE, else 1)")
     dry.add_argument(

@@ -1,4 +1,4 @@
-"""The certificate of a layout: what is proven of it, what it takes, and where it does not hold, why (docs/parallelism.md)."""
+"""The certificate of a layout: what is proven of it, what it takes, and why it does not hold (docs/parallelism.md)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +154,8 @@ def _roles(settings: Settings, layout: Layout, held: Sequence[Holding], stages: 
 def _too_full(role: Role, device: Device) -> str:
     assert role.memory is not None
     return (
-        f"the {role.name} takes {role.memory.total / GIB:.1f} GiB on each rank, and {RESERVE_BYTES / GIB:g} are left for "
-        f"what is not counted: {device.key} has {device.memory_gib:g}"
+        f"the {role.name} takes {role.memory.total / GIB:.1f} GiB on each rank, and {RESERVE_BYTES / GIB:g} are left "
+        f"for what is not counted: {device.key} has {device.memory_gib:g}"
     )
 
 
@@ -196,7 +196,8 @@ def _coverage(settings: Settings, layout: Layout, held: Sequence[Holding]) -> Pr
 def _groups(layout: Layout) -> Proof:
     orders = group_orders(layout)
     groups = sum(len(members) for members in layout.divisions.values())
-    examined = f"{counted(groups, 'group')} of {counted(len(layout.divisions), 'axis', 'axes')}, made by {counted(layout.world_size, 'rank')} in one order"
+    made = f"{counted(groups, 'group')} of {counted(len(layout.divisions), 'axis', 'axes')}"
+    examined = f"{made}, made by {counted(layout.world_size, 'rank')} in one order"
     return Proof("groups", examined, tuple(group_faults(layout.world_size, orders)))
 
 

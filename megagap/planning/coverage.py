@@ -7,6 +7,7 @@ tensor-parallel rank; data-parallel ranks differ only in the slice of each bucke
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -114,10 +115,10 @@ def _replica_faults(layout: Layout, held: Sequence[Holding]) -> Iterator[str]:
             for other in layout.members(axis, holding.rank):
                 theirs = by_rank[other].get(axis)
                 if theirs != mine:
-                    names = sorted({row[0] for row in set(mine) ^ set(theirs or ())})
+                    names = sorted({str(row[0]) for row in set(mine) ^ set(theirs or ())})
                     yield (
-                        f"{names[0] if names else axis}: ranks {holding.rank} and {other} share parameters over {axis}, "
-                        "but do not hold the same parts at the same places"
+                        f"{names[0] if names else axis}: ranks {holding.rank} and {other} share parameters over "
+                        f"{axis}, but do not hold the same parts at the same places"
                     )
                     return
 
@@ -149,7 +150,7 @@ def _slice_faults(holding: Holding, ranks: int) -> Iterator[str]:
             )
             if its == kind
         )
-        for (_, before, name), (start, _, other) in zip(places, places[1:], strict=False):
+        for (_, before, name), (start, _, other) in pairwise(places):
             if start < before:
                 yield f"rank {holding.rank}: {name} and {other} overlap in their bucket"
         if places and places[-1][1] > end:
@@ -160,16 +161,27 @@ def _slice_faults(holding: Holding, ranks: int) -> Iterator[str]:
 
 
 def group_faults(world_size: int, orders: Mapping[int, Sequence[Members]]) -> Iterator[str]:
-    """Whether making groups in these orders, by rank, comes to its end: a group is made when all of its members do.
+    """Whether all members of every group make it, as the same of the groups that each of them makes: torch names a
+    group after its members and their number. And whether making them in these orders comes to its end.
 
-    ``orders``: for each rank, the groups of several members that it is in.
+    ``orders``: for each rank, the groups that it makes, which it must be in.
     """
-    todo = {rank: deque(orders.get(rank, ())) for rank in range(world_size)}
-    for rank, groups in todo.items():
-        for members in groups:
+    places: dict[Members, dict[int, int]] = defaultdict(dict)
+    for rank, groups in orders.items():
+        for place, members in enumerate(groups):
             if rank not in members:
                 yield f"rank {rank} makes the group of ranks {members[:8]}, of which it is none"
                 return
+            places[members][rank] = place
+    for members, by_rank in places.items():
+        for rank, place in by_rank.items():
+            if place != by_rank.get(members[0], place):
+                yield (
+                    f"the group of ranks {members[:8]} is group {by_rank[members[0]] + 1} of rank {members[0]} and "
+                    f"group {place + 1} of rank {rank}: groups are not made in one order on all ranks"
+                )
+                return
+    todo = {rank: deque(orders.get(rank, ())) for rank in range(world_size)}
     ready = deque(range(world_size))
     arrived: dict[Members, set[int]] = defaultdict(set)
     while ready:
@@ -187,10 +199,7 @@ def group_faults(world_size: int, orders: Mapping[int, Sequence[Members]]) -> It
         if groups:
             waiting = arrived[groups[0]]
             missing = next(member for member in groups[0] if member not in waiting)
-            yield (
-                f"rank {rank} waits for rank {missing} to make the group of ranks {groups[0][:8]}: the groups are not "
-                "made in one order on all ranks"
-            )
+            yield (f"rank {rank} waits for rank {missing} to make the group of ranks {groups[0][:8]}")
             return
 
 
@@ -199,7 +208,6 @@ def group_orders(layout: Layout) -> dict[int, list[Members]]:
     orders: dict[int, list[Members]] = {rank: [] for rank in range(layout.world_size)}
     for division in layout.divisions.values():
         for members in division:
-            if len(members) > 1:
-                for rank in members:
-                    orders[rank].append(members)
+            for rank in members:
+                orders[rank].append(members)
     return orders

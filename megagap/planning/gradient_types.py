@@ -268,7 +268,7 @@ def _watch(stages: Sequence[LlamaStage]) -> list[tuple[str, int, str, Tensor]]:
         if stage.has_embedding:
             watch("embed_tokens", stage.embed_tokens)
         for layer in stage.layers:
-            prefix = layer.input_layernorm.weight.shard.name.rpartition(".input_layernorm")[0]  # type: ignore[union-attr]
+            prefix = layer.input_layernorm.weight.shard.name.rpartition(".input_layernorm")[0]  # type: ignore[union-attr, operator]
             for part in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
                 watch(f"{prefix}.{part}", getattr(layer, part))
         if stage.has_head:

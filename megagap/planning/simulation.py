@@ -117,7 +117,7 @@ class Simulation:
         """A rank's mesh, whose groups are this simulation's."""
         mesh = Mesh.without_groups(self.layout, rank, torch.device("cpu"))
         axes = {name: self._with_group(mesh.axis(name), rank) for name in (*AXES, "world")}
-        return replace(mesh, **axes)
+        return replace(mesh, **axes)  # type: ignore[arg-type]
 
     def _with_group(self, axis: Axis, rank: int) -> Axis:
         if axis.size == 1:
@@ -205,8 +205,8 @@ class Simulation:
         for other, theirs in meeting.calls.items():
             if not call.agrees(theirs):
                 raise SimulationFault(
-                    f"call {number + 1} of the group {_ranks(list(members))} (axis {group.axis}) is not the same on all "
-                    f"members:\n  rank {other}: {theirs}\n  rank {rank}: {call}"
+                    f"call {number + 1} of the group {_ranks(list(members))} (axis {group.axis}) is not the same on "
+                    f"all members:\n  rank {other}: {theirs}\n  rank {rank}: {call}"
                 )
         meeting.calls[rank] = call
         meeting.given[rank] = tensor.detach().clone()

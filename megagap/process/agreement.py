@@ -10,6 +10,7 @@ import os
 import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePath
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megagap.config import Settings
 from megagap.errors import OPS_SWITCH, DistributedError, counted, library_errors
@@ -27,6 +28,9 @@ from megagap.process.rendezvous import Process
 
 WAIT = timedelta(minutes=5)
 """How long ranks may be apart here; they have met already."""
+
+LINGER = timedelta(seconds=3)
+"""How long a rank that found a difference waits for the others to read of it."""
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -129,7 +133,13 @@ def exchange(own: Facts, rank: int, world_size: int, store: Store) -> list[Diffe
         number = store.add("different", 0)
         found = sorted(json.loads(wait(f"different/{place}")) for place in range(number))
         store.set("verdict", json.dumps(found))
-    return [(other, {name: (a, b) for name, (a, b) in theirs.items()}) for other, theirs in json.loads(wait("verdict"))]
+    verdict = json.loads(wait("verdict"))
+    if verdict:  # rank 0 may be the store's host: its end would take the verdict from those who have not read it yet
+        if store.add("read", 1) == world_size:
+            store.set("all read", "")
+        with suppress(RuntimeError):
+            store.wait(["all read"], LINGER)
+    return [(other, {name: (theirs, own) for name, (theirs, own) in found.items()}) for other, found in verdict]
 
 
 def _get(store: Store, key: str) -> bytes:

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -44,10 +45,10 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
     """Train; ends the process. ``called_as``: how it was started, for its help."""
     options, overrides = parse_arguments(arguments, called_as)
     recipe: Path = options.recipe
-    process = Process.from_environment()
     if options.dry_run:
-        certify(options, overrides, process)
+        certify(options, overrides)
         return
+    process = Process.from_environment()
     with launch.orderly_exit(process) as ending:
         log_to_console(logging.WARNING)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size, find_model=find_model)
@@ -71,12 +72,12 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
         run.close()
 
 
-def certify(options: argparse.Namespace, overrides: list[str], process: Process) -> None:
+def certify(options: argparse.Namespace, overrides: list[str]) -> None:
     """Prove the layout instead of training; under torchrun on rank 0 only."""
-    from megagap.planning.dry_run import dry_run  # which a run does not need
+    from megagap.planning.dry_run import dry_run, world_size_of  # which a run does not need
 
-    if process.rank == 0:
-        world_size = options.world_size or process.world_size
+    if os.environ.get("RANK", "0").strip() == "0":
+        world_size = options.world_size or world_size_of(os.environ)
         dry_run(options.recipe, parse_overrides(overrides), world_size, options.device, options.json)
 
 

@@ -1,13 +1,13 @@
 """``python -m megagap.train RECIPE --dry-run``: print the certificate of a layout. Nothing is written."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megagap.benchmark.step import missing_data
 from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
-from megagap.errors import MegagapError
+from megagap.errors import ConfigError, MegagapError
 from megagap.planning.certificate import LayoutError, certify, show
 from megagap.planning.devices import Device, load_device
 from megagap.planning.memory import memory_by_stage
@@ -47,6 +47,14 @@ def dry_run(recipe: Path, overrides: Sequence[str], world_size: int, device_name
         raise LayoutError(_with_nearest("\n".join(reasons), nearest))
 
 
+def world_size_of(environment: Mapping[str, str]) -> int:
+    """WORLD_SIZE, or 1. Raises :class:`ConfigError` if it is not a number of processes."""
+    given = environment.get("WORLD_SIZE", "1").strip()
+    if not (given.isascii() and given.isdecimal() and 0 < len(given) < 8 and int(given)):
+        raise ConfigError(f"WORLD_SIZE={given} in the environment: must be a number of processes; or give --world-size")
+    return int(given)
+
+
 def _fits(settings: Settings, device: Device, world_size: int) -> bool:
     try:
         return all(stage.fits(device) is not False for stage in memory_by_stage(settings, device, world_size))
@@ -56,5 +64,5 @@ def _fits(settings: Settings, device: Device, world_size: int) -> bool:
 
 def _with_nearest(reasons: str, nearest: Sequence[Change]) -> str:
     if not nearest:
-        return f"{reasons}\n  no layout near it is valid either"
+        return reasons
     return "\n".join([reasons, "nearest valid layouts:", *(f"  {change}" for change in nearest)])

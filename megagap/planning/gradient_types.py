@@ -38,6 +38,9 @@ TOLERANCE = 1e-10
 BUCKET_ELEMENTS = 20_000
 """Small, so that a small model has several."""
 
+MANY = 16
+"""tp ranks beyond which two stages are examined instead of three."""
+
 REPLICA_AXES = ("tp", "kv", "embedding")
 """Axes along which ranks may hold the same part of a parameter, the widest first; besides ``data``, along which all
 do."""
@@ -122,10 +125,10 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     which layers' neighbours (first, middle, last; empty ends), sequence parallelism, the schedule, masks.
     """
     model, parallel, train = settings.model, settings.parallel, settings.train
-    pp, dp = min(layout.pp, 3), min(layout.dp, 2)
+    pp, dp = min(layout.pp, 3 if layout.tp <= MANY else 2), min(layout.dp, 2)
     given = [len(stage.layers) for stage in settings.placement.stages]
     most = 2 if layout.tp * pp * dp <= 8 else 1
-    ends = [given[0], *given[1:2], given[-1]] if layout.pp >= 3 else given
+    ends = [given[0], *given[1 : pp - 1], given[-1]] if layout.pp > pp else given
     layers = [min(count, most) for count in ends]
     tp = layout.tp
     groups = model.num_attention_heads // model.num_key_value_heads

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagap.checkpoint import find_model
 from megagap.config import Settings, load_recipe
 from megagap.errors import MegagapError
 
@@ -41,7 +42,9 @@ def nearest_layouts(
     found: list[Change] = []
     for change in list(_candidates(_given(recipe, overrides), world_size))[:TRIES]:
         try:
-            settings = load_recipe(recipe, [*overrides, *change.arguments], world_size, needs_data=False)
+            settings = load_recipe(
+                recipe, [*overrides, *change.arguments], world_size, needs_data=False, find_model=find_model
+            )
         except MegagapError:
             continue
         if is_good(settings):

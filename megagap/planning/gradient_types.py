@@ -134,9 +134,8 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     groups = model.num_attention_heads // model.num_key_value_heads
     # Ranks share key/value heads as before; otherwise two of each rank are enough.
     keys = model.num_key_value_heads if tp > model.num_key_value_heads else tp * min(2, model.num_key_value_heads // tp)
-    vocabulary = (
-        min(model.vocab_size, 5 * tp + model.vocab_size % tp) if model.vocab_size > 6 * tp else model.vocab_size
-    )
+    rows = max(5, 16 // tp)
+    vocabulary = model.vocab_size if model.vocab_size <= (rows + 1) * tp else rows * tp + model.vocab_size % tp
     length = min(train.sequence_length, 8 if tp == 1 or 8 % tp else max(8, tp))
     length = length if not parallel.sequence_parallel else max(2, 8 // tp) * tp
     batch = min(train.micro_batch_size, 2)

@@ -1,6 +1,7 @@
 """The certificate that ``--dry-run`` prints."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ LARGE = [("gaperon-1b-256", 256), ("llama3-8b-256", 256), ("llama3-70b-1024", 10
 
 def dry_run(recipe: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "megagap.train", str(recipe), "--dry-run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, env=os.environ | environment)
 
 
 def test_a_dry_run_prints_one_object_and_writes_nothing(tmp_path):
@@ -66,6 +67,19 @@ def test_a_device_that_is_named_must_have_the_memory():
     assert certify(settings, device, 64).holds
     (reason,) = certify(settings, device, 64, device_must_fit=True).reasons
     assert reason.startswith("memory: the only stage takes")
+
+
+def test_the_world_size_may_come_from_the_environment_alone(tmp_path):
+    recipe = write_recipe(tmp_path)
+    ran = dry_run(recipe, "--json", WORLD_SIZE="2")
+    assert json.loads(ran.stdout)["world_size"] == 2
+    ran = dry_run(recipe, WORLD_SIZE="two")
+    assert ran.returncode == 2 and "WORLD_SIZE=two in the environment: must be a number" in ran.stderr
+
+
+def test_a_recipe_that_is_not_there_is_told_without_a_traceback(tmp_path):
+    ran = dry_run(tmp_path / "absent.toml")
+    assert ran.returncode == 2 and "absent.toml" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_options_of_a_dry_run_are_refused_without_it(tmp_path):

@@ -18,8 +18,9 @@ LEVELS = [
     {"model", "data", "optim", "observe", "checkpoint"},
     {"preprocess", "gather"},
     {"training", "resume", "process", "inference"},
-    {"train", "benchmark"},
+    {"benchmark"},
     {"planning"},
+    {"train"},
     {"commands"},
     {"__main__"},
 ]

@@ -11,7 +11,7 @@ from megagap.observe.logs import log_to
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.rendezvous import Process
-from megagap.train import make_mesh
+from megagap.training.mesh import make_mesh
 from megagap.training.trainer import train
 
 

@@ -21,7 +21,7 @@ from megagap.process.parent import UNDER_TORCHRUN
 from megagap.process.rendezvous import Process
 from megagap.terminal.console import Console
 from megagap.terminal.programs import CalledAs
-from megagap.train import make_mesh
+from megagap.training.mesh import make_mesh
 
 EXAMPLES = """examples:
   megagap benchmark-mfu examples/recipes/code.toml --steps 20

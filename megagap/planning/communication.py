@@ -12,7 +12,7 @@ from megagap.config import Settings, timeline_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.planning.memory import stored_parameters
 from megagap.planning.transient import FP32, StoredParameters, transient
-from megagap.train import make_layout
+from megagap.training.mesh import make_layout
 
 Collective = Literal["reduce-scatter", "all-gather", "all-reduce"]
 

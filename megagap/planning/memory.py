@@ -34,7 +34,7 @@ from megagap.parallel.program import peak_live_activations
 from megagap.planning.context import ContextMemory
 from megagap.planning.devices import Device
 from megagap.planning.transient import FP32, StoredParameters, Transient, transient
-from megagap.train import make_layout
+from megagap.training.mesh import make_layout
 
 GIB = 2**30
 

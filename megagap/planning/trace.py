@@ -27,7 +27,7 @@ from megagap.planning.recording import KINDS, HostSync, Operation, Recorder
 from megagap.planning.roofline import cost
 from megagap.process.rendezvous import Process
 from megagap.timeline import Moment
-from megagap.train import make_mesh
+from megagap.training.mesh import make_mesh
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 

@@ -13,8 +13,8 @@ from megagap.observe.logs import log_to
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.rendezvous import Process
-from megagap.train import make_mesh
 from megagap.training import keeper, trainer
+from megagap.training.mesh import make_mesh
 from tests.recipes import write_recipe
 
 pytestmark = pytest.mark.gpu

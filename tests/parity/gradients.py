@@ -36,8 +36,8 @@ from megagap.parallel.placement import Placement
 from megagap.parallel.program import programs_of
 from megagap.parallel.schedule import ANY, Order, Schedule
 from megagap.process.rendezvous import Process
-from megagap.train import make_mesh
 from megagap.training.datasets import training_data
+from megagap.training.mesh import make_mesh
 from megagap.training.step import TrainState, compute_gradients
 from megagap.training.trainer import make_loader
 

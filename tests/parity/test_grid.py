@@ -5,8 +5,8 @@ import pytest
 from megagap.config import load_recipe
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.process.rendezvous import Process
-from megagap.train import make_mesh
 from megagap.training.datasets import training_data
+from megagap.training.mesh import make_mesh
 from megagap.training.step import targets_of
 from megagap.training.trainer import make_loader
 from tests.parity.cases import layout_name, ranks_of, simplest, write_case

@@ -32,7 +32,7 @@ from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memor
 from megagap.planning.recording import Memory
 from megagap.planning.trace import trace_step
 from megagap.process.rendezvous import Process
-from megagap.train import make_mesh
+from megagap.training.mesh import make_mesh
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 from tests.planning import memory_table

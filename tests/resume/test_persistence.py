@@ -10,8 +10,8 @@ from megagap.config import load_recipe, timeline_of
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.rendezvous import Process
 from megagap.resume.persistence import find_source, load, save
-from megagap.train import make_mesh
 from megagap.training.datasets import training_data
+from megagap.training.mesh import make_mesh
 from megagap.training.trainer import build_state
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe

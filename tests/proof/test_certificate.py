@@ -1,0 +1,141 @@
+"""The certificate that ``--dry-run`` prints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagap.config import load_recipe
+from megagap.planning.certificate import certify
+from megagap.planning.coverage import coverage_faults, holdings
+from megagap.planning.devices import load_device
+from megagap.planning.gradient_types import _reference, _step, gradient_types, reduced
+from megagap.planning.simulation import Simulation
+from megagap.planning.volume import volume_by_axis
+from megagap.training.mesh import make_layout
+from tests.recipes import write_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "examples/recipes"
+LARGE = [("gaperon-1b-256", 256), ("llama3-8b-256", 256), ("llama3-70b-1024", 1024), ("llama3-8b-4096", 4096)]
+
+
+def dry_run(recipe: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "megagap.train", str(recipe), "--dry-run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, env=os.environ | environment)
+
+
+def test_a_dry_run_prints_one_object_and_writes_nothing(tmp_path):
+    recipe = write_recipe(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    ran = dry_run(recipe, "--world-size", "4", "--parallel.tp", "2", "--json")
+    assert ran.returncode == 0, ran.stderr
+    (line,) = ran.stdout.splitlines()
+    certificate = json.loads(line)
+    assert certificate["holds"] is True and certificate["reasons"] == []
+    assert certificate["layout"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
+    assert {proof["name"] for proof in certificate["proofs"]} >= {
+        "gradients", "collectives", "schedule", "coverage", "groups"}  # fmt: skip
+    assert certificate["roles"][0]["memory"]["total"] > 0
+    assert certificate["gradient_types"]["only stage"]["model.norm.weight"] == {"tp": "partial", "data": "partial"}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_reason_and_the_nearest_layouts_are_told(tmp_path):
+    ran = dry_run(write_recipe(tmp_path), "--world-size", "6", "--parallel.tp", "3", "--parallel.pp", "9", "--json")
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    printed = json.loads(ran.stdout)
+    assert printed["holds"] is False
+    for setting in ("num_attention_heads", "intermediate_size", "num_hidden_layers", "6 processes"):
+        assert any(setting in reason for reason in printed["reasons"]), setting
+        assert setting in ran.stderr
+    assert printed["nearest"] and "nearest valid layouts:" in ran.stderr
+    again = dry_run(
+        tmp_path / "recipe.toml", "--world-size", "6", *sum(([f"--{k}", str(v)] for k, v in (
+            {"parallel.tp": 3, "parallel.pp": 9} | printed["nearest"][0]).items()), []), "--json")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_device_that_is_named_must_have_the_memory():
+    recipe = RECIPES / "llama3-8b-256.toml"
+    settings = load_recipe(recipe, ["parallel.tp=1", "parallel.pp=1"], 64, needs_data=False)
+    device = load_device("h100")
+    assert certify(settings, device, 64).holds
+    (reason,) = certify(settings, device, 64, device_must_fit=True).reasons
+    assert reason.startswith("memory: the only stage takes")
+
+
+def test_the_world_size_may_come_from_the_environment_alone(tmp_path):
+    recipe = write_recipe(tmp_path)
+    ran = dry_run(recipe, "--json", WORLD_SIZE="2")
+    assert json.loads(ran.stdout)["world_size"] == 2
+    ran = dry_run(recipe, WORLD_SIZE="two")
+    assert ran.returncode == 2 and "WORLD_SIZE=two in the environment: must be a number" in ran.stderr
+
+
+def test_a_recipe_that_is_not_there_is_told_without_a_traceback(tmp_path):
+    ran = dry_run(tmp_path / "absent.toml")
+    assert ran.returncode == 2 and "absent.toml" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_options_of_a_dry_run_are_refused_without_it(tmp_path):
+    command = [sys.executable, "-m", "megagap.train", str(write_recipe(tmp_path)), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2 and "--json applies to --dry-run only" in ran.stderr
+
+
+@pytest.mark.parametrize(("name", "ranks"), LARGE)
+def test_every_element_of_the_large_recipes_has_one_owner(name, ranks):
+    settings = load_recipe(RECIPES / f"{name}.toml", [], ranks, needs_data=False)
+    layout = make_layout(settings, ranks)
+    assert list(coverage_faults(settings, layout, holdings(settings, layout))) == []
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (4, {"parallel.tp": 2}),
+    (4, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
+    (4, {"parallel.pp": 2, "model.tie_word_embeddings": True}),
+    (8, {"parallel.tp": 4, "parallel.pp": 2, "model.num_key_value_heads": 1, "model.vocab_size": 17}),
+    (4, {"parallel.tp": 4, "model.num_key_value_heads": 2, "model.attention_bias": True, "model.mlp_bias": True}),
+    (3, {"parallel.pp": 3, "parallel.schedule": "gpipe", "model.tie_word_embeddings": True}),
+    (2, {"data.document_mask": True}),
+]
+
+
+def settings_of(ranks: int, changes: dict[str, Any]) -> Any:
+    overrides = [f"{name}={str(value).lower()}" for name, value in changes.items()]
+    return load_recipe(RECIPES / "code.toml", ["train.micro_batch_size=1", *overrides], ranks, needs_data=False)
+
+
+@pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
+def test_the_trainers_own_step_is_proven(ranks, changes):
+    result = gradient_types(settings_of(ranks, changes), ranks)
+    assert result.findings == [] and 0 < result.largest_difference < 1e-12
+
+
+@pytest.mark.parametrize(("ranks", "changes"), LAYOUTS, ids=str)
+def test_the_volume_by_arithmetic_is_what_the_step_gives_to_collectives(ranks, changes):
+    small, layout = reduced(settings_of(ranks, changes), make_layout(settings_of(ranks, changes), ranks))
+    simulation = Simulation(layout)
+    simulation.run(lambda rank, mesh: _step(small, layout, rank, mesh))
+    for holding in holdings(small, layout):
+        stage = layout.coordinates(holding.rank)["pp"]
+        expected = volume_by_axis(small, layout, stage, holding)
+        given = {"data": 0, "others": 0}
+        for axis, members, call in simulation.calls[holding.rank]:
+            if "count_targets" not in call.site:  # a scalar
+                whole = len(members) if call.operation == "all_gather" else 1
+                given["data" if axis in ("dp", "data") else "others"] += call.elements * whole * 4  # as in fp32
+        data = expected.pop("data").given if "data" in expected else 0
+        assert data == 2 * given["data"]  # parameters are gathered after the update, which is not made here
+        assert sum(volume.given for volume in expected.values()) == given["others"]
+
+
+def test_the_reference_is_one_process():
+    small, layout = reduced(settings_of(4, {"parallel.tp": 2}), make_layout(settings_of(4, {"parallel.tp": 2}), 4))
+    reference = _reference(small, layout)
+    assert all(len(values) == reference.shards[name].numel for name, (_, values) in reference.owned.items())

@@ -116,7 +116,7 @@ def test_a_setting_shows_its_values_bounds_and_how_lists_are_typed(line):
 
 def test_planned_settings_are_marked_with_the_value_that_they_accept():
     text = describe_settings(120)
-    assert "--parallel.vpp 1  (planned: no other value yet)" in text
+    assert "--run.wandb false  (planned: no other value yet)" in text
     for section, keys in PLANNED.items():
         for key in keys:
             assert re.search(rf"--{section}\.{key} .*\(planned: no other value yet\)", text), key

@@ -59,6 +59,7 @@ def test_the_main_job_by_hand(example):
 def test_the_commands_beside_the_main_job(example):
     assert "load_mode" in run(blocks(README)["other jobs"], example)
     assert "fits" in run(blocks(README)["memory"], example)
+    assert "holds  coverage" in run(blocks(README)["dry run"], example)
 
 
 @pytest.mark.slow

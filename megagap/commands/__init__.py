@@ -39,7 +39,7 @@ HELP = """\
 usage: {program} SUBCOMMAND [ARGUMENT ...]
        {program} [-h | --help | --version]
 
-Train Llama-3 models with tensor, pipeline and data parallelism.
+Train Llama-3 models with tensor, sequence, context, pipeline and data parallelism.
 
 subcommands:
 {subcommands}

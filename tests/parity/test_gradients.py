@@ -116,7 +116,7 @@ def test_every_gradient_equals_that_of_one_process_that_keeps_all(layout, recomp
     assert largest_difference(results, expected["mask" in layout]) < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_every_gradient_of_every_schedule_equals_that_of_one_process(pipeline, six_layers, workers):
     recipe, expected = six_layers

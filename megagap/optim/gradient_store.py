@@ -311,10 +311,17 @@ class Bucket:
 
     def slices(self, kind: str, tensor: Tensor) -> Iterator[Slice]:
         """The parts of parameters, without padding, that this rank's slice ``tensor`` covers."""
-        for place, here, there in self._parts(self.own):
+        return self._slices(kind, tensor, self.own)
+
+    def parts_of(self, full: Tensor) -> Iterator[Slice]:
+        """The parts of parameters in a full-size gradient [n]."""
+        return self._slices("gradient", full, slice(0, self.values.numel()))
+
+    def _slices(self, kind: str, tensor: Tensor, within: slice) -> Iterator[Slice]:
+        for place, here, there in self._parts(within):
             stop = min(there.stop, place.parameter.shard.numel)
             if there.start < stop:
-                first = here.start - self.own.start
+                first = here.start - within.start
                 part = tensor[first : first + stop - there.start]
                 yield Slice(kind, place.parameter.shard, there.start, stop, part)
 

@@ -15,8 +15,9 @@ import torch
 from megagap.config import Settings
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import model_tensors
-from megagap.optim.buckets import Arrangement, Kind, arrange
-from megagap.optim.gradient_store import kind_of
+from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind
+from megagap.optim.gradient_store import arrangement, kind_of
+from megagap.optim.sharding import Sharding
 from megagap.parallel.layout import Layout, Members
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Shard
@@ -33,7 +34,9 @@ class Holding:
     elements: tuple[int, ...]
     """Of each parameter, with padding."""
     arrangement: Arrangement
-    """Where they lie in buckets, of which each data rank owns an equal slice."""
+    """Where they lie in buckets, of which each rank that shards them owns an equal slice."""
+    slices: int = 1
+    """How many ranks a bucket is sharded over. All groups of so many data ranks are alike, and the first counts."""
 
     @property
     def parameters(self) -> int:
@@ -62,8 +65,10 @@ def _holding(settings: Settings, layout: Layout, rank: int) -> Holding:
     shards = tuple(parameter.shard for parameter in parameters)
     kinds = tuple(kind_of(shard, settings.optim.decay_embeddings) for shard in shards)
     elements = tuple(parameter.numel() for parameter in parameters)
-    arrangement = arrange(list(zip(kinds, elements, strict=True)), layout.size("data"))
-    return Holding(rank, shards, kinds, elements, arrangement)
+    sharding = Sharding.of(settings.optim.zero, mesh)
+    blocks = [stage.blocks() for stage in stages]
+    places = arrangement(list(zip(kinds, elements, strict=True)), sharding, BUCKET_ELEMENTS, parameters, blocks)
+    return Holding(rank, shards, kinds, elements, places, sharding.shard.size)
 
 
 def coverage_faults(settings: Settings, layout: Layout, held: Sequence[Holding]) -> Iterator[str]:
@@ -81,7 +86,7 @@ def coverage_faults(settings: Settings, layout: Layout, held: Sequence[Holding])
         yield f"{name}: rank {owned[name][0][1]} holds it, but the model has no such parameter"
     yield from _replica_faults(layout, held)
     for holding in held:
-        yield from _slice_faults(holding, layout.size("data"))
+        yield from _slice_faults(holding, holding.slices)
 
 
 def _tiling_faults(name: str, shape: tuple[int, ...], parts: Sequence[tuple[Shard, int]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ pass of their own, and where gradients are added without autograd, which a check
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from megagap.model.init import initialise
 from megagap.model.llama import LlamaStage, build_stages, sharded_parameters
 from megagap.ops.document_mask import Documents
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.gradient_store import Bucket
+from megagap.parallel.context import own_places
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Shard
@@ -119,25 +122,37 @@ def gradient_types(settings: Settings, world_size: int) -> GradientTypes:
 
 
 def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
-    """A small model with the structure of a recipe's, and the layout with at most three stages and two copies.
+    """A small model with the structure of a recipe's, and the layout with at most three stages, four parts of a
+    sequence and two copies (two parts of two copies, if copies are in parts).
 
-    Kept: tp, the heads and how ranks share them, the remainder of the vocabulary, ties, biases, which stages have
-    which layers' neighbours (first, middle, last; empty ends), sequence parallelism, the schedule, masks.
+    Kept: tp, the heads and how ranks share them, the remainder of the vocabulary, ties, biases, which virtual stages
+    have which layers' neighbours (first, middle, last; empty ends), sequence parallelism, the schedule, masks, the mode
+    of context parallelism, what is sharded, what is computed again.
     """
     model, parallel, train = settings.model, settings.parallel, settings.train
-    pp, dp = min(layout.pp, 3 if layout.tp <= MANY else 2), min(layout.dp, 2)
+    pp = min(layout.pp, 3 if layout.tp <= MANY else 2)
+    parts = min(layout.dp_replicate, 2)
+    dp = parts * min(layout.dp // layout.dp_replicate, 2)
+    cp = min(layout.cp, 4 if layout.tp * pp * dp <= 4 else 2)
     given = [len(stage.layers) for stage in settings.placement.stages]
-    most = 2 if layout.tp * pp * dp <= 8 else 1
-    ends = [given[0], *given[1 : pp - 1], given[-1]] if layout.pp > pp else given
-    layers = [min(count, most) for count in ends]
+    most = 2 if layout.tp * pp * dp * cp <= 8 else 1
+    layers = [
+        min(count, most)
+        for chunk in _chunks(given, layout.pp)
+        for count in (chunk if layout.pp == pp else [chunk[0], *chunk[1 : pp - 1], chunk[-1]])
+    ]
     tp = layout.tp
     groups = model.num_attention_heads // model.num_key_value_heads
-    # Ranks share key/value heads as before; otherwise two of each rank are enough.
-    keys = model.num_key_value_heads if tp > model.num_key_value_heads else tp * min(2, model.num_key_value_heads // tp)
+    # Ranks share key/value heads as before; otherwise two of each rank are enough, or as many as the cp ranks divide.
+    own = model.num_key_value_heads // tp
+    enough = next((n for n in range(min(2, own), own) if groups * n % cp == 0), own)
+    keys = model.num_key_value_heads if tp > model.num_key_value_heads else tp * enough
     rows = max(5, 16 // tp)
     vocabulary = model.vocab_size if model.vocab_size <= (rows + 1) * tp else rows * tp + model.vocab_size % tp
     length = min(train.sequence_length, 8 if tp == 1 or 8 % tp else max(8, tp))
     length = length if not parallel.sequence_parallel else max(2, 8 // tp) * tp
+    unit = 1 if cp == 1 else lcm(2 * cp, cp * tp if parallel.sequence_parallel else 1)
+    length = -(-length // unit) * unit
     batch = min(train.micro_batch_size, 2)
     total = timeline_of(settings).largest_batch // (train.micro_batch_size * layout.dp)
     microbatches = min(total, pp + 1)
@@ -155,18 +170,27 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
                     "initializer_range": 0.3,
                 }
             ),
-            "parallel": parallel.model_copy(update={"pp": pp, "layers_per_stage": layers}),
+            "parallel": parallel.model_copy(
+                update={"pp": pp, "cp": cp, "dp_replicate": parts, "layers_per_stage": layers}
+            ),
             "data": settings.data.model_copy(update={"phases": []}),
             "train": train.model_copy(
                 update={
                     "global_batch_size": batch * microbatches * dp,
+                    "batch_ramp": [],
+                    "compile": False,
                     "micro_batch_size": batch,
                     "sequence_length": length,
                 }
             ),
         }
     )
-    return small, Layout(pp * tp * dp, pp=pp, tp=tp, kv_sharing=max(1, tp // small.model.num_key_value_heads))
+    return small, make_layout(small, pp * tp * dp * cp)
+
+
+def _chunks(counts: Sequence[int], ranks: int) -> list[Sequence[int]]:
+    """Layers of all virtual stages, by chunk."""
+    return [counts[start : start + ranks] for start in range(0, len(counts), ranks)]
 
 
 def _tokens(settings: Settings) -> tuple[Tensor, Tensor | None]:
@@ -206,6 +230,8 @@ def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined
         mesh,
         sequence_parallel=bool(settings.parallel.sequence_parallel),
         dtype=torch.float64,
+        recompute=settings.train.recompute,
+        context_mode=settings.parallel.context_mode,
     )
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
@@ -214,22 +240,15 @@ def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined
             first, size = parameter.shard.offsets[0], parameter.shard.sizes[0]
             with torch.no_grad():
                 parameter[:size] += 0.1 * torch.cos(torch.arange(first, first + size, dtype=torch.float64))
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, torch.float64, bucket_elements=BUCKET_ELEMENTS)
+    blocks = [stage.blocks() for stage in stages]
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, torch.float64, BUCKET_ELEMENTS, blocks)
     state = TrainState(settings, mesh, settings.placement, stages, optimizer, timeline_of(settings))
     activations = _watch(stages)
     batch = _batch(settings, mesh.dp.rank, mesh.dp.size)
     program = state.program(len(batch.tokens))
-    local: dict[str, Tensor] = {}
-    finish = optimizer.store.finish
-
-    def keep_and_finish() -> None:
-        for place in optimizer.store._places:
-            place.clear_unless_written()
-            shard = place.parameter.shard
-            local[shard.name] = place.gradient.flatten()[: shard.numel].clone()
-        finish()
-
-    optimizer.store.finish = keep_and_finish  # type: ignore[method-assign]
+    local = {parameter.shard.name: torch.zeros(parameter.shard.numel, dtype=torch.float64) for parameter in parameters}
+    for bucket in optimizer.store.buckets:
+        _keep_before_reductions(bucket, local)
     compute_gradients(state, batch, program)
     owned: dict[str, tuple[int, Tensor]] = {}
     counted: set[str] = set()
@@ -241,6 +260,21 @@ def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined
             owned[part.shard.name] = (min(start, part.start), torch.cat([values, part.tensor]))
     shards = {parameter.shard.name: parameter.shard for parameter in parameters}
     return Examined(rank, role_of(mesh.pp.rank, layout.pp), shards, local, owned, counted, activations)
+
+
+def _keep_before_reductions(bucket: Bucket, local: dict[str, Tensor]) -> None:
+    """Add this rank's gradients to ``local`` whenever they are reduced: once in a step, or for every microbatch."""
+    start_reduction = bucket.start_reduction
+
+    def keep_and_start() -> None:
+        full = bucket.full_gradient()
+        for place in bucket.places:
+            place.clear_unless_written()
+        for part in bucket.parts_of(full):
+            local[part.shard.name][part.start : part.stop] += part.tensor
+        start_reduction()
+
+    bucket.start_reduction = keep_and_start  # type: ignore[method-assign]
 
 
 def role_of(stage: int, stages: int) -> str:
@@ -257,6 +291,8 @@ def _watch(stages: Sequence[LlamaStage]) -> list[tuple[str, int, str, Tensor]]:
 
     def watch(name: str, module: torch.nn.Module) -> None:
         def hook(_: Any, __: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # computed again in the backward pass
             y = output[0] if isinstance(output, tuple) else output
             call = calls[name]
             calls[name] += 1
@@ -287,11 +323,16 @@ def _reference(settings: Settings, layout: Layout) -> Examined:
                 update={
                     "tp": 1,
                     "pp": 1,
+                    "cp": 1,
+                    "vpp": 1,
+                    "dp_replicate": 1,
                     "layers_per_stage": [model.num_hidden_layers],
                     "sequence_parallel": False,
                     "schedule": "gpipe",
                 }
-            )
+            ),
+            "optim": settings.optim.model_copy(update={"zero": 1}),
+            "train": settings.train.model_copy(update={"recompute": "none"}),
         }
     )
     return _step(alone, Layout(1), 0, Mesh.single())
@@ -311,6 +352,8 @@ def _first_wrong_activation(ranks: Sequence[Examined], expected: Examined, simul
         of_rank = len(expected.activations) and _calls_per_rank(expected, layout.dp)
         for name, call, what, values in examined.activations:
             whole = right[name, mesh.dp.rank * of_rank + call, what]
+            if layout.cp > 1:
+                whole = whole.index_select(1, own_places(mesh.cp, whole.shape[1], whole.device))
             part = whole if whole.shape == values.shape else whole.chunk(layout.tp, 1)[mesh.tp.rank]
             if not _close(values, part, whole.norm()):
                 wrong[what].add((name, examined.rank))

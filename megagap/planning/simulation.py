@@ -7,7 +7,7 @@ communication library would match it, but what it would hang on, or sum without 
 
 import sys
 import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -82,13 +82,16 @@ class _Meeting:
 class _Work:
     """Handle of an operation in progress."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait: Callable[[], None] | None = wait
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        self._wait = wait
 
     def wait(self) -> None:
         wait, self._wait = self._wait, None
         if wait is not None:
             wait()
+
+    def is_completed(self) -> bool:
+        return self._wait is None
 
 
 class Simulation:
@@ -106,7 +109,8 @@ class Simulation:
         self._axes.setdefault(tuple(range(layout.world_size)), "world")
         self._meetings: dict[tuple[Members, int], _Meeting] = defaultdict(_Meeting)
         self._counts: dict[tuple[int, Members], int] = defaultdict(int)
-        self._messages: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._messages: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        self._receives: dict[tuple[int, int], int] = defaultdict(int)
         self._awaited: dict[int, tuple[Callable[[], bool], str]] = {}
         """What blocks each rank that waits."""
         self._turns = [threading.Semaphore(0) for _ in range(layout.world_size)]
@@ -235,11 +239,12 @@ class Simulation:
 
     def receive(self, group: SimulatedGroup, tensor: Tensor, sender: int) -> Callable[[], None]:
         rank, site = group.rank, call_site()
-        queue = self._messages[sender, rank]
+        sent, number = self._messages[sender, rank], self._receives[sender, rank]
+        self._receives[sender, rank] += 1  # in the order in which receives are posted, whatever is waited for first
 
         def wait() -> None:
-            self._wait(rank, lambda: bool(queue), f"a receive from rank {sender} in {site}")
-            message = queue.popleft()
+            self._wait(rank, lambda: len(sent) > number, f"a receive from rank {sender} in {site}")
+            message = sent[number]
             if message.shape != tensor.shape or message.dtype != tensor.dtype:
                 raise SimulationFault(
                     f"rank {rank} expects {tensor.shape} of rank {sender}, which sends {message.shape}"
@@ -304,6 +309,16 @@ class _Collectives:
 
         return _started(finish, async_op)
 
+    def all_to_all_single(self, output: Tensor, tensor: Tensor, group: Any, async_op: bool = False) -> _Work | None:
+        wait = group.simulation.meet(group, "all_to_all", tensor)
+        place = group.members.index(group.rank)
+
+        def finish() -> None:
+            with torch.no_grad():
+                output.copy_(torch.stack([part[place] for part in wait()]))
+
+        return _started(finish, async_op)
+
     def P2POp(self, how: str, tensor: Tensor, peer: int, group: Any) -> "_Transfer":
         return _Transfer(how, tensor, peer, group)
 
@@ -322,7 +337,7 @@ class _Transfer:
         simulation = self.group.simulation
         if self.how == "isend":
             simulation.send(self.group, self.tensor, self.peer)
-            return _Work(lambda: None)
+            return _Work()
         return _Work(simulation.receive(self.group, self.tensor, self.peer))
 
 

@@ -148,7 +148,7 @@ def _roles(settings: Settings, layout: Layout, held: Sequence[Holding], stages: 
     first = {layout.coordinates(holding.rank)["pp"]: holding for holding in reversed(held)}
     for name, members in by_role.items():
         stage = max(members, key=lambda stage: stages[stage].total if stages else first[stage].parameters)
-        communication = volume_by_axis(settings, layout, stage, first[stage])
+        communication = volume_by_axis(settings, layout, stage)
         yield Role(name, stage, first[stage].parameters, stages[stage] if stages else None, communication)
 
 

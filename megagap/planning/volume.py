@@ -3,11 +3,12 @@ the calls of a simulated step."""
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import gcd
 
 from megagap.config import Settings, timeline_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.layout import Layout
-from megagap.planning.coverage import Holding
+from megagap.planning.communication import Traffic, data_parallel_traffic
 
 FP32 = 4
 
@@ -23,12 +24,14 @@ class Volume:
     reduction to all."""
 
 
-def volume_by_axis(settings: Settings, layout: Layout, stage: int, holding: Holding) -> dict[str, Volume]:
+def volume_by_axis(settings: Settings, layout: Layout, stage: int) -> dict[str, Volume]:
     """Of the first rank of a pipeline stage. A few scalars, such as the loss, are left out."""
     ledger = _Ledger(layout)
     _tensor_parallel(ledger, settings, layout, stage)
+    _context(ledger, settings, layout, stage)
     _pipeline(ledger, settings, layout, stage)
-    _gradients(ledger, settings, layout, holding)
+    for traffic in data_parallel_traffic(settings, layout.world_size, stage):
+        ledger.add(traffic)
     return ledger.volumes()
 
 
@@ -48,6 +51,10 @@ class _Ledger:
         self._given[axis] += size
         self._sent[axis] += size
 
+    def add(self, traffic: Traffic) -> None:
+        self._given[traffic.axis] += traffic.bytes
+        self._sent[traffic.axis] += traffic.sent_bytes
+
     def _add(self, axis: str, size: int, passes: int) -> None:
         members = self.layout.size(axis)
         if members > 1:
@@ -59,10 +66,10 @@ class _Ledger:
 
 
 def _sizes(settings: Settings, layout: Layout) -> tuple[int, int, int]:
-    """Microbatches of a rank, tokens of one, and bytes of an activation [b, s, h]."""
+    """Microbatches of a rank, its tokens of one, and bytes of an activation [b, s / cp, h]."""
     train, timeline = settings.train, timeline_of(settings)
     microbatches = timeline.largest_batch // (train.micro_batch_size * layout.dp)
-    tokens = train.micro_batch_size * timeline.sequence_lengths[-1]
+    tokens = train.micro_batch_size * timeline.sequence_lengths[-1] // layout.cp
     return microbatches, tokens, tokens * settings.model.hidden_size * COMPUTE_DTYPES[train.precision].itemsize
 
 
@@ -71,20 +78,45 @@ def _tensor_parallel(ledger: _Ledger, settings: Settings, layout: Layout, stage:
     if layout.tp == 1:
         return
     microbatches, tokens, activation = _sizes(settings, layout)
-    splits = bool(settings.parallel.sequence_parallel)
+    splits, again = bool(settings.parallel.sequence_parallel), settings.train.recompute == "full"
     for virtual in settings.placement.stages_of(stage):
         layers = len(virtual.layers)
         if splits:
-            # Forward: gather and scatter. Backward: gather the input again and scatter its gradient; gather.
-            regions = 2 * layers * 5
+            # Forward: gather and scatter. Backward: gather the input again and scatter its gradient; gather. A layer
+            # that runs again leaves out its last product.
+            regions = layers * (2 * 5 + (3 if again else 0))
             crossings = regions + 2 * virtual.has_embedding + 2 * virtual.has_head
             ledger.gather_or_scatter("tp", activation, crossings * microbatches)
         else:
-            crossings = 4 * layers + virtual.has_embedding + virtual.has_head
+            crossings = (4 + again) * layers + virtual.has_embedding + virtual.has_head
             ledger.reduce("tp", activation, crossings * microbatches)
         if virtual.has_head:  # maximum, sum and target of every token
             wide = max(FP32, COMPUTE_DTYPES[settings.train.precision].itemsize)
             ledger.reduce("tp", 3 * tokens * wide, microbatches)
+
+
+def _context(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) -> None:
+    """Attention of every layer (docs/context_parallelism.md)."""
+    if layout.cp == 1:
+        return
+    model, mode, cp = settings.model, settings.parallel.context_mode, layout.cp
+    microbatches, tokens, _ = _sizes(settings, layout)
+    itemsize = COMPUTE_DTYPES[settings.train.precision].itemsize
+    key_heads = max(1, model.num_key_value_heads // layout.tp)
+    queries = tokens * model.num_attention_heads // layout.tp * model.head_dim
+    keys = 2 * tokens * key_heads * model.head_dim  # and values
+    forwards = 2 if settings.train.recompute == "full" else 1
+    layers = sum(len(virtual.layers) for virtual in settings.placement.stages_of(stage))
+    times = layers * microbatches
+    if mode == "alltoall":
+        repeats = cp // gcd(cp, key_heads)
+        ledger.gather_or_scatter("cp", (2 * queries + keys * repeats) * itemsize, (forwards + 1) * times)
+    elif mode == "allgather":
+        ledger.gather_or_scatter("cp", cp * keys * itemsize, (forwards + 1) * times)
+        ledger.gather_or_scatter("cp", cp * keys * FP32, times)
+    else:
+        ledger.send("cp", (cp - 1) * keys * itemsize * (forwards + 1) * times)
+        ledger.send("cp", cp * keys * FP32 * times)
 
 
 def _pipeline(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) -> None:
@@ -96,13 +128,3 @@ def _pipeline(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) -
             for neighbour in (index - 1, index + 1):  # a gradient down, an activation up
                 if 0 <= neighbour < len(placement.places) and placement.places[neighbour].rank != stage:
                     ledger.send("pp", message * microbatches)
-
-
-def _gradients(ledger: _Ledger, settings: Settings, layout: Layout, holding: Holding) -> None:
-    itemsize, ranks = COMPUTE_DTYPES[settings.train.precision].itemsize, layout.size("data")
-    for bucket in holding.arrangement.buckets:
-        elements = bucket.stop - bucket.start
-        ledger.gather_or_scatter("data", elements * FP32)
-        ledger.gather_or_scatter("data", elements * itemsize)
-        if bucket.kind.partial_gradient and bucket.kind.replica_axis:
-            ledger.reduce(bucket.kind.replica_axis, elements // ranks * FP32)

@@ -6,6 +6,7 @@ docs/parallelism.md lists them.
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import megagap.model.llama
 import megagap.optim.gradient_store
+import megagap.parallel.context
 import megagap.parallel.cross_entropy
 import megagap.parallel.embedding
 import megagap.parallel.tensor
@@ -21,6 +23,7 @@ import megagap.training.step
 from megagap.config import Settings, load_recipe
 from megagap.optim.gradient_store import Bucket
 from megagap.parallel.collectives import Pending, all_reduce
+from megagap.parallel.context import places_of
 from megagap.parallel.layout import Layout
 from megagap.parallel.schedule import SCHEDULES, Backward
 from megagap.parallel.shard import Shard
@@ -39,6 +42,15 @@ PLAIN = [*TP, "parallel.sequence_parallel=false"]
 DP = ["train.micro_batch_size=1"]
 SHARED_KEYS = ["parallel.tp=4", "train.micro_batch_size=1", "model.num_key_value_heads=2"]
 TIED = ["parallel.pp=2", "train.micro_batch_size=1", "model.tie_word_embeddings=true"]
+
+RING = ["parallel.cp=2", "train.micro_batch_size=1"]
+ALL_KEYS = [*RING, "parallel.context_mode=allgather"]
+BY_HEADS = [*RING, "parallel.context_mode=alltoall"]
+PARTS = [*DP, "parallel.dp_replicate=2"]
+UNSHARDED = [*DP, "optim.zero=0"]
+SLICES = [*DP, "optim.zero=2"]
+SHARDED = [*DP, "optim.zero=3"]
+CHUNKS = ["parallel.pp=2", "parallel.vpp=2", "train.micro_batch_size=1"]
 
 Apply = Callable[[pytest.MonkeyPatch], None]
 
@@ -135,6 +147,59 @@ def _missing_call(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(megagap.optim.gradient_store, "reduce_scatter_flat_async", uneven)
 
 
+def _gradients_stay(patch: pytest.MonkeyPatch) -> None:
+    """Keys and values travel, their gradients do not."""
+    original = megagap.parallel.context.pass_on_async
+
+    def keep_gradients(x: torch.Tensor, axis: Any) -> Pending:
+        caller = "".join(inspect.stack(1)[1].code_context or [])
+        return Pending(x) if "carried = pass_on_async" in caller else original(x, axis)
+
+    patch.setattr(megagap.parallel.context, "pass_on_async", keep_gradients)
+
+
+def _own_part(x: torch.Tensor, axis: Any, dim: int) -> Pending:
+    return Pending(x.unflatten(dim, (axis.size, -1)).select(dim, axis.rank).contiguous())
+
+
+def _repeat_own(output: torch.Tensor, tensor: torch.Tensor, axis: Any) -> None:
+    output.copy_(tensor.repeat(axis.size))
+
+
+def _others_targets(patch: pytest.MonkeyPatch) -> None:
+    """What is cut second, the targets, is cut for another rank."""
+    calls = count()
+
+    def cut(x: torch.Tensor, cp: Any) -> torch.Tensor:
+        if cp.size == 1:
+            return x
+        rank = (cp.rank + next(calls) % 2) % cp.size
+        return x[..., places_of(rank, cp.size, x.shape[-1], x.device)]
+
+    patch.setattr(megagap.training.step, "own_tokens", cut)
+
+
+def _forget_sum(patch: pytest.MonkeyPatch) -> None:
+    original = Bucket.start_reduction
+
+    def forget(self: Bucket) -> None:
+        self.holds_sum = False
+        original(self)
+
+    patch.setattr(Bucket, "start_reduction", forget)
+
+
+def _swapped_chunks(patch: pytest.MonkeyPatch) -> None:
+    """On the second rank only."""
+    original = megagap.training.step.BoundStages.compute
+
+    def swapped(self: Any, chunk: int, *others: Any) -> Any:
+        is_second = self.stages[0].tensor_parallel.mesh.pp.rank == 1
+        return original(self, 1 - chunk if is_second else chunk, *others)
+
+    patch.setattr(megagap.training.step.BoundStages, "compute", swapped)
+
+
 def is_gain(shard: Shard) -> bool:
     return shard.name.endswith("norm.weight")
 
@@ -148,6 +213,7 @@ def is_table(shard: Shard) -> bool:
 
 
 STORE, LOSS = megagap.optim.gradient_store, megagap.parallel.cross_entropy
+CONTEXT = megagap.parallel.context
 
 MUTATIONS: dict[str, tuple[int, list[str], Apply, str, str]] = {
     "the gains' partial_gradient is False under sequence parallelism": (
@@ -190,7 +256,8 @@ MUTATIONS: dict[str, tuple[int, list[str], Apply, str, str]] = {
         2, DP, replaced(STORE, "reduce_scatter_flat_async", _count_twice(STORE.reduce_scatter_flat_async)),
         "gradient", "2 times that of one process"),
     "shares of replicas are not summed": (
-        2, TP, replaced(STORE, "all_reduce", lambda x, *_: x), "gradient", "layernorm.weight"),
+        2, TP, replaced(Bucket, "sum_over_replicas", lambda self: Pending(self.own_gradient)),
+        "gradient", "layernorm.weight"),
     "targets are counted on this data rank only": (
         2, DP, replaced(megagap.training.step, "count_targets", lambda targets, *_, **__: torch.tensor(
             float(targets.numel()), dtype=torch.float64)), "gradient", "2 times that of one process"),
@@ -202,6 +269,33 @@ MUTATIONS: dict[str, tuple[int, list[str], Apply, str, str]] = {
         2, TP, _extra_call, "collectives", "is not the same on all members"),
     "one rank leaves a collective out": (
         2, DP, _missing_call, "collectives", "ranks wait for each other"),
+    "keys do not travel around the ring": (
+        2, RING, replaced(CONTEXT, "pass_on_async", lambda x, _: Pending(x)), "gradient", "self_attn is wrong"),
+    "gradients of keys do not travel around the ring": (
+        2, RING, _gradients_stay, "gradient", "k_proj.weight"),
+    "all keys are taken to be this rank's": (
+        2, ALL_KEYS, replaced(CONTEXT, "all_gather_async", lambda x, axis, dim: Pending(torch.cat([x] * 2, dim))),
+        "gradient", "self_attn is wrong"),
+    "gradients of keys are not summed over the ranks that used them": (
+        2, ALL_KEYS, replaced(CONTEXT, "reduce_scatter_async", _own_part), "gradient", "k_proj.weight"),
+    "heads are not exchanged for tokens": (
+        2, BY_HEADS, replaced(CONTEXT, "all_to_all_async", lambda x, _: Pending(x)), "gradient", "self_attn is wrong"),
+    "ranks have each other's targets": (
+        2, RING, _others_targets, "gradient", "the gradient of the output of norm"),
+    "no sum over the parts that hold the same slices": (
+        4, PARTS, replaced(Bucket, "sum_over_replicate", lambda self: Pending(self.own_gradient)),
+        "gradient", "after all reductions"),
+    "every part counts and saves its slices": (
+        4, PARTS, replaced(Bucket, "is_owned", property(lambda _: True)), "ownership", "2 to 2 ranks"),
+    "sharded parameters are this rank's slice, repeated": (
+        2, SHARDED, replaced(STORE, "all_gather_flat_async", _repeat_own),
+        "gradient", "is wrong"),
+    "of several microbatches the last one's gradient overwrites the sum": (
+        2, SLICES, _forget_sum, "gradient", "after all reductions"),
+    "without sharding no gradient is summed": (
+        2, UNSHARDED, replaced(STORE, "all_reduce_async", lambda x, _: Pending(x)), "gradient", "after all reductions"),
+    "two chunks of a rank have each other's layers": (
+        2, CHUNKS, _swapped_chunks, "collectives", ""),
 }  # fmt: skip
 """Ranks, settings, the fault, and what is found: its kind, and a part of its message."""
 
@@ -297,7 +391,7 @@ def test_a_schedule_that_leaves_out_a_backward_is_named(monkeypatch):
     def broken(*arguments: Any) -> Any:
         return [action for action in original(*arguments) if action != Backward(0)]
 
-    monkeypatch.setitem(SCHEDULES, "1f1b", broken)
+    monkeypatch.setitem(SCHEDULES, "1f1b", replace(original, order=broken))
     monkeypatch.setattr(
         "megagap.planning.certificate.gradient_types", lambda settings, ranks: _nothing(settings, ranks)
     )

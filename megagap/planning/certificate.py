@@ -9,7 +9,7 @@ from rich.table import Table
 from megagap.config import Settings, timeline_of
 from megagap.errors import MegagapError, counted
 from megagap.model.shapes import parameter_count
-from megagap.parallel.layout import AXES, Layout
+from megagap.parallel.layout import AXES, Layout, Members
 from megagap.parallel.program import programs_of
 from megagap.parallel.schedule import choose
 from megagap.planning.coverage import Holding, coverage_faults, group_faults, group_orders, holdings
@@ -90,7 +90,7 @@ class Certificate:
             "device": self.device.key,
             "groups": [
                 {"axis": axis, "groups": len(groups), "ranks_each": max(map(len, groups))}
-                for axis, groups in layout.divisions.items()
+                for axis, groups in all_groups(layout).items()
             ],
             "roles": [self._role(role) for role in self.roles],
             "proofs": [
@@ -197,8 +197,9 @@ def _coverage(settings: Settings, layout: Layout, held: Sequence[Holding]) -> Pr
 
 def _groups(layout: Layout) -> Proof:
     orders = group_orders(layout)
-    groups = sum(len(members) for members in layout.divisions.values())
-    made = f"{counted(groups, 'group')} of {counted(len(layout.divisions), 'axis', 'axes')}"
+    made_of = all_groups(layout)
+    groups = sum(len(members) for members in made_of.values())
+    made = f"{counted(groups, 'group')} of {counted(len(made_of), 'axis', 'axes')}"
     examined = f"{made}, made by {counted(layout.world_size, 'rank')} in one order"
     return Proof("groups", examined, tuple(group_faults(layout.world_size, orders)))
 
@@ -245,9 +246,15 @@ def roles_table(certificate: Certificate) -> Table:
     return table
 
 
+def all_groups(layout: Layout) -> dict[str, tuple[Members, ...]]:
+    """The world's group and those of :attr:`Layout.divisions`."""
+    world = {"world": (tuple(range(layout.world_size)),)} if layout.world_size > 1 else {}
+    return {**world, **layout.divisions}
+
+
 def groups_table(layout: Layout) -> Table:
-    """The groups that are made, in this order."""
+    """The groups that are made, in this order. Axes with the same members share them."""
     table = Table("axis", "groups", "ranks in each")
-    for axis, groups in layout.divisions.items():
+    for axis, groups in all_groups(layout).items():
         table.add_row(axis, f"{len(groups):,}", f"{max(map(len, groups)):,}")
     return table

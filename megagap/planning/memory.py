@@ -418,9 +418,14 @@ class _Stage:
     def deferred(self) -> int:
         """What the weight gradients of a microbatch keep until they are computed: input and output's gradient of each
         matrix. It is a little less than :attr:`saved`."""
+        return self.layers * self._deferred_by_layer
+
+    @property
+    def _deferred_by_layer(self) -> int:
         attention = self.R + self.Q + 2 * self.K + self.Q + self.R
         feed_forward = self.R + 2 * self.F + self.F + self.R
-        return self.layers * (attention + feed_forward)
+        # What the product of gate and up is made of again is kept in its place.
+        return attention + feed_forward + (self.F if self.recompute == "selective" else 0)
 
     # -- moments
 
@@ -430,11 +435,12 @@ class _Stage:
         whether weight gradients are put off."""
         if self.has_head:
             yield from self._loss(others, held.in_loss)
-        for layer in reversed(range(self.layers if held.any else min(self.layers, 1))):
-            # Counted from the last layer; its activations are gone once it went backward.
-            gone = self.layers - 1 - layer if held.any else 0
+        kept = 2 * self.R if self.recompute == "full" else self._saved_by_layer
+        for layer in reversed(range(self.layers if held.any or deferring else min(self.layers, 1))):
+            # Counted from the last layer; once it went backward, it has only what is deferred.
+            gone = self.layers - 1 - layer if held.any or deferring else 0
             for moment in self._last_layer_backward(others, deferring):
-                less = gone * (2 * self.R if self.recompute == "full" else self._saved_by_layer)
+                less = gone * (kept - (self._deferred_by_layer if deferring else 0))
                 name = moment.name if not gone else "backward of an earlier layer"
                 yield _Moment(name, moment.activations - less, moment.workspace + held.backward(layer))
         if self.has_embedding:

@@ -19,6 +19,16 @@ TRIES = 200
 
 LARGEST_TP = 64
 
+DEFAULTS = {
+    "parallel.tp": 1,
+    "parallel.pp": 1,
+    "parallel.cp": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "optim.zero": 1,
+}
+"""What is changed, and what a recipe that does not say has."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -38,7 +48,10 @@ class Change:
 def nearest_layouts(
     recipe: Path, overrides: Sequence[str], world_size: int, is_good: Callable[[Settings], bool] = lambda _: True
 ) -> list[Change]:
-    """The nearest changes of tp, pp and batch sizes with which the recipe is valid on so many ranks."""
+    """The nearest changes of tp, pp, cp, ``optim.zero`` and batch sizes that make the recipe valid on so many ranks.
+
+    Other settings stay, those that these changes do not allow (``layers_per_stage``, say) rule them out.
+    """
     found: list[Change] = []
     for change in list(_candidates(_given(recipe, overrides), world_size))[:TRIES]:
         try:
@@ -62,35 +75,37 @@ def _given(recipe: Path, overrides: Sequence[str]) -> dict[str, int]:
         tree = {}
     typed = dict(text.split("=", 1) for text in overrides)
     given = {}
-    for name in ("parallel.tp", "parallel.pp", "train.global_batch_size", "train.micro_batch_size"):
+    for name, default in DEFAULTS.items():
         section, key = name.split(".")
         table = tree.get(section)
-        value = typed.get(name, table.get(key, 1) if isinstance(table, dict) else 1)
+        value = typed.get(name, table.get(key, default) if isinstance(table, dict) else default)
         text = str(value)
-        given[name] = int(text) if text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text) else 1
+        given[name] = int(text) if text.isascii() and text.isdecimal() and 0 < len(text) < 10 else default
+        given[name] = given[name] or (0 if name == "optim.zero" else 1)
     return given
 
 
 def _candidates(given: dict[str, int], world_size: int) -> Iterator[Change]:
     changes = []
-    micro_batches = sorted({given["train.micro_batch_size"], 1})
-    for tp in _divisors(world_size, LARGEST_TP):
-        for pp in _divisors(world_size // tp, world_size):
-            for micro in micro_batches:
-                unit = world_size // (tp * pp) * micro
-                batch = given["train.global_batch_size"]
-                for rounded in {batch // unit * unit, -(-batch // unit) * unit} - {0}:
-                    chosen = {
-                        "parallel.tp": tp,
-                        "parallel.pp": pp,
-                        "train.global_batch_size": rounded,
-                        "train.micro_batch_size": micro,
-                    }
-                    changed = {name: value for name, value in chosen.items() if value != given[name]}
-                    if changed:
-                        # Powers of two apart; a change more than another counts, too.
-                        apart = sum(abs(math.log2(value / given[name])) for name, value in changed.items())
-                        changes.append(Change(changed, apart + 0.5 * len(changed)))
+    sizes = (
+        (tp, pp, cp, micro, zero)
+        for tp in _divisors(world_size, LARGEST_TP)
+        for pp in _divisors(world_size // tp, world_size)
+        for cp in sorted({1, given["parallel.cp"], 2 * given["parallel.cp"]})
+        for micro in sorted({given["train.micro_batch_size"], 1})
+        for zero in sorted({given["optim.zero"], 3})
+        if world_size % (tp * pp * cp) == 0
+    )
+    for tp, pp, cp, micro, zero in sizes:
+        unit = world_size // (tp * pp * cp) * micro
+        batch = given["train.global_batch_size"]
+        for rounded in {batch // unit * unit, -(-batch // unit) * unit} - {0}:
+            chosen = dict(zip(DEFAULTS, (tp, pp, cp, rounded, micro, zero), strict=True))
+            changed = {name: value for name, value in chosen.items() if value != given[name]}
+            if changed:
+                # Powers of two apart; a change more than another counts, too.
+                apart = sum(abs(math.log2((value or 1) / (given[name] or 1))) for name, value in changed.items())
+                changes.append(Change(changed, apart + 0.5 * len(changed)))
     yield from sorted(changes, key=lambda change: (change.distance, str(change)))
 
 

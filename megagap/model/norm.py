@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def again(self, total: Tensor) -> Again:
         """How to make its first result again from the second."""
-        return Again(self._normalised, (total.detach(),))
+        return Again(self._normalised, (total.detach(),), (self.weight,))
 
-    def _normalised(self, total: Tensor) -> Tensor:
-        return rms_norm(total, self.weight, self.eps, self.gain_scale)
+    def _normalised(self, total: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(total, weight, self.eps, self.gain_scale)

@@ -49,6 +49,7 @@ def _context(layers: Sequence[Any], x: Tensor, first_weight: int) -> SimpleNames
         saved_tensors=(*weights, x),
         weight_count=len(weights),
         make_input=lambda x: x,
+        read_again=(),
         needs_input_grad=(True, *others, *(weight.requires_grad for weight in weights)),
         region=layers[0].region,
         queue=layers[0].queue,
@@ -130,7 +131,7 @@ def row_product(x: Tensor, layer: Tensor, length: int, width: int) -> Tensor:
     (found,) = _find([layer])
     with torch.no_grad():
         y: Tensor = _RowProduct.apply(x, found.region, found.queue, found.weight, None, found.computes)
-        return y
+        return y.contiguous()  # as a graph expects; what is not computed has no memory of its own
 
 
 @row_product.register_fake

@@ -70,6 +70,9 @@ class Again:
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     """Without history; kept anyway, or smaller than what they make."""
+    parameters: tuple[Tensor, ...] = ()
+    """Further arguments, which are read when it is made again. Of those, a deferred weight gradient keeps a copy: where
+    parameters are there only while their block is computed, they are gone by then."""
 
 
 @dataclass(frozen=True)
@@ -325,13 +328,15 @@ def _keep(ctx: Any, x: Tensor, again: Again | None, weights: Sequence[Tensor]) -
     inputs = (x,) if again is None else again.inputs
     ctx.save_for_backward(*weights, *inputs)
     ctx.weight_count, ctx.make_input = len(weights), _itself if again is None else again.function
+    ctx.read_again = () if again is None else again.parameters
 
 
 def _kept(ctx: Any) -> tuple[list[Tensor], Callable[[], Tensor]]:
     """The weights, and what returns the input: each call makes it again if it was not kept."""
     saved, make_input = ctx.saved_tensors, ctx.make_input
     weights, inputs = saved[: ctx.weight_count], saved[ctx.weight_count :]
-    return list(weights), lambda: make_input(*inputs)
+    parameters = [p.detach().clone() for p in ctx.read_again] if ctx.queue.is_deferring else ctx.read_again
+    return list(weights), lambda: make_input(*inputs, *parameters)
 
 
 def _itself(x: Tensor) -> Tensor:

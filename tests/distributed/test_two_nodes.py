@@ -8,6 +8,7 @@ import pytest
 from megagap.observe.metrics import read_metrics
 from tests.distributed.machines import ROOT, finish, wait_until
 from tests.launching import is_alive
+from tests.parity.test_layouts import layout_overrides
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -28,16 +29,19 @@ LAYOUTS = {
     "tp within, pp across": dict(tp=2, pp=2),
     "tp within, dp across": dict(tp=2),
     "dp within, pp across": dict(pp=2),
+    "tp within, cp across": dict(tp=2, cp=2),
+    "cp within, pp across": dict(cp=2, pp=2, context_mode="alltoall"),
+    "tp within, dp across, zero 3": dict(tp=2, zero=3),
 }
 """Of two processes on each machine; ranks next to each other are on one."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path, layout):
-    recipe = write_recipe(tmp_path, parallel=LAYOUTS[layout])
-    expected = workers.run(4, train_recipe, recipe, [f"run.dir={tmp_path / 'one'}"])[0]
+    recipe, overrides = write_recipe(tmp_path), layout_overrides(LAYOUTS[layout])
+    expected = workers.run(4, train_recipe, recipe, [*overrides, f"run.dir={tmp_path / 'one'}"])[0]
 
-    started = machines.launch(tmp_path, recipe)
+    started = machines.launch(tmp_path, recipe, *(f"--{override}" for override in overrides))
     assert finish(started) == [0, 0], "\n".join(one.output for one in started)
     metrics = read_metrics(tmp_path / "run/metrics.jsonl")
     assert len(metrics) == 10

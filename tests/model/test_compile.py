@@ -20,6 +20,7 @@ from megagap.model.llama import build_whole
 from megagap.parallel.schedule import BackwardInput, BackwardWeight, Compute, Forward
 from tests.launching import SECONDS
 from tests.parity.gradients import assembled, gradients, largest_difference
+from tests.parity.test_layouts import layout_overrides
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -32,7 +33,14 @@ LAYOUTS = {
     "tp4, more ranks than key/value heads": (4, dict(tp=4)),
     "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
     "tp2 dp2, document mask": (4, dict(tp=2)),
+    "tp2, full recomputation": (2, dict(tp=2, recompute="full")),
+    "dp2 zero 3": (2, dict(zero=3)),
+    "cp2, ring, document mask": (2, dict(cp=2)),
+    "pp2 dp2 zero 3, zb-v, full recomputation": (4, dict(pp=2, schedule="zb-v", zero=3, recompute="full")),
 }
+
+QUICK = ("tp2", "tp2, full recomputation")
+"""Those that are compiled to code by default; of the others, their graphs run as they are."""
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +57,13 @@ def model(workers, tmp_path_factory):
 
 def run(workers, recipe, layout, backend, schedule=None):
     ranks, parallel = LAYOUTS[layout]
-    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
-    overrides += [f"data.document_mask={str('mask' in layout).lower()}", "train.compile=true"]
+    overrides = [*layout_overrides(parallel), f"data.document_mask={str('mask' in layout).lower()}"]
+    overrides += ["train.compile=true"]
     nothing = (None, "cpu", torch.float64, None)
     return workers.run(ranks, gradients, recipe, overrides, *nothing, schedule, backend)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("one process", "tp2")])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("one process", *QUICK)])
 def test_every_gradient_of_the_layers_graphs_equals_that_of_a_plain_process(layout, model, workers):
     recipe, expected = model
     assert largest_difference(run(workers, recipe, layout, "aot_eager"), expected["mask" in layout]) < TOLERANCE
@@ -63,7 +71,7 @@ def test_every_gradient_of_the_layers_graphs_equals_that_of_a_plain_process(layo
 
 @pytest.mark.parametrize(
     "layout",
-    [name if name == "tp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
 def test_every_gradient_of_compiled_layers_equals_that_of_a_plain_process(layout, model, workers):
     recipe, expected = model
@@ -138,8 +146,7 @@ def test_compiled_layers_train_like_one_plain_process(layout, workers, tmp_path)
     given = [f"data.document_mask={str('mask' in layout).lower()}"]
     recipe = write_recipe(tmp_path, train=dict(steps=6))
     (plain,) = workers.run(1, train_recipe, recipe, [*given, f"run.dir={tmp_path / 'plain'}"])
-    given += [f"parallel.{name}={str(value).lower()}" for name, value in parallel.items()]
-    given += ["train.compile=true", f"run.dir={tmp_path / 'compiled'}"]
+    given += [*layout_overrides(parallel), "train.compile=true", f"run.dir={tmp_path / 'compiled'}"]
     ours = workers.run(ranks, train_recipe, recipe, given)[0]
     for key in ("loss", "grad_norm"):
         assert [m[key] for m in ours] == pytest.approx([m[key] for m in plain], rel=1e-5)

@@ -36,10 +36,12 @@ SHARDED = {
 """What is sharded over data-parallel ranks: losses and norms of whole runs."""
 
 
+SECTIONS = {"zero": "optim", "recompute": "train"}
+"""Of the settings of a layout that are not in ``[parallel]``."""
+
+
 def layout_overrides(layout):
-    return [
-        f"{'optim' if name == 'zero' else 'parallel'}.{name}={str(value).lower()}" for name, value in layout.items()
-    ]
+    return [f"{SECTIONS.get(name, 'parallel')}.{name}={str(value).lower()}" for name, value in layout.items()]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

@@ -23,16 +23,17 @@ def model(workers, tmp_path_factory):
     return recipe, assembled(parts)
 
 
-def split_backwards(rank, ranks, recipe, zero):
+def split_backwards(rank, ranks, recipe, zero, recompute):
     """Two stages in a V, whose weight gradients are computed after everything else."""
-    overrides = ["parallel.pp=2", f"optim.zero={zero}"]
-    return gradients(rank, ranks, recipe, overrides, placement=Placement.v_shape([1, 1, 2, 1]), schedule=v_shaped)
+    overrides = ["parallel.pp=2", f"optim.zero={zero}", f"train.recompute={recompute}"]
+    return gradients(rank, ranks, recipe, overrides, placement=Placement.v_shape([1, 1, 2, 1]), order=v_shaped)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_weight_gradients_may_come_later_than_those_of_the_input(workers, model, zero):
+@pytest.mark.parametrize(("zero", "recompute"), [(2, "none"), (3, "none"), (3, "selective"), (3, "full")])
+def test_weight_gradients_may_come_later_than_those_of_the_input(workers, model, zero, recompute):
+    """When the gains that make their inputs again are no longer there."""
     recipe, expected = model
-    assert largest_difference(workers.run(4, split_backwards, recipe, zero), expected) < TOLERANCE
+    assert largest_difference(workers.run(4, split_backwards, recipe, zero, recompute), expected) < TOLERANCE
 
 
 def recomputed(rank, ranks, recipe, inside, reentrant):

@@ -8,7 +8,7 @@ from tests.training_run import train_recipe
 STEPS = 10
 TOLERANCE = 1e-5
 
-LAYOUTS = {
+ON_ALL_MODELS = {
     "tp2": (2, dict(tp=2)),
     "tp2 without sequence parallelism": (2, dict(tp=2, sequence_parallel=False)),
     "tp4, more ranks than key/value heads": (4, dict(tp=4)),
@@ -21,6 +21,9 @@ LAYOUTS = {
     "tp2 dp2": (4, dict(tp=2)),
     "pp2 dp2": (4, dict(pp=2)),
     "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
+}
+
+LAYOUTS = ON_ALL_MODELS | {
     "pp2 vpp2": (2, dict(pp=2, vpp=2)),
     "cp2 dp2, ring": (4, dict(cp=2)),
     "cp2 tp2, alltoall": (4, dict(cp=2, tp=2, context_mode="alltoall")),
@@ -40,24 +43,32 @@ SECTIONS = {"zero": "optim", "recompute": "train"}
 """Of the settings of a layout that are not in ``[parallel]``."""
 
 
+def on_models(layouts, models):
+    """Pairs of a model and a layout: every layout on the last model, and those that touch all of it on the others."""
+    return [(model, layout) for model in models for layout in layouts if model == models[-1] or layout in ON_ALL_MODELS]
+
+
 def layout_overrides(layout):
     return [f"{SECTIONS.get(name, 'parallel')}.{name}={str(value).lower()}" for name, value in layout.items()]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+MODELS = ["untied", "tied"]
+
+
+@pytest.fixture(scope="module")
 def reference(request, workers, tmp_path_factory):
     """A recipe and its metrics from one process."""
     folder = tmp_path_factory.mktemp("parity")
     recipe = write_recipe(
         folder,
-        model=dict(tie_word_embeddings=request.param),
+        model=dict(tie_word_embeddings=request.param == "tied"),
         train=dict(steps=STEPS, evaluate_every=5, evaluate_samples=5),
     )
     (metrics,) = workers.run(1, train_recipe, recipe, [f"run.dir={folder / 'one'}"])
     return recipe, metrics
 
 
-@pytest.mark.parametrize("layout", LAYOUTS | SHARDED)
+@pytest.mark.parametrize(("reference", "layout"), on_models(LAYOUTS | SHARDED, MODELS), indirect=["reference"])
 def test_layout_equals_one_process(layout, reference, workers, tmp_path):
     recipe, expected = reference
     ranks, parallel = (LAYOUTS | SHARDED)[layout]
@@ -72,6 +83,7 @@ def test_layout_equals_one_process(layout, reference, workers, tmp_path):
     assert "validation_loss/fr" in metrics[-1]
 
 
+@pytest.mark.parametrize("reference", MODELS, indirect=True)
 def test_the_reference_learns(reference):
     """A parity test on a model that stands still would prove little."""
     _, metrics = reference

@@ -128,7 +128,7 @@ def certify(settings: Settings, device: Device, world_size: int, device_must_fit
     roles = list(_roles(settings, layout, held, stages))
     gradients = gradient_types(settings, world_size)
     proofs = [
-        *_gradient_proofs(gradients),
+        *_gradient_proofs(gradients, settings.train.compile),
         _schedule(settings, layout),
         _coverage(settings, layout, held),
         _groups(layout),
@@ -144,7 +144,7 @@ def certify(settings: Settings, device: Device, world_size: int, device_must_fit
 def _roles(settings: Settings, layout: Layout, held: Sequence[Holding], stages: Sequence[RankMemory]) -> Iterator[Role]:
     by_role: dict[str, list[int]] = {}
     for stage in range(layout.pp):
-        by_role.setdefault(role_of(stage, layout.pp), []).append(stage)
+        by_role.setdefault(role_of(settings.placement, stage), []).append(stage)
     first = {layout.coordinates(holding.rank)["pp"]: holding for holding in reversed(held)}
     for name, members in by_role.items():
         stage = max(members, key=lambda stage: stages[stage].total if stages else first[stage].parameters)
@@ -160,7 +160,8 @@ def _too_full(role: Role, device: Device) -> str:
     )
 
 
-def _gradient_proofs(gradients: GradientTypes) -> Iterator[Proof]:
+def _gradient_proofs(gradients: GradientTypes, compiles: bool) -> Iterator[Proof]:
+    """``compiles``: whether the recipe does; the examined step never does."""
     layout = gradients.layout
     sizes = ", ".join(f"{axis} {layout.size(axis)}" for axis in ("pp", "dp", "cp", "tp"))
     model = gradients.settings.model
@@ -169,6 +170,8 @@ def _gradient_proofs(gradients: GradientTypes) -> Iterator[Proof]:
         f"{counted(model.num_hidden_layers, 'layer')} and a vocabulary of {model.vocab_size}, in float64: every "
         "gradient before and after its reductions against one process"
     )
+    if compiles:
+        examined += "; examined without compiling its layers (train.compile)"
     yield Proof("gradients", examined, tuple(f.message for f in gradients.findings if f.kind != "collectives"))
     examined = f"{counted(gradients.collectives, 'call')} of that step, each matched among all members of its group"
     yield Proof("collectives", examined, tuple(f.message for f in gradients.findings if f.kind == "collectives"))
@@ -177,22 +180,35 @@ def _gradient_proofs(gradients: GradientTypes) -> Iterator[Proof]:
 def _schedule(settings: Settings, layout: Layout) -> Proof:
     train = settings.train
     name, _ = choose(settings.parallel.schedule, settings.parallel.vpp)
-    microbatches = timeline_of(settings).largest_batch // (train.micro_batch_size * layout.dp)
-    faults: tuple[str, ...] = ()
-    try:
-        programs_of(settings.schedule, settings.placement, microbatches)
-    except AssertionError as error:
-        faults = (f"{name}: {error}",)
-    examined = f"{name} on {counted(layout.pp, 'stage')} with {counted(microbatches, 'microbatch', 'microbatches')}"
-    return Proof("schedule", f"{examined}: order, matching transfers, no deadlock", faults)
+    batches = {stretch.batch_size for stretch in timeline_of(settings).stretches}
+    counts = sorted(batch // (train.micro_batch_size * layout.dp) for batch in batches)
+    faults = []
+    for microbatches in counts:
+        try:
+            programs_of(settings.schedule, settings.placement, microbatches)
+        except AssertionError as error:
+            faults.append(f"{name} with {counted(microbatches, 'microbatch', 'microbatches')}: {error}")
+    *fewer, most = counts
+    numbers = ", ".join(f"{few:,}" for few in fewer) + " and " * bool(fewer)
+    ranks = counted(layout.pp, "stage") if settings.placement.chunks == 1 else counted(layout.pp, "pipeline rank")
+    chunks = "" if settings.placement.chunks == 1 else f" of {settings.placement.chunks} virtual stages"
+    examined = f"{name} on {ranks}{chunks} with {numbers}{counted(most, 'microbatch', 'microbatches')}"
+    return Proof("schedule", f"{examined}: order, matching transfers, live activations, no deadlock", tuple(faults))
 
 
 def _coverage(settings: Settings, layout: Layout, held: Sequence[Holding]) -> Proof:
     examined = (
         f"the parameters of {counted(len(held), 'pipeline and tensor-parallel rank')}, and their slices on "
-        f"{counted(layout.size('data'), 'data-parallel rank')}: each element has one owner"
+        f"{counted(layout.size('shard') if settings.optim.zero else 1, 'data-parallel rank')}"
+        + (f", of which {copies:,} have each" if (copies := _copies(settings, layout)) > 1 else "")
+        + ": each element has one owner"
     )
     return Proof("coverage", examined, tuple(coverage_faults(settings, layout, held)))
+
+
+def _copies(settings: Settings, layout: Layout) -> int:
+    """Data-parallel ranks that have the same slice of every bucket."""
+    return layout.size("replicate" if settings.optim.zero else "data")
 
 
 def _groups(layout: Layout) -> Proof:

@@ -30,6 +30,7 @@ from megagap.optim.gradient_store import Bucket
 from megagap.parallel.context import own_places
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
+from megagap.parallel.placement import Placement
 from megagap.parallel.shard import Shard
 from megagap.planning.simulation import Simulation, SimulationFault
 from megagap.training.mesh import make_layout
@@ -259,7 +260,7 @@ def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined
             start, values = owned.get(part.shard.name, (part.start, part.tensor[:0]))
             owned[part.shard.name] = (min(start, part.start), torch.cat([values, part.tensor]))
     shards = {parameter.shard.name: parameter.shard for parameter in parameters}
-    return Examined(rank, role_of(mesh.pp.rank, layout.pp), shards, local, owned, counted, activations)
+    return Examined(rank, role_of(settings.placement, mesh.pp.rank), shards, local, owned, counted, activations)
 
 
 def _keep_before_reductions(bucket: Bucket, local: dict[str, Tensor]) -> None:
@@ -277,11 +278,15 @@ def _keep_before_reductions(bucket: Bucket, local: dict[str, Tensor]) -> None:
     bucket.start_reduction = keep_and_start  # type: ignore[method-assign]
 
 
-def role_of(stage: int, stages: int) -> str:
-    """What a pipeline rank is."""
-    if stages == 1:
+def role_of(placement: Placement, rank: int) -> str:
+    """What a pipeline rank is, by its virtual stages: in a V, one rank has the first and the last."""
+    if placement.ranks == 1:
         return "only stage"
-    return "first stage" if stage == 0 else "last stage" if stage == stages - 1 else "middle stage"
+    stages = placement.stages_of(rank)
+    first, last = any(stage.has_embedding for stage in stages), any(stage.has_head for stage in stages)
+    if first and last:
+        return "first and last stage"
+    return "first stage" if first else "last stage" if last else "middle stage"
 
 
 def _watch(stages: Sequence[LlamaStage]) -> list[tuple[str, int, str, Tensor]]:

@@ -147,7 +147,7 @@ def test_a_context_parallel_rank_without_any_target_does_no_harm(mode, model, wo
     assert largest_difference(results, assembled(parts)) < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
 def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
     """In layouts that together reach every call site of a collective between the batch and the gradients."""

@@ -20,6 +20,8 @@ from megagap.planning.gradient_types import _reference, _step, gradient_types, r
 from megagap.planning.simulation import Simulation
 from megagap.planning.volume import volume_by_axis
 from megagap.training.mesh import make_layout
+from tests.parity.cases import ranks_of, write_case
+from tests.parity.grid import cases
 from tests.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -161,3 +163,44 @@ def test_the_reference_is_one_process():
     small, layout = reduced(settings_of(4, {"parallel.tp": 2}), make_layout(settings_of(4, {"parallel.tp": 2}), 4))
     reference = _reference(small, layout)
     assert all(len(values) == reference.shards[name].numel for name, (_, values) in reference.owned.items())
+
+
+def schedule_proof(ranks: int, *overrides: str) -> Any:
+    settings = load_recipe(RECIPES / "code.toml", ["train.micro_batch_size=1", *overrides], ranks, needs_data=False)
+    certificate = certify(settings, load_device("h100"), ranks)
+    return certificate, next(proof for proof in certificate.proofs if proof.name == "schedule")
+
+
+def test_the_programs_of_every_batch_size_of_a_ramp_are_proven():
+    _, proof = schedule_proof(2, "parallel.pp=2", "train.batch_ramp=[[4096, 12]]")
+    assert proof.holds and "microbatches" in proof.examined and " and " in proof.examined.partition("with")[2]
+
+
+def test_in_a_v_one_rank_is_first_and_last():
+    certificate, proof = schedule_proof(3, "parallel.pp=3", "parallel.schedule=zb-v", "model.num_hidden_layers=6",
+                                        "train.global_batch_size=9")  # fmt: skip
+    assert [role.name for role in certificate.roles] == ["first and last stage", "middle stage"]
+    assert certificate.holds and "3 pipeline ranks of 2 virtual stages" in proof.examined
+
+
+def test_a_compiled_step_is_said_to_be_examined_without_compiling():
+    certificate, _ = schedule_proof(2, "train.compile=true")
+    assert any("without compiling" in proof.examined for proof in certificate.proofs)
+
+
+SAMPLE = 20
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Cases of the grid on several ranks."""
+    several = [case for case in cases(sample=True)[0] if ranks_of(case) > 1]
+    assert len(several) >= SAMPLE
+    return several[:: len(several) // SAMPLE][:SAMPLE]
+
+
+@pytest.mark.parametrize("number", range(SAMPLE))
+def test_a_layout_of_the_grid_passes_the_dry_run(number, sample, tmp_path):
+    ranks = ranks_of(sample[number])
+    settings = load_recipe(write_case(tmp_path, sample[number]), [], ranks)
+    assert certify(settings, load_device("h100"), ranks).reasons == []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cases are those of the tests, which are not installed
 
+from megagap.checkpoint import find_model
 from megagap.config import load_recipe
 from megagap.errors import ConfigError, counted, run_tool
 from tests.parity.comparison import Comparison
@@ -71,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def replay(options: argparse.Namespace, comparison: Comparison) -> bool:
     """Whether anything is wrong with the recipe given."""
-    settings = load_recipe(options.recipe, world_size=options.ranks)
+    settings = load_recipe(options.recipe, world_size=options.ranks, find_model=find_model)
     if settings.data.phases or not settings.train.steps or settings.checkpoint.load not in ("", "latest"):
         raise ConfigError(f"{options.recipe} is compared from scratch over train.steps on data.sources\n  set those")
     finding = comparison.check(options.recipe, options.ranks)

@@ -71,7 +71,7 @@ def test_every_gradient_of_the_layers_graphs_equals_that_of_a_plain_process(layo
 
 @pytest.mark.parametrize(
     "layout",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS],
 )
 def test_every_gradient_of_compiled_layers_equals_that_of_a_plain_process(layout, model, workers):
     recipe, expected = model
@@ -139,7 +139,7 @@ def in_phases(folder: Path, lengths: list[int], **changes: Any) -> Path:
     return write_recipe(folder, data=data, train=train, **changes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_layers_train_like_one_plain_process(layout, workers, tmp_path):
     ranks, parallel = LAYOUTS[layout]

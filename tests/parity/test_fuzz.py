@@ -59,7 +59,7 @@ def test_a_seed_and_a_number_determine_a_case():
 @pytest.mark.parametrize(
     ("site", "how", "remains"),
     [
-        ("gradient_store.Bucket.start_reduction: reduce_scatter_flat_async over data", "double", {"dp": 2}),
+        ("gradient_store.Bucket.start_reduction: reduce_scatter_flat_async over shard", "double", {"dp": 2}),
         ("cross_entropy._over_vocabulary: all_reduce over tp", "drop", {"parallel.tp": 2}),
     ],
 )

@@ -141,7 +141,7 @@ def test_recomputation_keeps_what_the_formula_says(workers, tmp_path, layout, re
 
 
 @needs_kernels
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -1,7 +1,7 @@
 """Times causal attention on a GPU with every back end that torch has there, forward and backward, in TFLOP/s.
 
-    python tests/benchmarks/attention.py
-    python tests/benchmarks/attention.py --dtypes float32 --documents 16 --output runs/attention
+    PYTHONPATH=. python tests/benchmarks/attention.py
+    PYTHONPATH=. python tests/benchmarks/attention.py --dtypes float32 --documents 16 --output runs/attention
 
 Grouped keys and values are passed as they are if a back end supports them, else repeated ("expanded"). ``--documents``
 packs each sequence from that many documents and compares a mask with variable-length kernels. The operations of the

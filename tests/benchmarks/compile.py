@@ -1,7 +1,7 @@
 """Times training steps with and without train.compile, in turn and in one process on CPU.
 
-    python tests/benchmarks/compile.py
-    python tests/benchmarks/compile.py --rounds 3 --hidden 64 --layers 2 --length 64
+    PYTHONPATH=. python tests/benchmarks/compile.py
+    PYTHONPATH=. python tests/benchmarks/compile.py --rounds 3 --hidden 64 --layers 2 --length 64
 
 Every step is the trainer's own, with random tokens: data, update and records included. Compiling is done before the
 first step that counts. ``--train.…`` and other settings are passed on to both arms.

@@ -1,7 +1,7 @@
 """Times the output projection and its loss on a GPU, forward and backward, by chunk size.
 
-    python tests/benchmarks/loss.py
-    python tests/benchmarks/loss.py --tokens 8192 --megabytes 64 512 --output runs/loss
+    PYTHONPATH=. python tests/benchmarks/loss.py
+    PYTHONPATH=. python tests/benchmarks/loss.py --tokens 8192 --megabytes 64 512 --output runs/loss
 
 Rivals: Liger-Kernel's fused linear cross-entropy and quack's, where they are installed. The floor is three matrix
 products (logits, gradient of the input, gradient of the weight) at the rate of one large product measured beside them.

@@ -1,7 +1,7 @@
 """Times the training step of a recipe's model in other implementations, on one GPU, in tokens per second.
 
-    python tests/benchmarks/peers.py examples/recipes/gaperon-1b-one-gpu.toml
-    python tests/benchmarks/peers.py recipe.toml --arms transformers liger --output runs/peers
+    PYTHONPATH=. python tests/benchmarks/peers.py examples/recipes/gaperon-1b-one-gpu.toml
+    PYTHONPATH=. python tests/benchmarks/peers.py recipe.toml --arms transformers liger --output runs/peers
 
 Arms: ``transformers`` (SDPA attention), ``liger`` (the same with Liger-Kernel's operations, where it is installed),
 ``compiled`` (transformers under torch.compile) and ``megatron`` (megatron-core's model without Transformer Engine, its

@@ -1,7 +1,7 @@
 """Tokens per second of each parallelism over one process, and of the same model by torch's own, on two cores.
 
     PYTHONPATH=. python tests/benchmarks/parallel.py
-    PYTHONPATH=. python tests/benchmarks/parallel.py --rounds 2 --steps 3 --hidden 64 --layers 2 --vocabulary 128 --length 64
+    PYTHONPATH=. python tests/benchmarks/parallel.py --rounds 2 --steps 3 --hidden 64 --layers 2 --length 64
     PYTHONPATH=. python tests/benchmarks/parallel.py --arms "one process" dp2 "torch DDP dp2" --json
 
 One process has two threads, two processes have one each, on gloo. Every arm has the same model in fp32, microbatches,

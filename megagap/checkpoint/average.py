@@ -18,7 +18,7 @@ from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_slices
 from megagap.checkpoint.output import require_new
 from megagap.checkpoint.save import save_checkpoint
-from megagap.checkpoint.state import check_tensors, read_ids, read_model
+from megagap.checkpoint.state import check_tensors, read_ids, read_model, state_of_model
 from megagap.config import Model
 from megagap.errors import CheckpointError
 from megagap.files import file_errors
@@ -150,12 +150,7 @@ def _state(checkpoints: Sequence[Path], index: Index, model: Model, shares: Sequ
     data = index.state.get("data")
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
     return {
-        "step": 0,
-        "updates": 0,
-        "consumed_samples": 0,
-        "consumed_tokens": 0,
-        "model": model.model_dump(mode="json"),
-        "data": {"tokenizer": tokenizer or ""},
+        **state_of_model(model, tokenizer),
         **{field: index.state[field] for field in CARRIED if field in index.state},
         "average_of": [
             {"checkpoint": str(folder.absolute()), "share": share}

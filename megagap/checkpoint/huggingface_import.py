@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +19,7 @@ from megagap.checkpoint.huggingface_config import read_settings
 from megagap.checkpoint.model import SingleProcessModel, build_model, widest
 from megagap.checkpoint.output import require_new
 from megagap.checkpoint.save import save_checkpoint
+from megagap.checkpoint.state import state_of_model
 from megagap.config import Model
 from megagap.data.agreement import Ids
 from megagap.errors import CheckpointError, DataError, library_errors
@@ -84,13 +84,12 @@ def import_model(
             yield Slice("weight", whole(name, tuple(tensor.shape)), 0, tensor.numel(), tensor.view(-1))
             one_pass_over(tensor.nbytes)
 
-    progress_of_run = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
-    state: dict[str, Any] = {"model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+    state = state_of_model(model, tokenizer)
     loaded = _readable_tokenizer(tokenizer) if tokenizer else None
     if loaded:
         warn_of_other_ids(None, loaded, model.vocab_size, companions)
         state["ids"] = Ids.of_tokenizer(loaded).record()
-    save_checkpoint(output, slices(), progress_of_run | state | companions.state(), progress=one_pass_over)
+    save_checkpoint(output, slices(), state | companions.state(), progress=one_pass_over)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     parameters = sum(map(torch.numel, tensors.values()))
     return Imported(model, parameters, tuple(sorted(dtypes)), total, tokenizer, loaded is not None)

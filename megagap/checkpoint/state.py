@@ -89,6 +89,12 @@ class RunState(ModelState, Progress):
         return self
 
 
+def state_of_model(model: Model, tokenizer: str | None) -> dict[str, Any]:
+    """The state of a checkpoint that is a model, at step 0 of no run."""
+    progress = {"step": 0, "updates": 0, "consumed_samples": 0, "consumed_tokens": 0}
+    return {**progress, "model": model.model_dump(mode="json"), "data": {"tokenizer": tokenizer or ""}}
+
+
 _State = TypeVar("_State", bound=_Part)
 
 

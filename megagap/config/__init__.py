@@ -11,8 +11,8 @@ from megagap.config.loading import load_recipe, parse_overrides
 from megagap.config.model_section import FindModel, StoredModel
 from megagap.config.rules import check_rules
 from megagap.config.settings import Data, Model, Optim, PhaseSettings, RopeScaling, Settings, SourceSettings, Train
-from megagap.config.timeline import sources_of, timeline_of, timeline_of_data
+from megagap.config.timeline import most_microbatches, sources_of, timeline_of, timeline_of_data
 
 __all__ = ["Data", "FindModel", "Model", "Optim", "PhaseSettings", "RopeScaling", "Settings", "SourceSettings"]
 __all__ += ["StoredModel", "Train", "check_rules", "describe_settings", "load_recipe", "parse_overrides"]
-__all__ += ["sources_of", "timeline_of", "timeline_of_data"]
+__all__ += ["most_microbatches", "sources_of", "timeline_of", "timeline_of_data"]

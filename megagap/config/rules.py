@@ -375,12 +375,12 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
 
 
 RULES: tuple[Rule, ...] = (
-    _matrices_can_be_counted,
     _heads_share_keys,
     _heads_have_a_width,
     _tp_divides_heads,
     _tp_fits_key_values,
     _tp_divides_feed_forward,
+    _matrices_can_be_counted,
     _tp_divides_sequence,
     _cp_divides_sequence,
     _cp_divides_heads,

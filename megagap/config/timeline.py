@@ -17,6 +17,11 @@ def timeline_of(settings: Settings, origin: int = 0) -> Timeline:
     return timeline_of_data(settings.data, settings.train, settings.model.rope_theta, [schedule])
 
 
+def most_microbatches(settings: Settings, dp: int) -> int:
+    """Those that a data-parallel rank of ``dp`` has in the run's largest step."""
+    return timeline_of(settings).largest_batch // (settings.train.micro_batch_size * dp)
+
+
 def timeline_of_data(data: Data, train: Train, rope_theta: float = 0.0, schedules: Sequence[Schedule] = ()) -> Timeline:
     """The same from the settings that determine samples and tokens, without learning rates unless they are given."""
     phases = phases_of(data.phases, train.sequence_length, rope_theta, data.sources)

@@ -35,9 +35,10 @@ def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1, backend: str 
 
     Raises :class:`CompileError` if this machine lacks what torch.compile needs.
     """
+    stages = list(stages)
+    if backend == "inductor" and stages:
+        require_compiler(stages[0].tensor_parallel.mesh.device)
     for stage in stages:
-        if backend == "inductor":
-            require_compiler(stage.tensor_parallel.mesh.device)
         _allow_graphs(lengths * GRAPHS_PER_LENGTH)
         for layer in stage.layers:
             assert isinstance(layer, Layer) and "forward" not in vars(layer), "what wraps it comes after compiling"

@@ -103,7 +103,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def repeat_keys(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v with as many heads as q."""
+    """k and v with as many heads as q: themselves where they have."""
+    if k.shape[2] == q.shape[2]:
+        return k, v
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     return k, v
 

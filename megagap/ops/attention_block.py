@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megagap.ops.arithmetic import is_deterministic
-from megagap.ops.attention import HALF_PRECISION, flash_library, is_hopper
+from megagap.ops.attention import HALF_PRECISION, flash_library, is_hopper, repeat_keys
 from megagap.ops.optional import gpu_library
+from megagap.ops.wide import wide
 
 ROWS = 128
 """Queries whose scores the plain kernel computes at a time."""
@@ -139,7 +140,7 @@ def _plain_backward(
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """Of queries [b, s, h, d]: [b, hk, h / hk, s, d], at least in fp32."""
-    return _wide(x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4))
+    return wide(x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4))
 
 
 def _ungrouped(x: Tensor) -> Tensor:
@@ -149,11 +150,7 @@ def _ungrouped(x: Tensor) -> Tensor:
 
 def _grouped_keys(x: Tensor) -> Tensor:
     """Of keys or values [b, t, hk, d]: [b, hk, 1, t, d], at least in fp32."""
-    return _wide(x.transpose(1, 2).unsqueeze(2))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return wide(x.transpose(1, 2).unsqueeze(2))
 
 
 def _scores(queries: Tensor, keys: Tensor, rows: slice, mask: Mask) -> Tensor:
@@ -196,7 +193,7 @@ def _torch_cpu_backward(
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     operation = torch.ops.aten._scaled_dot_product_flash_attention
-    out, log_sum, *_ = operation(*_heads_first(q, *_repeated(q, k, v)), 0.0, mask.causal, False)
+    out, log_sum, *_ = operation(*_heads_first(q, *repeat_keys(q, k, v)), 0.0, mask.causal, False)
     return out.transpose(1, 2), log_sum[:, :, : q.shape[1]]
 
 
@@ -204,7 +201,7 @@ def _torch_flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     operation = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    tensors = _heads_first(grad, q, *_repeated(q, k, v), out)
+    tensors = _heads_first(grad, q, *repeat_keys(q, k, v), out)
     # Nothing is dropped: the state of the random generator is not read, nor are the borders of ragged sequences.
     nothing = torch.empty(0, dtype=torch.int64, device=q.device)
     lengths = (None, None, q.shape[1], k.shape[1])
@@ -214,7 +211,7 @@ def _torch_flash_backward(
 
 def _torch_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     operation = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, log_sum, *_ = operation(*_heads_first(q, *_repeated(q, k, v)), None, True, 0.0, mask.causal, False)
+    out, log_sum, *_ = operation(*_heads_first(q, *repeat_keys(q, k, v)), None, True, 0.0, mask.causal, False)
     return out.transpose(1, 2), log_sum.squeeze(-1)
 
 
@@ -222,7 +219,7 @@ def _torch_cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     operation = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-    tensors = _heads_first(grad, q, *_repeated(q, k, v), out)
+    tensors = _heads_first(grad, q, *repeat_keys(q, k, v), out)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)
     lengths = (None, None, q.shape[1], k.shape[1])
     sums = log_sum.contiguous().unsqueeze(-1)
@@ -232,7 +229,7 @@ def _torch_cudnn_backward(
 
 def _torch_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     operation = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, log_sum, *_ = operation(*_heads_first(q, *_repeated(q, k, v)), None, True, 0.0, mask.causal)
+    out, log_sum, *_ = operation(*_heads_first(q, *repeat_keys(q, k, v)), None, True, 0.0, mask.causal)
     return out.transpose(1, 2), log_sum[:, :, : q.shape[1]]  # it is padded to a multiple of 32
 
 
@@ -240,7 +237,7 @@ def _torch_efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     operation = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-    grad, q_, k_, v_, out = _heads_first(grad, q, *_repeated(q, k, v), out)
+    grad, q_, k_, v_, out = _heads_first(grad, q, *repeat_keys(q, k, v), out)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)
     padded = torch.nn.functional.pad(log_sum, (0, -log_sum.shape[-1] % 32), value=float("inf"))
     wanted = [True, True, True, False]
@@ -255,11 +252,6 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 def _heads_last(grads: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
     return grad_q, grad_k, grad_v
-
-
-def _repeated(q: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Keys and values with as many heads as q."""
-    return [x.repeat_interleave(q.shape[2] // x.shape[2], 2) if x.shape[2] != q.shape[2] else x for x in tensors]
 
 
 def _summed_over_groups(k: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from megagap.parallel.shard import Block, ShardedParameter
 
 
+def in_backward_pass() -> bool:
+    """Whether autograd computes gradients just now: what is computed forward then, is computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Gathered(Protocol):
     """What is gathered as one."""
 
@@ -90,8 +95,7 @@ class _BeforeForward(Generic[Some]):
         self._blocks, self._own, self._following, self._before = blocks, own, following, before
 
     def __call__(self, *_: object) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1
-        self._blocks.use(self._own, self._before if in_backward else self._following)
+        self._blocks.use(self._own, self._before if in_backward_pass() else self._following)
 
 
 class _AfterForward(Generic[Some]):

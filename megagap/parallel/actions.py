@@ -5,35 +5,26 @@ from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True, order=True)
-class Forward:
+class _OfMicrobatch:
+    microbatch: int
+    chunk: int = 0
+    """Of the rank's layers: its virtual stage."""
+
+
+class Forward(_OfMicrobatch):
     """Compute a microbatch's activations on this stage's ``chunk`` of layers."""
 
-    microbatch: int
-    chunk: int = 0
 
-
-@dataclass(frozen=True, order=True)
-class Backward:
+class Backward(_OfMicrobatch):
     """Compute a microbatch's input gradient and weight gradients."""
 
-    microbatch: int
-    chunk: int = 0
 
-
-@dataclass(frozen=True, order=True)
-class BackwardInput:
+class BackwardInput(_OfMicrobatch):
     """Compute a microbatch's input gradient only; its weight gradients are deferred to :class:`BackwardWeight`."""
 
-    microbatch: int
-    chunk: int = 0
 
-
-@dataclass(frozen=True, order=True)
-class BackwardWeight:
+class BackwardWeight(_OfMicrobatch):
     """Compute the weight gradients that :class:`BackwardInput` deferred."""
-
-    microbatch: int
-    chunk: int = 0
 
 
 Compute = Forward | Backward | BackwardInput | BackwardWeight

@@ -94,11 +94,6 @@ class Region:
         """Start making the residual stream [b, s or s / tp, h] whole: [b, s, h]. Without sequence parallelism it is."""
         return all_gather_async(x, self.tp, SEQUENCE) if self.sequence_parallel else Pending(x)
 
-    def stream_shape(self, x: Tensor, width: int) -> tuple[int, ...]:
-        """Of what leaves the region, for x [b, s, any]: [b, s or s / tp, width]."""
-        batch, length = x.shape[:2]
-        return batch, length // self.tp.size if self.sequence_parallel else length, width
-
     def sum(self, y: Tensor) -> Pending:
         """Start summing [b, s, h] over tp into the residual stream; in place without sequence parallelism."""
         if self.sequence_parallel:
@@ -299,7 +294,7 @@ class _RowProduct(torch.autograd.Function):
         _keep(ctx, x, again, [weight])
         ctx.region, ctx.queue, ctx.sink = region, queue, getattr(weight, "sink", None)
         if not computes:
-            return x.new_empty(()).expand(region.stream_shape(x, weight.shape[0]))
+            return x.new_empty(()).expand(x.shape[0], region.own_length(x), weight.shape[0])
         return region.sum(F.linear(x, weight)).wait()
 
     @staticmethod

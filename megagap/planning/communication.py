@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megagap.config import Settings, timeline_of
+from megagap.config import Settings, most_microbatches
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.planning.memory import stored_parameters
 from megagap.planning.transient import FP32, StoredParameters, transient
@@ -62,9 +62,8 @@ def _over_data(settings: Settings, world_size: int, stage: int, stored: StoredPa
         return
     reductions, gathers = dict.fromkeys(buckets, 1), dict.fromkeys(buckets, 1)
     if sharding.gradients:
-        placement, train = settings.placement, settings.train
-        dp = make_layout(settings, world_size).dp
-        microbatches = timeline_of(settings).largest_batch // (train.micro_batch_size * dp)
+        placement = settings.placement
+        microbatches = most_microbatches(settings, make_layout(settings, world_size).dp)
         actions = list(settings.schedule(stage, placement.ranks, placement.chunks, microbatches))
         held = transient(stored, actions, itemsize)
         reductions = dict(held.reductions)

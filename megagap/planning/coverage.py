@@ -10,17 +10,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-import torch
-
 from megagap.config import Settings
-from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import model_tensors
-from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind
-from megagap.optim.gradient_store import arrangement, kind_of
-from megagap.optim.sharding import Sharding
+from megagap.optim.buckets import Arrangement, Kind
 from megagap.parallel.layout import Layout, Members
-from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Shard
+from megagap.planning.transient import StoredParameters
 
 
 @dataclass(frozen=True)
@@ -53,22 +48,10 @@ def holdings(settings: Settings, layout: Layout) -> list[Holding]:
 
 
 def _holding(settings: Settings, layout: Layout, rank: int) -> Holding:
-    mesh = Mesh.without_groups(layout, rank, torch.device("meta"))
-    stages = build_stages(
-        settings.model,
-        settings.placement,
-        mesh,
-        sequence_parallel=bool(settings.parallel.sequence_parallel),
-        dtype=torch.float32,
-    )
-    parameters = sharded_parameters(stages)
-    shards = tuple(parameter.shard for parameter in parameters)
-    kinds = tuple(kind_of(shard, settings.optim.decay_embeddings) for shard in shards)
-    elements = tuple(parameter.numel() for parameter in parameters)
-    sharding = Sharding.of(settings.optim.zero, mesh)
-    blocks = [stage.blocks() for stage in stages]
-    places = arrangement(list(zip(kinds, elements, strict=True)), sharding, BUCKET_ELEMENTS, parameters, blocks)
-    return Holding(rank, shards, kinds, elements, places, sharding.shard.size)
+    stored = StoredParameters.of_rank(settings, layout, rank)
+    shards = tuple(parameter.shard for parameter in stored.parameters)
+    elements = tuple(parameter.numel() for parameter in stored.parameters)
+    return Holding(rank, shards, tuple(stored.kinds), elements, stored.buckets, stored.sharding.shard.size)
 
 
 def coverage_faults(settings: Settings, layout: Layout, held: Sequence[Holding]) -> Iterator[str]:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagap.config import Settings, timeline_of
+from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.data.loader import Batch
 from megagap.model.init import initialise
 from megagap.model.llama import LlamaStage, build_stages, sharded_parameters
 from megagap.ops.document_mask import Documents
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.gradient_store import Bucket
+from megagap.optim.resident_blocks import in_backward_pass
 from megagap.parallel.context import own_places
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
@@ -155,8 +156,7 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     unit = 1 if cp == 1 else lcm(2 * cp, cp * tp if parallel.sequence_parallel else 1)
     length = -(-length // unit) * unit
     batch = min(train.micro_batch_size, 2)
-    total = timeline_of(settings).largest_batch // (train.micro_batch_size * layout.dp)
-    microbatches = min(total, pp + 1)
+    microbatches = min(most_microbatches(settings, layout.dp), pp + 1)
     small = settings.model_copy(
         update={
             "model": model.model_copy(
@@ -296,7 +296,7 @@ def _watch(stages: Sequence[LlamaStage]) -> list[tuple[str, int, str, Tensor]]:
 
     def watch(name: str, module: torch.nn.Module) -> None:
         def hook(_: Any, __: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
+            if in_backward_pass():
                 return  # computed again in the backward pass
             y = output[0] if isinstance(output, tuple) else output
             call = calls[name]
@@ -351,12 +351,12 @@ def _first_wrong_activation(ranks: Sequence[Examined], expected: Examined, simul
     right = {(name, call, what): values for name, call, what, values in expected.activations}
     order = list(dict.fromkeys(name for name, *_ in expected.activations))
     layout = simulation.layout
+    calls_of_rank = (1 + max(call for _, call, _, _ in expected.activations)) // layout.dp
     wrong: dict[str, set[tuple[str, int]]] = {"output": set(), "gradient of the output": set()}
     for examined in ranks:
         mesh = simulation.mesh(examined.rank)
-        of_rank = len(expected.activations) and _calls_per_rank(expected, layout.dp)
         for name, call, what, values in examined.activations:
-            whole = right[name, mesh.dp.rank * of_rank + call, what]
+            whole = right[name, mesh.dp.rank * calls_of_rank + call, what]
             if layout.cp > 1:
                 whole = whole.index_select(1, own_places(mesh.cp, whole.shape[1], whole.device))
             part = whole if whole.shape == values.shape else whole.chunk(layout.tp, 1)[mesh.tp.rank]
@@ -372,10 +372,6 @@ def _first_wrong_activation(ranks: Sequence[Examined], expected: Examined, simul
                 message += "; collectives over tp are called in " + ", ".join(sites)
             return Finding("activation", None, "tp" if layout.tp > 1 else "pp", name, message)
     return None
-
-
-def _calls_per_rank(expected: Examined, dp: int) -> int:
-    return (1 + max(call for _, call, _, _ in expected.activations)) // dp
 
 
 def _check_types(result: GradientTypes, ranks: Sequence[Examined], activation: Finding | None) -> None:

@@ -17,17 +17,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megagap.config import Settings, timeline_of
+from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.errors import ConfigError
-from megagap.model.llama import build_stages
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.optim.rules import RULES
-from megagap.optim.sharding import Sharding
 from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.cross_entropy import chunk_tokens
-from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import MOST_BATCHES
 from megagap.parallel.placement import VirtualStage
 from megagap.parallel.program import peak_live_activations
@@ -223,7 +220,6 @@ def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int)
         moment
         for (kind, chunk), others in kept.items()
         for moment in stages[chunk].moments(others, _Held(held, chunk, stages[chunk]), kind is BackwardInput)
-        if kind is not BackwardWeight
     ]
     if not any_stage.is_gpu:  # squares of a bucket
         moments.append(_Moment("norm of the gradients", 0, max(buckets) // ranks * FP32))
@@ -279,15 +275,9 @@ def _kept_beside(actions: list[Compute], saved: list[int], deferred: list[int]) 
 
 
 def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:
-    """Of a pipeline rank's first process: of the stages themselves, built without storage."""
+    """Of a pipeline rank's first process."""
     layout = make_layout(settings, world_size)
-    first = rank * layout.world_size // layout.pp
-    mesh = Mesh.without_groups(layout, first, torch.device("meta"))
-    sequence_parallel = bool(settings.parallel.sequence_parallel)
-    stages = build_stages(
-        settings.model, settings.placement, mesh, sequence_parallel=sequence_parallel, dtype=torch.float32
-    )
-    return StoredParameters.of(stages, Sharding.of(settings.optim.zero, mesh), settings.optim.decay_embeddings)
+    return StoredParameters.of_rank(settings, layout, rank * layout.world_size // layout.pp)
 
 
 @dataclass(frozen=True)
@@ -336,7 +326,7 @@ class _Stage:
 
         self.batch = train.micro_batch_size
         self.length = _longest_sequence(settings)
-        self.microbatches = timeline_of(settings).largest_batch // (self.batch * self.dp)
+        self.microbatches = most_microbatches(settings, self.dp)
 
         self.splits_sequence = self.tp > 1 and bool(parallel.sequence_parallel)
         self.heads = model.num_attention_heads // self.tp

@@ -79,9 +79,8 @@ def _given(recipe: Path, overrides: Sequence[str]) -> dict[str, int]:
         section, key = name.split(".")
         table = tree.get(section)
         value = typed.get(name, table.get(key, default) if isinstance(table, dict) else default)
-        text = str(value)
-        given[name] = int(text) if text.isascii() and text.isdecimal() and 0 < len(text) < 10 else default
-        given[name] = given[name] or (0 if name == "optim.zero" else 1)
+        text, least = str(value), 0 if name == "optim.zero" else 1
+        given[name] = max(least, int(text)) if text.isascii() and text.isdecimal() and len(text) < 10 else default
     return given
 
 

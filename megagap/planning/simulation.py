@@ -19,6 +19,7 @@ from torch import Tensor
 
 import megagap.parallel.collectives
 import megagap.parallel.pipeline
+from megagap.errors import ranks_named
 from megagap.parallel.layout import AXES, Layout, Members
 from megagap.parallel.mesh import Axis, Mesh
 
@@ -191,9 +192,9 @@ class Simulation:
         for rank, (_, what) in sorted(self._awaited.items()):
             places[what].append(rank)
         lines = ["ranks wait for each other:"]
-        lines += [f"  {_ranks(ranks)} in {what}" for what, ranks in places.items()]
+        lines += [f"  {ranks_named(ranks)} in {what}" for what, ranks in places.items()]
         if finished:
-            lines.append(f"  {_ranks(sorted(finished))} reached the end of the step")
+            lines.append(f"  {ranks_named(sorted(finished))} reached the end of the step")
         return "\n".join(lines)
 
     # -- what ranks call
@@ -209,8 +210,8 @@ class Simulation:
         for other, theirs in meeting.calls.items():
             if not call.agrees(theirs):
                 raise SimulationFault(
-                    f"call {number + 1} of the group {_ranks(list(members))} (axis {group.axis}) is not the same on "
-                    f"all members:\n  rank {other}: {theirs}\n  rank {rank}: {call}"
+                    f"call {number + 1} of the group {ranks_named(list(members))} (axis {group.axis}) is not the same "
+                    f"on all members:\n  rank {other}: {theirs}\n  rank {rank}: {call}"
                 )
         meeting.calls[rank] = call
         meeting.given[rank] = tensor.detach().clone()
@@ -385,9 +386,3 @@ def call_site() -> str:
         frame = frame.f_back
     file = frame.f_code.co_filename.rpartition("/megagap/")[2]
     return f"{frame.f_code.co_qualname} ({file}:{frame.f_lineno})"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Some ranks, in words; a few of many."""
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"

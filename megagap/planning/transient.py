@@ -9,11 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from megagap.model.llama import LlamaStage, sharded_parameters
+import torch
+
+from megagap.config import Settings
+from megagap.model.llama import LlamaStage, build_stages, sharded_parameters
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
 from megagap.optim.gradient_store import arrangement, kind_of
 from megagap.optim.sharding import Sharding
 from megagap.parallel.actions import Backward, BackwardWeight, Compute, Forward
+from megagap.parallel.layout import Layout
+from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter
 
 FP32 = 4
@@ -27,16 +32,27 @@ class StoredParameters:
     stages: Sequence[LlamaStage]
     """Its virtual stages, by chunk."""
     sharding: Sharding
-    buckets: Arrangement
     parameters: Sequence[ShardedParameter]
+    kinds: Sequence[Kind]
+    """Of each parameter."""
+    buckets: Arrangement
 
     @classmethod
-    def of(cls, stages: Sequence[LlamaStage], sharding: Sharding, decay_embeddings: bool) -> "StoredParameters":
-        parameters = sharded_parameters(stages)
-        sizes = [(kind_of(parameter.shard, decay_embeddings), parameter.numel()) for parameter in parameters]
+    def of_rank(cls, settings: Settings, layout: Layout, rank: int) -> "StoredParameters":
+        mesh = Mesh.without_groups(layout, rank, torch.device("meta"))
+        stages = build_stages(
+            settings.model,
+            settings.placement,
+            mesh,
+            sequence_parallel=bool(settings.parallel.sequence_parallel),
+            dtype=torch.float32,
+        )
+        parameters, sharding = sharded_parameters(stages), Sharding.of(settings.optim.zero, mesh)
+        kinds = [kind_of(parameter.shard, settings.optim.decay_embeddings) for parameter in parameters]
+        sizes = [(kind, parameter.numel()) for kind, parameter in zip(kinds, parameters, strict=True)]
         blocks = [stage.blocks() for stage in stages]
         buckets = arrangement(sizes, sharding, BUCKET_ELEMENTS, parameters, blocks)
-        return cls(stages, sharding, buckets, parameters)
+        return cls(stages, sharding, parameters, kinds, buckets)
 
     @property
     def elements(self) -> int:

@@ -5,12 +5,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import gcd
 
-from megagap.config import Settings, timeline_of
+from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.layout import Layout
 from megagap.planning.communication import Traffic, data_parallel_traffic
-
-FP32 = 4
+from megagap.planning.transient import FP32
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ class _Ledger:
 
 def _sizes(settings: Settings, layout: Layout) -> tuple[int, int, int]:
     """Microbatches of a rank, its tokens of one, and bytes of an activation [b, s / cp, h]."""
-    train, timeline = settings.train, timeline_of(settings)
-    microbatches = timeline.largest_batch // (train.micro_batch_size * layout.dp)
-    tokens = train.micro_batch_size * timeline.sequence_lengths[-1] // layout.cp
+    train = settings.train
+    tokens = train.micro_batch_size * timeline_of(settings).sequence_lengths[-1] // layout.cp
+    microbatches = most_microbatches(settings, layout.dp)
     return microbatches, tokens, tokens * settings.model.hidden_size * COMPUTE_DTYPES[train.precision].itemsize
 
 

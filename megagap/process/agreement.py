@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megagap.config import Settings
-from megagap.errors import OPS_SWITCH, DistributedError, counted, library_errors
+from megagap.errors import OPS_SWITCH, DistributedError, counted, library_errors, ranks_named
 from megagap.ops import compiled
 from megagap.process.rendezvous import Process
 
@@ -168,7 +168,7 @@ def explain(found: Sequence[Difference], world_size: int) -> str:
     differ = "differs" if len(found) == 1 else "differ"
     lines = [f"{len(found):,} of {world_size:,} ranks {differ} from rank 0 in settings or version:"]
     for name, values in list(by_name.items())[:MOST_LINES]:
-        others = "; ".join(f"{_shown(value)} on {_ranks(ranks)}" for value, ranks in values.items())
+        others = "; ".join(f"{_shown(value)} on {ranks_named(ranks)}" for value, ranks in values.items())
         lines.append(f"  {name}: {_shown(first[name])} on rank 0, {others}")
     if len(by_name) > MOST_LINES:
         lines.append(f"  and {counted(len(by_name) - MOST_LINES, 'other')}")
@@ -178,8 +178,3 @@ def explain(found: Sequence[Difference], world_size: int) -> str:
 
 def _shown(value: str) -> str:
     return "unset" if value == "null" else value
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"

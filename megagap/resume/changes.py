@@ -113,11 +113,12 @@ def _past_differences(saved: RunState, settings: Settings) -> list[str]:
 
 def _batch_differences(saved: RunState, settings: Settings) -> list[str]:
     then = _batch_sizes(timeline_of_data(saved.data, saved.train), saved.step)
-    now = _batch_sizes(timeline_of(settings), saved.step)
+    timeline = timeline_of(settings)
+    now = _batch_sizes(timeline, saved.step)
     if then == now or not saved.step:
         return []
     before, ramp = saved.train, [list(entry) for entry in saved.train.batch_ramp if entry[0] < saved.consumed_tokens]
-    wanted = timeline_of(settings).at(saved.step + 1).samples
+    wanted = timeline.at(saved.step + 1).samples
     return [
         f"train.global_batch_size, train.batch_ramp: the steps made had {_listed(then)}; are now {_listed(now)}; only "
         f"later ones can change: train.global_batch_size = {before.global_batch_size}, "

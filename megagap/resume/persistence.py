@@ -93,41 +93,31 @@ def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
     return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
 
 
-def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> None:
+def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> int:
     """Compare the settings with those of ``source``, before a model is built that it may not fit.
 
+    Returns the steps after which the learning-rate schedule of this start begins: 0 unless the steps go on from those
+    of ``source``; a branch has a schedule of its own from there.
     Raises :class:`CheckpointError` if it is damaged, or belongs to another model or run.
     """
     if source is None:
-        return
-    index = Index.read(source)
-    if continues(settings, run, source):
-        saved = read_run(source, index)
-        refuse_changes(saved, settings, source)
-        if branches(settings, run, source):
-            refuse_short_branch(saved, settings, source)
-    else:
+        return 0
+    index, mode = Index.read(source), _mode(settings, run, source)
+    if mode == "model":
         same_gain_scale = {"norm_gain_scale": settings.model.norm_gain_scale}
         refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
-
-
-def continues(settings: Settings, run: RunDirectory, source: Path) -> bool:
-    """Whether the steps go on from those of ``source``, and with them the data; else only its weights are loaded."""
-    return source.parent == run.checkpoints or settings.checkpoint.load_mode != "model"
-
-
-def branches(settings: Settings, run: RunDirectory, source: Path) -> bool:
-    """Whether the steps go on from those of ``source``, another run's, with a schedule of its own from there."""
-    return source.parent != run.checkpoints and settings.checkpoint.load_mode not in ("continue", "model")
-
-
-def schedule_origin(settings: Settings, run: RunDirectory, source: Path | None) -> int:
-    """The steps after which the learning-rate schedule of this start begins. Raises :class:`CheckpointError` if
-    ``source`` is damaged."""
-    if source is None or not continues(settings, run, source):
         return 0
-    saved = read_run(source, Index.read(source))
-    return saved.step if branches(settings, run, source) else saved.schedule_origin
+    saved = read_run(source, index)
+    refuse_changes(saved, settings, source)
+    if mode == "continue":
+        return saved.schedule_origin
+    refuse_short_branch(saved, settings, source)
+    return saved.step
+
+
+def _mode(settings: Settings, run: RunDirectory, source: Path) -> str:
+    """``checkpoint.load_mode``, which is about the checkpoints of other runs: a run continues from its own."""
+    return "continue" if source.parent == run.checkpoints else settings.checkpoint.load_mode
 
 
 def refuse_short_branch(saved: RunState, settings: Settings, source: Path) -> None:
@@ -148,9 +138,9 @@ def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path 
     """
     if source is None:
         return Start()
-    if continues(state.settings, run, source):
-        return resume(state, run, data, source)
-    return load_weights(state, run, data, source)
+    if _mode(state.settings, run, source) == "model":
+        return load_weights(state, run, data, source)
+    return resume(state, run, data, source)
 
 
 def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
@@ -161,8 +151,7 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     compare_ids(read_ids(folder, index), data.ids, state.settings)
     changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
     log_model_changes(changes, run, folder)
-    is_own = folder.parent == run.checkpoints
-    mode = "continue" if is_own else state.settings.checkpoint.load_mode
+    is_own, mode = folder.parent == run.checkpoints, _mode(state.settings, run, folder)
     has_moments = mode != "model+data"
     slices = [part for part in state.optimizer.slices(owned_only=False) if has_moments or part.kind == "weight"]
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))

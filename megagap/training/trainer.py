@@ -20,7 +20,7 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import find_source, load, require_loadable, schedule_origin
+from megagap.resume.persistence import find_source, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline
 from megagap.training.datasets import training_data, validation_data
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     source = find_source(settings, run, mesh)
-    require_loadable(settings, run, source)
-    timeline = timeline_of(settings, schedule_origin(settings, run, source))
+    schedule_origin = require_loadable(settings, run, source)
+    timeline = timeline_of(settings, schedule_origin)
     data, held_out = training_data(settings, timeline), validation_data(settings)
     state = build_state(settings, mesh, timeline)
     start = load(state, run, data, source)

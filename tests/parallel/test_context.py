@@ -1,4 +1,4 @@
-"""Context parallelism: which tokens a rank has, what attention to those of others gives, what is refused."""
+"""Context parallelism: the tokens of each rank, attention to those of other ranks, what is refused."""
 
 import re
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from tqdm import tqdm
 
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import Batch
@@ -24,6 +23,7 @@ from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
+from megagap.terminal.progress import ProgressBar
 from megagap.timeline import Moment
 from megagap.token_formats import find_format, format_of
 from megagap.training.datasets import training_data
@@ -184,7 +184,7 @@ def benchmark(
             return recorder.step_done(state.step, result)
 
         measured_before = peak_measurements(steps)
-        for number in tqdm(range(-warmup, steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
+        for number in ProgressBar(range(-warmup, steps), desc="steps", unit="step", disable=mesh.world.rank != 0):
             if number in measured_before:
                 with recorder.pause():
                     peaks.append(measure_peak(settings, mesh))

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megagap.checkpoint import resolve_checkpoint
 from megagap.checkpoint.huggingface import DEFAULT_SHARD_SIZE, DTYPES, export
 from megagap.checkpoint.huggingface_import import import_model
@@ -17,6 +15,7 @@ from megagap.commands.parser import make_parser
 from megagap.errors import DataError, counted
 from megagap.files import is_there, require_writable, write_text, writing
 from megagap.terminal.programs import CalledAs
+from megagap.terminal.progress import ProgressBar
 
 EXAMPLES = """
 examples:
@@ -131,7 +130,7 @@ def require_free(recipe: Path) -> None:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes, and the function that moves it to (done, total)."""
-    with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) as bar:
+    with ProgressBar(desc=title, unit="B", unit_scale=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

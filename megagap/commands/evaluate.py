@@ -4,7 +4,6 @@ import argparse
 import glob
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from megagap.checkpoint import find_model
 from megagap.commands.parser import make_parser
@@ -35,6 +33,7 @@ from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.terminal.arguments import positive
 from megagap.terminal.console import Console
 from megagap.terminal.programs import CalledAs
+from megagap.terminal.progress import ProgressBar
 from megagap.timeline import Source
 from megagap.token_formats import find_format, matching_prefixes, pair_prefix
 from megagap.training.datasets import held_out
@@ -42,9 +41,6 @@ from megagap.training.datasets import held_out
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-SECONDS_BETWEEN_LINES = 30.0
-"""Of progress where standard error is a file: each is a line of its own there."""
 
 EXAMPLES = """
 examples, after the main job of README.md:
@@ -261,8 +257,7 @@ def known_bytes(source: TokenSource, files: ModelFiles) -> TextBytes | None:
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], Callable[[int], object]]]:
     """Tokens done, their rate and the time left, on standard error. Yields what counts for a source of some name."""
-    interval = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-    with tqdm(total=total, unit="token", unit_scale=True, file=sys.stderr, mininterval=interval) as bar:
+    with ProgressBar(total=total, unit="token", unit_scale=True) as bar:
 
         def show(name: str) -> Callable[[int], object]:
             bar.set_description(name, refresh=False)

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from megagap.data.inspect import decode_document, document_tokens, known_places, one_line
 from megagap.data.token_file import TokenFile
 from megagap.errors import DataError, is_unicode
+from megagap.terminal.progress import ProgressBar
 from megagap.tokenizer import Tokenizer
 
 CONTEXT = 40
@@ -67,7 +67,7 @@ def search(dataset: TokenFile, tokenizer: Tokenizer, text: str, most: int, show_
         raise DataError("the text to search for is not valid UTF-8")
     occurrences, found_in = 0, 0
     hits: list[Hit] = []
-    with tqdm(
+    with ProgressBar(
         total=dataset.token_count, unit=" tokens", unit_scale=True, disable=not show_progress, leave=False
     ) as bar:
         for number in range(dataset.document_count):

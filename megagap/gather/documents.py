@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megagap.errors import printable
 from megagap.files import partial_name, publish, writing
 from megagap.gather.markup import html_to_text, roff_to_text
 from megagap.gather.notes import note
+from megagap.terminal.progress import ProgressBar
 
 SHORTEST = 200
 """Minimum characters of a document; shorter ones are stubs or pages of links."""
@@ -68,7 +67,7 @@ def shuffled(files: list[Path]) -> list[Path]:
 
 
 def read_all(files: list[Path], language: str) -> Iterator[Document]:
-    for path in tqdm(files, desc=language, unit="file", leave=False, disable=None):
+    for path in ProgressBar(files, desc=language, unit="file", leave=False, disable=None):
         if language == "code" or not NO_PROSE.search(str(path)):
             try:
                 text = read_text(path)

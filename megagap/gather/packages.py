@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megagap.gather.notes import note
+from megagap.terminal.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class DebianPackages:
 
 
 def package_files(packages: DebianPackages, wanted: tuple[Package, ...]) -> Iterator[Path]:
-    for package in tqdm(wanted, desc="packages", unit="package", leave=False, disable=None):
+    for package in ProgressBar(wanted, desc="packages", unit="package", leave=False, disable=None):
         folder = packages.unpacked(package.names)
         if folder is not None:
             # Some files are links to others: duplicate texts are dropped later.

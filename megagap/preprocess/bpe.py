@@ -9,11 +9,11 @@ from pathlib import Path
 from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from megagap.errors import DataError, library_errors
 from megagap.files import is_there, require_writable_folder, write_together, writing
 from megagap.preprocess.documents import Piece, list_texts, read_pieces
+from megagap.terminal.progress import ProgressBar
 from megagap.tokenizer.words import LLAMA3_WORDS
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
@@ -139,7 +139,7 @@ class _TrainingText:
         self._random = Random(0)
 
     def of(self, pieces: Iterable[Piece]) -> Iterator[str]:
-        with tqdm(
+        with ProgressBar(
             total=self._file_bytes, unit="B", unit_scale=True, desc="reading", disable=not self._show_progress
         ) as bar:
             for piece in pieces:

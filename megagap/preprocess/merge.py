@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megagap.data.agreement import AS_THE_OTHER, require_same_ids, same_texts
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
@@ -27,6 +26,7 @@ from megagap.errors import DataError
 from megagap.files import write_text
 from megagap.preprocess.arrange import arrange, take_over
 from megagap.preprocess.encoder import REPORTED
+from megagap.terminal.progress import ProgressBar
 from megagap.token_formats import pair_prefix
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def merge_datasets(
         log.warning("%s", warning)
     with making_pair(output_prefix), writing_pair(output_prefix):
         with closing(PartialPair(output_prefix, dtype)) as pair:
-            for prefix in tqdm(inputs, desc="merge", unit=" pairs", disable=not show_progress):
+            for prefix in ProgressBar(inputs, desc="merge", unit=" pairs", disable=not show_progress):
                 dataset = open_tokens(prefix)
                 dataset.require_contiguous()
                 pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])

@@ -4,9 +4,9 @@ import time
 from typing import Self
 
 from rich.filesize import decimal
-from tqdm import tqdm
 
 from megagap.preprocess.units import Unit
+from megagap.terminal.progress import ProgressBar
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B of {total_fmt}B of files [{elapsed}<{remaining}{postfix}]"
 OF_PIPES = "{desc}: {n_fmt}B read [{elapsed}{postfix}]"
@@ -24,7 +24,7 @@ class Progress:
         self.content_bytes = 0
         """Read since it began, uncompressed."""
         self._start = time.monotonic()
-        self._bar = tqdm(
+        self._bar = ProgressBar(
             total=file_bytes or None,
             initial=done,
             unit="B",

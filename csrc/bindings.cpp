@@ -18,8 +18,11 @@ TORCH_LIBRARY(megagap, m) {
   m.def(
       "rotary_(Tensor(a!) packed, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved,"
       " bool backward) -> ()");
+  m.def(
+      "rotary_pack(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? positions, bool interleaved,"
+      " bool backward) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
-  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> Tensor");
   m.def("cross_entropy_rows(Tensor logits, Tensor targets) -> (Tensor, Tensor, Tensor)");
   m.def("cross_entropy_rows_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor scale) -> ()");
   m.def(
@@ -35,6 +38,7 @@ TORCH_LIBRARY_IMPL(megagap, CPU, m) {
   m.impl("add_rms_norm_backward", &megagap::cpu::add_rms_norm_backward);
   m.impl("rotary", &megagap::cpu::rotary);
   m.impl("rotary_", &megagap::cpu::rotary_);
+  m.impl("rotary_pack", &megagap::cpu::rotary_pack);
   m.impl("swiglu", &megagap::cpu::swiglu);
   m.impl("swiglu_backward", &megagap::cpu::swiglu_backward);
   m.impl("cross_entropy_rows", &megagap::cpu::cross_entropy_rows);

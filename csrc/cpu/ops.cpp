@@ -238,8 +238,10 @@ void rotate(const Tensor& x, const Tensor& y, int64_t heads, const Tables& table
   });
 }
 
+Tensor with_unit_stride(const Tensor& x) { return x.size(3) > 1 && x.stride(3) != 1 ? x.contiguous() : x; }
+
 Tensor rotated(const Tensor& given, const Tables& tables, bool interleaved, bool backward) {
-  const Tensor x = given.size(3) > 1 && given.stride(3) != 1 ? given.contiguous() : given;
+  const Tensor x = with_unit_stride(given);
   Tensor y = new_like(x);
   rotate(x, y, x.size(2), tables, interleaved, backward);
   return y;
@@ -306,6 +308,26 @@ void rotary_(const Tensor& packed, const Tensor& cos, const Tensor& sin, const s
   rotate(packed, packed, heads, tables, interleaved, backward);
 }
 
+Tensor rotary_pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                   const std::optional<Tensor>& positions, bool interleaved, bool backward) {
+  const Tables tables(q, cos, sin, positions);
+  for (const Tensor& x : {k, v}) {
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(3) == q.size(3),
+                      "rotary_pack: q ", q.sizes(), " and k or v ", x.sizes(), " do not fit");
+    TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), "rotary_pack: q is ", q.scalar_type(), ", k or v is ",
+                     x.scalar_type());
+  }
+  Tensor packed = at::empty({q.size(0), q.size(1), q.size(2) + k.size(2) + v.size(2), q.size(3)}, q.options());
+  int64_t first = 0;
+  for (const Tensor& given : {q, k}) {
+    const Tensor x = with_unit_stride(given);
+    rotate(x, packed.narrow(2, first, x.size(2)), x.size(2), tables, interleaved, backward);
+    first += x.size(2);
+  }
+  packed.narrow(2, first, v.size(2)).copy_(v);
+  return packed;
+}
+
 Tensor swiglu(const Tensor& gate_given, const Tensor& up_given) {
   check_alike("swiglu", gate_given, up_given);
   const Rows gate(gate_given), up(up_given);
@@ -320,20 +342,23 @@ Tensor swiglu(const Tensor& gate_given, const Tensor& up_given) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_given, const Tensor& gate_given, const Tensor& up_given) {
+Tensor swiglu_backward(const Tensor& grad_given, const Tensor& gate_given, const Tensor& up_given) {
   check_alike("swiglu", gate_given, up_given);
   check_alike("swiglu_backward", grad_given, gate_given);
   const Rows gate(gate_given), up(up_given), grad(grad_given);
-  Tensor grad_gate = new_like(gate_given), grad_up = new_like(up_given);
-  for_dtype(grad_gate, [&](auto element) {
+  std::vector<int64_t> shape = gate_given.sizes().vec();
+  shape.back() *= 2;
+  const Tensor grads = at::empty(shape, gate_given.options());
+  for_dtype(grads, [&](auto element) {
     using T = decltype(element);
     for_rows(gate.count, gate.size, [&](int64_t row) {
+      T* to_row = data<T>(grads) + 2 * row * gate.size;
       kernels<T>().swiglu_backward(data<T>(grad.tensor) + row * grad.stride, data<T>(gate.tensor) + row * gate.stride,
-                                   data<T>(up.tensor) + row * up.stride, data<T>(grad_gate) + row * gate.size,
-                                   data<T>(grad_up) + row * gate.size, gate.size, streaming(grad_up));
+                                   data<T>(up.tensor) + row * up.stride, to_row, to_row + gate.size, gate.size,
+                                   streaming(grads));
     });
   });
-  return {grad_gate, grad_up};
+  return grads;
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits, const Tensor& targets_given) {

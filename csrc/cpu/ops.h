@@ -21,8 +21,10 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
                                   const std::optional<Tensor>& positions, bool interleaved, bool backward);
 void rotary_(const Tensor& packed, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
              int64_t heads, bool interleaved, bool backward);
+Tensor rotary_pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                   const std::optional<Tensor>& positions, bool interleaved, bool backward);
 Tensor swiglu(const Tensor& gate, const Tensor& up);
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up);
+Tensor swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up);
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits, const Tensor& targets);
 void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& scale);
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "gpu/kernels.h"
 
@@ -229,6 +230,29 @@ void rotary_(const Tensor& packed, const Tensor& cos, const Tensor& sin, const s
                                   interleaved, backward, launch.stream()));
 }
 
+Tensor rotary_pack(const Tensor& q_given, const Tensor& k_given, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                   const std::optional<Tensor>& positions, bool interleaved, bool backward) {
+  const Tables tables = tables_for("rotary_pack", q_given, cos, sin, positions);
+  for (const Tensor& x : {k_given, v}) {
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == q_given.size(0) && x.size(1) == q_given.size(1) &&
+                          x.size(3) == q_given.size(3),
+                      "rotary_pack: q ", q_given.sizes(), " and k or v ", x.sizes(), " do not fit");
+    TORCH_CHECK_TYPE(x.scalar_type() == q_given.scalar_type(), "rotary_pack: q is ", q_given.scalar_type(),
+                     ", k or v is ", x.scalar_type());
+  }
+  const Launch launch("rotary_pack", q_given, {k_given, v, cos, sin, positions.value_or(cos)});
+  const Tensor q = with_unit_stride(q_given), k = with_unit_stride(k_given);
+  const int64_t rotated_heads = q.size(2) + k.size(2);
+  const Tensor packed = at::empty({q.size(0), q.size(1), rotated_heads + v.size(2), q.size(3)}, q.options());
+  const MegagapRotated q_view = rotated(q, packed.narrow(2, 0, q.size(2)), q.size(2)),
+                       k_view = rotated(k, packed.narrow(2, q.size(2), k.size(2)), k.size(2));
+  launch.check(megagap_gpu_rotary(type_of(q), &q_view, &k_view, data<float>(tables.cos), data<float>(tables.sin),
+                                  tables.position_data(), tables.rows, q.size(0), q.size(1), q.size(3), interleaved,
+                                  backward, launch.stream()));
+  packed.narrow(2, rotated_heads, v.size(2)).copy_(v);
+  return packed;
+}
+
 // --- SwiGLU ---
 
 // A tensor as rows [rows, size] that begin `stride` elements apart; one row where it is contiguous.
@@ -264,20 +288,21 @@ Tensor swiglu(const Tensor& gate_given, const Tensor& up_given) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_given, const Tensor& gate_given,
-                                           const Tensor& up_given) {
+Tensor swiglu_backward(const Tensor& grad_given, const Tensor& gate_given, const Tensor& up_given) {
   check_like("swiglu_backward", gate_given, up_given, "up");
   check_like("swiglu_backward", gate_given, grad_given, "the gradient");
   const Launch launch("swiglu_backward", gate_given, {grad_given, up_given});
-  const bool flat = gate_given.dim() == 0 ||
-                    (grad_given.is_contiguous() && gate_given.is_contiguous() && up_given.is_contiguous());
-  const Rows grad = as_rows(grad_given, flat), gate = as_rows(gate_given, flat), up = as_rows(up_given, flat);
-  Tensor grad_gate = at::empty(gate_given.sizes(), gate_given.options());
-  Tensor grad_up = at::empty(gate_given.sizes(), gate_given.options());
-  launch.check(megagap_gpu_swiglu_backward(type_of(grad_gate), grad.tensor.data_ptr(), gate.tensor.data_ptr(),
-                                           up.tensor.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.rows,
-                                           gate.size, grad.stride, gate.stride, up.stride, launch.stream()));
-  return {grad_gate, grad_up};
+  TORCH_CHECK_VALUE(gate_given.dim() > 0, "swiglu_backward: the inputs have no dimension to pack their gradients in");
+  const Rows grad = as_rows(grad_given, false), gate = as_rows(gate_given, false), up = as_rows(up_given, false);
+  std::vector<int64_t> shape = gate_given.sizes().vec();
+  shape.back() *= 2;
+  const Tensor grads = at::empty(shape, gate_given.options()), to_gate = grads.narrow(-1, 0, gate.size),
+               to_up = grads.narrow(-1, gate.size, gate.size);
+  launch.check(megagap_gpu_swiglu_backward(type_of(grads), grad.tensor.data_ptr(), gate.tensor.data_ptr(),
+                                           up.tensor.data_ptr(), to_gate.data_ptr(), to_up.data_ptr(), gate.rows,
+                                           gate.size, grad.stride, gate.stride, up.stride, 2 * gate.size,
+                                           launch.stream()));
+  return grads;
 }
 
 // --- Cross-entropy ---
@@ -344,6 +369,7 @@ void register_all(torch::Library& m) {
   m.impl("add_rms_norm_backward", &add_rms_norm_backward);
   m.impl("rotary", &rotary);
   m.impl("rotary_", &rotary_);
+  m.impl("rotary_pack", &rotary_pack);
   m.impl("swiglu", &swiglu);
   m.impl("swiglu_backward", &swiglu_backward);
   m.impl("cross_entropy_rows", &cross_entropy_rows);

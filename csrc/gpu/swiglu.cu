@@ -83,15 +83,15 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kSwigluBlock)
     swiglu_backward_kernel(const T* __restrict__ grad, const T* __restrict__ gate, const T* __restrict__ up,
                            T* __restrict__ grad_gate, T* __restrict__ grad_up, int64_t rows, int64_t splits,
-                           int64_t size, int64_t grad_stride, int64_t gate_stride, int64_t up_stride) {
+                           int64_t size, int64_t grad_stride, int64_t gate_stride, int64_t up_stride, int64_t to_stride) {
   constexpr int64_t kStep = int64_t{kSwigluBlock} * kWidth;
   for (int64_t block = blockIdx.x; block < rows * splits; block += gridDim.x) {
     const Portion portion = portion_of<kWidth>(block, splits, size);
     const T* grad_row = grad + portion.row * grad_stride;
     const T* gate_row = gate + portion.row * gate_stride;
     const T* up_row = up + portion.row * up_stride;
-    T* grad_gate_row = grad_gate + portion.row * size;
-    T* grad_up_row = grad_up + portion.row * size;
+    T* grad_gate_row = grad_gate + portion.row * to_stride;
+    T* grad_up_row = grad_up + portion.row * to_stride;
     const int64_t begin = portion.begin + int64_t{threadIdx.x} * kWidth;
     Chunk<T, kWidth> grads[kSwigluChunks], gates[kSwigluChunks], ups[kSwigluChunks];
 #pragma unroll
@@ -144,14 +144,14 @@ int swiglu(const T* gate, const T* up, T* y, int64_t rows, int64_t size, int64_t
 
 template <typename T>
 int swiglu_backward(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t rows, int64_t size,
-                    int64_t grad_stride, int64_t gate_stride, int64_t up_stride, void* stream) {
+                    int64_t grad_stride, int64_t gate_stride, int64_t up_stride, int64_t to_stride, void* stream) {
   const bool whole = aligned(grad, rows > 1 ? grad_stride : 0) && aligned(gate, rows > 1 ? gate_stride : 0) &&
-                     aligned(up, rows > 1 ? up_stride : 0) && aligned(grad_gate, rows > 1 ? size : 0) &&
+                     aligned(up, rows > 1 ? up_stride : 0) && aligned(grad_gate, rows > 1 ? to_stride : 0) &&
                      aligned(grad_up);
   const int64_t splits = splits_for(size, whole ? kVector<T> : 1);
   return launch(whole ? swiglu_backward_kernel<T, kVector<T>> : swiglu_backward_kernel<T, 1>, rows * splits,
                 dim3(kSwigluBlock), stream, grad, gate, up, grad_gate, grad_up, rows, splits, size, grad_stride,
-                gate_stride, up_stride);
+                gate_stride, up_stride, to_stride);
 }
 
 }  // namespace
@@ -169,12 +169,13 @@ extern "C" int megagap_gpu_swiglu(int type, const void* gate, const void* up, vo
 
 extern "C" int megagap_gpu_swiglu_backward(int type, const void* grad, const void* gate, const void* up,
                                            void* grad_gate, void* grad_up, int64_t rows, int64_t size,
-                                           int64_t grad_stride, int64_t gate_stride, int64_t up_stride, void* stream) {
+                                           int64_t grad_stride, int64_t gate_stride, int64_t up_stride,
+                                           int64_t to_stride, void* stream) {
   if (rows == 0 || size == 0) return 0;
   return megagap::gpu::for_type(type, [&](auto element) {
     using T = decltype(element);
     return megagap::gpu::swiglu_backward(static_cast<const T*>(grad), static_cast<const T*>(gate),
                                     static_cast<const T*>(up), static_cast<T*>(grad_gate), static_cast<T*>(grad_up),
-                                    rows, size, grad_stride, gate_stride, up_stride, stream);
+                                    rows, size, grad_stride, gate_stride, up_stride, to_stride, stream);
   });
 }

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from megagap.config import Model
-from megagap.ops import attention, rotary
+from megagap.ops import attention, rotary, rotary_packed
+from megagap.ops.adjacent import as_one
+from megagap.ops.attention import keeps_inputs
 from megagap.ops.document_mask import Documents, document_attention
 from megagap.parallel.context import OwnDocuments, context_attention
+from megagap.parallel.shard import pack
 from megagap.parallel.tensor import Again, ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
@@ -59,6 +63,8 @@ class Attention(nn.Module):
         self.q_proj = column("q_proj", query_width)
         self.k_proj = column("k_proj", key_width, **sharing)
         self.v_proj = column("v_proj", key_width, **sharing)
+        if tensor_parallel.mesh.kv.size == 1:  # else the gradients of k and v are summed over ranks, that of q is not
+            pack(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
 
     def forward(
@@ -87,8 +93,10 @@ class Attention(nn.Module):
         """Queries, rotated, of this rank's heads [b, s, heads, d], and keys, rotated, and values of its key heads."""
         projected = column_parallel(x, self.q_proj, self.k_proj, self.v_proj, again=again)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        q, k = rotary(q, k, cos, sin, positions)
-        return q, k, v
+        if torch.compiler.is_compiling() or as_one((q, k, v), 2) is None:
+            return *rotary(q, k, cos, sin, positions), v
+        in_place = keeps_inputs(q, k, v, keep_scores=self.keep_scores)
+        return rotary_packed(q, k, v, cos, sin, positions, in_place=in_place)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | OwnDocuments | None = None) -> Tensor:
         """The attention itself: [b, s, heads, d] of this rank's heads."""

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from megagap.config import Model
 from megagap.ops import swiglu
+from megagap.parallel.shard import pack
 from megagap.parallel.tensor import Again, ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
@@ -17,6 +18,7 @@ class FeedForward(nn.Module):
         narrow, wide, bias = model.hidden_size, model.intermediate_size, model.mlp_bias
         self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", narrow, wide, tensor_parallel, bias=bias)
         self.up_proj = ColumnParallelLinear(f"{name}.up_proj", narrow, wide, tensor_parallel, bias=bias)
+        pack(self.gate_proj.weight, self.up_proj.weight)
         self.down_proj = RowParallelLinear(f"{name}.down_proj", wide, narrow, tensor_parallel, bias=bias)
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:

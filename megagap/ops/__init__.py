@@ -10,7 +10,7 @@ Every file has the plain form (``reference``), which defines the operation, besi
 from megagap.ops.adamw import adamw_
 from megagap.ops.attention import attention
 from megagap.ops.rms_norm import add_rms_norm, rms_norm
-from megagap.ops.rotary import rotary, rotary_
+from megagap.ops.rotary import rotary, rotary_packed
 from megagap.ops.softmax import softmax_gradient_, softmax_statistics
 from megagap.ops.swiglu import swiglu
 
@@ -20,7 +20,7 @@ __all__ = [
     "attention",
     "rms_norm",
     "rotary",
-    "rotary_",
+    "rotary_packed",
     "softmax_gradient_",
     "softmax_statistics",
     "swiglu",

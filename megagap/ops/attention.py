@@ -65,6 +65,13 @@ def choose(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
     return "torch", "forward only, or a sequence length at which it is as fast"
 
 
+def keeps_inputs(q: Tensor, k: Tensor, v: Tensor, *, keep_scores: bool = True) -> bool:
+    """Whether :func:`attention` keeps q, k and v themselves for its backward pass, and not others made of them: then
+    they may be parts of one tensor, which lives as long as any of them."""
+    name, _ = choose(q, k, v)
+    return name != "torch, keys repeated" and not (name == "blocks of queries" and keep_scores)
+
+
 def flash_library(name: str, *tensors: Tensor) -> ModuleType | None:
     """A library of flash-attn for these tensors, if its backward pass can repeat bit for bit where that is required."""
     library = gpu_library(name, *tensors)

@@ -5,12 +5,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megagap.ops.wide import wide_dtype
+
 
 def set_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Set ``total`` to leftᵀ right; total: fp32 [r, c], left: [n, r], right: [n, c], both of one dtype."""
     if left.dtype == total.dtype:
         torch.mm(left.T, right, out=total)
-    elif left.is_cuda and _sums_in_fp32(left.dtype):
+    elif adds_inside(left.dtype, left.device):
         torch.mm(left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.copy_(left.T @ right)
@@ -24,10 +26,16 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.dtype == total.dtype:
         torch.addmm(total, left.T, right, out=total)
-    elif left.is_cuda and _sums_in_fp32(left.dtype):
+    elif adds_inside(left.dtype, left.device):
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left.T @ right)
+
+
+def adds_inside(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether :func:`add_product` of operands in ``dtype`` adds inside of the matrix product, so that no other memory of
+    the product's size is needed."""
+    return dtype == wide_dtype(dtype) or (device.type == "cuda" and _sums_in_fp32(dtype))
 
 
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from megagap.ops import compiled
+from megagap.ops.adjacent import as_one
+
+HEADS = 2
+"""The dimension of q, k and v [b, s, heads, d]."""
 
 
 def rotary(
@@ -30,17 +34,23 @@ def rotary(
     return reference(q, k, cos, sin, positions, interleaved=interleaved)
 
 
-def rotary_(
-    packed: Tensor,
-    heads: int,
+def rotary_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None = None,
     *,
+    in_place: bool,
     interleaved: bool = False,
-) -> Tensor:
-    """:func:`rotary` in place on the first ``heads`` heads of a packed projection [b, s, h, d]; returns it."""
-    rotated: Tensor = _InPlace.apply(packed, heads, cos, sin, positions, interleaved)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rotary` of the q and k of a packed projection, which lie next to each other and before v; and v.
+
+    ``in_place``: the results are q, k and v themselves, of which no other operation may have kept q and k. Otherwise
+    they are copies, so that nothing keeps the projection. Their gradients are packed likewise: written to one tensor.
+    """
+    rotated: tuple[Tensor, Tensor, Tensor] = _Packed.apply(q, k, v, cos, sin, positions, interleaved, in_place)
     return rotated
 
 
@@ -68,34 +78,43 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return (x * cos + turned * sin).to(x.dtype)
 
 
-class _InPlace(torch.autograd.Function):
+class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, packed: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-    ) -> Tensor:
-        ctx.mark_dirty(packed)
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        interleaved: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin, positions)
-        ctx.heads, ctx.interleaved = heads, interleaved
-        return _turn(packed, heads, cos, sin, positions, interleaved, backward=False)
+        ctx.interleaved = interleaved
+        if not in_place:
+            return *rotary(q, k, cos, sin, positions, interleaved=interleaved), v.clone(
+                memory_format=torch.contiguous_format
+            )
+        both = as_one((q, k), HEADS)
+        assert both is not None, "q and k are not packed"
+        if compiled.supports(both) and both.stride(-1) == 1 and _supports(q, k, cos, sin, positions):
+            torch.ops.megagap.rotary_(both, cos, sin, positions, both.shape[HEADS], interleaved, False)
+        else:
+            both.copy_(reference(both, both[:, :, :0], cos, sin, positions, interleaved=interleaved)[0])
+        return q.detach(), k.detach(), v.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, positions = ctx.saved_tensors
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be shared
-        return _turn(grad, ctx.heads, cos, sin, positions, ctx.interleaved, backward=True), None, None, None, None, None
-
-
-def _turn(
-    packed: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, *, backward: bool
-) -> Tensor:
-    if compiled.supports(packed) and packed.stride(-1) == 1:
-        torch.ops.megagap.rotary_(packed, cos, sin, positions, heads, interleaved, backward)
-        return packed
-    if backward:  # the opposite rotation: equal halves of the tables belong to a pair
-        sin = -sin
-    first = packed[:, :, :heads]
-    first.copy_(reference(first, first[:, :, :0], cos, sin, positions, interleaved=interleaved)[0])
-    return packed
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        (cos, sin, positions), grads = ctx.saved_tensors, (grad_q, grad_k, grad_v)
+        if compiled.supports(*grads) and _supports(grad_q, grad_k, cos, sin, positions):
+            packed = torch.ops.megagap.rotary_pack(*grads, cos, sin, positions, ctx.interleaved, True)
+        else:  # the opposite rotation: equal halves of the tables belong to a pair
+            rotated = reference(grad_q, grad_k, cos, -sin, positions, interleaved=ctx.interleaved)
+            packed = torch.cat((*rotated, grad_v), HEADS)
+        parts = packed.split([grad.shape[HEADS] for grad in grads], HEADS)
+        return *parts, None, None, None, None, None
 
 
 def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> bool:
@@ -127,6 +146,20 @@ def _shapes(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+def _pack_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    backward: bool,
+) -> Tensor:
+    heads = q.shape[HEADS] + k.shape[HEADS] + v.shape[HEADS]
+    return q.new_empty(*q.shape[:HEADS], heads, q.shape[-1])
+
+
 def _no_shapes(
     packed: Tensor,
     cos: Tensor,
@@ -143,3 +176,4 @@ if compiled.AVAILABLE:
     torch.library.register_fake("megagap::rotary", _shapes)
     torch.library.register_autograd("megagap::rotary", _backward, setup_context=_setup_context)
     torch.library.register_fake("megagap::rotary_", _no_shapes)
+    torch.library.register_fake("megagap::rotary_pack", _pack_shapes)

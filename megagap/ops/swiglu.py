@@ -12,7 +12,7 @@ from megagap.ops import compiled
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) · up``, elementwise [..., h], in the dtype of the inputs; compiled, it is rounded once.
 
-    The inputs may be halves of one packed projection.
+    The inputs may be halves of one packed projection; compiled, their gradients are.
     """
     if compiled.supports(gate, up) and gate.shape == up.shape and gate.dim():
         y: Tensor = torch.ops.megagap.swiglu(gate, up)
@@ -32,16 +32,16 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor] = torch.ops.megagap.swiglu_backward(grad, *ctx.saved_tensors)
-    return grads
+    grad_gate, grad_up = torch.ops.megagap.swiglu_backward(grad, *ctx.saved_tensors).chunk(2, -1)
+    return grad_gate, grad_up
 
 
 def _shapes(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def _backward_shapes(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+def _backward_shapes(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
 
 
 if compiled.AVAILABLE:

@@ -5,7 +5,8 @@ gradients; buckets are consecutive ranges of it. Each rank of the axis that they
 every bucket.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 BUCKET_ELEMENTS = 25_000_000
@@ -54,12 +55,16 @@ def arrange(
     *,
     cuts: bool = True,
     blocks: Sequence[int] | None = None,
+    packs: Sequence[Hashable] | None = None,
 ) -> Arrangement:
     """Lay out ``parameters``, the kind and number of elements of each, in the order in which they are first used.
 
     ``ranks``: of the axis that buckets are sharded over, which divides the length of every bucket.
     ``cuts``: a parameter of more than two buckets' size is cut, so that its reduction is, too.
     ``blocks``: the block of each parameter; a bucket then has parameters of one block only.
+    ``packs``: what the parameters of a pack have in common, None for others. A pack lies end to end, in its order. Where
+    parameters are not cut, neither are packs; one of more than a bucket's size, whose whole gradient would take too
+    much memory at once, is then no pack.
     """
     unit = ranks * ALIGNMENT
     piece = round_up(bucket_elements, unit)
@@ -69,15 +74,19 @@ def arrange(
     ends: dict[Kind, int] = {}
     closed: list[tuple[Kind, int, int]] = []
 
-    for number in reversed(range(len(parameters))):
-        kind, elements = parameters[number]
-        if blocks is not None and number + 1 < len(parameters) and blocks[number] != blocks[number + 1]:
+    block = None
+    for numbers in reversed(_units(parameters, packs, None if cuts else bucket_elements)):
+        kind = parameters[numbers[0]][0]
+        if blocks is not None and block not in (None, blocks[numbers[0]]):
             for other, first in opened.items():
                 if first < ends[other]:
                     closed.append((other, first, round_up(ends[other], unit)))
                     opened[other] = ends[other] = round_up(ends[other], unit)
-        starts[number] = ends.get(kind, 0)
-        end = starts[number] + elements
+        block = None if blocks is None else blocks[numbers[0]]
+        end = ends.get(kind, 0)
+        for number in numbers:
+            starts[number] = end
+            end += parameters[number][1]
         first = opened.get(kind, 0)
         while cuts and end - first >= 2 * piece:
             closed.append((kind, first, first + piece))
@@ -98,6 +107,24 @@ def arrange(
     buckets = [Range(kind, start, stop, overlapping(kind, start, stop)) for kind, start, stop in closed]
     # One is complete with the last of its parameters, the first that is used. Stable: pieces of one stay in order.
     return Arrangement(tuple(starts), tuple(sorted(buckets, key=lambda bucket: -min(bucket.parameters))))
+
+
+def _units(
+    parameters: Sequence[tuple[Kind, int]], packs: Sequence[Hashable] | None, most: int | None
+) -> list[list[int]]:
+    """What lies end to end, in the order of its first use: the numbers of a pack of at most so many elements, or of one
+    parameter."""
+    packs = packs or [None] * len(parameters)
+    sizes: Counter[Hashable] = Counter()
+    for pack, (_, elements) in zip(packs, parameters, strict=True):
+        sizes[pack] += elements
+    units: dict[Hashable, list[int]] = {}
+    for number, pack in enumerate(packs):
+        together = pack is not None and (most is None or sizes[pack] <= most)
+        unit = units.setdefault(("pack", pack) if together else number, [])
+        unit.append(number)
+        assert parameters[unit[0]][0] == parameters[number][0], f"parameters of several kinds in pack {pack}"
+    return list(units.values())
 
 
 def round_up(number: int, unit: int) -> int:

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagap.ops.products import add_product, add_rows, set_product
+from megagap.ops.adjacent import as_one
+from megagap.ops.products import add_product, add_rows, adds_inside, set_product
 from megagap.ops.wide import wide_dtype
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range, arrange
 from megagap.optim.clipping import squared_norm
@@ -37,7 +38,7 @@ from megagap.parallel.collectives import (
     reduce_scatter_flat_async,
 )
 from megagap.parallel.mesh import Axis, Mesh
-from megagap.parallel.shard import Block, Shard, ShardedParameter, Slice
+from megagap.parallel.shard import Block, GradientSink, Shard, ShardedParameter, Slice
 
 
 class _Place:
@@ -76,10 +77,26 @@ class _Place:
         self.written, self.microbatches = False, microbatches
         self.missing = self.parameter.uses * microbatches
 
-    def add_product(self, left: Tensor, right: Tensor) -> None:
-        rows = self.gradient[: left.shape[1]]
-        (add_product if self.written else set_product)(rows, left, right)
-        self.written = True
+    def add_product(self, left: Tensor, right: Tensor, following: Sequence[GradientSink] = ()) -> None:
+        places = [self, *(place for place in following if isinstance(place, _Place))]
+        total = self.gradient[: left.shape[1]] if len(places) == 1 else self._together(places, left)
+        if total is None:
+            rows = [len(place.parameter) for place in places]
+            for place, part in zip(places, left.split(rows, 1), strict=True):
+                place.add_product(part, right)
+            return
+        (add_product if self.written else set_product)(total, left, right)
+        for place in places:
+            place.written = True
+
+    def _together(self, places: "Sequence[_Place]", left: Tensor) -> Tensor | None:
+        """The gradients of a pack, of which this is the first, as one that a product with ``left`` is added to; None
+        where they are apart, or not all of this step, or where the product would take memory of its own."""
+        alike = all(place.written == self.written for place in places)
+        apart = self.whole is None and any(place.bucket is not self.bucket for place in places)
+        if apart or not alike or not adds_inside(left.dtype, left.device):
+            return None
+        return as_one([place.gradient for place in places], 0)
 
     def add_rows(self, ids: Tensor, rows: Tensor) -> None:
         self.clear_unless_written()
@@ -537,7 +554,9 @@ def arrangement(
         for parameter in block.parameters:
             numbers.setdefault(id(parameter), 2 * number + (id(parameter) not in again))
     of_blocks = [numbers[id(parameter)] for parameter in parameters] if sharding.gradients and blocks else None
-    return arrange(sizes, sharding.shard.size, bucket_elements, cuts=not sharding.gradients, blocks=of_blocks)
+    packs = [parameter.pack for parameter in parameters]
+    cuts = not sharding.gradients
+    return arrange(sizes, sharding.shard.size, bucket_elements, cuts=cuts, blocks=of_blocks, packs=packs)
 
 
 def kind_of(shard: Shard, decay_embeddings: bool) -> Kind:

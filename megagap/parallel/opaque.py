@@ -83,7 +83,7 @@ def column_products(x: Tensor, layers: Sequence[Tensor], length: int, widths: Se
     found = _find(layers)
     with torch.no_grad():
         weights = [layer.weight for layer in found]
-        return list(_ColumnProducts.apply(x, found[0].region, found[0].queue, None, *weights))
+        return list(_ColumnProducts.apply(x, found[0].region, found[0].queue, None, False, *weights))
 
 
 @column_products.register_fake
@@ -100,7 +100,7 @@ def column_products_backward(x: Tensor, grads: Sequence[Tensor], layers: Sequenc
     """The gradient of x; those of the weights go where they are summed."""
     found = _find(layers)
     x, *grads = _kept(found, x, *grads)
-    return _input_gradient(found, _ColumnProducts.backward(_context(found, x, 4), *grads), 4)
+    return _input_gradient(found, _ColumnProducts.backward(_context(found, x, 5), *grads), 5)
 
 
 @column_products_backward.register_fake

@@ -3,6 +3,7 @@
 Initialisation, clipping, decay groups, checkpoints, Hugging Face conversion and the planner read only this.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Protocol
@@ -93,8 +94,11 @@ def split(name: str, shape: tuple[int, ...], dim: int, rank: int, size: int, **r
 class GradientSink(Protocol):
     """Where a parameter's gradient of a step is summed, in fp32."""
 
-    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add leftᵀ right, for left [n, rows] and right [n, columns], to the parameter's first rows."""
+    def add_product(self, left: torch.Tensor, right: torch.Tensor, following: "Sequence[GradientSink]" = ()) -> None:
+        """Add leftᵀ right, for left [n, rows] and right [n, columns], to the parameter's first rows.
+
+        ``following``: the sinks of the parameters packed behind it, to which the rows beyond its own belong.
+        """
 
     def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Add rows[i], of rows [n, columns], to the parameter's row ids[i], of ids [n]."""
@@ -109,16 +113,28 @@ class ShardedParameter(nn.Parameter):
     ``sink``: where operations add its gradient without autograd, if an optimizer has set one; what autograd computes
     is added there by a hook. ``uses``: in how many places of the stage it is used, each of which reports once per
     backward pass.
+    ``pack``: what the parameters that :func:`pack` has joined have in common; None for others.
     """
 
     shard: Shard
     sink: GradientSink | None
     uses: int
+    pack: str | None
 
     def __new__(cls, shard: Shard, device: torch.device, dtype: torch.dtype) -> "ShardedParameter":
         self = super().__new__(cls, torch.zeros(shard.local_shape, device=device, dtype=dtype), requires_grad=True)
-        self.shard, self.sink, self.uses = shard, None, 1
+        self.shard, self.sink, self.uses, self.pack = shard, None, 1, None
         return self
+
+
+def pack(*parameters: ShardedParameter) -> None:
+    """Let matrices [rows, columns] of as many columns lie end to end, in this order, wherever an optimizer stores them
+    and their gradients: they and these are then one matrix [rows of all, columns] each.
+
+    They are used together, and of one kind. Names, records and checkpoints are as without.
+    """
+    for parameter in parameters:
+        parameter.pack = parameters[0].shard.name
 
 
 class Block(NamedTuple):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagap.ops.adjacent import as_one
 from megagap.parallel.collectives import Pending, all_gather_async, all_reduce_async, reduce_scatter_async
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Axis, Mesh
@@ -230,8 +231,10 @@ class RowParallelLinear(nn.Module):
 def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | None = None) -> tuple[Tensor, ...]:
     """The outputs of several layers for one input, the residual stream, which is gathered once for all of them.
 
-    As if each were called by itself; the input's gradient is accumulated inside the matrix products. ``again``: makes
-    x in the backward pass, which then does not keep it.
+    As if each were called by itself. Where the weights lie end to end (:func:`~megagap.parallel.shard.pack`), it is one
+    product, whose columns the results are, and so are those of the backward pass if the gradients of the results are
+    columns of one tensor; else the input's gradient is accumulated inside the matrix products. ``again``: makes x in the
+    backward pass, which then does not keep it.
     """
     first, weights = layers[0], [layer.weight for layer in layers]
     products: Sequence[Tensor]
@@ -241,26 +244,38 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | Non
         length = first.region.whole_length(x)
         products = torch.ops.megagap_parallel.column_products(x, numbers, length, widths)
     else:
-        products = _ColumnProducts.apply(x, first.region, first.queue, again, *weights)
+        products = _ColumnProducts.apply(x, first.region, first.queue, again, True, *weights)
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
 
 
 class _ColumnProducts(torch.autograd.Function):
-    """x [b, s or s / tp, in], made whole, times each of several weights [out, in], transposed."""
+    """x [b, s or s / tp, in], made whole, times each of several weights [out, in], transposed.
+
+    ``packs``: whether the results may be parts of one tensor.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, region: Region, queue: WeightGradientQueue, again: Again | None, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        region: Region,
+        queue: WeightGradientQueue,
+        again: Again | None,
+        packs: bool,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         _keep(ctx, x, again, weights)
         ctx.region, ctx.queue, ctx.sinks = region, queue, [getattr(weight, "sink", None) for weight in weights]
         whole = region.gather(x).wait()
-        return tuple(F.linear(whole, weight) for weight in weights)
+        packed = as_one(weights, 0) if packs else None
+        if packed is None:
+            return tuple(F.linear(whole, weight) for weight in weights)
+        return F.linear(whole, packed).split([len(weight) for weight in weights], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights, input_again = _kept(ctx)
-        region, wanted = ctx.region, ctx.needs_input_grad[4:]
+        region, wanted = ctx.region, ctx.needs_input_grad[5:]
         outputs = [grad.flatten(0, -2) for grad in grads]
 
         def of_weights(gathering: Pending) -> list[Tensor | None]:
@@ -272,7 +287,7 @@ class _ColumnProducts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             summing = region.sum(_input_gradient(outputs, weights).view(*grads[0].shape[:-1], -1))
         found = [None] * len(weights) if gathering is None else of_weights(gathering)  # while that is summed
-        return None if summing is None else summing.wait(), None, None, None, *found
+        return None if summing is None else summing.wait(), None, None, None, None, *found
 
 
 class _RowProduct(torch.autograd.Function):
@@ -340,6 +355,9 @@ def _itself(x: Tensor) -> Tensor:
 
 def _input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The sum over all pairs of grad [n, out] times weight [out, in]: [n, in]."""
+    packed_grad, packed_weight = as_one(grads, 1), as_one(weights, 0)
+    if packed_grad is not None and packed_weight is not None:
+        return packed_grad @ packed_weight
     total = grads[0] @ weights[0]
     for grad, weight in zip(grads[1:], weights[1:], strict=True):
         torch.addmm(total, grad, weight, out=total)
@@ -355,6 +373,13 @@ def _weight_gradients(
 ) -> list[Tensor | None]:
     """gradᵀ x of each weight for autograd; None if it went into the weight's sink, or is not wanted."""
     found: list[Tensor | None] = [None] * len(weights)
+    known = [sink for sink in sinks if sink is not None]
+    packed = as_one(grads, 1) if all(wanted) and len(known) == len(sinks) else None
+    if packed is not None:
+        known[0].add_product(packed, x, known[1:])
+        for sink in known:
+            sink.finished()
+        return found
     for i, (sink, grad) in enumerate(zip(sinks, grads, strict=True)):
         if wanted[i] and sink is not None:
             sink.add_product(grad, x)

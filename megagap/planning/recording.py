@@ -87,6 +87,7 @@ _KERNELS = {
     "_scaled_dot_product_efficient_attention_backward": 2,
     "rms_norm_backward": 2,  # the weight's gradient is added up from blocks
     "add_rms_norm_backward": 2,
+    "rotary_pack": 2,  # the rotation, and the copy of the values
 }
 """Kernels of one operation, where they are not one; by torch's profiler on an H100."""
 

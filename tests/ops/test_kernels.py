@@ -165,6 +165,7 @@ def registered() -> dict[str, tuple]:
         "add_rms_norm_backward": (grad, grad, x.detach(), weight.detach(), rstd, 20.0),
         "rotary": (q.requires_grad_(), k.requires_grad_(), COS, SIN, None, False, False),
         "rotary_": (packed, COS, SIN, torch.randint(0, 6, (2, 6)), 3, True, False),
+        "rotary_pack": (q.detach(), k.detach(), packed, COS, SIN, None, False, True),
         "swiglu": (x, residual),
         "swiglu_backward": (grad, x.detach(), residual.detach()),
         "cross_entropy_rows": (logits, targets),

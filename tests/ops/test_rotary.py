@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from megagap.ops import compiled, rotary, rotary_
+from megagap.ops import compiled, rotary, rotary_packed
+from megagap.ops.adjacent import as_one
 from megagap.ops.rotary import reference
 
 
@@ -120,23 +121,29 @@ def test_interleaved_pairs_are_the_half_split_ones_in_another_order(dtype):
     assert all(torch.equal(a, weave(b)) for a, b in zip(got, [*plain, q.grad, k.grad], strict=True))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_in_place_it_rotates_the_first_heads_of_a_packed_projection_and_leaves_the_rest(dtype, interleaved):
+def test_of_a_packed_projection_heads_of_q_and_k_are_rotated_and_gradients_are_packed_again(
+    dtype, interleaved, in_place
+):
     packed, grad = torch.randn(2, 5, 8, 6).to(dtype), torch.randn(2, 5, 8, 6).to(dtype)
     cos, sin, _ = tables(5, 6)
     if interleaved:
         cos, sin = (table.repeat_interleave(2, -1)[:, :6] for table in (cos, sin))
-    leaf = packed.clone().requires_grad_()
-    work = leaf * 1  # in place on the result of an earlier operation
-    same = rotary_(work, 6, cos, sin, interleaved=interleaved)
-    assert same.data_ptr() == work.data_ptr()
-    same.backward(grad)
-    q, k = (packed[:, :, part].detach().requires_grad_() for part in (slice(4), slice(4, 6)))
+    heads = [4, 2, 2]
+    work = packed.clone()
+    given = [part.requires_grad_() for part in work.detach().split(heads, 2)]
+    found = rotary_packed(*given, cos, sin, in_place=in_place, interleaved=interleaved)
+    where = {part.untyped_storage().data_ptr() for part in found}
+    assert (where == {work.untyped_storage().data_ptr()}) == in_place
+    assert in_place or torch.equal(work, packed)
+    grads = torch.autograd.grad(found, given, grad.split(heads, 2))
+    q, k, v = (part.detach().requires_grad_() for part in packed.split(heads, 2))
     wanted = rotary(q, k, cos, sin, interleaved=interleaved)
-    torch.autograd.backward(wanted, [grad[:, :, :4], grad[:, :, 4:6]])
-    torch.testing.assert_close(same.detach(), torch.cat([*wanted, packed[:, :, 6:]], 2))
-    torch.testing.assert_close(leaf.grad, torch.cat([q.grad, k.grad, grad[:, :, 6:]], 2))
+    torch.autograd.backward(wanted, grad.split(heads, 2)[:2])
+    torch.testing.assert_close([part.detach() for part in found], [*(x.detach() for x in wanted), v.detach()])
+    torch.testing.assert_close(as_one(grads, 2), torch.cat([q.grad, k.grad, grad[:, :, 6:]], 2))
 
 
 @needs_kernels

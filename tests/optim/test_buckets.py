@@ -78,6 +78,24 @@ def test_a_bucket_has_parameters_of_one_block_only(parameters, ranks, elements, 
     assert {n for bucket in found.buckets for n in bucket.parameters} == set(range(len(parameters)))
 
 
+PACKS = st.lists(st.sampled_from([None, None, "a", "b"]), min_size=30, max_size=30)
+
+
+@given(PARAMETERS, RANKS, ELEMENTS, PACKS, st.booleans())
+def test_a_pack_lies_end_to_end_in_its_order_and_without_cuts_in_one_bucket(parameters, ranks, elements, packs, cuts):
+    parameters = [(KINDS[0] if pack else kind, size) for (kind, size), pack in zip(parameters, packs, strict=False)]
+    found = arrange(parameters, ranks, elements, cuts=cuts, packs=packs[: len(parameters)])
+    assert {n for bucket in found.buckets for n in bucket.parameters} == set(range(len(parameters)))
+    for pack in ("a", "b"):
+        members = [n for n, other in enumerate(packs[: len(parameters)]) if other == pack]
+        if cuts or sum(parameters[n][1] for n in members) <= elements:
+            assert all(found.starts[a] + parameters[a][1] == found.starts[b] for a, b in pairwise(members))
+            holders = [bucket for bucket in found.buckets if set(bucket.parameters) & set(members)]
+            assert cuts or len(holders) <= 1
+        else:  # too large for one bucket: as if it were none
+            assert all(found.starts[n] % ALIGNMENT == 0 for n in members)
+
+
 @given(PARAMETERS, RANKS, ELEMENTS)
 def test_without_cuts_a_parameter_is_in_one_bucket(parameters, ranks, elements):
     buckets = arrange(parameters, ranks, elements, cuts=False).buckets

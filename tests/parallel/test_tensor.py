@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import CellType, CodeType, FunctionType
 from unittest.mock import patch
@@ -15,11 +16,13 @@ from megagap.config import load_recipe
 from megagap.model.llama import build_stages
 from megagap.ops import compiled
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.gradient_store import GradientStore
 from megagap.parallel import cross_entropy
 from megagap.parallel.collectives import Pending, all_gather_async
 from megagap.parallel.cross_entropy import IGNORED_TARGET, linear_cross_entropy
 from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
 from megagap.parallel.mesh import Mesh
+from megagap.parallel.shard import pack
 from megagap.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -307,3 +310,66 @@ def test_collectives_of_a_backward_pass_run_beside_its_products(workers):
     expected = {True: ["gather", "product", "scatter", "product"], False: ["product", "reduce", "product"]}
     for sequence_parallel, names in expected.items():
         assert workers.run(2, order_of_backward, sequence_parallel) == [names, names]
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function._schema.name in ("aten::mm", "aten::addmm")
+        return function(*args, **(kwargs or {}))
+
+
+def in_a_store(packs: bool, deferring: bool) -> tuple[list[torch.Tensor], int]:
+    """Two microbatches through three layers with one input: results and gradients, and how many products it took."""
+    tp = TensorParallel(Mesh.single(), False, torch.float64)
+    widths = [4, 3, 2]
+    layers = [ColumnParallelLinear(name, HIDDEN, width, tp, bias=True) for name, width in zip("abc", widths, strict=True)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    for seed, parameter in enumerate(parameters):
+        fill(parameter, random(*parameter.shape, seed=seed))
+    if packs:
+        pack(*(layer.weight for layer in layers))
+    store = GradientStore(parameters, tp.mesh, torch.float64)
+    x, grads = random(BATCH, LENGTH, HIDDEN, seed=7), random(BATCH, LENGTH, sum(widths), seed=8).split(widths, -1)
+    store.begin(2)
+    results = []
+    with _Products() as products:
+        for _ in range(2):
+            x = x.detach().requires_grad_()
+            results += column_parallel(x, *layers)
+            with tp.queue.deferring() if deferring else nullcontext([]) as jobs:
+                torch.autograd.backward(results[-3:], grads)
+            with torch.no_grad():
+                for job in jobs:
+                    job()
+            results.append(x.grad)
+    store.finish()
+    gradients = [parameter.sink.gradient.clone() for parameter in parameters]
+    return [*(result.detach() for result in results), *gradients], products.number
+
+
+@pytest.mark.parametrize("deferring", [False, True])
+def test_packed_weights_are_multiplied_as_one_with_the_results_of_several(deferring):
+    packed, few = in_a_store(True, deferring)
+    apart, many = in_a_store(False, deferring)
+    assert (few, many) == (2 * 3, 2 * 9)
+    torch.testing.assert_close(packed, apart, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_that_are_apart_are_added_to_packed_weights_one_by_one():
+    tp = TensorParallel(Mesh.single(), False, torch.float64)
+    layers = [ColumnParallelLinear(name, HIDDEN, 4, tp) for name in "ab"]
+    weights = [layer.weight for layer in layers]
+    pack(*weights)
+    store = GradientStore(weights, tp.mesh, torch.float64)
+    store.begin(1)
+    x, grads = random(LENGTH, HIDDEN, seed=1), [random(LENGTH, 4, seed=seed) for seed in (2, 3)]
+    torch.autograd.backward(column_parallel(x, *layers), grads)
+    store.finish()
+    for weight, grad in zip(weights, grads, strict=True):
+        torch.testing.assert_close(weight.sink.gradient, grad.T @ x)

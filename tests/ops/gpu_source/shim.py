@@ -49,7 +49,7 @@ SIGNATURES = {
     "rms_norm_backward": [N, P, P, P, P, P, P, P, P, L, L, L, F, P],
     "rotary": [N, POINTER(Rotated), POINTER(Rotated), P, P, P, L, L, L, L, N, N, P],
     "swiglu": [N, P, P, P, L, L, L, L, P],
-    "swiglu_backward": [N, P, P, P, P, P, L, L, L, L, L, P],
+    "swiglu_backward": [N, P, P, P, P, P, L, L, L, L, L, L, P],
     "cross_entropy_rows": [N, P, P, P, P, P, L, L, L, P],
     "cross_entropy_rows_gradient": [N, P, P, P, P, L, L, L, P],
     "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, P, P, P],
@@ -126,8 +126,8 @@ class Shim:
         return y
 
     def swiglu_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        grad_gate, grad_up = filled(gate.shape, gate.dtype), filled(gate.shape, gate.dtype)
-        strides = (grad.stride(0), gate.stride(0), up.stride(0))
+        grad_gate, grad_up = filled((gate.shape[0], 2 * gate.shape[1]), gate.dtype).chunk(2, 1)
+        strides = (grad.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0))
         self.call("swiglu_backward", DTYPES[gate.dtype], grad, gate, up, grad_gate, grad_up, *gate.shape, *strides)
         return grad_gate, grad_up
 

@@ -74,6 +74,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
     yield "rotary", (q, k, cos[:6].view(2, 3, 8), sin[:6].view(2, 3, 8), None, True, False)
     yield "rotary", (q, k, cos, sin, POSITIONS, False, True)
     yield "rotary_", (random(2, 3, 5, 8, dtype=dtype), cos, sin, POSITIONS, 4, False, False)
+    yield "rotary_pack", (q, k, k[:, :, 1:], cos, sin, POSITIONS, False, True)
     yield "swiglu", packed_halves(dtype)
     yield "swiglu_backward", (random(3, 2, 20, dtype=dtype), *packed_halves(dtype))
     yield "cross_entropy_rows", (random(3, 24, dtype=dtype)[:, :20], TARGETS)
@@ -134,6 +135,8 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
     yield "rotary", (q, k, cos.double(), sin.double(), POSITIONS, False, False), TypeError
     yield "rotary", (q, k, cos, sin, POSITIONS.int(), False, False), TypeError
     yield "rotary_", (k.clone(), cos, sin, POSITIONS, 3, False, False), ValueError
+    yield "rotary_pack", (q, k, k[1:], cos, sin, POSITIONS, False, True), ValueError
+    yield "rotary_pack", (q, k, k.bfloat16(), cos, sin, POSITIONS, False, True), TypeError
     yield "swiglu", (x, other.bfloat16()), TypeError
     yield "cross_entropy_rows", (random(3, 20), TARGETS[1:]), ValueError
     yield "cross_entropy_rows", (random(3, 20), TARGETS.int()), TypeError

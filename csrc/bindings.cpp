@@ -23,8 +23,11 @@ TORCH_LIBRARY(megagap, m) {
       " bool backward) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> Tensor");
-  m.def("cross_entropy_rows(Tensor logits, Tensor targets) -> (Tensor, Tensor, Tensor)");
-  m.def("cross_entropy_rows_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor scale) -> ()");
+  m.def("cross_entropy_rows(Tensor logits, Tensor targets, int first) -> Tensor");
+  m.def(
+      "cross_entropy_rows_gradient_(Tensor(a!) logits, Tensor targets, int first, Tensor statistics, Tensor scale,"
+      " float z_loss) -> ()");
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor scale, float z_loss) -> Tensor");
   m.def(
       "adamw_(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor grad_scale,"
       " Tensor found_inf, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay,"
@@ -43,6 +46,7 @@ TORCH_LIBRARY_IMPL(megagap, CPU, m) {
   m.impl("swiglu_backward", &megagap::cpu::swiglu_backward);
   m.impl("cross_entropy_rows", &megagap::cpu::cross_entropy_rows);
   m.impl("cross_entropy_rows_gradient_", &megagap::cpu::cross_entropy_rows_gradient_);
+  m.impl("cross_entropy_", &megagap::cpu::cross_entropy_);
   m.impl("adamw_", &megagap::cpu::adamw_);
 }
 

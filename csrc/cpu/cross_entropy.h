@@ -1,5 +1,5 @@
 // Softmax statistics of a row of logits, of which a rank may hold only some columns, and the gradient in place of it:
-// (exp(logit - log_sum_exp) - [column == target]) * scale.
+// (exp(logit - log_sum_exp) * factor - [column == target]) * scale.
 
 template <typename T>
 void cross_entropy(const T* logits, int64_t target, int64_t size, float* maximum_out, float* sum_out,
@@ -34,12 +34,14 @@ void cross_entropy(const T* logits, int64_t target, int64_t size, float* maximum
 }
 
 template <typename T>
-void cross_entropy_gradient(T* logits, int64_t target, int64_t size, float log_sum_exp, float scale) {
+void cross_entropy_gradient(T* logits, int64_t target, int64_t size, float log_sum_exp, float factor,
+                            float scale) {
   const float at_target = target < 0 ? 0.0f : to_float(logits[target]);
+  const float of_softmax = factor * scale;
   for_each_vector(size, [&](int64_t i, auto count) {
-    store(logits + i, exp(load(logits + i, count) - log_sum_exp) * scale, count);
+    store(logits + i, exp(load(logits + i, count) - log_sum_exp) * of_softmax, count);
   });
   if (target >= 0) {
-    logits[target] = from_float<T>((exp(broadcast(at_target - log_sum_exp))[0] - 1.0f) * scale);
+    logits[target] = from_float<T>((exp(broadcast(at_target - log_sum_exp))[0] * factor - 1.0f) * scale);
   }
 }

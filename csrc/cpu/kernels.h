@@ -93,9 +93,10 @@ struct Kernels {
   void (*swiglu)(const T* gate, const T* up, T* y, int64_t size, bool streaming);
   void (*swiglu_backward)(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t size,
                           bool streaming);
-  // cross_entropy.h, one row of logits. target: its column, or -1.
+  // cross_entropy.h, one row of logits. target: its column, or -1. factor: of the softmax in the gradient.
   void (*cross_entropy)(const T* logits, int64_t target, int64_t size, float* maximum, float* sum, float* at_target);
-  void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float scale);
+  void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float factor,
+                                 float scale);
   // adamw.h: elements [first, first + size) of flat buffers, which start at the pointers.
   void (*adamw)(T* parameter, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first, int64_t size,
                 const AdamW& form);

@@ -257,18 +257,55 @@ void for_rows(int64_t rows, int64_t size, const Body& body) {
   });
 }
 
-void check_logits(const Tensor& logits, const Tensor& targets) {
-  TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) < 2 || logits.stride(1) == 1) && targets.dim() == 1 &&
-                        targets.size(0) == logits.size(0),
-                    "cross_entropy_rows: logits ", logits.sizes(), " and targets ", targets.sizes(), " do not fit");
-  TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong, "cross_entropy_rows: targets are ", targets.scalar_type(),
-                   ", not int64");
-  if (targets.numel()) {
-    const int64_t lowest = targets.min().item<int64_t>(), highest = targets.max().item<int64_t>();
-    TORCH_CHECK_INDEX(lowest >= -1 && highest < logits.size(1), "cross_entropy_rows: targets from ", lowest, " to ",
-                      highest, " in ", logits.size(1), " columns");
+// Logits [n, v] as rows: the columns from `first` on of a vocabulary, in which targets are ids; one below 0 is ignored.
+struct Logits {
+  Logits(const char* op, const Tensor& logits, const Tensor& targets_given, int64_t first)
+      : tensor(logits), targets(targets_given.contiguous()), first(first) {
+    TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.size(1) < 2 || logits.stride(1) == 1) && targets.dim() == 1 &&
+                          targets.size(0) == logits.size(0),
+                      op, ": logits ", logits.sizes(), " and targets ", targets.sizes(), " do not fit");
+    TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong, op, ": targets are ", targets.scalar_type(), ", not int64");
   }
-}
+
+  void check_float(const char* op, const Tensor& x, int64_t size, const char* name) const {
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.numel() == size, op, ": ", name, " must be float32, ", size,
+                      " elements");
+  }
+
+  Tensor new_statistics() const { return at::empty({3, rows()}, tensor.options().dtype(at::kFloat)); }
+
+  int64_t rows() const { return tensor.size(0); }
+  int64_t size() const { return tensor.size(1); }
+  int64_t target(int64_t row) const { return targets.data_ptr<int64_t>()[row]; }
+
+  // Of its target, or -1.
+  int64_t column(int64_t row) const {
+    const int64_t column = target(row) - first;
+    return column >= 0 && column < size() ? column : -1;
+  }
+
+  template <typename T>
+  T* row(int64_t row) const {
+    return data<T>(tensor) + row * tensor.stride(0);
+  }
+
+  template <typename T>
+  void find_statistics(int64_t row, const Tensor& statistics) const {
+    float* out = data<float>(statistics) + row;
+    kernels<T>().cross_entropy(this->row<T>(row), column(row), size(), out, out + rows(), out + 2 * rows());
+  }
+
+  template <typename T>
+  void replace_by_gradient(int64_t row, const Tensor& statistics, float scale, float z_loss) const {
+    const float* in = data<float>(statistics) + row;
+    const float log_sum_exp = in[0] + std::log(in[rows()]);
+    kernels<T>().cross_entropy_gradient(this->row<T>(row), column(row), size(), log_sum_exp,
+                                        1.0f + 2.0f * z_loss * log_sum_exp, target(row) < 0 ? 0.0f : scale);
+  }
+
+  Tensor tensor, targets;
+  int64_t first;
+};
 
 }  // namespace
 
@@ -361,36 +398,47 @@ Tensor swiglu_backward(const Tensor& grad_given, const Tensor& gate_given, const
   return grads;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits, const Tensor& targets_given) {
-  check_logits(logits, targets_given);
-  const Tensor targets = targets_given.contiguous();
-  const auto floats = [&] { return at::empty(targets.sizes(), logits.options().dtype(at::kFloat)); };
-  Tensor maximum = floats(), sum = floats(), at_target = floats();
+Tensor cross_entropy_rows(const Tensor& logits, const Tensor& targets, int64_t first) {
+  const Logits all("cross_entropy_rows", logits, targets, first);
+  const Tensor statistics = all.new_statistics();
   for_dtype(logits, [&](auto element) {
     using T = decltype(element);
-    for_rows(logits.size(0), logits.size(1), [&](int64_t row) {
-      kernels<T>().cross_entropy(data<T>(logits) + row * logits.stride(0), targets.data_ptr<int64_t>()[row],
-                                 logits.size(1), data<float>(maximum) + row, data<float>(sum) + row,
-                                 data<float>(at_target) + row);
-    });
+    for_rows(all.rows(), all.size(), [&](int64_t row) { all.find_statistics<T>(row, statistics); });
   });
-  return {maximum, sum, at_target};
+  return statistics;
 }
 
-void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets_given, const Tensor& lse_given,
-                                  const Tensor& scale_given) {
-  check_logits(logits, targets_given);
-  const Tensor targets = targets_given.contiguous(), lse = lse_given.contiguous(), scale = scale_given.contiguous();
-  TORCH_CHECK_VALUE(lse.sizes() == targets.sizes() && scale.sizes() == targets.sizes() &&
-                        lse.scalar_type() == at::kFloat && scale.scalar_type() == at::kFloat,
-                    "cross_entropy_rows_gradient_: lse and scale must be float32, one for each row");
+void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets, int64_t first,
+                                  const Tensor& statistics_given, const Tensor& scale, double z_loss) {
+  const char* op = "cross_entropy_rows_gradient_";
+  const Logits all(op, logits, targets, first);
+  const Tensor statistics = statistics_given.contiguous();
+  all.check_float(op, statistics, 3 * all.rows(), "statistics");
+  all.check_float(op, scale, 1, "scale");
   for_dtype(logits, [&](auto element) {
     using T = decltype(element);
-    for_rows(logits.size(0), logits.size(1), [&](int64_t row) {
-      kernels<T>().cross_entropy_gradient(data<T>(logits) + row * logits.stride(0), targets.data_ptr<int64_t>()[row],
-                                          logits.size(1), data<float>(lse)[row], data<float>(scale)[row]);
+    for_rows(all.rows(), all.size(), [&](int64_t row) {
+      all.replace_by_gradient<T>(row, statistics, *data<float>(scale), static_cast<float>(z_loss));
     });
   });
+}
+
+Tensor cross_entropy_(const Tensor& logits, const Tensor& targets, const Tensor& scale, double z_loss) {
+  const char* op = "cross_entropy_";
+  const Logits all(op, logits, targets, 0);
+  all.check_float(op, scale, 1, "scale");
+  const int64_t highest = targets.numel() ? targets.max().item<int64_t>() : -1;
+  TORCH_CHECK_INDEX(highest < all.size(), op, ": target ", highest, " in ", all.size(), " columns");
+  const Tensor statistics = all.new_statistics();
+  for_dtype(logits, [&](auto element) {
+    using T = decltype(element);
+    // A row is still in the core's cache when it is read again.
+    for_rows(all.rows(), all.size(), [&](int64_t row) {
+      all.find_statistics<T>(row, statistics);
+      all.replace_by_gradient<T>(row, statistics, *data<float>(scale), static_cast<float>(z_loss));
+    });
+  });
+  return statistics;
 }
 
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad_given,

@@ -25,8 +25,10 @@ Tensor rotary_pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    const std::optional<Tensor>& positions, bool interleaved, bool backward);
 Tensor swiglu(const Tensor& gate, const Tensor& up);
 Tensor swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up);
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits, const Tensor& targets);
-void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& scale);
+Tensor cross_entropy_rows(const Tensor& logits, const Tensor& targets, int64_t first);
+void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets, int64_t first, const Tensor& statistics,
+                                  const Tensor& scale, double z_loss);
+Tensor cross_entropy_(const Tensor& logits, const Tensor& targets, const Tensor& scale, double z_loss);
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
             double beta2, double eps, double weight_decay, at::OptionalIntArrayRef rounding,

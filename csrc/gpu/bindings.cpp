@@ -307,32 +307,53 @@ Tensor swiglu_backward(const Tensor& grad_given, const Tensor& gate_given, const
 
 // --- Cross-entropy ---
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_rows(const Tensor& logits_given, const Tensor& targets_given) {
+Tensor empty_statistics(const Tensor& logits) {
+  return at::empty({3, logits.size(0)}, logits.options().dtype(at::kFloat));
+}
+
+// To be overwritten row by row.
+void check_rows(const char* operation, const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.stride(1) == 1 || logits.size(1) <= 1, operation,
+                    ": the logits of a row must be contiguous");
+  at::assert_no_internal_overlap(logits);
+}
+
+Tensor cross_entropy_rows(const Tensor& logits_given, const Tensor& targets_given, int64_t first) {
   check_targets("cross_entropy_rows", logits_given, targets_given);
   const Launch launch("cross_entropy_rows", logits_given, {targets_given});
   const Tensor logits = with_unit_stride(logits_given), targets = targets_given.contiguous();
-  const auto options = logits.options().dtype(at::kFloat);
-  Tensor maximum = at::empty(targets.sizes(), options), sum = at::empty(targets.sizes(), options);
-  Tensor target_logit = at::empty(targets.sizes(), options);
-  launch.check(megagap_gpu_cross_entropy_rows(type_of(logits), logits.data_ptr(), data<int64_t>(targets),
-                                              data<float>(maximum), data<float>(sum), data<float>(target_logit),
-                                              logits.size(0), logits.size(1), logits.stride(0), launch.stream()));
-  return {maximum, sum, target_logit};
+  Tensor statistics = empty_statistics(logits);
+  launch.check(megagap_gpu_cross_entropy_rows(type_of(logits), logits.data_ptr(), data<int64_t>(targets), first,
+                                              data<float>(statistics), logits.size(0), logits.size(1),
+                                              logits.stride(0), launch.stream()));
+  return statistics;
 }
 
-void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets_given, const Tensor& lse_given,
-                                  const Tensor& scale_given) {
+void cross_entropy_rows_gradient_(const Tensor& logits, const Tensor& targets_given, int64_t first,
+                                  const Tensor& statistics_given, const Tensor& scale, double z_loss) {
   const char* operation = "cross_entropy_rows_gradient_";
   check_targets(operation, logits, targets_given);
-  check_floats(operation, lse_given, logits.size(0), "lse");
-  check_floats(operation, scale_given, logits.size(0), "scale");
-  TORCH_CHECK_VALUE(logits.stride(1) == 1 || logits.size(1) <= 1, operation, ": the logits of a row must be contiguous");
-  at::assert_no_internal_overlap(logits);
-  const Launch launch(operation, logits, {targets_given, lse_given, scale_given});
-  const Tensor targets = targets_given.contiguous(), lse = lse_given.contiguous(), scale = scale_given.contiguous();
-  launch.check(megagap_gpu_cross_entropy_rows_gradient(type_of(logits), logits.data_ptr(), data<int64_t>(targets),
-                                                       data<float>(lse), data<float>(scale), logits.size(0),
-                                                       logits.size(1), logits.stride(0), launch.stream()));
+  check_floats(operation, statistics_given, 3 * logits.size(0), "statistics");
+  check_floats(operation, scale, 1, "scale");
+  check_rows(operation, logits);
+  const Launch launch(operation, logits, {targets_given, statistics_given, scale});
+  const Tensor targets = targets_given.contiguous(), statistics = statistics_given.contiguous();
+  launch.check(megagap_gpu_cross_entropy_rows_gradient(
+      type_of(logits), logits.data_ptr(), data<int64_t>(targets), first, data<float>(statistics), data<float>(scale),
+      static_cast<float>(z_loss), logits.size(0), logits.size(1), logits.stride(0), launch.stream()));
+}
+
+Tensor cross_entropy_(const Tensor& logits, const Tensor& targets_given, const Tensor& scale, double z_loss) {
+  check_targets("cross_entropy_", logits, targets_given);
+  check_floats("cross_entropy_", scale, 1, "scale");
+  check_rows("cross_entropy_", logits);
+  const Launch launch("cross_entropy_", logits, {targets_given, scale});
+  const Tensor targets = targets_given.contiguous();
+  Tensor statistics = empty_statistics(logits);
+  launch.check(megagap_gpu_cross_entropy(type_of(logits), logits.data_ptr(), data<int64_t>(targets),
+                                         data<float>(scale), static_cast<float>(z_loss), data<float>(statistics),
+                                         logits.size(0), logits.size(1), logits.stride(0), launch.stream()));
+  return statistics;
 }
 
 // --- AdamW ---
@@ -374,6 +395,7 @@ void register_all(torch::Library& m) {
   m.impl("swiglu_backward", &swiglu_backward);
   m.impl("cross_entropy_rows", &cross_entropy_rows);
   m.impl("cross_entropy_rows_gradient_", &cross_entropy_rows_gradient_);
+  m.impl("cross_entropy_", &cross_entropy_);
   m.impl("adamw_", &adamw_);
 }
 

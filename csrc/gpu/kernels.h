@@ -49,15 +49,22 @@ int megagap_gpu_swiglu_backward(int type, const void* grad, const void* gate, co
                                 void* grad_up, int64_t rows, int64_t size, int64_t grad_stride, int64_t gate_stride,
                                 int64_t up_stride, int64_t to_stride, void* stream);
 
-// Of each row of logits [rows, size]: the maximum, the sum of exp(logit - maximum), and the logit at the target (0 where
-// the target is not in [0, size)).
-int megagap_gpu_cross_entropy_rows(int type, const void* logits, const int64_t* targets, float* maximum, float* sum,
-                                   float* target_logit, int64_t rows, int64_t size, int64_t stride, void* stream);
+// Logits [rows, size] are the columns [first, first + size) of a vocabulary, targets ids in it; one below 0 is ignored.
+// statistics [3, rows]: the maximum, the sum of exp(logit - maximum), and the logit at the target, 0 where that is in
+// none of the columns.
+int megagap_gpu_cross_entropy_rows(int type, const void* logits, const int64_t* targets, int64_t first,
+                                   float* statistics, int64_t rows, int64_t size, int64_t stride, void* stream);
 
-// In place: logits = (exp(logit - lse[row]) - [column == target[row]]) * scale[row].
-int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_t* targets, const float* lse,
-                                            const float* scale, int64_t rows, int64_t size, int64_t stride,
-                                            void* stream);
+// In place, from the statistics of the whole vocabulary, whose log_sum_exp is maximum + log(sum):
+// logits = (exp(logit - log_sum_exp) * (1 + 2 * z_loss * log_sum_exp) - [column == target]) * scale; 0 where the target
+// is ignored. scale: one float.
+int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_t* targets, int64_t first,
+                                            const float* statistics, const float* scale, float z_loss, int64_t rows,
+                                            int64_t size, int64_t stride, void* stream);
+
+// Both at once, of a whole vocabulary.
+int megagap_gpu_cross_entropy(int type, void* logits, const int64_t* targets, const float* scale, float z_loss,
+                              float* statistics, int64_t rows, int64_t size, int64_t stride, void* stream);
 
 // AdamW over flat [size]. grad_scale, found_inf, step: one float each on the device. Moments in bfloat16 go with a
 // parameter in bfloat16. Where `stochastic`, that parameter is rounded up or down at random, keyed by (seed, step).

@@ -160,6 +160,8 @@ class Train(Section):
     """Tokens per sequence."""
     precision: Literal["fp32", "bf16-mixed"] = "fp32"
     """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
+    z_loss: NonNegative = 0.0
+    """Times logsumexp(logits)², this is added to each token's loss, so that logits do not drift (PaLM: 1e-4)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward passes compute again instead of keeping it; `selective`: the cheap parts, `full`: whole layers."""
     skip_samples: list[SampleRange] = []

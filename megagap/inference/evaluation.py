@@ -215,7 +215,7 @@ def _loss(
     what = f"batches of {batch_tokens:,} tokens in windows of {inputs.shape[1]:,}"
     with _memory_errors(device, what, "lower --batch-size or --sequence-length, or compute in --dtype bfloat16"):
         y = stage(inputs.to(device), inputs.shape[1], documents=documents)
-        _, losses = stage.loss(y, targets.to(device), torch.ones((), device=device))
+        _, losses, _ = stage.loss(y, targets.to(device), torch.ones((), device=device))
         return losses.double().sum()
 
 

@@ -140,13 +140,15 @@ class LlamaStage(nn.Module):
             returned = run_again_in_backward(layer, x, update, *others, while_again=last_product.only_keeping)
         return returned
 
-    def loss(self, y: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """``scale`` · the sum of the cross-entropies at the targets [b, s], and each of them: fp32 scalar and [b, s].
+    def loss(self, y: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """``scale`` · the sum of the losses at the targets [b, s], cross-entropy and z-loss, an fp32 scalar; and each
+        token's cross-entropy and z-loss, fp32 [b, s].
 
-        y: the last virtual stage's output. Ignored targets have a loss of 0; only the sum has a gradient.
+        y: the last virtual stage's output. z_loss: the coefficient of logsumexp². Ignored targets have losses of 0;
+        only the sum has a gradient.
         """
         region = self.tensor_parallel.region
-        return linear_cross_entropy(y, self.output, targets, scale, region.tp, region.sequence_parallel)
+        return linear_cross_entropy(y, self.output, targets, scale, region.tp, region.sequence_parallel, z_loss)
 
     def logits(self, y: Tensor) -> Tensor:
         """This tp rank's columns of the logits [b, s, v], without padding, of the last virtual stage's output."""

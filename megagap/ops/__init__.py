@@ -11,13 +11,15 @@ from megagap.ops.adamw import adamw_
 from megagap.ops.attention import attention
 from megagap.ops.rms_norm import add_rms_norm, rms_norm
 from megagap.ops.rotary import rotary, rotary_packed
-from megagap.ops.softmax import softmax_gradient_, softmax_statistics
+from megagap.ops.softmax import cross_entropy_, losses_of, softmax_gradient_, softmax_statistics
 from megagap.ops.swiglu import swiglu
 
 __all__ = [
     "adamw_",
     "add_rms_norm",
     "attention",
+    "cross_entropy_",
+    "losses_of",
     "rms_norm",
     "rotary",
     "rotary_packed",

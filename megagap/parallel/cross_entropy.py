@@ -3,14 +3,14 @@
 For some tokens at a time (a chunk):
 
 1. logits of this rank's columns, ``x Wᵀ``;
-2. the softmax's statistics, combined over tp, and from them the loss;
-3. the logits' gradient in place of the logits;
-4. its products with W and x: the gradients of the input and of the weight.
+2. the softmax's statistics, and the logits' gradient in place of the logits: in one pass, or, where tp exceeds 1, in
+   two, between which the statistics are combined over tp;
+3. the gradient's products with W and x: the gradients of the input and of the weight.
 
-So the logits of a whole step never exist, and nothing is computed twice (as in Liger-Kernel; Hsu et al. 2024, section
-3.2). The weight gradient is accumulated in fp32, in the weight's own sink if it has one, during the forward pass. The
-input enters the region here, so that its gradient is summed over tp in the forward pass too: under sequence
-parallelism only this rank's part is kept.
+The loss follows from the statistics of all tokens. So the logits of a whole step never exist, and nothing is computed
+twice (as in Liger-Kernel; Hsu et al. 2024, section 3.2). The weight gradient is accumulated in fp32, in the weight's
+own sink if it has one, during the forward pass. The input enters the region here, so that its gradient is summed over
+tp in the forward pass too: under sequence parallelism only this rank's part is kept.
 """
 
 from typing import Any
@@ -19,16 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagap.ops import softmax_gradient_, softmax_statistics
-from megagap.ops.softmax import ABSENT
-from megagap.ops.wide import wide, wide_dtype
+from megagap.ops import cross_entropy_, losses_of, softmax_gradient_, softmax_statistics
+from megagap.ops.wide import wide
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import Axis
 from megagap.parallel.shard import GradientSink, Shard, ShardedParameter
 from megagap.parallel.tensor import Region
 
 IGNORED_TARGET = -100
-"""A target with this id counts neither in the loss nor in its gradient."""
+"""A target with this id counts neither in the loss nor in its gradient; to `ops`, any id below 0 is such a one."""
 
 WORKSPACE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Approximate memory for a chunk's logits, by device type."""
@@ -47,22 +46,25 @@ def linear_cross_entropy(
     scale: Tensor,
     tp: Axis,
     sequence_parallel: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``scale`` · the sum over tokens of the cross-entropy of ``x Wᵀ``; and each token's, unscaled, without gradient.
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale`` · the sum over tokens of cross-entropy and z-loss of ``x Wᵀ``; and each token's cross-entropy and
+    z-loss, unscaled, without gradient.
 
     x: residual stream [b, s or s / tp, h]. weight: this rank's rows of W [vocab, h], padding after them. targets:
-    [b, s] global ids, or ``IGNORED_TARGET``, whose loss is 0. scale: fp32 scalar. Returns an fp32 scalar and fp32
-    [b, s] (float64 for x in float64), the same on every tp rank.
+    [b, s] global ids, or ``IGNORED_TARGET``, whose losses are 0. scale: fp32 scalar. z_loss: the coefficient of
+    ``logsumexp(x Wᵀ)²``. Returns an fp32 scalar and twice fp32 [b, s] (float64 for x in float64), the same on every tp
+    rank.
 
     If the weight has a sink, its gradient is there after the forward pass: the loss must then be the root of the
     backward pass, with a gradient of 1.
     """
     need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     region = Region(tp, sequence_parallel)
-    loss, losses = _LinearCrossEntropy.apply(
-        x, weight, targets, scale, weight.shard, weight.sink, region, need_gradients
+    loss, losses, z_losses = _LinearCrossEntropy.apply(
+        x, weight, targets, scale, z_loss, weight.shard, weight.sink, region, need_gradients
     )
-    return loss, losses
+    return loss, losses, z_losses
 
 
 def chunk_tokens(columns: int, itemsize: int, device: str) -> int:
@@ -79,15 +81,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         scale: Tensor,
+        z_loss: float,
         shard: Shard,
         sink: GradientSink | None,
         region: Region,
         need_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         first, columns = shard.offsets[0], shard.sizes[0]  # sizes: without padding
         whole = region.gather(x).wait()
         rows, inputs, ids = weight[:columns], whole.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        losses = ids.new_empty(ids.shape, dtype=wide_dtype(x.dtype))
+        statistics = []
         grad_x = torch.empty_like(inputs) if need_gradients else None
         own_sum = None if sink is not None or not need_gradients else _ProductSum(weight, columns)
         products: GradientSink | _ProductSum | None = sink if own_sum is None else own_sum
@@ -96,14 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(ids), step):
             chunk = slice(start, start + step)
             logits = inputs[chunk] @ rows.T
-            counted = ids[chunk] != IGNORED_TARGET
-            own = counted & (ids[chunk] >= first) & (ids[chunk] < first + columns)
-            target = (ids[chunk] - first).where(own, ABSENT)
-            log_sum_exp, at_target = _over_vocabulary(*softmax_statistics(logits, target), region.tp)
-            losses[chunk] = (log_sum_exp - at_target).where(counted, 0)
-            if grad_x is not None:
+            if grad_x is None:
+                statistics.append(_statistics(logits, ids[chunk], first, region.tp))
+            else:
                 assert products is not None
-                softmax_gradient_(logits, target, log_sum_exp, counted * scale.to(losses.dtype))
+                statistics.append(_gradient_(logits, ids[chunk], scale, z_loss, first, region.tp))
                 torch.mm(logits, rows, out=grad_x[chunk])
                 products.add_product(logits, inputs[chunk])
             del logits  # else they would be live until the next chunk's are there
@@ -112,12 +112,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             own_sum.gradient() if own_sum is not None else None,
         )
         ctx.sink = sink
-        losses = losses.view(targets.shape)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum() * scale, losses
+        losses, z_losses = losses_of(torch.cat(statistics, 1), ids, z_loss)
+        loss = (losses + z_losses).sum() * scale
+        losses, z_losses = losses.view(targets.shape), z_losses.view(targets.shape)
+        ctx.mark_non_differentiable(losses, z_losses)
+        return loss, losses, z_losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         if ctx.sink is not None:
             _require_one(grad)
@@ -125,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A loss is usually the root, with a gradient of 1. Skipped on GPU: ``item()`` would synchronise.
         elif grad.is_cuda or grad.item() != 1:
             gradients = [None if part is None else part * grad.to(part.dtype) for part in gradients]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 class _ProductSum:
@@ -153,11 +155,26 @@ def _require_one(grad: Tensor) -> None:
         assert grad.item() == 1, "the loss must be the root of the backward pass"
 
 
-def _over_vocabulary(maximum: Tensor, total: Tensor, at_target: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
-    """Statistics of this rank's columns [n] -> log of the sum of all exponentials, and the target's logit."""
+def _gradient_(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float, first: int, tp: Axis) -> Tensor:
+    """Overwrite this rank's columns of the logits with their gradient; returns :func:`_statistics`."""
     if tp.size == 1:
-        return maximum + total.log(), at_target
-    peak = all_reduce(maximum.clone(), tp, dist.ReduceOp.MAX)
-    total = total * (maximum - peak).exp()
-    total, at_target = all_reduce(torch.stack([total, at_target]), tp)
-    return peak + total.log(), at_target
+        return cross_entropy_(logits, targets, scale, z_loss)
+    statistics = _statistics(logits, targets, first, tp)
+    softmax_gradient_(logits, targets, statistics, scale, z_loss, first)
+    return statistics
+
+
+def _statistics(logits: Tensor, targets: Tensor, first: int, tp: Axis) -> Tensor:
+    """Of the whole vocabulary [3, n], from each rank's columns of the logits."""
+    statistics = softmax_statistics(logits, targets, first)
+    return statistics if tp.size == 1 else _over_vocabulary(statistics, tp)
+
+
+def _over_vocabulary(statistics: Tensor, tp: Axis) -> Tensor:
+    """Combine statistics of each rank's columns, in place."""
+    maximum, sums = statistics[0], statistics[1:]
+    own = maximum.clone()
+    all_reduce(maximum, tp, dist.ReduceOp.MAX)
+    sums[0].mul_((own - maximum).exp_())
+    all_reduce(sums, tp)
+    return statistics

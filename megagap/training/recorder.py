@@ -107,7 +107,9 @@ class Recorder:
             for name, value in zip(self.sources, numbers["source_losses"], strict=False)
             if math.isfinite(value)  # not if the batch had nothing from the source
         }
-        record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}
+        z_loss = {"z_loss": numbers["z_loss"][0]} if self.settings.train.z_loss else {}
+        losses = {"loss": loss, **by_source, **z_loss}
+        record = {"step": rest["step"], **losses, "grad_norm": norm, **rest, "skipped": not accepted}
         self.skipped.count(record["step"], bool(accepted), self.run)
         steps = self.settings.train.steps
         shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)

@@ -93,9 +93,11 @@ class StepResult:
     """Device tensors, the same on every rank: the host has not synchronised yet."""
 
     loss: Tensor
-    """Mean over the valid tokens of the global batch, before the update."""
+    """Cross-entropy, the mean over the valid tokens of the global batch, before the update."""
     source_losses: Tensor
     """The same for each source [sources]; NaN for one that the batch had nothing from."""
+    z_loss: Tensor
+    """The mean of what ``train.z_loss`` adds."""
     grad_norm: Tensor
     """Global, before clipping."""
     accepted: Tensor
@@ -107,8 +109,9 @@ class StepResult:
     """All of these numbers, copied to the host as soon as they are computed."""
 
     def __post_init__(self) -> None:
-        numbers = {"loss": self.loss, "grad_norm": self.grad_norm, "accepted": self.accepted}
-        object.__setattr__(self, "host", HostCopy(**numbers, source_losses=self.source_losses, requests=self.requests))
+        numbers = {"loss": self.loss, "source_losses": self.source_losses, "z_loss": self.z_loss}
+        numbers |= {"grad_norm": self.grad_norm, "accepted": self.accepted, "requests": self.requests}
+        object.__setattr__(self, "host", HostCopy(**numbers))
 
 
 class BoundStages:
@@ -121,16 +124,20 @@ class BoundStages:
         targets: Tensor,
         scale: Tensor,
         documents: Sequence[Documents] | Sequence[OwnDocuments] | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         """inputs, targets: [m, b, s / cp] of this rank's tokens; scale: factor that turns a sum over tokens into a
-        share of the loss."""
+        share of the loss; z_loss: coefficient of each token's logsumexp²."""
         self.stages, self.inputs, self.targets, self.scale = stages, inputs, targets, scale
-        self.documents = documents
+        self.documents, self.z_loss = documents, z_loss
         self.queue = stages[0].queue
         self.length = inputs.shape[-1] * stages[0].tensor_parallel.mesh.cp.size
         """Tokens of a whole sequence."""
         self.sequence_losses = torch.zeros(inputs.shape[:2], device=inputs.device)
-        """Sum over this rank's tokens of each sequence [m, b], once computed by the last virtual stage; elsewhere 0."""
+        """Sum of the cross-entropies over this rank's tokens of each sequence [m, b], once computed by the last virtual
+        stage; elsewhere 0."""
+        self.z_losses = torch.zeros(len(inputs), device=inputs.device)
+        """Sum of the z-losses over this rank's tokens of each microbatch [m], likewise."""
 
     def compute(self, chunk: int, microbatch: int, activation: Tensor | None) -> Tensor:
         stage = self.stages[chunk]
@@ -138,13 +145,15 @@ class BoundStages:
         y: Tensor = stage(x, self.length, documents=self.documents[microbatch] if self.documents else None)
         if not stage.has_head:
             return y
-        loss, losses = stage.loss(y, self.targets[microbatch], self.scale)
+        loss, losses, z_losses = stage.loss(y, self.targets[microbatch], self.scale, self.z_loss)
         self.sequence_losses[microbatch] = losses.sum(-1)
+        self.z_losses[microbatch] = z_losses.sum()
         return loss
 
-    def own_loss(self) -> Tensor:
-        """This rank's share of the loss: the sum over the world is the loss."""
-        return self.sequence_losses.sum() * self.scale * counts_loss(self.stages)
+    def own_losses(self) -> Tensor:
+        """This rank's shares of the loss and the z-loss, [2]: the sums over the world are the two."""
+        both = torch.stack([self.sequence_losses.sum(), self.z_losses.sum()])
+        return both * self.scale * counts_loss(self.stages)
 
 
 def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool]]) -> StepResult:
@@ -163,13 +172,13 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
-    loss, squared_norm, by_source, requests = _sum_over_world(
-        mesh, work.own_loss(), optimizer.store.squared_norm(), losses_by_source(work, batch), own_requests
+    (loss, z_loss), squared_norm, by_source, requests = _sum_over_world(
+        mesh, work.own_losses(), optimizer.store.squared_norm(), losses_by_source(work, batch), own_requests
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
     optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), accepted)
-    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, moment.lr)
+    return StepResult(loss, by_source[0] / by_source[1], z_loss, norm, accepted, requests, moment.lr)
 
 
 def compute_gradients(state: TrainState, batch: Batch, program: list[Action], span: OpenSpan = no_span) -> BoundStages:
@@ -178,7 +187,8 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action], sp
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
     inputs, targets = (own_tokens(part, mesh.cp) for part in (inputs, targets))
     scale = 1 / count_targets(targets, mesh, all_count=batch.positions is None)
-    work = BoundStages(state.stages, inputs, targets, scale, own_documents(batch.documents, mesh.cp))
+    documents = own_documents(batch.documents, mesh.cp)
+    work = BoundStages(state.stages, inputs, targets, scale, documents, state.settings.train.z_loss)
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
@@ -219,7 +229,7 @@ def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
         batch.documents[:1] if batch.documents else None,
     )
     work = compute_gradients(state, part, state.program(1))
-    loss, squared_norm = _sum_over_world(state.mesh, work.own_loss(), state.optimizer.store.squared_norm())
+    (loss, _), squared_norm = _sum_over_world(state.mesh, work.own_losses(), state.optimizer.store.squared_norm())
     return bool(accept_update(loss, squared_norm.sqrt()))
 
 

@@ -363,15 +363,19 @@ def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.d
     """Loss and gradient of given logits."""
     logits = torch.randn(rows, size, device=device).to(dtype).requires_grad_()
     targets = torch.randint(size, (rows,), device=device)
-    scale = torch.full((rows,), 1 / rows, device=device)
+    scale = torch.full((), 1 / rows, device=device)
 
+    # In place: the next round's logits are this one's gradients, which cost the same.
     def ours() -> object:
+        statistics = ops.cross_entropy_(logits.detach(), targets, scale)
+        return ops.losses_of(statistics, targets)[0].mean()
+
+    def in_two_passes() -> object:
+        """As between them tp ranks combine the statistics."""
         kept = logits.detach()
-        maximum, total, at_target = ops.softmax_statistics(kept, targets)
-        log_sum_exp = maximum + total.log()
-        # In place: the next round's logits are this one's gradients, which cost the same.
-        ops.softmax_gradient_(kept, targets, log_sum_exp, scale)
-        return (log_sum_exp - at_target).mean()
+        statistics = ops.softmax_statistics(kept, targets)
+        ops.softmax_gradient_(kept, targets, statistics, scale)
+        return ops.losses_of(statistics, targets)[0].mean()
 
     def reference(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets)
@@ -390,7 +394,8 @@ def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.d
     }
     one = [torch.ones((), device=device)]
     arms = arms_of(reference, reference, others, [logits], one)
-    return Case(arms | {"megagap": ours}, 3 * rows * size * dtype.itemsize)  # read, read again, written
+    arms |= {"megagap": ours, "megagap, two passes": in_two_passes}
+    return Case(arms, 2 * rows * size * dtype.itemsize)  # read and written
 
 
 def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:

@@ -135,19 +135,24 @@ def test_cross_entropy_rows_and_gradient(device: torch.device, shape: tuple[int,
     rows, size, stride = shape
     logits = 4 * random(device, rows, stride, dtype=dtype)[:, :size]
     targets = torch.randint(-1, size, (rows,), device=device)
-    maximum, total, at_target = torch.ops.megagap.cross_entropy_rows(logits, targets)
+    statistics = torch.ops.megagap.cross_entropy_rows(logits, targets, 0)
+    maximum, total, at_target = statistics
     exact = logits.double()
     lse = exact.logsumexp(-1)
     torch.testing.assert_close((maximum + total.log()).double(), lse, rtol=1e-6, atol=1e-5)
     here = targets >= 0
     assert torch.equal(at_target, torch.where(here, logits.float().gather(1, targets.clamp(min=0)[:, None])[:, 0], 0))
-    scale = random(device, rows).abs()
-    wanted = (exact - lse[:, None]).exp()
+    scale, z_loss = torch.tensor(0.7, device=device), 0.01
+    wanted = (exact - lse[:, None]).exp() * (1 + 2 * z_loss * lse[:, None])
     wanted[here, targets[here]] -= 1
-    wanted *= scale.double()[:, None]
-    torch.ops.megagap.cross_entropy_rows_gradient_(logits, targets, lse.float(), scale)
+    wanted *= here[:, None] * scale.double()
+    in_one_pass = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device=device).copy_(logits)
+    found = torch.ops.megagap.cross_entropy_(in_one_pass, targets, scale, z_loss)
+    torch.testing.assert_close(found, statistics, rtol=1e-6, atol=0)
+    torch.ops.megagap.cross_entropy_rows_gradient_(logits, targets, 0, statistics, scale, z_loss)
     rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    torch.testing.assert_close(logits.double(), wanted, rtol=rounding + 1e-5, atol=1e-6)
+    for gradient in (logits, in_one_pass):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=rounding + 1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1 << 22, 100_003, 1, 0])
@@ -194,7 +199,9 @@ def test_repeated_runs_are_bit_identical(device: torch.device, dtype: torch.dtyp
     def results() -> list[Tensor]:
         y, rstd = torch.ops.megagap.rms_norm(x, weight, EPS, 1.0)
         backward = torch.ops.megagap.rms_norm_backward(grad, x, weight, rstd, 1.0)
-        return [y, rstd, *backward, *torch.ops.megagap.cross_entropy_rows(x, targets)]
+        gradient = x.clone()
+        statistics = torch.ops.megagap.cross_entropy_(gradient, targets, torch.ones((), device=device), 0.0)
+        return [y, rstd, *backward, torch.ops.megagap.cross_entropy_rows(x, targets, 0), statistics, gradient]
 
     first = results()
     for _ in range(3):

@@ -30,7 +30,7 @@ def losses(stage: LlamaStage, tokens: torch.Tensor, places: torch.Tensor | None)
     """Of each input of [b, s + 1] tokens, and gradients in the parameters of their sum."""
     documents = None if places is None else Documents.of(places[:, :-1])
     y = stage(tokens[:, :-1], tokens.shape[1] - 1, documents=documents)
-    total, each = stage.loss(y, targets_of(tokens, places), torch.ones(()))
+    total, each, _ = stage.loss(y, targets_of(tokens, places), torch.ones(()))
     total.backward()
     return each
 

@@ -168,8 +168,9 @@ def registered() -> dict[str, tuple]:
         "rotary_pack": (q.detach(), k.detach(), packed, COS, SIN, None, False, True),
         "swiglu": (x, residual),
         "swiglu_backward": (grad, x.detach(), residual.detach()),
-        "cross_entropy_rows": (logits, targets),
-        "cross_entropy_rows_gradient_": (logits, targets, torch.rand(4), torch.rand(4)),
+        "cross_entropy_rows": (logits, targets, 3),
+        "cross_entropy_rows_gradient_": (logits, targets, 3, torch.rand(3, 4), torch.ones(()), 0.01),
+        "cross_entropy_": (logits, targets, torch.ones(()), 0.01),
         "adamw_": (*flat, one, zero, one, 1e-3, 0.9, 0.95, 1e-8, 0.1, None),
     }
 

@@ -196,7 +196,7 @@ def test_products_go_to_the_sink_and_the_rest_by_autograd_once_each():
     optimizer = DistributedOptimizer([weight], OPTIM, Mesh.single())
     tokens, targets = torch.tensor([[1, 5, 2]]), torch.tensor([[5, 2, 0]])
     optimizer.store.begin(1)
-    loss, _ = linear_cross_entropy(F.embedding(tokens, weight), weight, targets, torch.ones(()), Mesh.single().tp)
+    loss, *_ = linear_cross_entropy(F.embedding(tokens, weight), weight, targets, torch.ones(()), Mesh.single().tp)
     loss.backward()
     (bucket,) = optimizer.store.buckets
     assert bucket.is_complete
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_the_root_of_the_backward_pass_is_an_error():
     weight = ShardedParameter(whole("lm_head.weight", (6, 4)), torch.device("cpu"), torch.float32)
     DistributedOptimizer([weight], OPTIM, Mesh.single()).store.begin(1)
     x = torch.randn(1, 3, 4, requires_grad=True)
-    loss, _ = linear_cross_entropy(x, weight, torch.zeros(1, 3, dtype=torch.long), torch.ones(()), Mesh.single().tp)
+    loss, *_ = linear_cross_entropy(x, weight, torch.zeros(1, 3, dtype=torch.long), torch.ones(()), Mesh.single().tp)
     with pytest.raises(AssertionError, match="root of the backward pass"):
         (2 * loss).backward()
 

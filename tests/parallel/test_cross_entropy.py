@@ -25,20 +25,24 @@ def case(dtype: torch.dtype, vocabulary: int = VOCABULARY, length: int = LENGTH)
     return x, weight, targets
 
 
-def run(x, weight, targets, scale=0.25):
+def run(x, weight, targets, scale=0.25, z_loss=0.0):
     x, weight.grad = x.detach().requires_grad_(), None
-    loss, losses = linear_cross_entropy(x, weight, targets, torch.tensor(scale), Mesh.single().tp)
+    tp = Mesh.single().tp
+    loss, losses, z_losses = linear_cross_entropy(x, weight, targets, torch.tensor(scale), tp, z_loss=z_loss)
     loss.backward()
-    return loss.detach(), losses, x.grad, weight.grad
+    return loss.detach(), losses, z_losses, x.grad, weight.grad
 
 
-def exact(x, weight, targets, scale=0.25):
+def exact(x, weight, targets, scale=0.25, z_loss=0.0):
     x, weight = (part.detach().double().requires_grad_() for part in (x, weight))
+    logits = x @ weight.T
     losses = F.cross_entropy(
-        (x @ weight.T).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED_TARGET
-    )
-    (scale * losses.sum()).backward()
-    return scale * losses.sum().detach(), losses.detach().view(targets.shape), x.grad, weight.grad
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED_TARGET
+    ).view(targets.shape)
+    z_losses = z_loss * logits.logsumexp(-1).square() * (targets != IGNORED_TARGET)
+    loss = scale * (losses + z_losses).sum()
+    loss.backward()
+    return loss.detach(), losses.detach(), z_losses.detach(), x.grad, weight.grad
 
 
 @pytest.fixture
@@ -48,10 +52,10 @@ def few_tokens(monkeypatch):
     assert chunk_tokens(VOCABULARY, 4, "cpu") == 64
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25, 1024.0])
-def test_loss_and_gradients_equal_those_of_float64_whatever_the_scale(few_tokens, scale):
+@pytest.mark.parametrize(("scale", "z_loss"), [(1.0, 0.0), (0.25, 0.0), (1024.0, 0.0), (0.25, 0.01)])
+def test_losses_and_gradients_equal_those_of_float64_whatever_the_scale(few_tokens, scale, z_loss):
     inputs = case(torch.float32)
-    for got, wanted in zip(run(*inputs, scale), exact(*inputs, scale), strict=True):
+    for got, wanted in zip(run(*inputs, scale, z_loss), exact(*inputs, scale, z_loss), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
@@ -68,20 +72,20 @@ def test_in_bf16_chunks_lose_no_more_than_the_whole(few_tokens, monkeypatch):
 
 def test_gradients_of_several_micro_batches_add_up(few_tokens):
     x, weight, targets = case(torch.float32)
-    *_, together = run(x, weight, targets)
+    together = run(x, weight, targets)[-1]
     weight.grad = None
     for sequence in range(BATCH):
         part = slice(sequence, sequence + 1)
-        loss, _ = linear_cross_entropy(x[part], weight, targets[part], torch.tensor(0.25), Mesh.single().tp)
+        loss, *_ = linear_cross_entropy(x[part], weight, targets[part], torch.tensor(0.25), Mesh.single().tp)
         loss.backward()
     torch.testing.assert_close(weight.grad, together)
 
 
 def test_a_loss_that_is_multiplied_afterwards_has_multiplied_gradients(few_tokens):
     x, weight, targets = case(torch.float32)
-    _, _, grad_x, grad_weight = run(x, weight, targets)
+    *_, grad_x, grad_weight = run(x, weight, targets)
     x, weight.grad = x.detach().requires_grad_(), None
-    loss, _ = linear_cross_entropy(x, weight, targets, torch.tensor(0.25), Mesh.single().tp)
+    loss, *_ = linear_cross_entropy(x, weight, targets, torch.tensor(0.25), Mesh.single().tp)
     (3 * loss).backward()
     torch.testing.assert_close(x.grad, 3 * grad_x)
     torch.testing.assert_close(weight.grad, 3 * grad_weight)
@@ -90,7 +94,7 @@ def test_a_loss_that_is_multiplied_afterwards_has_multiplied_gradients(few_token
 def test_without_gradients_none_are_computed(few_tokens):
     x, weight, targets = case(torch.float32)
     with torch.no_grad(), _Largest() as seen:
-        loss, losses = linear_cross_entropy(x, weight, targets, torch.tensor(0.25), Mesh.single().tp)
+        loss, losses, _ = linear_cross_entropy(x, weight, targets, torch.tensor(0.25), Mesh.single().tp)
     assert not loss.requires_grad
     torch.testing.assert_close(losses.double(), exact(x, weight, targets)[1], rtol=1e-5, atol=1e-5)
     assert "aten.mm.out" not in seen.operations

@@ -118,20 +118,21 @@ def embedding_and_cross_entropy(rank: int, ranks: int, vocabulary: int) -> None:
         patch.dict(cross_entropy.MIN_CHUNK_TOKENS, cpu=1),
         patch.dict(cross_entropy.WORKSPACE_BYTES, cpu=5 * 8 * head.shape[0]),
     ):
-        loss, losses = linear_cross_entropy(x, head, targets, torch.tensor(0.5), tp.mesh.tp)
+        loss, losses, z_losses = linear_cross_entropy(x, head, targets, torch.tensor(0.5), tp.mesh.tp, z_loss=0.01)
     loss.backward()
 
     table, projection = table.requires_grad_(), projection.requires_grad_()
     expected_x = F.embedding(tokens, table)
-    expected = F.cross_entropy(
-        (expected_x @ projection.T).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED_TARGET
-    )
-    (0.5 * expected).backward()
+    logits, ids = (expected_x @ projection.T).flatten(0, 1), targets.flatten()
+    expected = F.cross_entropy(logits, ids, reduction="sum", ignore_index=IGNORED_TARGET)
+    expected_z = 0.01 * logits.logsumexp(-1)[ids != IGNORED_TARGET].square().sum()
+    (0.5 * (expected + expected_z)).backward()
 
     torch.testing.assert_close(x.detach(), expected_x.detach())
-    torch.testing.assert_close(loss.detach(), 0.5 * expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.detach(), 0.5 * (expected + expected_z).detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(losses.sum(), expected.detach(), rtol=1e-12, atol=0)
-    assert not losses[0, :3].any()
+    torch.testing.assert_close(z_losses.sum(), expected_z.detach(), rtol=1e-12, atol=0)
+    assert not losses[0, :3].any() and not z_losses[0, :3].any()
     torch.testing.assert_close(vocab_logits(x.detach(), head), (expected_x @ projection.T).detach()[..., own(head)])
     for parameter, reference in ((embedding.weight, table.grad), (head, projection.grad)):
         start, rows = parameter.shard.offsets[0], parameter.shard.sizes[0]
@@ -215,7 +216,7 @@ def saved_bytes(rank: int, ranks: int, recipe: Path, overrides: list[str]) -> tu
         outside = dict(found)
         layer, update = stage.layers[0](embedded, torch.zeros_like(embedded), *stage.rotary_tables(tokens.shape[1]))
         inside = sum(size for storage, size in found.items() if storage not in outside)
-        loss, _ = stage.loss(stage.norm(layer, update)[0], tokens, torch.ones(()))
+        loss, *_ = stage.loss(stage.norm(layer, update)[0], tokens, torch.ones(()))
     loss.backward()
     del optimizer
     return inside, max(found.values())
@@ -267,7 +268,7 @@ def copied_elements(rank: int, ranks: int, sequence_parallel: bool, hidden: int)
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     with _Copies() as copies:
         y = row(*column_parallel(embedding(tokens), column))
-        loss, _ = linear_cross_entropy(y, head, tokens, torch.tensor(1.0), tp.mesh.tp, sequence_parallel)
+        loss, *_ = linear_cross_entropy(y, head, tokens, torch.tensor(1.0), tp.mesh.tp, sequence_parallel)
         loss.backward()
     return copies.elements
 

@@ -79,6 +79,7 @@ _BATCH = (
     Dimension("documents", ("long", "of one token, every other sample", "of one token"), share=0.25),
     Dimension("train.precision", ("fp32", "bf16-mixed"), share=0.15),
     Dimension("optim.clip_grad", (1.0, 0.0)),
+    Dimension("train.z_loss", (0.0, 0.01), share=0.25),
 )
 
 ONE_PROCESS = ("parallel", "optim.zero", "train.recompute", "train.compile")

@@ -82,7 +82,7 @@ def six_layers(request, workers, tmp_path_factory):
 
 
 def reference(workers, folder, model):
-    recipe = write_recipe(folder, model=model)
+    recipe = write_recipe(folder, model=model, train=dict(z_loss=0.01))
     expected = {}
     for masked in (False, True):
         ((parts, calls),) = workers.run(1, gradients, recipe, [f"data.document_mask={str(masked).lower()}"])

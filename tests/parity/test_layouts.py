@@ -62,7 +62,7 @@ def reference(request, workers, tmp_path_factory):
     recipe = write_recipe(
         folder,
         model=dict(tie_word_embeddings=request.param == "tied"),
-        train=dict(steps=STEPS, evaluate_every=5, evaluate_samples=5),
+        train=dict(steps=STEPS, evaluate_every=5, evaluate_samples=5, z_loss=0.001),
     )
     (metrics,) = workers.run(1, train_recipe, recipe, [f"run.dir={folder / 'one'}"])
     return recipe, metrics
@@ -76,7 +76,7 @@ def test_layout_equals_one_process(layout, reference, workers, tmp_path):
     metrics = workers.run(ranks, train_recipe, recipe, [*overrides, f"run.dir={tmp_path}"])[0]
     assert len(metrics) == len(expected) == STEPS
     for ours, theirs in zip(metrics, expected, strict=True):
-        compared = {key for key in theirs if key in ("loss", "grad_norm") or key.startswith("validation_loss")}
+        compared = {key for key in theirs if key in ("loss", "z_loss", "grad_norm") or key.startswith("validation")}
         assert {key: ours[key] for key in compared} == pytest.approx(
             {key: theirs[key] for key in compared}, rel=TOLERANCE
         ), ours["step"]

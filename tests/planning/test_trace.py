@@ -310,6 +310,14 @@ def test_the_output_and_its_loss_take_what_was_measured(gaperon):
     assert report["seconds"] == pytest.approx(42.0e-3, rel=0.1)
 
 
+@needs_kernels
+def test_the_loss_reads_and_writes_each_logit_once_in_a_kernel_per_chunk(gaperon):
+    loss = gaperon.by_kind()["loss"]
+    assert loss.bytes == pytest.approx(2 * 16384 * 128256 * 2, rel=0.01)
+    (chunks,) = (part.kernels for key, part in gaperon.by_call_site().items() if key[2] == "cross_entropy_")
+    assert loss.kernels < 3 * chunks
+
+
 def test_a_trace_leaves_nothing_behind(tmp_path):
     before = (compiled.DEVICES, compiled.LIBRARIES, torch.cuda.Event, torch.version.hip)
     trace(write_recipe(tmp_path), device="mi300x", world_size=2)

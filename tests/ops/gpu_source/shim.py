@@ -50,8 +50,9 @@ SIGNATURES = {
     "rotary": [N, POINTER(Rotated), POINTER(Rotated), P, P, P, L, L, L, L, N, N, P],
     "swiglu": [N, P, P, P, L, L, L, L, P],
     "swiglu_backward": [N, P, P, P, P, P, L, L, L, L, L, L, P],
-    "cross_entropy_rows": [N, P, P, P, P, P, L, L, L, P],
-    "cross_entropy_rows_gradient": [N, P, P, P, P, L, L, L, P],
+    "cross_entropy_rows": [N, P, P, L, P, L, L, L, P],
+    "cross_entropy_rows_gradient": [N, P, P, L, P, P, F, L, L, L, P],
+    "cross_entropy": [N, P, P, P, F, P, L, L, L, P],
     "adamw": [N, N, N, P, P, P, P, P, P, P, L, D, D, D, D, D, P, P, P],
 }
 
@@ -131,17 +132,21 @@ class Shim:
         self.call("swiglu_backward", DTYPES[gate.dtype], grad, gate, up, grad_gate, grad_up, *gate.shape, *strides)
         return grad_gate, grad_up
 
-    def cross_entropy_rows(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        maximum, total, at_target = (filled(targets.shape, torch.float32) for _ in range(3))
-        results = (maximum, total, at_target)
-        self.call(
-            "cross_entropy_rows", DTYPES[logits.dtype], logits, targets, *results, *logits.shape, logits.stride(0)
-        )
-        return results
+    def cross_entropy_rows(self, logits: Tensor, targets: Tensor, first: int) -> Tensor:
+        statistics, rows = filled((3, *targets.shape), torch.float32), (*logits.shape, logits.stride(0))
+        self.call("cross_entropy_rows", DTYPES[logits.dtype], logits, targets, first, statistics, *rows)
+        return statistics
 
-    def cross_entropy_rows_gradient_(self, logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor) -> None:
-        pointers = (logits, targets, lse, scale)
-        self.call("cross_entropy_rows_gradient", DTYPES[logits.dtype], *pointers, *logits.shape, logits.stride(0))
+    def cross_entropy_rows_gradient_(
+        self, logits: Tensor, targets: Tensor, first: int, statistics: Tensor, scale: Tensor, z_loss: float
+    ) -> None:
+        given, rows = (logits, targets, first, statistics, scale, z_loss), (*logits.shape, logits.stride(0))
+        self.call("cross_entropy_rows_gradient", DTYPES[logits.dtype], *given, *rows)
+
+    def cross_entropy_(self, logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float) -> Tensor:
+        statistics, rows = filled((3, *targets.shape), torch.float32), (*logits.shape, logits.stride(0))
+        self.call("cross_entropy", DTYPES[logits.dtype], logits, targets, scale, z_loss, statistics, *rows)
+        return statistics
 
     def adamw_(
         self,

@@ -56,6 +56,7 @@ def packed_halves(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 POSITIONS = torch.tensor([[0, 6, 1], [2, 2, 3]])
 TARGETS = torch.tensor([3, -1, 19])
+STATISTICS, SCALE = torch.stack([random(3), random(3).abs() + 40, random(3)]), torch.tensor(0.7)
 
 
 def norm_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
@@ -77,8 +78,9 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
     yield "rotary_pack", (q, k, k[:, :, 1:], cos, sin, POSITIONS, False, True)
     yield "swiglu", packed_halves(dtype)
     yield "swiglu_backward", (random(3, 2, 20, dtype=dtype), *packed_halves(dtype))
-    yield "cross_entropy_rows", (random(3, 24, dtype=dtype)[:, :20], TARGETS)
-    yield "cross_entropy_rows_gradient_", (random(3, 20, dtype=dtype), TARGETS, random(3) + 4, random(3, seed=1))
+    yield "cross_entropy_rows", (random(3, 24, dtype=dtype)[:, :20], TARGETS, 3)
+    yield "cross_entropy_rows_gradient_", (random(3, 20, dtype=dtype), TARGETS, 3, STATISTICS, SCALE, 0.01)
+    yield "cross_entropy_", (random(3, 20, dtype=dtype), TARGETS, SCALE, 0.01)
 
 
 def updates() -> Iterator[tuple[str, tuple]]:
@@ -138,9 +140,12 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
     yield "rotary_pack", (q, k, k[1:], cos, sin, POSITIONS, False, True), ValueError
     yield "rotary_pack", (q, k, k.bfloat16(), cos, sin, POSITIONS, False, True), TypeError
     yield "swiglu", (x, other.bfloat16()), TypeError
-    yield "cross_entropy_rows", (random(3, 20), TARGETS[1:]), ValueError
-    yield "cross_entropy_rows", (random(3, 20), TARGETS.int()), TypeError
-    yield "cross_entropy_rows_gradient_", (random(20, 3).t(), TARGETS, random(3), random(3)), ValueError
+    yield "cross_entropy_rows", (random(3, 20), TARGETS[1:], 0), ValueError
+    yield "cross_entropy_rows", (random(3, 20), TARGETS.int(), 0), TypeError
+    yield "cross_entropy_rows_gradient_", (random(20, 3).t(), TARGETS, 0, STATISTICS, SCALE, 0.0), ValueError
+    yield "cross_entropy_rows_gradient_", (random(3, 20), TARGETS, 0, STATISTICS[:2], SCALE, 0.0), ValueError
+    yield "cross_entropy_", (random(20, 3).t(), TARGETS, SCALE, 0.0), ValueError
+    yield "cross_entropy_", (random(3, 20), TARGETS, random(3), 0.0), ValueError
     name, update = next(updates())
     place = (1, 0, 1, 1, 0)
     yield name, (update[0][1:], *update[1:]), ValueError

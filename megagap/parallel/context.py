@@ -178,7 +178,8 @@ class _Ring(torch.autograd.Function):
             if coming is not None:
                 here = coming.wait()
         assert carried is not None
-        grad_k, grad_v = carried.wait().to(k.dtype)
+        # Each a tensor of its own: a deferred weight gradient would keep both for the sake of one.
+        grad_k, grad_v = (gradient.to(k.dtype, copy=True) for gradient in carried.wait())
         return grad_q.to(q.dtype), grad_k, grad_v, None, None
 
 

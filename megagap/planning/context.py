@@ -1,9 +1,10 @@
 """What attention keeps, and needs besides, under context parallelism (docs/context_parallelism.md derives it)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from megagap.parallel.layout import ContextMode
+from megagap.planning.layer_memory import AttentionMemory
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class ContextMemory:
     """Of this rank's tokens, all heads of a tp rank."""
     keys: int
     """Likewise; values are as large."""
+    log_sums: int
+    """A number per token and head."""
     widened: float
     """Bytes of an element of sums over bytes of an activation's."""
 
@@ -27,22 +30,30 @@ class ContextMemory:
         return self.mode == "alltoall"
 
     @property
-    def saved_keys(self) -> int:
-        """Keys and values kept until the backward pass, besides the queries and the result."""
-        return 2 * self.keys * self._repeats
+    def repeated_keys(self) -> int:
+        """Keys that the kernel sees: each head as often as is needed for the heads to divide among the ranks."""
+        return self.keys * (self.cp // gcd(self.cp, self.key_heads) if self.mode == "alltoall" else 1)
+
+    def around(self, kernel: AttentionMemory) -> AttentionMemory:
+        """With ``alltoall``: a kernel of whole sequences, and the exchanges before and after it. Its result is not what
+        the output projection reads. What is sent is made in the order in which it is sent, received into another
+        tensor, and put in order in a third."""
+        exchanged = self.queries + 2 * self.repeated_keys
+        return replace(
+            kernel,
+            statistics=kernel.statistics + (self.queries if kernel.keeps_result else 0),
+            keeps_result=False,
+            arriving=4 * self.queries,
+            leaving=4 * exchanged,
+        )
 
     @property
-    def saved_result(self) -> int:
-        """What is kept of the result besides the output projection's input, which ring and allgather share with it."""
-        return self.queries if self.mode == "alltoall" else 0
+    def in_parts(self) -> AttentionMemory:
+        """With ``ring`` and ``allgather``."""
+        return AttentionMemory(self.queries + 2 * self.keys, self.log_sums, keeps_result=True, backward=self._backward)
 
     @property
-    def backward_workspace(self) -> int:
-        """The most that is live in the backward pass besides what is kept."""
-        if self.mode == "alltoall":
-            # The result's gradient, then those of queries, keys and values, of whole sequences; each is made a copy of
-            # in the order in which it is sent, and received into another.
-            return 3 * self.queries + 6 * self.keys * self._repeats
+    def _backward(self) -> int:
         wide_queries, wide_keys = int(self.queries * self.widened), int(2 * self.keys * self.widened)
         result = self.queries + wide_queries  # the result's gradient, and the sum of the queries'
         if self.mode == "allgather":
@@ -57,8 +68,3 @@ class ContextMemory:
         later = 2 * here + 2 * wide_keys + max(self.queries // 2 + here, self.queries + here // 2)
         last = here + 2 * wide_keys + max(self.queries // 2 + here, self.queries + here // 2)
         return result + max(first, later if self.cp > 2 else last)
-
-    @property
-    def _repeats(self) -> int:
-        """How often each key/value head is repeated so that the heads divide among the ranks."""
-        return self.cp // gcd(self.cp, self.key_heads) if self.mode == "alltoall" else 1

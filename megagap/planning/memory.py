@@ -9,8 +9,8 @@ is whole in a region [b, s, h], Q queries [b, s, heads / tp, d], K keys (and V v
 activation [b, s, intermediate / tp]. Under context parallelism s counts the tokens of one rank.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -23,13 +23,16 @@ from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.optim.rules import RULES
-from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
+from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
 from megagap.parallel.cross_entropy import chunk_tokens
+from megagap.parallel.layout import ContextMode
 from megagap.parallel.pipeline import MOST_BATCHES
 from megagap.parallel.placement import VirtualStage
-from megagap.parallel.program import peak_live_activations
+from megagap.parallel.program import actions_of, peak_live_activations, with_transfers
 from megagap.planning.context import ContextMemory
 from megagap.planning.devices import Device
+from megagap.planning.layer_memory import AttentionMemory, LayerMemory
+from megagap.planning.program_memory import ChunkMemory, Occasion, most_beside
 from megagap.planning.transient import FP32, StoredParameters, Transient, transient
 from megagap.training.mesh import make_layout
 
@@ -105,7 +108,10 @@ def memory_by_stage(settings: Settings, device: Device, world_size: int) -> list
     counted.
     """
     _require_known_attention(settings, device)
-    return [_rank_memory(settings, device, world_size, rank) for rank in range(settings.placement.ranks)]
+    placement, parallel = settings.placement, settings.parallel
+    microbatches = most_microbatches(settings, world_size // (parallel.pp * parallel.cp * parallel.tp))
+    programs = with_transfers(actions_of(settings.schedule, placement, microbatches), placement)
+    return [_rank_memory(settings, device, world_size, rank, program) for rank, program in enumerate(programs)]
 
 
 def memory_of_rank(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
@@ -201,25 +207,38 @@ class _Moment:
     workspace: int
 
 
-def _rank_memory(settings: Settings, device: Device, world_size: int, rank: int) -> RankMemory:
+def _rank_memory(
+    settings: Settings, device: Device, world_size: int, rank: int, program: Sequence[Action]
+) -> RankMemory:
     """The peak of one pipeline rank, whose virtual stages share its memory."""
     placement = settings.placement
     stored = stored_parameters(settings, world_size, rank)
-    stages = [_Stage(settings, device, world_size, stage) for stage in placement.stages_of(rank)]
+    stages = [
+        _Stage(
+            settings,
+            device,
+            world_size,
+            stage,
+            shares_input=stage.index > 0 and placement.places[stage.index - 1].rank == rank and placement.ranks > 1,
+        )
+        for stage in placement.stages_of(rank)
+    ]
     any_stage = stages[0]
     microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
-    actions = list(settings.schedule(rank, placement.ranks, placement.chunks, microbatches))
+    actions = [action for action in program if not isinstance(action, Transfer)]
     sharding, buckets = stored.sharding, [bucket.stop - bucket.start for bucket in stored.buckets.buckets]
     elements, ranks = stored.elements, sharding.shard.size
     slices = elements // ranks
-    kept = _kept_beside(actions, [stage.saved for stage in stages], [stage.deferred for stage in stages])
+    most_batches = MOST_BATCHES if any_stage.is_gpu else 1
+    beside = most_beside(program, rank, placement, [stage.memory for stage in stages], any_stage.R, most_batches)
     # What is held repeats itself after the first microbatches.
     few = min(microbatches, placement.ranks * (2 * placement.chunks + 2))
     held = transient(stored, list(settings.schedule(rank, placement.ranks, placement.chunks, few)), itemsize)
     moments = [
         moment
-        for (kind, chunk), others in kept.items()
-        for moment in stages[chunk].moments(others, _Held(held, chunk, stages[chunk]), kind is BackwardInput)
+        for occasion, others in beside.items()
+        for stage in [stages[occasion.chunk]]
+        for moment in stage.moments(occasion.kind, others, _Held(held, occasion, stage.has_embedding))
     ]
     if not any_stage.is_gpu:  # squares of a bucket
         moments.append(_Moment("norm of the gradients", 0, max(buckets) // ranks * FP32))
@@ -251,29 +270,6 @@ def _state_bytes(settings: Settings) -> int:
     return sum(tensor.nbytes for tensor in RULES[settings.optim.name](settings.optim).new_state(one).values())
 
 
-def _kept_beside(actions: list[Compute], saved: list[int], deferred: list[int]) -> dict[tuple[type[Compute], int], int]:
-    """The most that other microbatches, and other chunks, keep while a chunk goes backward; in bytes, by the kind of
-    action and the chunk.
-
-    ``saved``: what a microbatch keeps of each chunk, until its backward; ``deferred``: what the weight gradients keep
-    that it has deferred, until they are computed.
-    """
-    most: dict[tuple[type[Compute], int], int] = {}
-    live = 0
-    for action in actions:
-        place = (type(action), action.chunk)
-        match action:
-            case Forward():
-                live += saved[action.chunk]
-            case Backward() | BackwardInput():
-                live -= saved[action.chunk]
-                most[place] = max(most.get(place, 0), live)
-                live += deferred[action.chunk] if isinstance(action, BackwardInput) else 0
-            case BackwardWeight():
-                live -= deferred[action.chunk]
-    return most
-
-
 def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:
     """Of a pipeline rank's first process."""
     layout = make_layout(settings, world_size)
@@ -282,44 +278,53 @@ def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredP
 
 @dataclass(frozen=True)
 class _Held:
-    """What is held for a while (:class:`Transient`) at the moments of one chunk; 0 bytes below stage 2."""
+    """What is held for a while (:class:`Transient`) while an action is computed; 0 bytes below stage 2."""
 
     transient: Transient
-    chunk: int
-    stage: "_Stage"
+    occasion: Occasion
+    has_embedding: bool
+
+    @property
+    def _place(self) -> tuple[int, bool]:
+        return self.occasion.chunk, self.occasion.fresh
 
     @property
     def in_loss(self) -> int:
-        return self.transient.loss[self.chunk]
-
-    def _block(self, layer: int) -> int:
-        return layer + self.stage.has_embedding
+        return self.transient.loss[self._place]
 
     def backward(self, layer: int) -> int:
-        return self.transient.backward[self.chunk, self._block(layer)]
+        return self._backward(layer + self.has_embedding)
 
     @property
     def in_embedding_backward(self) -> int:
-        return self.transient.backward[self.chunk, 0]
+        return self._backward(0)
+
+    def _backward(self, block: int) -> int:
+        return self.transient.backward[self.occasion.chunk, block, self.occasion.fresh]
 
     @property
     def most_in_forward(self) -> int:
-        return self.transient.forward[self.chunk]
+        return self.transient.forward[self._place]
 
     @property
-    def any(self) -> bool:
-        return bool(self.transient.backward)
+    def most_in_weights(self) -> int:
+        return self.transient.weights[self._place]
 
 
 class _Stage:
     """The arithmetic of one virtual stage."""
 
-    def __init__(self, settings: Settings, device: Device, world_size: int, stage: VirtualStage) -> None:
+    def __init__(
+        self, settings: Settings, device: Device, world_size: int, stage: VirtualStage, *, shares_input: bool
+    ) -> None:
+        """``shares_input``: whether the stage before is on this rank, too, and what it keeps as its output is what this
+        one keeps as its input."""
         model, parallel, train = settings.model, settings.parallel, settings.train
         self.model, self.is_gpu = model, device.kind != "cpu"
         self.pp, self.cp, self.tp = parallel.pp, parallel.cp, parallel.tp
         self.dp = world_size // (self.pp * self.cp * self.tp)
         self.has_embedding, self.has_head, self.layers = stage.has_embedding, stage.has_head, len(stage.layers)
+        self.shares_input = shares_input
         self.recompute = train.recompute
         self.dtype = COMPUTE_DTYPES[train.precision]
         self.itemsize = self.dtype.itemsize
@@ -339,62 +344,72 @@ class _Stage:
         self.tokens, self.residual_tokens = tokens, tokens // self.tp if self.splits_sequence else tokens
         self.R = self.residual_tokens * model.hidden_size * self.itemsize
         self.A = tokens * model.hidden_size * self.itemsize
-        self.Q = tokens * self.heads * model.head_dim * self.itemsize
-        self.K = tokens * self.key_heads * model.head_dim * self.itemsize
-        self.F = tokens * self.inner * self.itemsize
-        self.context: ContextMemory | None = None
-        if self.cp > 1:
-            wide = max(FP32, self.itemsize) / self.itemsize
-            self.context = ContextMemory(parallel.context_mode, self.cp, self.key_heads, self.Q, self.K, wide)
+        self.norm = FP32 * self.residual_tokens
+        self.layer = LayerMemory(
+            R=self.R,
+            A=self.A,
+            Q=tokens * self.heads * model.head_dim * self.itemsize,
+            K=tokens * self.key_heads * model.head_dim * self.itemsize,
+            F=tokens * self.inner * self.itemsize,
+            norm=self.norm,
+            attention=self._attention(parallel.context_mode),
+            keeps_inputs=self.recompute != "selective",
+            splits_sequence=self.splits_sequence,
+            inner_copy=self._product_copy(self.inner),
+            query_copy=self._product_copy(self.heads * model.head_dim),
+        )
 
     # -- activations
 
     @property
+    def memory(self) -> ChunkMemory:
+        """Of a microbatch, for the program."""
+        return ChunkMemory(self.saved, self.layers * self.layer.deferred)
+
+    @property
     def saved(self) -> int:
         """What a microbatch keeps from its forward to its backward pass."""
-        rstd = FP32 * self.residual_tokens
-        total = self.layers * self._saved_by_layer
-        if self.recompute == "full" and self.layers:
-            total = (2 * self.layers - 1) * self.R  # what enters each: the stream and its update, at first no update
+        # With full, what enters each: the stream and its update, at first no update.
+        total = max(0, 2 * self.layers - 1) * self.R if self.recompute == "full" else self.layers * self.layer.saved
+        if self.shares_input:
+            total -= self.R
         if self.has_embedding and self.tp > 1:
             total += 9 * self.tokens  # which tokens are this rank's rows: an int64 and a bool for each
-        if not self.has_head:
-            return total + self.R  # its output, for the next stage
-        # The last norm's input, and the gradient that the loss computes with itself.
-        return total + self.R + rstd + self.R
+        return total + self._border
 
     @property
-    def _saved_by_layer(self) -> int:
-        """What a layer's own operations keep; with ``full``, while its backward pass goes on only."""
-        norms = 2 * (self.R + FP32 * self.residual_tokens)
-        attention = self._saved_by_attention() + self.Q  # its result is the input of the output projection
-        return norms + 2 * self._input + attention + 2 * self.F + self._product  # gate and up
+    def _border(self) -> int:
+        """What is kept behind the layers: the output for the next stage; or the last norm's input and statistics, and
+        the gradient that the loss computes with itself."""
+        return 2 * self.R + self.norm if self.has_head else self.R
 
-    @property
-    def _input(self) -> int:
-        """What is kept of the input of attention, or of feed-forward."""
-        return 0 if self.recompute == "selective" else self.R
-
-    @property
-    def _product(self) -> int:
-        """What is kept of the product of gate and up."""
-        return 0 if self.recompute == "selective" else self.F
-
-    def _saved_by_attention(self) -> int:
-        keys = self.context.saved_keys if self.context else 2 * self.K
-        if self._in_blocks:
-            return self.Q + keys + (0 if self.recompute == "selective" else self._block_scores)
-        if self.context:
-            return self.Q + keys + self.context.saved_result + FP32 * self.tokens * self.heads
-        keys_repeated = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
-        log_sums = FP32 * self.tokens * self.heads
-        return self.Q + 2 * (self.Q if keys_repeated else self.K) + log_sums
-
-    @property
-    def _in_blocks(self) -> bool:
-        """On CPU, sequences of some lengths (``ops/attention.py``)."""
-        whole = self.context is None or self.context.sees_whole_sequences
-        return whole and not self.is_gpu and BLOCKED_FROM <= self.length <= BLOCKED_UP_TO.get(self.dtype, 0)
+    def _attention(self, mode: ContextMode) -> AttentionMemory:
+        head = self.tokens * self.model.head_dim * self.itemsize
+        queries, keys, log_sums = self.heads * head, self.key_heads * head, FP32 * self.tokens * self.heads
+        context = None
+        if self.cp > 1:
+            wide = max(FP32, self.itemsize) / self.itemsize
+            context = ContextMemory(mode, self.cp, self.key_heads, queries, keys, log_sums, wide)
+            if not context.sees_whole_sequences:
+                return context.in_parts
+            keys = context.repeated_keys
+        if not self.is_gpu and BLOCKED_FROM <= self.length <= BLOCKED_UP_TO.get(self.dtype, 0):
+            again = self.recompute == "selective"
+            # Of a block: its scores' gradients, its rows of the result's gradient, and what is computed again of both;
+            # and what it adds to the gradient of all keys.
+            block = self.batch * self.heads // self.cp * BLOCK * self.length * self.itemsize
+            rows = queries * BLOCK // self.length
+            kernel = AttentionMemory(
+                inputs=queries + 2 * keys,
+                statistics=0 if again else self._block_scores,
+                keeps_result=False,
+                backward=2 * queries + 3 * keys + (3 * block + 2 * rows if again else 2 * block + rows),
+            )
+        else:
+            repeats = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
+            kept = queries + 2 * (queries if repeats else keys)
+            kernel = AttentionMemory(kept, log_sums, keeps_result=True, backward=2 * queries + 2 * keys)
+        return kernel if context is None else context.around(kernel)
 
     @property
     def _block_scores(self) -> int:
@@ -404,95 +419,56 @@ class _Stage:
         scores = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
         return self.batch * self.heads // self.cp * scores * self.itemsize
 
-    @property
-    def deferred(self) -> int:
-        """What the weight gradients of a microbatch keep until they are computed: input and output's gradient of each
-        matrix. It is a little less than :attr:`saved`."""
-        return self.layers * self._deferred_by_layer
-
-    @property
-    def _deferred_by_layer(self) -> int:
-        attention = self.R + self.Q + 2 * self.K + self.Q + self.R
-        feed_forward = self.R + 2 * self.F + self.F + self.R
-        # What the product of gate and up is made of again is kept in its place.
-        return attention + feed_forward + (self.F if self.recompute == "selective" else 0)
-
     # -- moments
 
-    def moments(self, others: int, held: _Held, deferring: bool) -> Iterator[_Moment]:
-        """Those in which the peak can be, beside ``others`` bytes of activations. Earlier ones of a forward pass, and
-        earlier layers' backward, hold less, unless gradients and parameters are there for a while only. ``deferring``:
-        whether weight gradients are put off."""
+    def moments(self, kind: type[Compute], others: int, held: _Held) -> Iterator[_Moment]:
+        """Those of an action in which the peak can be, beside ``others`` bytes."""
+        if kind is Forward:
+            yield from self._forward(others, held)
+        elif kind is BackwardWeight:
+            if self.layers:
+                deferred = self.layers * self.layer.deferred
+                yield _Moment("weight gradients", others + deferred, self.layer.weight_gradients + held.most_in_weights)
+        else:
+            yield from self._backward(others, kind is BackwardInput, held)
+
+    def _forward(self, others: int, held: _Held) -> Iterator[_Moment]:
+        if self.layers:
+            kept = others + self.saved - self._border
+            work = self.layer.forward
+            if self.recompute == "full":  # all of the layer's feed-forward, beside four of the residual stream's size
+                work += 3 * self.R + 3 * self.layer.F
+            yield _Moment("forward", kept, work + held.most_in_forward)
         if self.has_head:
-            yield from self._loss(others, held.in_loss)
-        kept = 2 * self.R if self.recompute == "full" else self._saved_by_layer
-        for layer in reversed(range(self.layers if held.any or deferring else min(self.layers, 1))):
-            # Counted from the last layer; once it went backward, it has only what is deferred.
-            gone = self.layers - 1 - layer if held.any or deferring else 0
-            for moment in self._last_layer_backward(others, deferring):
-                less = gone * (kept - (self._deferred_by_layer if deferring else 0))
-                name = moment.name if not gone else "backward of an earlier layer"
-                yield _Moment(name, moment.activations - less, moment.workspace + held.backward(layer))
+            device = "cuda" if self.is_gpu else "cpu"
+            chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, device))
+            logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
+            # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
+            output = self.R + (2 * self.A - self.R if self.splits_sequence else 0)
+            yield _Moment("loss", others + self.saved, output + logits + self._product_copy(self.rows) + held.in_loss)
+
+    def _backward(self, others: int, deferring: bool, held: _Held) -> Iterator[_Moment]:
+        """Layer by layer, from the last; a gradient that comes in stays until all of it ends."""
+        full, deferred = self.recompute == "full", self.layer.deferred if deferring else 0
+        kept = others + self.saved - (self._border if self.has_head else 0)
+        for layer in reversed(range(self.layers)):
+            is_last = layer == self.layers - 1
+            # With full, it is computed again from what stays beside it; the first norm of a stage keeps what came in.
+            own = (0 if layer else self.R) if full else self.layer.saved
+            # A gradient that comes in stays. A deferred weight gradient of the last layer keeps it anyway.
+            incoming = 0 if self.has_head or deferring or is_last else self.R
+            for step in self.layer.backward(deferring, keeps_output_gradient=is_last and not self.has_head):
+                name = f"backward of {'the last' if is_last else 'an earlier'} layer"
+                yield _Moment(name, kept - own + step.kept, step.made + incoming + held.backward(layer))
+            kept += deferred - (2 * self.R if full else self.layer.saved)
         if self.has_embedding:
-            moment = self._embedding_backward(others)
-            yield replace(moment, workspace=moment.workspace + held.in_embedding_backward)
-        if held.any:
-            yield _Moment("forward", others + self.saved, held.most_in_forward)
+            yield self._embedding_backward(others + (self.layers * deferred), held)
 
-    def _loss(self, others: int, held: int) -> Iterator[_Moment]:
-        device = "cuda" if self.is_gpu else "cpu"
-        chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, device))
-        logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
-        # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
-        output = self.R + (2 * self.A - self.R if self.splits_sequence else 0)
-        work = output + logits + self._product_copy(self.rows) + self._sending + held
-        yield _Moment("loss", others + self.saved, work)
-
-    @property
-    def _sending(self) -> int:
-        """Gradients before that may still be on their way to the stage before."""
-        return self.R * (MOST_BATCHES if self.is_gpu else 1) if self.pp > 1 and self.microbatches > 1 else 0
-
-    def _last_layer_backward(self, others: int, deferring: bool) -> Iterator[_Moment]:
-        """The feed-forward, then attention, of the layer whose backward pass is first, beside all others' activations.
-
-        ``kept``: activations then left of this microbatch. A stage's gradient stays until its backward pass ends. What
-        is deferred stays as well: of each matrix its input, and the gradient of its output.
-        """
-        kept = others + self.saved - (2 * self.R + FP32 * self.residual_tokens if self.has_head else 0)
-        if self.recompute == "full":  # with the layer's own, computed again; the first norm of a stage reads its input
-            kept += self._saved_by_layer - (self.R if self.layers == 1 else 0)
-        gathered = self.A if self.splits_sequence else 0
-        summed = self.R if self.splits_sequence else 0
-        name = "backward of the last layer"
-        sending = self._sending if self.has_head else 0
-        stream = self.R + sending  # the gradient of the residual stream
-        product_again, input_again = self.F - self._product, self.R - self._input
-        yield _Moment(name, kept, stream + gathered + self.F + product_again + self._product_copy(self.inner))
-        kept -= 0 if deferring else self._product
-        yield _Moment(name, kept, stream + 3 * self.F)
-        # The input, made and gathered again; its gradient, and that summed over tp.
-        inputs = input_again + gathered + self.A + summed
-        kept -= 2 * self.F
-        yield _Moment(name, kept, stream + 2 * self.F + inputs + self._product_copy(self.inner))
-        kept -= self.R + self._input
-        if deferring:
-            kept += 2 * self.F + self._input + (self.R if self.has_head else 0)
-        stream += 0 if self.has_head else self.R
-        queries = self.heads * self.model.head_dim
-        yield _Moment(name, kept, stream + gathered + self.Q + self._product_copy(queries))
-        heads = self.heads // self.cp
-        block = self.batch * heads * BLOCK * self.length * self.itemsize if self._in_blocks else 0
-        scores = (3 if self.recompute == "selective" else 2) * block  # gradients, and what is computed again
-        kept -= self.Q if self._in_blocks else 0
-        gradients = self.context.backward_workspace if self.context else 2 * self.Q + 2 * self.K
-        yield _Moment(name, kept, stream + gradients + scores)
-
-    def _embedding_backward(self, others: int) -> _Moment:
-        border = 2 * self.R if self.pp > 1 else 0  # the stage's output and its gradient
+    def _embedding_backward(self, others: int, held: _Held) -> _Moment:
+        border = 0 if self.has_head else 2 * self.R  # the stage's output and its gradient
         incoming = self.R if self.tp == 1 else self.A
         rows = self.tokens * self.model.hidden_size * FP32 if self.itemsize != FP32 else 0
-        return _Moment("backward of the embedding", others, border + incoming + rows)
+        return _Moment("backward of the embedding", others, border + incoming + rows + held.in_embedding_backward)
 
     def _product_copy(self, rows: int) -> int:
         """On CPU a weight's gradient in bf16 is computed before it is added to the fp32 sum."""

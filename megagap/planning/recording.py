@@ -167,6 +167,10 @@ class Memory:
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._freed, key).atexit = False
 
+    def has_seen(self, tensor: Tensor) -> bool:
+        """Whether its storage is counted."""
+        return tensor.untyped_storage()._cdata in self._seen
+
     def _freed(self, key: int) -> None:
         self.live -= self._seen.pop(key)
         self._resized.pop(key, None)

@@ -16,7 +16,7 @@ from megagap.model.llama import LlamaStage, build_stages, sharded_parameters
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
 from megagap.optim.gradient_store import arrangement, kind_of
 from megagap.optim.sharding import Sharding
-from megagap.parallel.actions import Backward, BackwardWeight, Compute, Forward
+from megagap.parallel.actions import BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter
@@ -86,6 +86,8 @@ class _Block:
     backward: frozenset[Range]
     gradients: list[int]
     """Parameters in the order in which its backward pass adds their gradients, but for the output projection."""
+    deferrable: frozenset[int]
+    """Those of them whose gradients can be deferred: a layer's matrices."""
 
     @classmethod
     def of(cls, block: Block, stage: LlamaStage, stored: StoredParameters) -> "_Block":
@@ -95,6 +97,7 @@ class _Block:
             stored.buckets_of(block.parameters),
             stored.buckets_of(block.in_backward),
             list(reversed(stored.numbers(added))),
+            frozenset(stored.numbers(p for p in added if p.dim() == 2 and block.in_backward)),
         )
 
 
@@ -153,27 +156,34 @@ class _Residents:
         self._stored = stored
         self._resident: frozenset[Range] = frozenset()
         self.gathers: Counter[Range] = Counter()
+        self.elements = 0
+        """Of all that are there."""
 
-    def use(self, now: frozenset[Range], soon: frozenset[Range]) -> int:
-        """Elements that are there once the block now and the one after it are."""
-        if not self._stored.sharding.parameters:
-            return 0
-        needed = now | soon
-        self.gathers.update(needed - self._resident)
-        self._resident = needed
-        return sum(bucket.stop - bucket.start for bucket in needed)
+    def use(self, now: frozenset[Range], soon: frozenset[Range]) -> None:
+        """Leave the block that is computed now and the one after it there."""
+        if self._stored.sharding.parameters:
+            needed = now | soon
+            self.gathers.update(needed - self._resident)
+            self._resident = needed
+            self.elements = sum(bucket.stop - bucket.start for bucket in needed)
 
 
 @dataclass
 class Transient:
-    """The most that is held, in bytes, while chunks and their blocks are computed."""
+    """The most that is held, in bytes, while chunks and their blocks are computed.
 
-    loss: Counter[int] = field(default_factory=Counter)
-    """By chunk: in the forward pass of the last block, with its loss."""
-    backward: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """By chunk and block: while the block goes backward."""
-    forward: Counter[int] = field(default_factory=Counter)
-    """By chunk: while any block goes forward, without the loss."""
+    ``fresh`` tells whether no backward pass of the step has begun before: no gradients are on their way then, while
+    most activations may be there.
+    """
+
+    loss: Counter[tuple[int, bool]] = field(default_factory=Counter)
+    """By chunk and ``fresh``: in the forward pass of the last block, with its loss."""
+    backward: Counter[tuple[int, int, bool]] = field(default_factory=Counter)
+    """By chunk, block and ``fresh``: while the block goes backward."""
+    weights: Counter[tuple[int, bool]] = field(default_factory=Counter)
+    """By chunk and ``fresh``: while deferred weight gradients are computed."""
+    forward: Counter[tuple[int, bool]] = field(default_factory=Counter)
+    """By chunk and ``fresh``: while any block goes forward, without the loss."""
     reductions: Counter[Range] = field(default_factory=Counter)
     """How often each bucket is reduced in a step, from stage 2 on."""
     gathers: Counter[Range] = field(default_factory=Counter)
@@ -191,29 +201,39 @@ def transient(stored: StoredParameters, actions: Sequence[Compute], itemsize: in
     outputs = [stored.numbers([stage.output])[0] if stage.has_head else None for stage in stored.stages]
     nothing: frozenset[Range] = frozenset()
 
-    def largest(known: int, gathered: int) -> int:
-        return max(known, gradients.live + itemsize * gathered)
+    def largest(known: int) -> int:
+        return max(known, gradients.live + itemsize * residents.elements)
 
+    fresh = True
     for action in actions:
-        chunk = action.chunk
+        chunk, place = action.chunk, (action.chunk, fresh)
         own, output = blocks[chunk], outputs[chunk]
         if isinstance(action, Forward):
-            gathered = 0
             for i, block in enumerate(own):
-                gathered = residents.use(block.forward, own[i + 1].forward if i + 1 < len(own) else nothing)
-                found.forward[chunk] = largest(found.forward[chunk], gathered)
+                residents.use(block.forward, own[i + 1].forward if i + 1 < len(own) else nothing)
+                found.forward[place] = largest(found.forward[place])
             if output is not None:
                 gradients.add(output)
-                found.loss[chunk] = largest(found.loss[chunk], gathered)
-        elif isinstance(action, Backward | BackwardWeight):
-            if output is not None:
-                gradients.report(output)
-            for i, block in reversed(list(enumerate(own))):
-                gathered = 0
-                if block.backward:
-                    gathered = residents.use(block.backward, own[i - 1].backward if i else nothing)
-                for number in block.gradients:
+                found.loss[place] = largest(found.loss[place])
+            continue
+        if isinstance(action, BackwardWeight):  # needs no parameters
+            for block in reversed(own):
+                for number in (n for n in block.gradients if n in block.deferrable):
                     gradients.add(number)
-                    found.backward[chunk, i] = largest(found.backward[chunk, i], gathered)
+                    found.weights[place] = largest(found.weights[place])
                     gradients.report(number)
+            continue
+        if output is not None:
+            gradients.report(output)
+        for i, block in reversed(list(enumerate(own))):
+            if block.backward:
+                residents.use(block.backward, own[i - 1].backward if i else nothing)
+                found.backward[chunk, i, fresh] = largest(found.backward[chunk, i, fresh])
+            for number in block.gradients:
+                if isinstance(action, BackwardInput) and number in block.deferrable:
+                    continue
+                gradients.add(number)
+                found.backward[chunk, i, fresh] = largest(found.backward[chunk, i, fresh])
+                gradients.report(number)
+        fresh = False
     return found

@@ -1,9 +1,4 @@
-"""The formula of a rank's memory is what the real step keeps.
-
-Measured are the bytes of all storages that torch's operations have made and that are still referred to, in the
-trainer's own step on real processes, at its fullest moment. Not the process's resident size: that counts the
-interpreter and libraries, some hundred MB, and what the C library keeps of freed memory, whatever the layout.
-"""
+"""The formula of a rank's memory is what the real step keeps (``measured.py``)."""
 
 import json
 import subprocess
@@ -13,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagap.benchmark.step import first_step, random_batch
-from megagap.config import Settings, load_recipe, parse_overrides
+from megagap.config import Settings, load_recipe
 from megagap.errors import ConfigError
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
@@ -29,32 +21,15 @@ from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.placement import Placement
 from megagap.planning.devices import load_device
 from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memory_of_rank
-from megagap.planning.recording import Memory
 from megagap.planning.trace import trace_step
-from megagap.process.rendezvous import Process
-from megagap.training.mesh import make_mesh
-from megagap.training.step import train_step
-from megagap.training.trainer import build_state
-from tests.planning import memory_table
+from tests.parity.pairwise import pairwise
+from tests.planning import activation_table, memory_table
+from tests.planning.measured import SMALL, Compared, compare, settings_of
 from tests.planning.test_trace import GAPERON, MEASURED_PEAK_BYTES
 
 ROOT = Path(__file__).parents[2]
 
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the formula counts what megagap's kernels keep")
-
-# Large enough that the activations of the model, not small tensors, decide.
-SMALL: dict[str, Any] = {
-    "model": {
-        "preset": "tiny",
-        "hidden_size": 256,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 704,
-        "vocab_size": 4096,
-    },
-    "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 512},
-}
 
 NARROW = {"model.intermediate_size": 64, "model.vocab_size": 64, "model.num_hidden_layers": 2}
 """What the feed-forward and the loss need is less than what attention does."""
@@ -85,86 +60,52 @@ LAYOUTS = {
 }
 
 
-def settings_of(folder: Path, ranks: int, changes: dict[str, Any], base: dict[str, Any] = SMALL) -> Settings:
-    recipe = folder / "recipe.toml"
-    recipe.write_text(tomli_w.dumps(base))
-    overrides = [f"--{name}={str(value).lower()}" for name, value in changes.items()]
-    return load_recipe(recipe, parse_overrides(overrides), ranks, needs_data=False)
-
-
-class LiveStorages(TorchDispatchMode):
-    """Follows every storage that an operation returns until nothing refers to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory = Memory()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.memory.see(tensor)
-        return result
-
-
-def measured_peak(rank: int, ranks: int, settings: Settings) -> tuple[int, int]:
-    """Live bytes between steps, and the most within one."""
-    mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
-    with LiveStorages() as storages:
-        state = build_state(settings, mesh)
-        static = storages.memory.live
-        batch = random_batch(settings, mesh, first_step(settings))
-        storages.memory.peak = storages.memory.live
-        train_step(state, batch, lambda: (False, False))
-    return static, storages.memory.peak
-
-
 @needs_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_takes_what_the_formula_says(workers, tmp_path, layout):
     ranks, changes = LAYOUTS[layout]
     settings = settings_of(tmp_path, ranks, changes)
-    measured = workers.run(ranks, measured_peak, settings)
-    for rank, (static, peak) in enumerate(measured):
-        formula = memory_of_rank(settings, load_device("cpu"), ranks, rank)
-        assert formula.static == pytest.approx(static, rel=0.005)
-        assert formula.total == pytest.approx(peak, rel=0.05), formula
-        assert formula.activations + formula.workspace > peak / 4  # else the layout would not test them
+    for rank in compare(workers, settings, ranks):
+        require_close(rank)
+        assert rank.measured.activations > rank.measured.peak / 4  # else the layout would not test them
+
+
+def require_close(rank: Compared) -> None:
+    assert rank.formula.static == pytest.approx(rank.measured.static, rel=0.005)
+    assert rank.activations == pytest.approx(1, abs=0.05), rank
+    assert rank.total == pytest.approx(1, abs=0.02), rank
+
+
+CASES, _ = pairwise(
+    {
+        "layout": [*activation_table.LAYOUTS, *activation_table.WITHOUT_PIPELINE],
+        "recompute": activation_table.RECOMPUTE,
+        "precision": ["fp32", "bf16-mixed"],
+        "sequence_length": [512, 1024],  # attention in blocks, at least in fp32, and in torch's kernel
+    },
+    lambda case: True,
+)
 
 
 @needs_kernels
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("layout", ["one process", "tp 2", "tp 2, sequence parallel", "pp 2", "pp 2, gpipe"])
-def test_recomputation_keeps_what_the_formula_says(workers, tmp_path, layout, recompute):
-    ranks, changes = LAYOUTS[layout]
-    require_formula(workers, settings_of(tmp_path, ranks, {**changes, "train.recompute": recompute}), ranks)
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_formula_holds_where_things_that_change_it_meet(workers, tmp_path, number):
+    """Every pair of layout, recomputation, precision and kernel of attention, with the schedules in turn."""
+    case = CASES[number]
+    recompute, schedule = case["recompute"], activation_table.SCHEDULES[number % len(activation_table.SCHEDULES)]
+    row = activation_table.row_of(case["layout"], schedule)
+    changes = {f"train.{name}": case[name] for name in ("precision", "sequence_length")}
+    for rank in activation_table.measured(workers, row, recompute, {"model.num_hidden_layers": 4, **changes}):
+        require_close(rank)
 
 
 @needs_kernels
 @pytest.mark.long
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_the_formula_holds_for_every_mode_split_of_the_sequence_and_schedule(
-    workers, tmp_path, sequence_parallel, schedule, recompute
-):
-    changes = {
-        "parallel.tp": 2,
-        "parallel.pp": 2,
-        "parallel.sequence_parallel": sequence_parallel,
-        "parallel.schedule": schedule,
-        "train.recompute": recompute,
-        "train.micro_batch_size": 1,
-    }
-    require_formula(workers, settings_of(tmp_path, 4, changes), 4)
-
-
-def require_formula(workers: Any, settings: Settings, ranks: int) -> None:
-    for rank, (static, peak) in enumerate(workers.run(ranks, measured_peak, settings)):
-        formula = memory_of_rank(settings, load_device("cpu"), ranks, rank)
-        # Without what lies between the steps, which recomputation does not change.
-        assert formula.total - formula.static == pytest.approx(peak - static, rel=0.04)
-        assert formula.total == pytest.approx(peak, rel=0.01)
+@pytest.mark.parametrize("row", activation_table.rows(), ids=lambda row: f"{row.layout}, {row.schedule}")
+def test_the_formula_holds_for_every_row_of_the_table(workers, row):
+    for recompute in activation_table.RECOMPUTE:
+        for rank in activation_table.measured(workers, row, recompute):
+            require_close(rank)
 
 
 @needs_kernels

@@ -22,10 +22,14 @@ def dry_run(recipe: Path, overrides: Sequence[str], world_size: int, device_name
     """Print the certificate. Raises :class:`LayoutError` with every reason and the nearest valid layouts if it does
     not hold; with ``as_json``, the object printed has both as well."""
     device = load_device(device_name or DEVICE)
+
+    def has_room(other: Settings) -> bool:
+        return device_name is None or _fits(other, device, world_size)
+
     try:
         settings = load_recipe(recipe, overrides, world_size, needs_data=False, find_model=find_model)
     except MegagapError as error:
-        nearest = nearest_layouts(recipe, overrides, world_size)
+        nearest = nearest_layouts(recipe, overrides, world_size, has_room)
         reasons = error.args[0].splitlines()
         if as_json:
             lines = [" ".join(line.split()) for line in (reasons[1:] or reasons)]
@@ -37,7 +41,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], world_size: int, device_name
     certificate.notes.extend(settings.notes)
     nearest = []
     if not certificate.holds:
-        nearest = nearest_layouts(recipe, overrides, world_size, lambda other: _fits(other, device, world_size))
+        nearest = nearest_layouts(recipe, overrides, world_size, has_room)
     if as_json:
         print(json.dumps(certificate.as_dict() | {"nearest": [change.settings for change in nearest]}))
     else:

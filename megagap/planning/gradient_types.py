@@ -268,11 +268,11 @@ def _keep_before_reductions(bucket: Bucket, local: dict[str, Tensor]) -> None:
     start_reduction = bucket.start_reduction
 
     def keep_and_start() -> None:
-        full = bucket.full_gradient()
-        for place in bucket.places:
-            place.clear_unless_written()
-        for part in bucket.parts_of(full):
-            local[part.shard.name][part.start : part.stop] += part.tensor
+        # What has not been written to is what clearing it is for, which is left to the code that is examined.
+        written = {place.parameter.shard.name for place in bucket.places if place.written}
+        for part in bucket.parts_of(bucket.full_gradient()):
+            if part.shard.name in written:
+                local[part.shard.name][part.start : part.stop] += part.tensor
         start_reduction()
 
     bucket.start_reduction = keep_and_start  # type: ignore[method-assign]

@@ -23,6 +23,7 @@ DEFAULTS = {
     "parallel.tp": 1,
     "parallel.pp": 1,
     "parallel.cp": 1,
+    "parallel.dp_replicate": 1,
     "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
     "optim.zero": 1,
@@ -48,9 +49,10 @@ class Change:
 def nearest_layouts(
     recipe: Path, overrides: Sequence[str], world_size: int, is_good: Callable[[Settings], bool] = lambda _: True
 ) -> list[Change]:
-    """The nearest changes of tp, pp, cp, ``optim.zero`` and batch sizes that make the recipe valid on so many ranks.
+    """The nearest changes of tp, pp, cp, dp_replicate, ``optim.zero`` and batch sizes that make the recipe valid on so
+    many ranks, and ``is_good``.
 
-    Other settings stay, those that these changes do not allow (``layers_per_stage``, say) rule them out.
+    Other settings stay; those that these changes do not allow (``layers_per_stage``, say) rule them out.
     """
     found: list[Change] = []
     for change in list(_candidates(_given(recipe, overrides), world_size))[:TRIES]:
@@ -86,20 +88,22 @@ def _given(recipe: Path, overrides: Sequence[str]) -> dict[str, int]:
 
 def _candidates(given: dict[str, int], world_size: int) -> Iterator[Change]:
     changes = []
+    parts = given["parallel.dp_replicate"]
     sizes = (
-        (tp, pp, cp, micro, zero)
+        (tp, pp, cp, replicate, micro, zero)
         for tp in _divisors(world_size, LARGEST_TP)
         for pp in _divisors(world_size // tp, world_size)
         for cp in sorted({1, given["parallel.cp"], 2 * given["parallel.cp"]})
+        for replicate in ([1] if parts == 1 else _divisors(world_size // (tp * pp * cp), 2 * parts))
         for micro in sorted({given["train.micro_batch_size"], 1})
         for zero in sorted({given["optim.zero"], 3})
         if world_size % (tp * pp * cp) == 0
     )
-    for tp, pp, cp, micro, zero in sizes:
+    for tp, pp, cp, replicate, micro, zero in sizes:
         unit = world_size // (tp * pp * cp) * micro
         batch = given["train.global_batch_size"]
         for rounded in {batch // unit * unit, -(-batch // unit) * unit} - {0}:
-            chosen = dict(zip(DEFAULTS, (tp, pp, cp, rounded, micro, zero), strict=True))
+            chosen = dict(zip(DEFAULTS, (tp, pp, cp, replicate, rounded, micro, zero), strict=True))
             changed = {name: value for name, value in chosen.items() if value != given[name]}
             if changed:
                 # Powers of two apart; a change more than another counts, too.

@@ -12,10 +12,11 @@ import pytest
 
 from megagap.config import load_recipe
 from megagap.parallel.layout import AXES
-from megagap.planning.certificate import certify
+from megagap.planning.certificate import LayoutError, certify
 from megagap.planning.communication import data_parallel_traffic
 from megagap.planning.coverage import coverage_faults, holdings
 from megagap.planning.devices import load_device
+from megagap.planning.dry_run import dry_run as dry_run_here
 from megagap.planning.gradient_types import _reference, _step, gradient_types, reduced
 from megagap.planning.simulation import Simulation
 from megagap.planning.volume import volume_by_axis
@@ -63,6 +64,20 @@ def test_every_reason_and_the_nearest_layouts_are_told(tmp_path):
         tmp_path / "recipe.toml", "--world-size", "6", *sum(([f"--{k}", str(v)] for k, v in (
             {"parallel.tp": 3, "parallel.pp": 9} | printed["nearest"][0]).items()), []), "--json")  # fmt: skip
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "nearest"),
+    [
+        (["parallel.tp=3"], "h100", [{"parallel.tp": 4}, {"parallel.tp": 8}]),
+        (["parallel.tp=3"], None, [{"parallel.tp": 4}, {"parallel.tp": 2}]),
+        (["parallel.dp_replicate=7"], "h100", [{"parallel.dp_replicate": 8}, {"parallel.dp_replicate": 4}]),
+    ],
+)
+def test_the_nearest_layouts_fit_the_device_that_is_named(capsys, changes, device, nearest):
+    with pytest.raises(LayoutError):
+        dry_run_here(RECIPES / "llama3-70b-1024.toml", changes, 1024, device, True)
+    assert json.loads(capsys.readouterr().out)["nearest"][:2] == nearest
 
 
 def test_a_device_that_is_named_must_have_the_memory():

@@ -50,6 +50,7 @@ PARTS = [*DP, "parallel.dp_replicate=2"]
 UNSHARDED = [*DP, "optim.zero=0"]
 SLICES = [*DP, "optim.zero=2"]
 SHARDED = [*DP, "optim.zero=3"]
+DEFERRED = [*SLICES, "parallel.pp=2", "parallel.schedule=zb-h1"]
 CHUNKS = ["parallel.pp=2", "parallel.vpp=2", "train.micro_batch_size=1"]
 
 Apply = Callable[[pytest.MonkeyPatch], None]
@@ -189,6 +190,20 @@ def _forget_sum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Bucket, "start_reduction", forget)
 
 
+def _stale_memory(patch: pytest.MonkeyPatch) -> None:
+    """What nothing was added to since the last reduction is summed as it lies in memory."""
+    original = Bucket.start_reduction
+
+    def without_clearing(self: Bucket) -> None:
+        for place in self.places:
+            if not place.written:
+                place.gradient.fill_(1.0)
+                place.written = True
+        original(self)
+
+    patch.setattr(Bucket, "start_reduction", without_clearing)
+
+
 def _swapped_chunks(patch: pytest.MonkeyPatch) -> None:
     """On the second rank only."""
     original = megagap.training.step.BoundStages.compute
@@ -292,6 +307,8 @@ MUTATIONS: dict[str, tuple[int, list[str], Apply, str, str]] = {
         "gradient", "is wrong"),
     "of several microbatches the last one's gradient overwrites the sum": (
         2, SLICES, _forget_sum, "gradient", "after all reductions"),
+    "what no microbatch has added to is not cleared": (
+        4, DEFERRED, _stale_memory, "gradient", "after all reductions"),
     "without sharding no gradient is summed": (
         2, UNSHARDED, replaced(STORE, "all_reduce_async", lambda x, _: Pending(x)), "gradient", "after all reductions"),
     "two chunks of a rank have each other's layers": (

@@ -42,6 +42,7 @@ def write_recipe(folder: Path, **changes: dict[str, Any]) -> Path:
         "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32, "seed": 7},
         "optim": {"lr": 3e-3, "warmup_steps": 2},
         "checkpoint": {},
+        "guard": {},
         "run": {"dir": str(folder / "run"), "tensorboard": False},
     }
     for section, settings in changes.items():

@@ -67,7 +67,8 @@ def test_what_the_page_on_running_does_with_a_run(example):
     """Its commands in order, and what it says of their results."""
     runs = example / "runs/example"
     parts = blocks(RUNNING)
-    assert list(parts) == ["stop and resume", "change the layout", "cooldown", "fine-tune", "loss spike", "look"]
+    first, then = ["stop and resume", "change the layout", "cooldown", "fine-tune"], ["loss spike", "replay", "look"]
+    assert list(parts) == first + then
 
     stopped = run(parts["stop and resume"], example)
     assert '"preempted"' in stopped and status(runs / "stopped") == ("finished", 40)
@@ -89,6 +90,7 @@ def test_what_the_page_on_running_does_with_a_run(example):
     without = json.loads(run(f"{SPIKE} --step 25 --json --train.skip_samples '[\"384:400\"]'", example))
     assert [sample["sample"] for sample in without] == list(range(400, 416))
     assert status(runs / "without_spike") == ("finished", 40)
+    assert '"equal": true' in run(parts["replay"], example)
 
     commands = [line for line in parts["look"].splitlines() if "not run by the test" not in line]
     run("\n".join(commands), example)

@@ -18,7 +18,7 @@ LEVELS = [
     {"model", "data", "optim", "observe", "checkpoint"},
     {"preprocess", "gather"},
     {"training", "resume", "process", "inference"},
-    {"benchmark"},
+    {"benchmark", "replay"},
     {"planning"},
     {"train"},
     {"commands"},

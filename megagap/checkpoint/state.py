@@ -16,6 +16,7 @@ from megagap.errors import CheckpointError, counted
 from megagap.model.shapes import model_tensors
 
 _Count = Annotated[int, Field(ge=0, le=2**60)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -74,6 +75,9 @@ class RunState(ModelState, Progress):
     train: Train
     identities: dict[str, list[dict[str, Any]]] = {}
     """By source: what distinguishes each of its shards from a rebuilt one."""
+    guard_history: list[Annotated[list[_Finite], Field(min_length=2, max_length=2)]] = []
+    """[loss, gradient norm] of the last accepted steps that spikes are told from, oldest first; none where they were
+    not looked for."""
 
     @model_validator(mode="after")
     def _counts_steps(self) -> Self:

@@ -32,6 +32,7 @@ SUMMARIES = {
     "benchmark-mfu": "time a recipe's training step on this machine",
     "trace-step": "predict a training step's time and memory on a device",
     "draw-schedule": "draw a pipeline schedule, or what a run's pipeline did",
+    "replay-step": "run a step of a run again and compare it bit for bit",
 }
 """Of the subcommands, in the order in which they are first needed."""
 

@@ -10,9 +10,19 @@ from megagap.config.describe import describe_settings
 from megagap.config.loading import load_recipe, parse_overrides
 from megagap.config.model_section import FindModel, StoredModel
 from megagap.config.rules import check_rules
-from megagap.config.settings import Data, Model, Optim, PhaseSettings, RopeScaling, Settings, SourceSettings, Train
+from megagap.config.settings import (
+    Data,
+    Guard,
+    Model,
+    Optim,
+    PhaseSettings,
+    RopeScaling,
+    Settings,
+    SourceSettings,
+    Train,
+)
 from megagap.config.timeline import most_microbatches, sources_of, timeline_of, timeline_of_data
 
-__all__ = ["Data", "FindModel", "Model", "Optim", "PhaseSettings", "RopeScaling", "Settings", "SourceSettings"]
+__all__ = ["Data", "FindModel", "Guard", "Model", "Optim", "PhaseSettings", "RopeScaling", "Settings", "SourceSettings"]
 __all__ += ["StoredModel", "Train", "check_rules", "describe_settings", "load_recipe", "parse_overrides"]
 __all__ += ["most_microbatches", "sources_of", "timeline_of", "timeline_of_data"]

@@ -6,7 +6,7 @@ from math import lcm
 from typing import Any
 
 from megagap.config.faults import Fault
-from megagap.config.settings import source_name
+from megagap.config.settings import Guard, source_name
 from megagap.config.timeline import batch_sizes_of, phases_of, run_length
 from megagap.errors import counted
 from megagap.parallel.placement import Placement
@@ -331,6 +331,13 @@ def _compiler_chooses(v: Lookup) -> Iterator[Fault]:
         yield Fault("train.recompute", "selective", f'{message}; set "none" or "full"')
 
 
+def _spikes_are_looked_for(v: Lookup) -> Iterator[Fault]:
+    for key in ("window", "zscore"):
+        value = v(f"guard.{key}")
+        if v("guard.spikes") == "off" and value != Guard.model_fields[key].default:
+            yield Fault(f"guard.{key}", value, 'applies only to guard.spikes = "report" or "skip"')
+
+
 def _ascends(ramp: Sequence[tuple[int, int]]) -> bool:
     return all(tokens < later for (tokens, _), (later, _) in pairwise(ramp))
 
@@ -401,6 +408,7 @@ RULES: tuple[Rule, ...] = (
     _mode_needs_a_folder,
     _cooldown_decays,
     _compiler_chooses,
+    _spikes_are_looked_for,
     _ramp_ascends,
     _batch_divides,
 )

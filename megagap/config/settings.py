@@ -223,6 +223,25 @@ class Checkpoint(Section):
     `cooldown`: the same for a decay without warmup. `train.steps` then counts the steps before, too."""
 
 
+class Guard(Section):
+    spikes: Literal["off", "report", "skip"] = "off"
+    """What to do about a step whose loss or gradient norm is far above those of the steps before: `report` records it
+    with its samples, `skip` leaves out its update, too. Steps that are not finite are always skipped."""
+    window: Annotated[int, Field(ge=4, le=65_536)] = 128
+    """Steps that a step is compared with: the last so many of its phase whose update was made. Until there are so many
+    no step is a spike."""
+    zscore: AboveZero = 8.0
+    """Distance above their median from which on a step is a spike, in median absolute deviations scaled to a normal
+    distribution's standard deviation."""
+    max_skipped: Count = 20
+    """Steps in a row that may be skipped; one more ends the run as failed, with its last good checkpoint intact."""
+    hash_every: Count = 0
+    """Steps between those whose gradients are hashed, for replay-step; 0: never. A hash reads each gradient once."""
+    replay_every: Count = 0
+    """Steps between those computed twice and compared bit for bit, to find ranks that compute wrongly; 0: never. Such
+    a step takes twice as long; it is hashed, and skipped where the two differ."""
+
+
 class Run(Section):
     dir: str = ""
     """The run directory, relative to the working directory, not to the recipe; by default runs/ and its name."""
@@ -247,6 +266,7 @@ class Settings(Section):
     train: Train
     optim: Optim = Optim()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     run: Run = Run()
     _notes: tuple[str, ...] = ()
 

@@ -34,6 +34,8 @@ class Sample:
     """The source's documents with a token in it, counted over all shards in order."""
     tokens: NDArray[np.int64]
     """[s + 1]"""
+    files: list[str]
+    """Prefixes of the token files with a token in it."""
 
 
 class Order(Protocol):
@@ -115,7 +117,8 @@ class TrainingData:
         number, i, place = next(self._places(position, position + 1))
         source = self.sources[i]
         documents = {document: None for stretch in place.stretches for document in source.documents(*stretch)}
-        return Sample(number, source.source.name, list(documents), self._read(i, place))
+        files = {file: None for stretch in place.stretches for file in source.files(*stretch)}
+        return Sample(number, source.source.name, list(documents), self._read(i, place), list(files))
 
     def tokens(self, position: int) -> NDArray[np.int64]:
         """The tokens of the sample at ``position``, int64 [s + 1]."""

@@ -124,6 +124,10 @@ class TokenSource:
             documents += [piece.first_document + sequence + int(i) for i in np.flatnonzero(lengths > 0)]
         return documents
 
+    def files(self, start: int, stop: int) -> list[str]:
+        """Prefixes of the token files with a token in [start, stop)."""
+        return [piece.dataset.prefix for piece, _, _ in self._stretches(start, stop)]
+
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens of each document of the part, int64; a pass over the index that checks it."""
         for piece in self._pieces:

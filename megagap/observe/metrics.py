@@ -130,9 +130,20 @@ def console_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> 
     ]
     if record["mfu"] is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
-    if record["skipped"]:
-        parts.append("SKIPPED: no gradient" if record["grad_norm"] == 0 else "SKIPPED: loss or gradient not finite")
+    if problem := _problem(record):
+        parts.append(f"SKIPPED: {problem}" if record["skipped"] else problem)
     return " | ".join([*parts, f"{duration(seconds_left)} left"])
+
+
+def _problem(record: Mapping[str, Any]) -> str:
+    """What is wrong with a step, in few words; nothing where all is well."""
+    if record.get("spike"):
+        return "spike"
+    if not record["skipped"]:
+        return ""
+    if record.get("repeated") is False:
+        return "two computations differ"
+    return "no gradient" if record["grad_norm"] == 0 else "loss or gradient not finite"
 
 
 def duration(seconds: float) -> str:

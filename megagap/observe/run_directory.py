@@ -6,6 +6,7 @@ RUN/
   logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
   events.jsonl       append-only              status.json        state, step, message
   spans/             of every rank, where run.spans is set
+  guard/             batches of bad steps
   config_before_step_00000100.toml            config.toml of the starts before, where a restart changed a setting
 """
 

@@ -19,6 +19,7 @@ In a step, in this order:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -149,6 +150,8 @@ class Bucket:
         """``opening`` is called before a full-size gradient is made, where none is kept."""
         self._opening = opening
         self.kind, self.start, self.places, self.replicas = place.kind, place.start, places, replicas
+        self.watch: Callable[[Tensor], None] | None = None
+        """Is given this rank's full-size gradient before it is reduced."""
         self.sharding, self.shard, self.replicate = sharding, sharding.shard, sharding.replicate
         self.values, self.gradients = values, gradients
         length = self.values.numel() // self.shard.size
@@ -256,6 +259,8 @@ class Bucket:
         full = self.full_gradient()
         for place in self.places:
             place.clear_unless_written()
+        if self.watch is not None:
+            self.watch(full)
         if self.shard.size == 1:
             if self.replicate.size > 1 and not self.sharding.gradients:
                 self._reduction = all_reduce_async(self.own_gradient, self.replicate)
@@ -439,6 +444,17 @@ class GradientStore:
             bucket.begin(microbatches)
         self._next_reduction = 0
         self._complete = False
+
+    @contextmanager
+    def watched(self, watch: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within the block ``watch`` is given each gradient of this rank alone, fp32 [n], before it is reduced."""
+        for bucket in self.buckets:
+            bucket.watch = watch
+        try:
+            yield
+        finally:
+            for bucket in self.buckets:
+                bucket.watch = None
 
     def finish(self) -> None:
         """Wait until every bucket's ``own_gradient`` is complete."""

@@ -46,6 +46,8 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["recipe_rope_theta"] = settings.model.rope_theta
+    if state.guard.history is not None:
+        saved["guard_history"] = state.guard.history.state()
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
     if data.ids is not None:
         saved["ids"] = data.ids.record()
@@ -157,6 +159,8 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates if has_moments else 0
+    if state.guard.history is not None:
+        state.guard.history.load_state(saved.guard_history)
     state.optimizer.store.gather_parameters()
     state.step = run.step = saved.step
     # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.

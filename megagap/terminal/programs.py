@@ -19,6 +19,7 @@ TOOLS = {
     "benchmark-mfu": "benchmark_mfu",
     "trace-step": "trace_step",
     "draw-schedule": "draw_schedule",
+    "replay-step": "replay_step",
     "plot": "plot_run",
     "gather-text": "gather_text",
 }

@@ -1,13 +1,14 @@
 """A run whose updates are skipped: how many in a row, which weights may become a checkpoint, and how the run ends.
 
-A step is skipped where its loss or gradient norm is not finite, or where a loss has no gradient. One such step may be
-due to its data; many in a row mean that the weights are ruined. Until an update is made again no checkpoint is written
+Which steps are skipped says ``guard.py``. One such step may be due to its data; many in a row mean that the weights are
+ruined. Until an update is made again no checkpoint is written
 or removed, so that the run keeps the last weights that were known to work.
 """
 
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -25,13 +26,16 @@ from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import newest_checkpoint, start_over
 from megagap.timeline import Timeline
 from megagap.training.datasets import skipped_ranges
+from megagap.training.guard import Reason
 from megagap.training.step import TrainState, next_step_is_finite
 
-PROBLEM = "loss or gradients were not finite or all gradients were zero"
+PROBLEMS = {
+    Reason.NOT_FINITE: "loss or gradients were not finite",
+    Reason.NO_GRADIENT: "all gradients were zero",
+    Reason.NOT_REPEATED: "two computations of a step differed",
+    Reason.SPIKE: "loss or gradient norm spiked",
+}
 """Why steps are skipped, for messages."""
-
-MOST_SKIPPED = 20
-"""Steps in a row whose update may be skipped before the run ends as diverged."""
 
 SKIPPED, RESUMED = "skipped_step", "updates_resumed"
 """Events of a step without an update, and of the first one with an update after such steps."""
@@ -50,6 +54,8 @@ class SkippedSteps:
         self.before, self.first_before = before, first
         self.in_a_row = 0
         """Of this start."""
+        self.reasons: set[Reason] = set()
+        """Why they were skipped, as far as this start knows."""
 
     @classmethod
     def of_run(cls, run: RunDirectory, step: int, mesh: Mesh) -> "SkippedSteps":
@@ -64,12 +70,33 @@ class SkippedSteps:
         """Steps in a row without an update."""
         return self.before + self.in_a_row if self.in_a_row else 0
 
-    def count(self, step: int, accepted: bool, run: RunDirectory) -> None:
-        """Count a step; they come in order."""
+    @property
+    def problem(self) -> str:
+        """Why the last steps were skipped, in words."""
+        known = [text for reason, text in PROBLEMS.items() if reason in self.reasons]
+        return " or ".join(known) or "their updates were refused"
+
+    @property
+    def are_spikes(self) -> bool:
+        """Whether all of the last skipped steps were: the weights gave finite losses and gradients."""
+        return self.reasons == {Reason.SPIKE}
+
+    def count(
+        self,
+        step: int,
+        accepted: bool,
+        run: RunDirectory,
+        reason: Reason | None = None,
+        details: Mapping[str, Any] = {},
+    ) -> None:
+        """Count a step; they come in order. ``reason``: why it was not accepted; ``details``: for its event."""
         if not accepted:
             self.in_a_row += 1
-            run.event(SKIPPED, step=step, in_a_row=self.total)
-        elif (self.in_a_row or self.before) and step >= self.first_before:
+            self.reasons |= set() if reason is None else {reason}
+            run.event(SKIPPED, **{"step": step, "in_a_row": self.total, "reason": reason, **details})
+            return
+        self.reasons = set()
+        if (self.in_a_row or self.before) and step >= self.first_before:
             self.before = self.first_before = self.in_a_row = 0
             run.event(RESUMED, step=step)
         else:
@@ -107,10 +134,10 @@ def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Ma
     made of finite numbers and yet ruin them. ``validation``: losses of an evaluation after the step, if there was one.
     The same on every rank.
     """
-    if skipped.total:
+    if skipped.total and not (skipped.are_spikes and state.step == state.settings.train.steps):
         count = skipped.total
         which = "update of the last step was" if count == 1 else f"updates of the last {count} steps were"
-        return f"the {which} skipped: {PROBLEM}"
+        return f"the {which} skipped: {skipped.problem}"
     if any_not_finite(state.optimizer, state.mesh):
         return "weights or moments are not finite"
     if not next_step_is_finite(state, batch):

@@ -13,10 +13,13 @@ from megagap.model.flops import flops_per_token
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
+from megagap.optim.gradient_hash import as_text
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.timeline import Timeline
-from megagap.training.divergence import MOST_SKIPPED, PROBLEM, SkippedSteps, diverged
+from megagap.training.divergence import SkippedSteps, diverged
+from megagap.training.evidence import Evidence, Numbers, reason_of
+from megagap.training.guard import Reason
 from megagap.training.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -41,8 +44,11 @@ class Recorder:
         run: RunDirectory,
         step: int,
         skipped: SkippedSteps | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
+        """``evidence``: collects that of bad steps for the events; None: only their numbers are recorded."""
         self.settings, self.timeline, self.mesh, self.run, self.start = settings, timeline, mesh, run, step
+        self.evidence = evidence
         self.metrics: MetricsFile | None = None
         self.tensorboard: TensorBoard | None = None
         if run.is_writer:
@@ -100,25 +106,37 @@ class Recorder:
         result, rest = self.pending
         self.pending = None
         numbers = result.host.read()
-        (loss,), (norm,), (accepted,) = numbers["loss"], numbers["grad_norm"], numbers["accepted"]
+        step, accepted = rest["step"], bool(numbers["accepted"][0])
         # Not strict: a benchmark of a recipe that names no data has one nameless source.
         by_source = {
             f"loss/{name}": value
             for name, value in zip(self.sources, numbers["source_losses"], strict=False)
             if math.isfinite(value)  # not if the batch had nothing from the source
         }
+        (loss,), (norm,) = numbers["loss"], numbers["grad_norm"]
         z_loss = {"z_loss": numbers["z_loss"][0]} if self.settings.train.z_loss else {}
         losses = {"loss": loss, **by_source, **z_loss}
-        record = {"step": rest["step"], **losses, "grad_norm": norm, **rest, "skipped": not accepted}
-        self.skipped.count(record["step"], bool(accepted), self.run)
+        record = {"step": step, **losses, "grad_norm": norm, **rest, "skipped": not accepted}
+        record |= guard_record(numbers)
+        self._report(step, accepted, numbers)
         steps = self.settings.train.steps
-        shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
+        shown = step == 1 or due(self.settings.run.log_every, step, step == steps)
         self._write(record)
         if shown or not accepted:
             mean_seconds = sum(self.seconds) / len(self.seconds)
-            log.info(console_line(record, steps, (steps - record["step"]) * mean_seconds))
-        if self.skipped.total > MOST_SKIPPED:
-            raise self.too_many_skipped(record["step"])
+            log.info(console_line(record, steps, (steps - step) * mean_seconds))
+        if self.skipped.total > self.settings.guard.max_skipped:
+            raise self.too_many_skipped(step)
+
+    def _report(self, step: int, accepted: bool, numbers: Numbers) -> None:
+        """Count a step, and record an event if it is a bad one."""
+        reason = reason_of(numbers)
+        details: dict[str, Any] = {}
+        if self.evidence is not None and (reason is not None or not accepted):
+            details = self.evidence.of_step(step, numbers)
+        if reason is Reason.SPIKE and accepted:
+            self.run.event("spike", step=step, **details)
+        self.skipped.count(step, accepted, self.run, reason, details)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -134,7 +152,9 @@ class Recorder:
         count, here = self.skipped.total, self.skipped.in_a_row
         starts = f" ({count - here} of them in earlier starts)" if count > here else ""
         length = "1 step" if count == 1 else f"{count} steps in a row"
-        problem = f"{PROBLEM} for {length}{starts}, up to step {step}"
+        problem = f"{self.skipped.problem} for {length}{starts}, up to step {step}"
+        if Reason.SPIKE in self.skipped.reasons:
+            problem += '\n  If the loss has risen for good, raise guard.zscore, or set guard.spikes = "report".'
         return diverged(problem, self.settings, self.timeline, self.run, step - here + 1, step, self.start)
 
     def sync(self) -> None:
@@ -160,3 +180,16 @@ class Recorder:
             self.metrics.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+def guard_record(numbers: Numbers) -> dict[str, Any]:
+    """What ``[guard]`` adds to a step's record, where it was computed."""
+    record: dict[str, Any] = {}
+    if numbers["zscores"]:
+        record["loss_zscore"], record["grad_norm_zscore"] = numbers["zscores"]
+        record["spike"] = bool(numbers["spike"][0])
+    if numbers["differing"]:
+        record["repeated"] = not any(numbers["differing"])
+    if numbers["gradient_hash"]:
+        record["gradient_hash"] = as_text(numbers["gradient_hash"])
+    return record

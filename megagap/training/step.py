@@ -13,6 +13,7 @@ from megagap.observe.spans import Spans
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.gradient_hash import LocalHash, gradient_hash, hash_of, in_parts
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
@@ -22,7 +23,7 @@ from megagap.parallel.pipeline import Boundary, OpenSpan, execute, no_span
 from megagap.parallel.placement import Placement
 from megagap.parallel.program import programs_of
 from megagap.timeline import Moment, Timeline
-from megagap.training.guard import accept_update
+from megagap.training.guard import StepGuard, Verdict, accept_update
 
 
 @dataclass
@@ -43,6 +44,11 @@ class TrainState:
 
     programs: dict[int, list[Action]] = field(default_factory=dict)
     """This rank's actions in a step, by its number of microbatches."""
+    guard: StepGuard = field(init=False)
+    """Decides which updates are made."""
+
+    def __post_init__(self) -> None:
+        self.guard = StepGuard(self.settings.guard, self.settings.model, self.mesh.device)
 
     def program(self, microbatches: int) -> list[Action]:
         """What this rank does in a step of so many microbatches: proven when it is first asked for."""
@@ -100,8 +106,13 @@ class StepResult:
     """The mean of what ``train.z_loss`` adds."""
     grad_norm: Tensor
     """Global, before clipping."""
-    accepted: Tensor
-    """Whether the update was made."""
+    verdict: Verdict
+    layer_norms: Tensor
+    """Those of the gradients of ``StepGuard.layers`` [layers]."""
+    differing: Tensor
+    """For each rank [world], whether its two computations differ (1 or 0); empty where there was only one."""
+    gradient_hash: Tensor
+    """In parts of 16 bits [4]; empty where it was not computed."""
     requests: Tensor
     """How many ranks made each request."""
     lr: float
@@ -110,8 +121,15 @@ class StepResult:
 
     def __post_init__(self) -> None:
         numbers = {"loss": self.loss, "source_losses": self.source_losses, "z_loss": self.z_loss}
-        numbers |= {"grad_norm": self.grad_norm, "accepted": self.accepted, "requests": self.requests}
-        object.__setattr__(self, "host", HostCopy(**numbers))
+        numbers |= {"grad_norm": self.grad_norm, **vars(self.verdict)}
+        copy = HostCopy(
+            **numbers,
+            layer_norms=self.layer_norms,
+            differing=self.differing,
+            gradient_hash=self.gradient_hash,
+            requests=self.requests,
+        )
+        object.__setattr__(self, "host", copy)
 
 
 class BoundStages:
@@ -162,23 +180,33 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     ``poll`` returns this rank's requests, such as to stop; they travel with the loss, so that all ranks agree on them
     at no extra cost.
     """
-    mesh, optimizer, optim = state.mesh, state.optimizer, state.settings.optim
+    mesh, optimizer, optim, guard = state.mesh, state.optimizer, state.settings.optim, state.guard
     state.step += 1
     moment = state.moment
     for stage in state.stages:
         stage.use_rope_theta(moment.rope_theta)
+    if state.step == state.timeline.first_step(moment.phase):
+        guard.begin_phase()
     state.spans.begin_step(state.step)
-    work = compute_gradients(state, batch, state.program(len(batch.tokens)), state.spans.span)
+    program, nothing = state.program(len(batch.tokens)), torch.zeros(0, device=mesh.device)
+    if guard.is_repeated(state.step):
+        work, differs = compute_gradients_twice(state, batch, program)
+    else:
+        work, differs = compute_gradients(state, batch, program, state.spans.span), nothing
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
-    (loss, z_loss), squared_norm, by_source, requests = _sum_over_world(
-        mesh, work.own_losses(), optimizer.store.squared_norm(), losses_by_source(work, batch), own_requests
+    own_norms, by_source = guard.squared_norms(optimizer.store), losses_by_source(work, batch)
+    (loss, z_loss), squared_norms, by_source, requests, differing = _sum_over_world(
+        mesh, work.own_losses(), own_norms, by_source, own_requests, differs
     )
-    norm = squared_norm.sqrt()
-    accepted = accept_update(loss, norm)
-    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), accepted)
-    return StepResult(loss, by_source[0] / by_source[1], z_loss, norm, accepted, requests, moment.lr)
+    norm = squared_norms.sum().sqrt()
+    verdict = guard.judge(loss, norm, differing)
+    hashed = guard.is_hashed(state.step)
+    digest = in_parts(all_reduce(gradient_hash(optimizer.store), mesh.world)) if hashed else nothing
+    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), verdict.accepted)
+    by_layer, by_source = squared_norms[: len(guard.layers)].sqrt(), by_source[0] / by_source[1]
+    return StepResult(loss, by_source, z_loss, norm, verdict, by_layer, differing, digest, requests, moment.lr)
 
 
 def compute_gradients(state: TrainState, batch: Batch, program: list[Action], span: OpenSpan = no_span) -> BoundStages:
@@ -195,6 +223,23 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action], sp
     execute(program, work, boundary(state.stages, inputs), state.placement, mesh, span)
     store.finish()
     return work
+
+
+def compute_gradients_twice(state: TrainState, batch: Batch, program: list[Action]) -> tuple[BoundStages, Tensor]:
+    """:func:`compute_gradients`, twice, to find silent data corruption.
+
+    Also returns [world], fp32: 1 at this rank if its losses, or its own gradients before they are summed over data
+    ranks, differ in a bit; else 0. What a rank computes wrongly also reaches those that it exchanges activations with.
+    """
+    mesh, found = state.mesh, []
+    for span in (no_span, state.spans.span):
+        own = LocalHash(mesh.device)
+        with own.of(state.optimizer.store):
+            work = compute_gradients(state, batch, program, span)
+        found.append(torch.stack([own.value, hash_of(work.sequence_losses.flatten())]))
+    differs = torch.zeros(mesh.world.size, device=mesh.device)
+    differs[mesh.world.rank] = (found[0] != found[1]).any()
+    return work, differs
 
 
 def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:

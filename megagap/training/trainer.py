@@ -26,6 +26,7 @@ from megagap.timeline import Timeline
 from megagap.training.datasets import training_data, validation_data
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
+from megagap.training.evidence import Evidence
 from megagap.training.keeper import CheckpointKeeper
 from megagap.training.recorder import Recorder, due
 from megagap.training.step import StepResult, TrainState, train_step
@@ -64,7 +65,8 @@ def train_from(
     log_start(start, state)
     warn_of_rising_rate(start, state.timeline, run)
     skipped = SkippedSteps.of_run(run, state.step, mesh)
-    recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped)
+    evidence = Evidence(run, loader.data, state.guard.layers)
+    recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped, evidence)
     # From here on a signal asks to stop; before, it ends the process.
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None

@@ -8,8 +8,7 @@ import torch
 from megagap.checkpoint import find_latest
 from megagap.errors import DivergedError
 from megagap.observe.metrics import read_metrics
-from megagap.training import step as training_step
-from megagap.training import trainer
+from megagap.training import guard, trainer
 from tests.launching import finish, launch, wait_until
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -19,15 +18,15 @@ RUINOUS = ["optim.lr=1e30", "optim.schedule=constant", "optim.warmup_steps=0"]
 
 def train_with_skipped(rank, ranks, recipe, overrides, skipped):
     """Train, with the updates of the steps ``skipped`` refused; the end as (kind, message)."""
-    accept, step = training_step.accept_update, trainer.train_step
+    accept, step = guard.accept_update, trainer.train_step
 
     def refusing_step(state, batch, poll):
         refused = state.step + 1 in skipped
-        training_step.accept_update = lambda loss, norm: accept(loss, norm) & torch.tensor(not refused)
+        guard.accept_update = lambda loss, norm: accept(loss, norm) & torch.tensor(not refused)
         try:
             return step(state, batch, poll)
         finally:
-            training_step.accept_update = accept
+            guard.accept_update = accept
 
     trainer.train_step = refusing_step
     try:
@@ -216,3 +215,9 @@ def test_a_request_to_save_waits_for_the_end_of_a_row_of_skipped_steps(tmp_path)
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
     code, _ = finish(process)
     assert code == 2 and (tmp_path / "run/SAVE").exists() and folders(tmp_path / "run") == []
+
+
+def test_more_than_max_skipped_steps_in_a_row_end_the_run(workers, tmp_path, recipe):
+    ((kind, message),) = workers.run(1, train_with_skipped, recipe, ["guard.max_skipped=2"], set(range(5, 40)))
+    assert kind == "failed" and "for 3 steps in a row, up to step 7" in message
+    assert f"The last good checkpoint is {tmp_path}/run/checkpoints/step_00000003" in message

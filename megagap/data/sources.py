@@ -124,6 +124,14 @@ class TokenSource:
             documents += [piece.first_document + sequence + int(i) for i in np.flatnonzero(lengths > 0)]
         return documents
 
+    def shard_of(self, document: int) -> tuple[str, int]:
+        """The prefix of the shard that has a document of the source, and the document's number there."""
+        for dataset in self._datasets:
+            if document < len(dataset):
+                break
+            document -= len(dataset)
+        return dataset.prefix, document
+
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens of each document of the part, int64; a pass over the index that checks it."""
         for piece in self._pieces:

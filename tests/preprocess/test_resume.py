@@ -55,7 +55,7 @@ if __name__ == "__main__":
     run_tool(lambda: print(preprocess(**arguments)))
     print("calls:", -left)
 """
-ENDINGS = (".bin", ".idx", ".json")
+ENDINGS = (".bin", ".idx", ".json", ".origins")
 
 
 def start(folder: Path, calls: int, arguments: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -41,7 +41,7 @@ def pair_prefix(name: str | Path) -> str:
     """The prefix of a token file, given that prefix or the name of one of its files."""
     require_name(name)
     prefix = str(name)
-    for ending in [ending for known in FORMATS for ending in (known.tokens, known.index)] + [".json"]:
+    for ending in [ending for known in FORMATS for ending in (known.tokens, known.index)] + [".json", ".origins"]:
         stem = prefix.removesuffix(ending)
         if stem != prefix and find_format(prefix) is None:
             return stem

@@ -19,7 +19,7 @@ from megagap.config import SourceSettings, load_recipe
 from megagap.config.settings import source_name
 from megagap.data.agreement import require_ids_of_model
 from megagap.data.sources import WHOLE, TokenSource
-from megagap.data.text_bytes import TextBytes, UnknownBytesError, text_bytes
+from megagap.data.text_bytes import UNKNOWN_IDS, TextBytes, UnknownBytesError, text_bytes
 from megagap.errors import CheckpointError, ConfigError, DataError, counted
 from megagap.inference.evaluation import (
     ModelFiles,
@@ -140,11 +140,7 @@ def run(given: argparse.Namespace) -> None:
                 progress=show(name),
             )
             if byte_counts[name] and results[name].bytes is None:
-                log.warning(
-                    "bits per byte of %s are not known: it has ids that its tokenizer lacks, or special tokens, and "
-                    "nothing says whether these were written out in the text",
-                    name,
-                )
+                log.warning("bits per byte of %s are not known: %s", name, UNKNOWN_IDS)
     settings = {
         "sequence_length": length,
         "document_mask": given.document_mask,

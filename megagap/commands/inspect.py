@@ -17,6 +17,7 @@ from megagap.data.inspect import (
     documents_table,
     drawn_documents,
     manifest_table,
+    sample_origins,
     samples_json,
     samples_table,
     step_samples,
@@ -46,7 +47,8 @@ examples:
 {"prefix": ..., "documents": ..., "tokens": ..., "manifest": {...}, "shown": [{"document": 0, "tokens": [...], "text":
 "..."}, ...]}; --document gives one of these, --random {"seed": ..., "shown": [...]}, --search {"text": ...,
 "occurrences": ..., "found_in": ..., "hits": [{"document": ..., "position": ..., "token": ..., ...}, ...]}. Of --step N:
-[{"sample": 0, "source": "fr", "documents": [12, 13], "tokens": [...]}, ...]
+[{"sample": 0, "source": "fr", "documents": [12, 13], "origins": [{"file": "a.jsonl", "line": 14}, {"file": "b.parquet",
+"row": 1}], "tokens": [...]}, ...]; an origin is null where the source does not say which it is.
 """
 
 SHOWN_DOCUMENTS, SHOWN_HITS = 3, 20
@@ -264,12 +266,16 @@ def inspect_step(recipe: str, arguments: list[str], step: int, tokenizer_spec: s
     settings = load_recipe(recipe, parse_overrides(arguments), find_model=find_model)
     if step > settings.train.steps:
         raise ConfigError(f"--step {step} is beyond the end: the run's last step is {settings.train.steps}")
-    samples = step_samples(training_data(settings), step)
+    data = training_data(settings)
+    samples = step_samples(data, step)
+    origins, unknown = sample_origins(data, samples)
     if as_json:
-        print(samples_json(samples))
+        for reason in unknown:
+            print(f"note: {reason}", file=sys.stderr)
+        print(samples_json(samples, origins))
         return
     spec = settings.data.tokenizer if tokenizer_spec is None else tokenizer_spec
-    Console().print(samples_table(samples, load_tokenizer(spec) if spec else None))
+    Console().print(samples_table(samples, origins, unknown, load_tokenizer(spec) if spec else None))
 
 
 def inspect_plan(recipe: str, arguments: list[str], output: str, as_json: bool) -> None:

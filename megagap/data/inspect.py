@@ -15,12 +15,15 @@ from rich.text import Text
 from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.indexed import VERSION
 from megagap.data.manifest import Manifest
+from megagap.data.origins import Origin, SourceOrigins
 from megagap.data.samples import Sample, TrainingData
 from megagap.data.token_file import TokenFile
 from megagap.errors import DataError, counted, library_errors
 from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 SHOWN_TOKENS = 64
+SHOWN_ORIGINS = 8
+"""Stretches of files that a sample came from."""
 
 
 def dataset_json(dataset: TokenFile, manifest: Manifest | None) -> dict[str, Any]:
@@ -194,23 +197,61 @@ def step_samples(data: TrainingData, step: int) -> list[Sample]:
     return [data.sample(position) for position in range(moment.first_sample, moment.consumed_samples)]
 
 
-def samples_json(samples: Sequence[Sample]) -> str:
-    """``[{"sample": int, "source": str, "documents": [int], "tokens": [int]}, …]`` in one line."""
+def sample_origins(data: TrainingData, samples: Sequence[Sample]) -> tuple[list[list[Origin | None]], list[str]]:
+    """Where each document of each sample came from, None if that is not known; and the reasons why not, in words."""
+    sources, known = {source.source.name: source for source in data.sources}, SourceOrigins()
+    found = [[known.of(sources[sample.source], document) for document in sample.documents] for sample in samples]
+    return [[None if isinstance(origin, str) else origin for origin in origins] for origins in found], known.unknown
+
+
+def samples_json(samples: Sequence[Sample], origins: Sequence[Sequence[Origin | None]]) -> str:
+    """``[{"sample": int, "source": str, "documents": [int], "origins": […], "tokens": [int]}, …]`` in one line.
+
+    ``origins`` has for each of ``documents`` what :meth:`Origin.as_dict` gives, or null.
+    """
     return json.dumps(
         [
-            {"sample": s.sample, "source": s.source, "documents": s.documents, "tokens": s.tokens.tolist()}
-            for s in samples
+            {
+                "sample": s.sample,
+                "source": s.source,
+                "documents": s.documents,
+                "origins": [origin and origin.as_dict() for origin in of_sample],
+                "tokens": s.tokens.tolist(),
+            }
+            for s, of_sample in zip(samples, origins, strict=True)
         ]
     )
 
 
-def samples_table(samples: Sequence[Sample], tokenizer: Tokenizer | None = None) -> Table:
-    """Each sample's source, documents and first ids and, with a tokenizer, the text of these."""
-    table = _tokens_table(["sample", "source", "documents"], tokenizer)
-    for s in samples:
+def samples_table(
+    samples: Sequence[Sample],
+    origins: Sequence[Sequence[Origin | None]],
+    unknown: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+) -> Table:
+    """Each sample's source, documents, where these came from, and first ids and, with a tokenizer, their text.
+
+    ``unknown`` is said below: why it is not known where some documents came from.
+    """
+    table = _tokens_table(["sample", "source", "documents", "from"], tokenizer)
+    table.caption = Text("\n".join(unknown)) if unknown else None
+    for s, of_sample in zip(samples, origins, strict=True):
         text = tokenizer.decode(s.tokens[:SHOWN_TOKENS].tolist()) if tokenizer else None
-        table.add_row(str(s.sample), s.source, _shorten(s.documents, 8), *_show(s.tokens, text))
+        lines = [one_line(line) for line in _joined(of_sample)]
+        shown = Text("\n".join(lines[:SHOWN_ORIGINS]) + ("\n…" if len(lines) > SHOWN_ORIGINS else ""))
+        table.add_row(str(s.sample), s.source, _shorten(s.documents, 8), shown, *_show(s.tokens, text))
     return table
+
+
+def _joined(origins: Sequence[Origin | None]) -> list[str]:
+    """In words, documents that follow each other in a file together: ``a.jsonl, lines 3 to 5``."""
+    runs: list[tuple[Origin | None, int]] = []
+    for origin in origins:
+        if runs and origin and runs[-1][0] and origin == replace(runs[-1][0], number=runs[-1][0].number + runs[-1][1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((origin, 1))
+    return ["unknown" if first is None else first.describe(count) for first, count in runs]
 
 
 def _tokens_table(columns: list[str], tokenizer: Tokenizer | None, title: str | None = None) -> Table:

@@ -10,6 +10,7 @@ import xxhash
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError
 
 from megagap.data.format import DTYPE_OF_CODE
+from megagap.data.origin_map import ENDING
 from megagap.data.partial import checksum_of
 from megagap.errors import DataError, printable
 from megagap.files import read_regular, reading
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 OnError = Literal["stop", "skip"]
 """What to do about a document that is malformed or lacks a text: stop with an error, or leave it out."""
+
+RecordKind = Literal["lines", "rows", "text"]
+"""What the records of an input are."""
 
 PACKAGES = ("megagap", "numpy", "orjson", "tokenizers", "tiktoken", "sentencepiece", "pyarrow", "gigatoken")
 
@@ -59,6 +63,10 @@ class InputRecord(_Strict):
     stop: NonNegativeInt | None = None
     checksum: str
     """xxh3_64 of the file, or of the lines that were read of it."""
+    kind: RecordKind | None = None
+    """What one record is: a line, a row, or the whole of a plain text; null where records were not counted."""
+    records: NonNegativeInt | None = None
+    """Lines or rows that were read, blank lines and documents that were left out included; 1 for a plain text."""
 
 
 class UnreadRecord(_Strict):
@@ -128,6 +136,8 @@ class Manifest(_Strict):
     tokens: NonNegativeInt
     characters: NonNegativeInt
     """Unicode code points of the texts that became tokens, duplicates that were left out later included."""
+    text_bytes: NonNegativeInt | None = None
+    """UTF-8 bytes of the texts of the pair; null where they were not counted, or repeated documents were left out."""
     content_bytes: NonNegativeInt | None = None
     """Bytes that were read of all inputs, uncompressed: of JSON lines whole lines, of Parquet files only the columns of
     the texts, as the files say. Null where they were not counted."""
@@ -140,7 +150,7 @@ class Manifest(_Strict):
     unread: list[UnreadRecord] = []
     """Files among the inputs that are not text for training."""
     files: dict[str, FileRecord]
-    """``.bin`` and ``.idx``."""
+    """``.bin``, ``.idx`` and, where it is known from which records the documents came, ``.origins``."""
     versions: dict[str, str]
 
     @property
@@ -149,7 +159,7 @@ class Manifest(_Strict):
         return self.arguments.special_tokens or usual_special_tokens(self.tokenizer.kind)
 
     def require_files(self, prefix: str) -> None:
-        """Read both files of the pair. Raises :class:`DataError` if either is not what was written."""
+        """Read all files of the pair. Raises :class:`DataError` if one is not what was written."""
         for ending, file in self.files.items():
             with reading(prefix + ending):
                 checksum = checksum_of(prefix + ending)
@@ -180,7 +190,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             f"{path} is not a token-file manifest that this version can read:\n{faults}\n"
             "  if it is something else, give it another name; without a manifest the pair can still be used."
         ) from None
-    if manifest.files.keys() != {".bin", ".idx"}:
+    if manifest.files.keys() - {ENDING} != {".bin", ".idx"}:
         raise DataError(f"{path} should list a .bin and an .idx, not {', '.join(manifest.files) or 'nothing'}")
     for ending, file in manifest.files.items():
         try:

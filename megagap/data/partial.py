@@ -1,8 +1,9 @@
 """A ``.bin``/``.idx`` pair while it is being written: how it is locked, continued after a kill, and published.
 
 ``PREFIX.partial.*`` are its files: ``tokens`` (the ``.bin`` to be), ``lengths`` and ``documents`` (the parts of the
-``.idx``, on disk so that memory does not grow with the number of documents), ``index``, ``manifest``, and what else the
-writer needs. They belong to the holder of the lock on ``PREFIX.lock``.
+``.idx``, on disk so that memory does not grow with the number of documents), ``origins`` (record numbers, i64, for the
+``map``, if they are known), ``index``, ``map``, ``manifest``, and what else the writer needs. They belong to the holder
+of the lock on ``PREFIX.lock``.
 """
 
 import errno
@@ -19,11 +20,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from megagap.data.format import BLOCK, CODE_OF_DTYPE, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION
+from megagap.data.origin_map import ENDING, write_origin_map
 from megagap.errors import DataError, system_reason
 from megagap.files import Lock, LockedError, make_folder, partial_name, publish
 
-PARTS = ("tokens", "lengths", "documents")
-"""The files that a pair is written to."""
+PARTS = ("tokens", "lengths", "documents", "origins")
+"""The files that a pair is written to; the last one only if it is known where its documents came from."""
 COPIED_BYTES = 1 << 23
 """Bytes read at a time in a pass over a whole file."""
 
@@ -73,7 +75,7 @@ def _require_publishable(prefix: str) -> None:
         probe.unlink(missing_ok=True)
         renamed.unlink(missing_ok=True)
     folder = os.stat(renamed.parent)
-    for ending in (".bin", ".idx", ".json"):
+    for ending in (".bin", ".idx", ENDING, ".json"):
         path = f"{prefix}{ending}"
         try:
             status = os.lstat(path)
@@ -159,6 +161,8 @@ class Position:
     """Tokens, included in ``tokens``, of a sequence that has not ended."""
     checksum: str = ""
     """xxh3_64 of the tokens' bytes."""
+    origins: str = ""
+    """xxh3_64 of the numbers of the records that the documents came from; empty where these are not known."""
 
 
 @dataclass(frozen=True)
@@ -173,20 +177,30 @@ class Written:
 class PartialPair:
     """Appends to the partial files of ``prefix``, whose lock the caller holds; from ``position`` on if one is given.
 
-    ``stem`` begins the names of its parts, if a prefix has two. Raises :class:`DataError` if the files do not contain
-    what ``position`` says. All writing may raise OSError.
+    ``stem`` begins the names of its parts, if a prefix has two. ``has_origins``: whether each document comes with the
+    number of its record. Raises :class:`DataError` if the files do not contain what ``position`` says. All writing may
+    raise OSError.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype[Any], position: Position | None = None, stem: str = "") -> None:
+    def __init__(
+        self,
+        prefix: str,
+        dtype: np.dtype[Any],
+        position: Position | None = None,
+        stem: str = "",
+        has_origins: bool = False,
+    ) -> None:
         self.prefix = prefix
-        self._paths = {part: partial_path(prefix, stem + part) for part in PARTS}
+        self.has_origins = has_origins if position is None else bool(position.origins)
+        parts = PARTS if self.has_origins else PARTS[:-1]
+        self._paths = {part: partial_path(prefix, stem + part) for part in parts}
         self.dtype = dtype
         at = position or Position()
         self._tokens, self._sequences, self._documents, self._open = at.tokens, at.sequences, at.documents, at.open
-        self._hash = xxhash.xxh3_64()
+        self._hash, self._origins_hash = xxhash.xxh3_64(), xxhash.xxh3_64()
         self._files: dict[str, BinaryIO] = {}
         try:
-            for part in PARTS:
+            for part in self._paths:
                 mode: Literal["wb", "r+b"] = "wb" if position is None else "r+b"
                 self._files[part] = open(self._paths[part], mode, buffering=1 << 20)  # noqa: SIM115
             if position is not None:
@@ -196,9 +210,8 @@ class PartialPair:
             raise
 
     def _continue_at(self, position: Position) -> None:
-        sizes = (position.tokens * self.dtype.itemsize, position.sequences * 4, position.documents * 8)
-        for part, size in zip(PARTS, sizes, strict=True):
-            file = self._files[part]
+        sizes = (position.tokens * self.dtype.itemsize, position.sequences * 4, *[position.documents * 8] * 2)
+        for file, size in zip(self._files.values(), sizes, strict=False):
             if file.seek(0, os.SEEK_END) < size:
                 raise DataError(f"{file.name} is shorter than what was written to it: it cannot be resumed")
             file.truncate(size)
@@ -206,10 +219,12 @@ class PartialPair:
         lengths = sum(int(np.frombuffer(b, "<i4").sum(dtype=np.int64)) for b in blocks_of(self._paths["lengths"]))
         if lengths != position.tokens - position.open:
             raise DataError(f"{self._files['lengths'].name} does not contain what was written to it: it is damaged")
-        for block in blocks_of(self._paths["tokens"]):
-            self._hash.update(block)
-        if self._hash.hexdigest() != position.checksum:
-            raise DataError(f"{self._files['tokens'].name} does not contain what was written to it: it is damaged")
+        sums = [("tokens", self._hash, position.checksum), ("origins", self._origins_hash, position.origins)]
+        for part, hash_, checksum in sums[: 1 + self.has_origins]:
+            for block in blocks_of(self._paths[part]):
+                hash_.update(block)
+            if hash_.hexdigest() != checksum:
+                raise DataError(f"{self._files[part].name} does not contain what was written to it: it is damaged")
 
     @property
     def tokens(self) -> int:
@@ -237,20 +252,36 @@ class PartialPair:
         self._end_sequences(np.array([self._open], np.int64))
         self._open = 0
 
-    def end_document(self) -> None:
-        """End a document with the sequences added since the last one ended."""
+    def end_document(self, origin: int | None = None) -> None:
+        """End a document with the sequences added since the last one ended; ``origin``: the number of its record."""
         self._end_documents(np.array([self._sequences], np.int64))
+        self.add_origins(None if origin is None else np.array([origin], np.int64))
 
-    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
-        """Documents of one sequence each, laid end to end; all lengths are positive or zero and sum to the tokens."""
+    def add_documents(
+        self, tokens: NDArray[Any], lengths: NDArray[np.int64], origins: NDArray[np.int64] | None = None
+    ) -> None:
+        """Documents of one sequence each, laid end to end; all lengths are positive or zero and sum to the tokens.
+
+        ``origins``: the numbers of their records.
+        """
         assert not self._open
         first = self._sequences
         self._append(tokens)
         self._end_sequences(lengths)
         self._end_documents(np.arange(first + 1, first + len(lengths) + 1))
+        self.add_origins(origins)
+
+    def add_origins(self, origins: NDArray[np.int64] | None) -> None:
+        """The numbers of the records of documents that were added, in their order."""
+        if self.has_origins:
+            assert origins is not None
+            data = origins.astype("<i8").tobytes()
+            self._files["origins"].write(data)
+            self._origins_hash.update(data)
 
     def add_pair(self, tokens: NDArray[Any], lengths: NDArray[np.int32], ends: NDArray[np.int64]) -> None:
-        """All of another pair: its tokens, its sequences' lengths, and where its documents end in sequences."""
+        """All of another pair: its tokens, its sequences' lengths, and where its documents end in sequences. Their
+        origins, if they are known, are added by :meth:`add_origins`."""
         first = self._sequences
         for start in range(0, len(tokens), COPIED_BYTES):
             self._append(tokens[start : start + COPIED_BYTES])
@@ -284,7 +315,8 @@ class PartialPair:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        return Position(self._tokens, self._sequences, self._documents, self._open, self._hash.hexdigest())
+        origins = self._origins_hash.hexdigest() if self.has_origins else ""
+        return Position(self._tokens, self._sequences, self._documents, self._open, self._hash.hexdigest(), origins)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -299,7 +331,10 @@ class PartialPair:
 
 
 def write_index(prefix: str, dtype: np.dtype[Any], position: Position) -> dict[str, Written]:
-    """Write the ``.idx`` to be of a partial pair that is closed; what ``.bin`` and ``.idx`` will be."""
+    """Write the ``.idx`` and ``.origins`` to be of a partial pair that is closed; what all its files will be.
+
+    There is no ``.origins`` if it is not known where the documents came from.
+    """
     assert not position.open
     hash_ = xxhash.xxh3_64()
     with open(partial_path(prefix, "index"), "wb") as file:
@@ -309,10 +344,15 @@ def write_index(prefix: str, dtype: np.dtype[Any], position: Position) -> dict[s
         size = file.tell()
         file.flush()
         os.fsync(file.fileno())
-    return {
+    written = {
         ".bin": Written(position.tokens * dtype.itemsize, position.checksum),
         ".idx": Written(size, hash_.hexdigest()),
     }
+    if position.origins:
+        path, blocks = partial_path(prefix, "map"), blocks_of(partial_path(prefix, "origins"))
+        write_origin_map(path, (np.frombuffer(block, "<i8") for block in blocks), position.documents)
+        written[ENDING] = Written(path.stat().st_size, checksum_of(path))
+    return written
 
 
 def _index(prefix: str, dtype: np.dtype[Any], position: Position) -> Iterator[bytes]:
@@ -331,11 +371,11 @@ def _index(prefix: str, dtype: np.dtype[Any], position: Position) -> Iterator[by
 def publish_pair(prefix: str) -> None:
     """Give complete partial files their names; resumes if interrupted. The caller holds the lock."""
     if partial_path(prefix, "tokens").exists():
-        # An old index or manifest must not remain beside new tokens if this is killed in between.
-        for ending in (".idx", ".json"):
+        # An old index, map or manifest must not remain beside new tokens if this is killed in between.
+        for ending in (".idx", ENDING, ".json"):
             Path(prefix + ending).unlink(missing_ok=True)
         publish(partial_path(prefix, "tokens"), f"{prefix}.bin")
-    for part, ending in (("index", ".idx"), ("manifest", ".json")):
+    for part, ending in (("index", ".idx"), ("map", ENDING), ("manifest", ".json")):
         if partial_path(prefix, part).exists():
             publish(partial_path(prefix, part), f"{prefix}{ending}")
     remove_partial(prefix)

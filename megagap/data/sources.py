@@ -128,6 +128,14 @@ class TokenSource:
         """Prefixes of the token files with a token in [start, stop)."""
         return [piece.dataset.prefix for piece, _, _ in self._stretches(start, stop)]
 
+    def shard_of(self, document: int) -> tuple[str, int]:
+        """The prefix of the shard that has a document of the source, and the document's number there."""
+        for dataset in self._datasets:
+            if document < len(dataset):
+                break
+            document -= len(dataset)
+        return dataset.prefix, document
+
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens of each document of the part, int64; a pass over the index that checks it."""
         for piece in self._pieces:

@@ -1,7 +1,8 @@
 """How many bytes of text the tokens of a source stand for: exact, or unknown."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from megagap.errors import DataError
 from megagap.tokenizer import KINDS, Tokenizer, load_tokenizer
 
 UNKNOWN = -1
+UNKNOWN_IDS = "it has ids that its tokenizer lacks, or special tokens that may or may not be written out in the text"
+"""Why the bytes of some tokens are not known."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,38 @@ class TextBytes:
 
 class UnknownBytesError(Exception):
     """Why the bytes of text of a source are not known."""
+
+
+@dataclass(frozen=True)
+class PredictedText:
+    """What the predicted tokens of an evaluation stand for."""
+
+    tokens: int
+    bytes: int
+    """Of text, in UTF-8."""
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Of a loss that is the mean over these tokens, in nats."""
+        return loss * self.tokens / math.log(2) / self.bytes
+
+
+def predicted_text(
+    prefixes: Sequence[str], targets: Iterable[NDArray[np.int64]], tokenizer: Tokenizer | None
+) -> PredictedText:
+    """Of the predicted tokens ``targets``, which come from the token files ``prefixes``.
+
+    Raises as :func:`text_bytes` does, and :class:`UnknownBytesError` where one of the tokens stands for unknown bytes.
+    """
+    known = text_bytes(prefixes, tokenizer)
+    tokens = total = 0
+    for part in targets:
+        size = known.count(part)
+        if size is None:
+            raise UnknownBytesError(UNKNOWN_IDS)
+        tokens, total = tokens + part.size, total + size
+    if not total:
+        raise UnknownBytesError("the predicted tokens stand for no text")
+    return PredictedText(tokens, total)
 
 
 def text_bytes(prefixes: Sequence[str], tokenizer: Tokenizer | None) -> TextBytes:

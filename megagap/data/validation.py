@@ -1,7 +1,7 @@
 """Fixed held-out samples of each source."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from megagap.data.sources import VALIDATION, WHOLE, TokenSource, positions_in, s
 from megagap.timeline import Source
 
 log = logging.getLogger(__name__)
+
+WINDOWS_AT_A_TIME = 64
+"""Whose tokens are in memory where they are counted."""
 
 
 class ValidationData:
@@ -41,6 +44,14 @@ class ValidationData:
     def positions(self, name: str, first: int, count: int) -> NDArray[np.int64]:
         """The position of each of these tokens in its document, or in the window: int64 [count, s + 1]."""
         return self._read(name, first, count)[1]
+
+    def targets(self, name: str, document_mask: bool) -> Iterator[NDArray[np.int64]]:
+        """The tokens that an evaluation of the source predicts, int64, in parts; with ``document_mask`` no document's
+        first one. Raises :class:`DataError` as :meth:`batch` does."""
+        for first in range(0, len(self.windows[name]), WINDOWS_AT_A_TIME):
+            tokens, positions = self._read(name, first, WINDOWS_AT_A_TIME)
+            predicted = tokens[:, 1:]
+            yield predicted[positions[:, 1:] != 0] if document_mask else predicted.reshape(-1)
 
     def _read(self, name: str, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         length = self.sequence_length

@@ -233,4 +233,5 @@ def _is_output(output_prefix: str, keys: Sequence[str], path: str) -> bool:
     if os.path.realpath(os.path.dirname(path)) != os.path.realpath(folder):
         return False
     ours = rf"{re.escape(name)}(-\d{{5,}}-of-\d{{5,}})?_({'|'.join(map(re.escape, keys))})_document"
-    return re.fullmatch(rf"{ours}\.(bin|idx|json|lock|partial\..*)", os.path.basename(path), re.DOTALL) is not None
+    endings = r"\.(bin|idx|origins|json|lock|partial\..*)"
+    return re.fullmatch(ours + endings, os.path.basename(path), re.DOTALL) is not None

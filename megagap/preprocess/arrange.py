@@ -41,14 +41,24 @@ def arrange(prefix: str, dtype: np.dtype[Any], seed: int | None, dedup: bool) ->
     lengths_path, tokens_path = partial_path(prefix, "lengths"), partial_path(prefix, "tokens")
     count = os.path.getsize(lengths_path) // 4
     kept = _first_of_each(prefix, dtype, count) if dedup else np.ones(count, bool)
-    with PartialPair(prefix, dtype, stem=STEM) as pair:
+    origins = _origins(prefix, count)
+    with PartialPair(prefix, dtype, stem=STEM, has_origins=origins is not None) as pair:
         if seed is None:
             for first, lengths, tokens in _documents(lengths_path, tokens_path, dtype):
                 keep = kept[first : first + len(lengths)]
-                pair.add_documents(tokens[np.repeat(keep, lengths)], lengths[keep])
+                came_from = None if origins is None else origins[first : first + len(lengths)][keep]
+                pair.add_documents(tokens[np.repeat(keep, lengths)], lengths[keep], came_from)
         else:
-            _shuffle(prefix, pair, kept, stable_key("documents", seed))
+            _shuffle(prefix, pair, kept, origins, stable_key("documents", seed))
         return pair.sync(), int(count - np.count_nonzero(kept))
+
+
+def _origins(prefix: str, count: int) -> NDArray[np.int64] | None:
+    """[count] The numbers of the documents' records, memory-mapped; None where they are not known."""
+    path = partial_path(prefix, "origins")
+    if not path.exists():
+        return None
+    return np.memmap(path, "<i8", "r", shape=(count,)) if count else np.zeros(0, np.int64)
 
 
 def take_over(prefix: str) -> None:
@@ -101,11 +111,13 @@ def _first_of_each(prefix: str, dtype: np.dtype[Any], count: int) -> NDArray[np.
     return kept
 
 
-def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int) -> None:
+def _shuffle(
+    prefix: str, pair: PartialPair, kept: NDArray[np.bool_], origins: NDArray[np.int64] | None, seed: int
+) -> None:
     tokens_path, dtype = partial_path(prefix, "tokens"), pair.dtype
     buckets = min(max(-(-os.path.getsize(tokens_path) // BUCKET_BYTES), 1), MOST_BUCKETS, _openable() // 2)
     paths = [partial_path(prefix, f"bucket-{i}") for i in range(buckets)]
-    records = np.dtype([("key", "<u8"), ("length", "<i8")])
+    records = np.dtype([("key", "<u8"), ("length", "<i8"), *([] if origins is None else [("origin", "<i8")])])
     with ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
         heads = [stack.enter_context(open(f"{path}.documents", "wb")) for path in paths]
@@ -119,6 +131,8 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
                 files[number].write(np.ascontiguousarray(tokens[np.repeat(ours, lengths)]).view(np.uint8).data)
                 head = np.empty(int(np.count_nonzero(ours)), records)
                 head["key"], head["length"] = keys[ours], lengths[ours]
+                if origins is not None:
+                    head["origin"] = origins[first : first + len(lengths)][ours]
                 heads[number].write(head.tobytes())
     for path in paths:
         head = np.fromfile(f"{path}.documents", records)
@@ -129,7 +143,7 @@ def _shuffle(prefix: str, pair: PartialPair, kept: NDArray[np.bool_], seed: int)
         sorted_lengths = lengths[order]
         places = np.repeat(starts[order] - (np.cumsum(sorted_lengths) - sorted_lengths), sorted_lengths)
         places += np.arange(len(places))
-        pair.add_documents(tokens[places], sorted_lengths)
+        pair.add_documents(tokens[places], sorted_lengths, None if origins is None else head["origin"][order])
         path.unlink()
         Path(f"{path}.documents").unlink()
 

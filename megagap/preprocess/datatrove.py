@@ -96,7 +96,9 @@ class TokenFileWriter(PipelineStep):
             names = [str(document.id) for document in batch]
             texts: EncodedTexts = encoder.encode_documents([document.text for document in batch], names)
             pair.add_documents(texts.tokens, texts.lengths)
-        counts.update(characters=texts.characters, empty=texts.empty, short=texts.short, special=texts.special)
+        counts.update(
+            characters=texts.characters, bytes=texts.bytes, empty=texts.empty, short=texts.short, special=texts.special
+        )
         self.stat_update("tokens", value=len(texts.tokens))
         self.stat_update("documents", value=len(texts.lengths))
 
@@ -117,6 +119,7 @@ class TokenFileWriter(PipelineStep):
             documents=position.documents,
             tokens=position.tokens,
             characters=counts["characters"],
+            text_bytes=counts["bytes"],
             special_tokens_in_texts=counts["special"],
             left_out=left_out,
             tokenizer=tokenizer_record(tokenizer),

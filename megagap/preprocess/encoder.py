@@ -32,7 +32,11 @@ class EncodedTexts:
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
+    numbers: NDArray[np.uint32]
+    """Of each document: its line or row within the unit, from 0."""
     characters: int = 0
+    bytes: int = 0
+    """Of them all, in UTF-8."""
     empty: int = 0
     short: int = 0
     special: int = 0
@@ -76,19 +80,21 @@ class Encoder:
                 if fault := self._fault_of([text], 0):
                     return EncodedUnit([], Counter([fault.reason]), [fault])
                 raise
-            return EncodedUnit([EncodedTexts(tokens, lengths, len(text), special=self._count_special(text))])
-        found = list(documents_of(unit, self.keys))
+            counts = (len(text), utf8_bytes(text))
+            numbers = np.zeros(1, np.uint32)
+            return EncodedUnit([EncodedTexts(tokens, lengths, numbers, *counts, special=self._count_special(text))])
+        found, numbers = list(documents_of(unit, self.keys)), np.array(record_numbers(unit), np.uint32)
         try:
-            texts = self._texts_by_key(unit, found)
+            texts = self._texts_by_key(unit, found, numbers)
         except DataError:
-            numbers = record_numbers(unit)
             checked = [
-                d if isinstance(d, Fault) else self._fault_of(d, n) or d for n, d in zip(numbers, found, strict=True)
+                d if isinstance(d, Fault) else self._fault_of(d, n) or d
+                for n, d in zip(numbers.tolist(), found, strict=True)
             ]
             if checked == found:
                 raise
             found = checked
-            texts = self._texts_by_key(unit, found)
+            texts = self._texts_by_key(unit, found, numbers)
         faults = [document for document in found if isinstance(document, Fault)]
         return EncodedUnit(texts, Counter(fault.reason for fault in faults), faults[:REPORTED])
 
@@ -98,16 +104,21 @@ class Encoder:
         Raises :class:`DataError` naming one that cannot be encoded, by its number unless there are ``names``.
         """
         try:
-            return self._texts(None, texts)
+            return self._texts(None, texts, np.arange(len(texts), dtype=np.uint32))
         except DataError:
             for text, name in zip(texts, names or range(len(texts)), strict=True):
                 if fault := self._fault_of([text], 0):
                     raise DataError(f"document {name}: {fault.details}") from None
             raise
 
-    def _texts_by_key(self, unit: Unit, found: Sequence[tuple[str, ...] | Fault]) -> list[EncodedTexts]:
+    def _texts_by_key(
+        self, unit: Unit, found: Sequence[tuple[str, ...] | Fault], numbers: NDArray[np.uint32]
+    ) -> list[EncodedTexts]:
         documents = [document for document in found if not isinstance(document, Fault)]
-        return [self._texts(unit, [document[i] for document in documents]) for i in range(len(self.keys))]
+        usable = np.array([not isinstance(document, Fault) for document in found], bool)
+        return [
+            self._texts(unit, [document[i] for document in documents], numbers[usable]) for i in range(len(self.keys))
+        ]
 
     def _fault_of(self, texts: Sequence[str], line: int) -> Fault | None:
         """For a document with these texts: what the tokenizer's library says if it fails on one."""
@@ -121,16 +132,17 @@ class Encoder:
     def _count_special(self) -> Occurrences:
         return Occurrences(self.tokenizer.special)
 
-    def _texts(self, unit: Unit | None, texts: Sequence[str]) -> EncodedTexts:
+    def _texts(self, unit: Unit | None, texts: Sequence[str], numbers: NDArray[np.uint32]) -> EncodedTexts:
         tokens, lengths = self._encode(unit, texts)
         characters = np.fromiter(map(len, texts), np.int64, len(texts))
+        sizes = np.fromiter(map(utf8_bytes, texts), np.int64, len(texts))
         special = np.fromiter(map(self._count_special, texts), np.int64, len(texts))
         kept = lengths >= max(self.min_tokens, 1)
         empty = int(np.count_nonzero(lengths == 0))
         short = int(np.count_nonzero(~kept)) - empty
         if empty or short:
             tokens, lengths = tokens[np.repeat(kept, lengths)], lengths[kept]
-            characters, special = characters[kept], special[kept]
+            characters, special, sizes, numbers = characters[kept], special[kept], sizes[kept], numbers[kept]
         ends = np.cumsum(lengths)
         if self.eod is not None:
             tokens = np.insert(tokens, ends, self.eod)
@@ -138,7 +150,8 @@ class Encoder:
             added = 0 if self.eod is None else np.arange(len(ends))
             tokens = np.insert(tokens, ends - lengths + added, self.bos)
         lengths = lengths + (self.bos is not None) + (self.eod is not None)
-        return EncodedTexts(tokens, lengths, int(characters.sum()), empty, short, int(special.sum()))
+        counts = (int(characters.sum()), int(sizes.sum()), empty, short, int(special.sum()))
+        return EncodedTexts(tokens, lengths, numbers, *counts)
 
     def _ids(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """As of :meth:`TextEncoder.encode_flat`."""
@@ -158,6 +171,10 @@ class Encoder:
                 f"vocabulary of {self.tokenizer.vocab_size:,}"
             )
         return tokens.astype(best_dtype(self.tokenizer.vocab_size), copy=False), lengths
+
+
+def utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def pieces_of(text: str, size: int = PIECE) -> Iterator[str]:

@@ -90,16 +90,6 @@ def is_plain_lines(path: str) -> bool:
         return not content.is_compressed and content.kind == "lines"
 
 
-def lines_before(file: Input) -> int:
-    """Lines of the file before those that are read. Reads all of them."""
-    count, left = 0, file.start - 1
-    with open_content(file.path) as content:
-        while left > 0 and (block := content.read(min(left, 1 << 20))):
-            count += block.count(b"\n")
-            left -= len(block)
-    return count + bool(file.start)
-
-
 class Content:
     """A file's content, decompressed; a context manager. Reading raises :data:`READING_ERRORS`."""
 

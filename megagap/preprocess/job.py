@@ -24,6 +24,7 @@ from megagap.data.manifest import (
     tokenizer_record,
     versions,
 )
+from megagap.data.origins import lines_before
 from megagap.data.partial import (
     CannotWriteError,
     PartialPair,
@@ -41,7 +42,7 @@ from megagap.preprocess.arrange import arrange, take_over
 from megagap.preprocess.documents import fault_in
 from megagap.preprocess.encoder import REPORTED, EncodedTexts, EncodedUnit, Encoder
 from megagap.preprocess.fast import Fast, choose_encoder
-from megagap.preprocess.inputs import Input, lines_before
+from megagap.preprocess.inputs import Input
 from megagap.preprocess.journal import Journal, PairState, State, check_inputs, inputs_entry, read_journal
 from megagap.preprocess.listing import Unread
 from megagap.preprocess.progress import Progress
@@ -242,7 +243,7 @@ class Job:
             writers = []
             for prefix, pair_state in zip(self._prefixes, state.pairs, strict=True):
                 position = pair_state.position if journal.has_progress else None
-                pair = stack.enter_context(PartialPair(prefix, self._dtype, position))
+                pair = stack.enter_context(PartialPair(prefix, self._dtype, position, has_origins=True))
                 writers.append(TextWriter(pair, pair_state, bos, eod, arguments.min_tokens))
             recorded = time.monotonic()
             for unit, result in results:
@@ -269,18 +270,24 @@ class Job:
             faults = result.faults[: REPORTED - len(state.first_skipped)]
             stops = self._arguments.on_error == "stop" or is_piece
             if faults or stops:  # only then, as it reads all of the file that is before
-                before = lines_before(self._inputs[unit.input])
+                file = self._inputs[unit.input]
+                with reading(file.path):
+                    before = lines_before(file.path, file.start)
             if stops:
                 raise fault_in(unit, result.faults[0], before)
             state.reasons = dict(Counter(state.reasons) + result.reasons)
             state.first_skipped += [fault_in(unit, fault, before).args[0] for fault in faults]
+        first_record = state.record_count + (0 if unit.kind == "text" else unit.line - 1)
         for writer, texts in zip(writers, result.texts, strict=False):
-            writer.add(unit, texts)
+            writer.add(unit, texts, first_record)
         if state.content_bytes is not None:
             state.content_bytes += unit.content_size
         state.mark = unit.next
         if unit.file_checksum is not None:
             state.checksums.append(unit.file_checksum)
+            state.records.append(unit.records_read)
+            state.record_count += unit.records_read
+            state.kinds.append(unit.kind)
 
     def _require_documents(self, state: State) -> None:
         if any(pair.position.documents for pair in state.pairs) or self._arguments.shard:
@@ -309,8 +316,18 @@ class Job:
         pair = state.pairs[i]
         written = write_index(self._prefixes[i], self._dtype, position)
         inputs = [
-            InputRecord(path=file.path, size=file.size, start=file.start, stop=file.stop, checksum=checksum)
-            for file, checksum in zip(self._inputs, state.checksums, strict=True)
+            InputRecord(
+                path=file.path,
+                size=file.size,
+                start=file.start,
+                stop=file.stop,
+                checksum=checksum,
+                kind=kind,
+                records=count,
+            )
+            for file, checksum, kind, count in zip(
+                self._inputs, state.checksums, state.kinds, state.records, strict=True
+            )
         ]
         return Manifest(
             key=self._keys[i],
@@ -318,6 +335,7 @@ class Job:
             documents=position.documents,
             tokens=position.tokens,
             characters=pair.characters,
+            text_bytes=None if duplicates else pair.bytes,
             content_bytes=state.content_bytes,
             special_tokens_in_texts=pair.special,
             left_out=LeftOut(
@@ -350,7 +368,7 @@ class TextWriter:
         self._min_tokens = max(min_tokens, 1)
         self._held: list[NDArray[Any]] = []
         """Pieces of a plain text that has too few tokens so far."""
-        self._held_characters = 0
+        self._held_characters = self._held_bytes = 0
         self._held_special = 0
 
     @property
@@ -361,20 +379,27 @@ class TextWriter:
     def sync(self) -> None:
         self._state.position = self._pair.sync()
 
-    def add(self, unit: Unit, texts: EncodedTexts) -> None:
+    def add(self, unit: Unit, texts: EncodedTexts, first_record: int) -> None:
+        """``first_record``: the number of the unit's first record, over all inputs."""
         if unit.kind == "text":
-            self._add_piece(unit, texts)
+            self._add_piece(unit, texts, first_record)
             return
-        self._pair.add_documents(texts.tokens, texts.lengths)
-        self._state.characters += texts.characters
+        self._pair.add_documents(texts.tokens, texts.lengths, first_record + texts.numbers.astype(np.int64))
+        self._count(texts.characters, texts.bytes)
         self._state.empty += texts.empty
         self._state.short += texts.short
         self._state.special += texts.special
 
-    def _add_piece(self, unit: Unit, piece: EncodedTexts) -> None:
+    def _count(self, characters: int, size: int) -> None:
+        self._state.characters += characters
+        if self._state.bytes is not None:
+            self._state.bytes += size
+
+    def _add_piece(self, unit: Unit, piece: EncodedTexts, record: int) -> None:
         begin, end = self._around
         self._held.append(piece.tokens)
         self._held_characters += piece.characters
+        self._held_bytes += piece.bytes
         self._held_special += piece.special
         held = sum(map(len, self._held))
         if self._pair.open_tokens or held >= self._min_tokens:
@@ -382,7 +407,7 @@ class TextWriter:
                 self._pair.add_tokens(begin)
             for tokens in self._held:
                 self._pair.add_tokens(tokens)
-            self._state.characters += self._held_characters
+            self._count(self._held_characters, self._held_bytes)
             self._state.special += self._held_special
             self._release()
         if not unit.ends:
@@ -390,7 +415,7 @@ class TextWriter:
         if self._pair.open_tokens:
             self._pair.add_tokens(end)
             self._pair.end_sequence()
-            self._pair.end_document()
+            self._pair.end_document(record)
         elif held:
             self._state.short += 1
         else:
@@ -398,7 +423,7 @@ class TextWriter:
         self._release()
 
     def _release(self) -> None:
-        self._held, self._held_characters, self._held_special = [], 0, 0
+        self._held, self._held_characters, self._held_bytes, self._held_special = [], 0, 0, 0
 
 
 def _has_checksum(file: Input, checksum: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagap.data.manifest import RecordKind
 from megagap.data.partial import Position, checksum_of
 from megagap.errors import DataError, counted
 from megagap.files import reading
@@ -25,6 +26,8 @@ class PairState:
 
     position: Position = field(default_factory=Position)
     characters: int = 0
+    bytes: int | None = 0
+    """Of the texts, in UTF-8; None where an earlier version did not count them."""
     empty: int = 0
     short: int = 0
     special: int = 0
@@ -40,6 +43,12 @@ class State:
     """The unit to continue with."""
     checksums: list[str] = field(default_factory=list)
     """Of the inputs that were read to their end."""
+    records: list[int | None] = field(default_factory=list)
+    """Lines or rows of these inputs; None where an earlier version did not count them."""
+    kinds: list[RecordKind | None] = field(default_factory=list)
+    """What records these inputs have."""
+    record_count: int = 0
+    """The sum of ``records``."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Of the documents that were malformed."""
     first_skipped: list[str] = field(default_factory=list)
@@ -51,6 +60,10 @@ class State:
     """All inputs were read."""
     is_complete: bool = False
     """All partial files are complete; they have only to be published."""
+
+
+BY_INPUT = ("checksums", "records", "kinds")
+"""Of a state: lists by input, of which an entry of the journal has what is new."""
 
 
 class Journal:
@@ -69,8 +82,8 @@ class Journal:
 
     def record(self, state: State) -> None:
         """Add where the run stands, all files being synced."""
-        entry = asdict(state) | {"checksums": state.checksums[self._finished :], "from": self._finished}
-        self._append(entry)
+        new = {name: getattr(state, name)[self._finished :] for name in BY_INPUT}
+        self._append(asdict(state) | new | {"from": self._finished})
         self._finished = len(state.checksums)
         self.has_progress = True
 
@@ -100,19 +113,26 @@ def read_journal(path: Path) -> tuple[dict[str, Any], State] | None:
             return None
     try:
         entries = [json.loads(line) for line in lines]
-        checksums: list[str] = []
+        by_input: dict[str, list[Any]] = {name: [] for name in BY_INPUT}
         for entry in entries[1:]:
-            checksums[entry.pop("from") :] = entry.pop("checksums")
+            first = entry.pop("from")
+            for name, values in by_input.items():
+                values[first:] = entry.pop(name, [])
         if not entries[1:]:
             return None
-        state = _state_of(entries[-1] | {"checksums": checksums})
+        for values in by_input.values():
+            values += [None] * (len(by_input["checksums"]) - len(values))
+        state = _state_of(entries[-1] | by_input)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error})\n  start again without --resume.") from None
     return entries[0], state
 
 
 def _state_of(entry: dict[str, Any]) -> State:
-    pairs = [PairState(**pair | {"position": Position(**pair["position"])}) for pair in entry["pairs"]]
+    pairs = [
+        PairState(**pair | {"position": Position(**pair["position"]), "bytes": pair.get("bytes")})
+        for pair in entry["pairs"]
+    ]
     arranged = {int(i): (Position(**position), dropped) for i, (position, dropped) in entry["arranged"].items()}
     mark = Mark(**entry["mark"])
     content_bytes = entry.get("content_bytes")

@@ -8,13 +8,15 @@ import json
 import os
 import re
 from shlex import quote
-from typing import Literal, Self
+from typing import Self
 
+from megagap.data import origin_map
 from megagap.data.format import MAGIC
+from megagap.data.manifest import RecordKind
 from megagap.errors import DataError
 from megagap.files import GIT_LFS_FAULT, GIT_LFS_POINTER
 
-Kind = Literal["lines", "text", "rows"]
+Kind = RecordKind
 """JSON lines, a plain text, the rows of a Parquet file."""
 
 TEXT_ENDING = ".txt"
@@ -41,6 +43,7 @@ UNREAD_COMPRESSION = {
 }
 OTHER_FORMATS = {
     MAGIC: ("is the index of a token file, not text", "train on it, or give the text that it was made from."),
+    origin_map.MAGIC: ("is the map of a token file, not text", "train on it, or give the text that it was made from."),
     ENCRYPTED_PARQUET_MAGIC: ("is an encrypted Parquet file", "write it again without encryption."),
     b"ARROW1": ("is an Arrow file", FROM_ARROW),
     b"\xff\xff\xff\xff": ("is an Arrow file, such as datasets.save_to_disk writes", FROM_ARROW),

@@ -12,6 +12,7 @@ import numpy as np
 
 from megagap.data.agreement import AS_THE_OTHER, require_same_ids, same_texts
 from megagap.data.manifest import Arguments, FileRecord, LeftOut, Manifest, read_manifest, versions
+from megagap.data.origin_map import ENDING, OriginMap
 from megagap.data.partial import (
     PartialPair,
     making_pair,
@@ -54,14 +55,27 @@ def merge_datasets(
     warnings = list(_warnings(inputs, known))
     _require_same_options(known)
     _require_whole_shards(known)
+    with_origins = [p for p, manifest in known if ENDING in manifest.files and os.path.exists(p + ENDING)]
+    has_origins = with_origins == inputs
+    if with_origins and not has_origins:
+        without = next(prefix for prefix in inputs if prefix not in with_origins)
+        warnings.append(f"{without} has no {ENDING}, so the merged pair cannot say where its documents came from")
     for warning in warnings:
         log.warning("%s", warning)
+    first_record = 0
     with making_pair(output_prefix), writing_pair(output_prefix):
-        with closing(PartialPair(output_prefix, dtype)) as pair:
-            for prefix in ProgressBar(inputs, desc="merge", unit=" pairs", disable=not show_progress):
+        with closing(PartialPair(output_prefix, dtype, has_origins=has_origins)) as pair:
+            for prefix, manifest in ProgressBar(
+                zip(inputs, manifests, strict=True), "merge", len(inputs), unit=" pairs", disable=not show_progress
+            ):
                 dataset = open_tokens(prefix)
                 dataset.require_contiguous()
                 pair.add_pair(dataset.tokens, dataset.lengths, dataset.document_indices[1:])
+                if has_origins:
+                    assert manifest is not None
+                    for numbers in OriginMap(prefix, manifest.documents).parts():
+                        pair.add_origins(numbers + first_record)
+                    first_record += sum(record.records or 0 for record in manifest.inputs)
             position, duplicates = pair.sync(), 0
         if shuffle_documents is not None or dedup:
             position, duplicates = arrange(output_prefix, dtype, shuffle_documents, dedup)
@@ -146,6 +160,7 @@ def _merged(
     given = [manifest.arguments for manifest in manifests]
     special = [manifest.special_tokens_in_texts for manifest in manifests]
     content = [manifest.content_bytes for manifest in manifests]
+    texts = [manifest.text_bytes for manifest in manifests]
     malformed: Counter[str] = Counter()
     for one in left_out:
         malformed.update(one.malformed)
@@ -154,6 +169,7 @@ def _merged(
             documents=sum(manifest.documents for manifest in manifests) - duplicates,
             tokens=files[".bin"].size // np.dtype(manifests[0].dtype).itemsize,
             characters=sum(manifest.characters for manifest in manifests),
+            text_bytes=None if duplicates or None in texts else sum(filter(None, texts)),
             content_bytes=None if None in content else sum(filter(None, content)),
             special_tokens_in_texts=None if None in special else sum(filter(None, special)),
             left_out=LeftOut(

@@ -60,6 +60,14 @@ class Unit:
     content_size: int = 0
     """Bytes of its content, uncompressed; of rows, their share of the columns that are read."""
 
+    @property
+    def records_read(self) -> int:
+        """Lines or rows of the input up to the end of this unit, which is its last or ends a line; 1 of a text."""
+        if self.kind == "text":
+            return 1
+        lines = self.data.count(b"\n") + (not self.data.endswith(b"\n") and len(self.data) > 0)
+        return self.line - 1 + (lines if self.kind == "lines" else 0)
+
 
 def read_units(
     inputs: Sequence[Input],

@@ -7,8 +7,10 @@ from megagap.data.agreement import Ids, require_agreement
 from megagap.data.mixture_plan import unnormalised_weights
 from megagap.data.samples import TrainingData
 from megagap.data.sources import TokenSource, shared_pairs
+from megagap.data.text_bytes import PredictedText, UnknownBytesError, predicted_text
 from megagap.data.validation import ValidationData, held_out_sources, open_validation
 from megagap.timeline import Timeline
+from megagap.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,22 @@ def validation_data(settings: Settings) -> ValidationData:
         data.split,
         settings.model.vocab_size,
     )
+
+
+def validation_texts(settings: Settings, held_out: ValidationData) -> dict[str, PredictedText]:
+    """What the predicted tokens of each validation source stand for; the log says of which sources that is not known.
+
+    Raises :class:`DataError` if a file is damaged or was rebuilt since it was opened.
+    """
+    known, spec = {}, settings.data.tokenizer
+    tokenizer = load_tokenizer(spec) if spec and held_out.windows else None
+    for name, source in held_out.sources.items():
+        targets = held_out.targets(name, settings.data.document_mask)
+        try:
+            known[name] = predicted_text(source.source.prefixes, targets, tokenizer)
+        except UnknownBytesError as reason:
+            log.info("bits per byte of %s are not known, so validation_bpb/%s is left out: %s", name, name, reason)
+    return known
 
 
 def held_out(settings: Settings, vocab_size: int) -> list[TokenSource]:

@@ -3,11 +3,12 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from megagap.config import Settings
+from megagap.data.text_bytes import PredictedText
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
@@ -45,10 +46,12 @@ class Recorder:
         step: int,
         skipped: SkippedSteps | None = None,
         evidence: Evidence | None = None,
+        texts: Mapping[str, PredictedText] | None = None,
     ) -> None:
-        """``evidence``: collects that of bad steps for the events; None: only their numbers are recorded."""
+        """``evidence``: collects that of bad steps for the events; None: only their numbers are recorded. ``texts``: by
+        validation source, the text that evaluations predict, as far as it is known."""
         self.settings, self.timeline, self.mesh, self.run, self.start = settings, timeline, mesh, run, step
-        self.evidence = evidence
+        self.evidence, self.texts = evidence, texts or {}
         self.metrics: MetricsFile | None = None
         self.tensorboard: TensorBoard | None = None
         if run.is_writer:
@@ -92,6 +95,7 @@ class Recorder:
         """Put an evaluation into the record of the step just done; before the first step, into one of step 0."""
         mean = sum(losses.values()) / len(losses)
         record = {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in losses.items()}}
+        record |= {f"validation_bpb/{name}": text.bits_per_byte(losses[name]) for name, text in self.texts.items()}
         if self.pending is not None:
             self.pending[1].update(record)
         else:

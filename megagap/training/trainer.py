@@ -23,7 +23,7 @@ from megagap.resume.next_start import next_start
 from megagap.resume.persistence import find_source, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline
-from megagap.training.datasets import training_data, validation_data
+from megagap.training.datasets import training_data, validation_data, validation_texts
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
 from megagap.training.evidence import Evidence
@@ -66,7 +66,8 @@ def train_from(
     warn_of_rising_rate(start, state.timeline, run)
     skipped = SkippedSteps.of_run(run, state.step, mesh)
     evidence = Evidence(run, loader.data, state.guard.layers)
-    recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped, evidence)
+    texts = validation_texts(settings, held_out) if run.is_writer else {}
+    recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped, evidence, texts)
     # From here on a signal asks to stop; before, it ends the process.
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None

@@ -67,7 +67,7 @@ def test_resuming_a_finished_run_writes_nothing(
             preprocess(**finished | {"append_eod": True}, resume=True)
 
 
-@pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".json", ".origins"])
 def test_an_impossible_final_rename_is_reported_before_any_work(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:

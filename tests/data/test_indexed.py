@@ -183,7 +183,7 @@ def test_failed_writing_leaves_the_old_pair_unchanged(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["fr.bin", "fr.idx"]
 
 
-@pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json"])
+@pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json", ".origins"])
 def test_a_pair_may_be_given_by_one_of_its_files(tmp_path: Path, ending: str) -> None:
     for prefix in ("a", "a.bin"):  # which may end like a file
         with IndexedDatasetWriter(tmp_path / prefix, "uint16") as writer:

@@ -38,6 +38,7 @@ def test_it_records_inputs_documents_and_files(prefix: str, corpus: Path) -> Non
         == (200, len(dataset.tokens))
     )
     assert manifest.characters == sum(map(len, texts))
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
     assert manifest.content_bytes == corpus.stat().st_size
     assert manifest.left_out.model_dump() == {
         "empty": 1,
@@ -53,6 +54,7 @@ def test_it_records_inputs_documents_and_files(prefix: str, corpus: Path) -> Non
     content = corpus.read_bytes()
     (record,) = manifest.inputs
     assert (record.path, record.size, record.checksum) == (str(corpus), len(content), xxhash.xxh3_64_hexdigest(content))
+    assert (record.kind, record.records) == ("lines", 206)
     for ending, file in manifest.files.items():
         data = Path(prefix + ending).read_bytes()
         assert (file.size, file.checksum) == (len(data), xxhash.xxh3_64_hexdigest(data))

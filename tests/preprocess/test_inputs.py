@@ -16,10 +16,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagap.data.origins import lines_before
 from megagap.errors import DataError
 from megagap.preprocess import job, preprocess
 from megagap.preprocess.documents import Fault, documents_of
-from megagap.preprocess.inputs import Input, lines_before, shard
+from megagap.preprocess.inputs import Input, shard
 from megagap.preprocess.listing import find_inputs
 from megagap.preprocess.units import read_units
 
@@ -171,7 +172,7 @@ def test_skipping_in_a_shard_counts_the_lines_before_for_reported_faults_only(
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{\n" * 1000)
     counted = []
-    monkeypatch.setattr(job, "lines_before", lambda file: (counted.append(file), lines_before(file))[1])
+    monkeypatch.setattr(job, "lines_before", lambda *part: (counted.append(part), lines_before(*part))[1])
     monkeypatch.setattr(job, "read_units", partial(read_units, unit_bytes=100))
     summary = preprocess(
         [tmp_path / "a.jsonl"], str(tmp_path / "out"), str(tokenizer_folder), part=(1, 2), on_error="skip"

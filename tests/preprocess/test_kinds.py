@@ -81,7 +81,7 @@ def test_the_format_of_a_pipes_first_bytes_is_not_judged() -> None:
     assert kind_of("/dev/stdin", b"[", 0, False) == "lines"
 
 
-@pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json"])
+@pytest.mark.parametrize("ending", ["", ".bin", ".idx", ".json", ".origins"])
 def test_a_token_file_as_an_input_is_distinguished_from_text(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, ending: str
 ) -> None:

@@ -29,6 +29,10 @@ def pair_files(prefix: Path | str) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
+def origins_of(prefix: Path | str) -> bytes:
+    return Path(f"{prefix}.origins").read_bytes()
+
+
 @pytest.fixture
 def corpora(tmp_path: Path, texts: list[str]) -> list[Path]:
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
@@ -57,6 +61,7 @@ def test_merged_shards_equal_one_run(made: Write, tmp_path: Path, count: int, op
     assert len({*shards}) == count
     merge_datasets(shards, str(tmp_path / "merged"), **options)
     assert pair_files(tmp_path / "merged") == pair_files(whole)
+    assert origins_of(tmp_path / "merged") == origins_of(whole)
     one, other = read_manifest(tmp_path / "merged"), read_manifest(whole)
     assert one and other
     assert one.model_dump(exclude={"inputs"}) == other.model_dump(exclude={"inputs"})

@@ -55,7 +55,7 @@ if __name__ == "__main__":
     run_tool(lambda: print(preprocess(**arguments)))
     print("calls:", -left)
 """
-ENDINGS = (".bin", ".idx", ".json")
+ENDINGS = (".bin", ".idx", ".json", ".origins")
 
 
 def start(folder: Path, calls: int, arguments: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,7 @@ def test_ten_kills_anywhere_and_resuming_give_the_same_bytes(
 def interrupted(tmp_path: Path, inputs: list[str], tokenizer_folder: Path) -> dict[str, Any]:
     """The arguments of a run that was killed somewhere in the second file."""
     arguments = dict(inputs=inputs, tokenizer=str(tokenizer_folder), output_prefix=str(tmp_path / "out"))
-    assert start(tmp_path, 215, arguments).returncode == -signal.SIGKILL
+    assert start(tmp_path, 258, arguments).returncode == -signal.SIGKILL
     journal = (tmp_path / "out_text_document.partial.journal").read_text().splitlines()
     assert json.loads(journal[-1])["mark"]["input"] == 1
     return arguments | {"resume": True}

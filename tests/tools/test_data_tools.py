@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from megagap.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megagap.data.samples import TrainingData
 from megagap.timeline import Phase, Source, Timeline
+from megagap.tokenizer import load_tokenizer
 from tests.launching import SECONDS
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -106,7 +108,7 @@ def test_step_json_is_what_training_reads(folder: Path) -> None:
     assert [sample["sample"] for sample in samples] == [9, 10, 11]
     assert [sample["tokens"] for sample in samples] == data.batch(9, 3).tolist()
     for sample in samples:
-        assert list(sample) == ["sample", "source", "documents", "tokens"]
+        assert list(sample) == ["sample", "source", "documents", "origins", "tokens"]
         pair = IndexedDataset(folder / {"fr": "fr_text_document", "english": "en_text_document"}[sample["source"]])
         joined = [token for document in sample["documents"] for token in pair[document].tolist()]
         assert any(joined[i : i + 17] == sample["tokens"] for i in range(len(joined)))
@@ -156,6 +158,36 @@ def test_numbers_that_are_no_token_ids_are_shown_but_not_decoded(
 def test_step_table_shows_text(folder: Path) -> None:
     printed = succeed("inspect_data.py", folder / "recipe.toml", "--step", 1)
     assert "monde" in printed or "world" in printed
+    assert re.search(r"(fr|en)\.jsonl, lines? \d+", printed)
+
+
+def test_a_step_names_the_lines_of_its_documents_and_says_which_source_does_not(folder: Path, tmp_path: Path) -> None:
+    """The documents of ``fr`` were shuffled and merged from shards; those of ``en`` are of a pair without a map."""
+    arguments = ("--input", folder / "fr.jsonl", "--output-prefix", tmp_path / "fr", "--tokenizer", folder / "bpe")
+    for i in range(2):
+        succeed("preprocess_data.py", *arguments, "--append-eod", "--shard", f"{i}/2")
+    shards = [tmp_path / f"fr-0000{i}-of-00002_text_document" for i in range(2)]
+    merged = tmp_path / "fr_text_document"
+    succeed("merge_datasets.py", "--input", *shards, "--output-prefix", merged, "--shuffle-documents", 3)
+    for ending in (".bin", ".idx"):
+        shutil.copy(folder / f"en_text_document{ending}", tmp_path)
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace('"bpe"', f'"{folder / "bpe"}"'))
+
+    step = (tmp_path / "recipe.toml", "--train.global_batch_size", 9, "--step", 2)
+    done = run("inspect_data.py", *step, "--json")
+    assert done.returncode == 0 and "en_text_document has no manifest, which names input files" in done.stderr
+    tokenizer, lines = load_tokenizer(folder / "bpe"), texts_of("fr")
+    shown = json.loads(done.stdout)
+    assert {sample["source"] for sample in shown} == {"fr", "english"}
+    for sample in shown:
+        if sample["source"] == "english":
+            assert sample["origins"] == [None] * len(sample["documents"])
+            continue
+        assert {origin["file"] for origin in sample["origins"]} == {str(folder / "fr.jsonl")}
+        texts = [lines[origin["line"] - 1] for origin in sample["origins"]]
+        assert tokenizer.decode(sample["tokens"]) in "<|end_of_text|>".join([*texts, ""])
+    printed = succeed("inspect_data.py", *step)
+    assert "unknown" in printed and "en_text_document has no manifest" in printed
 
 
 @pytest.mark.parametrize(

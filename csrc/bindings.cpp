@@ -31,7 +31,7 @@ TORCH_LIBRARY(megagap, m) {
   m.def(
       "adamw_(Tensor(a!) parameter, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor grad_scale,"
       " Tensor found_inf, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay,"
-      " int[]? rounding, Tensor(d!)? rounded=None) -> ()");
+      " int[]? rounding, Tensor(d!)? remainder=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megagap, CPU, m) {

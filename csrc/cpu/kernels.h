@@ -98,8 +98,9 @@ struct Kernels {
   void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float factor,
                                  float scale);
   // adamw.h: elements [first, first + size) of flat buffers, which start at the pointers.
-  void (*adamw)(T* parameter, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first, int64_t size,
-                const AdamW& form);
+  // remainder: null, or that of a parameter in bfloat16.
+  void (*adamw)(T* parameter, uint16_t* remainder, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first,
+                int64_t size, const AdamW& form);
 };
 
 // Those for the instruction set that torch has chosen (ATEN_CPU_CAPABILITY overrides it, as for torch's own).

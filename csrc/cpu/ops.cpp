@@ -444,16 +444,17 @@ Tensor cross_entropy_(const Tensor& logits, const Tensor& targets, const Tensor&
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad_given,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
             double beta2, double eps, double weight_decay, at::OptionalIntArrayRef rounding,
-            const std::optional<Tensor>& rounded) {
-  for (const Tensor& state : {exp_avg, exp_avg_sq, grad_given, parameter, rounded.value_or(parameter)}) {
+            const std::optional<Tensor>& remainder) {
+  for (const Tensor& state : {exp_avg, exp_avg_sq, grad_given, parameter, remainder.value_or(parameter)}) {
     TORCH_CHECK_VALUE(state.is_contiguous() && state.numel() == parameter.numel(),
                       "adamw_: parameter, moments and gradient must be contiguous and of one size");
   }
   TORCH_CHECK_TYPE(exp_avg.scalar_type() == at::kFloat && exp_avg_sq.scalar_type() == at::kFloat,
                    "adamw_: the moments must be float32");
   TORCH_CHECK_TYPE(parameter.scalar_type() != at::kHalf, "adamw_: parameters are float32 or bfloat16");
-  TORCH_CHECK_TYPE(!rounded || (parameter.scalar_type() == at::kFloat && rounded->scalar_type() == at::kBFloat16),
-                   "adamw_: a rounded copy is in bfloat16, of a parameter in float32");
+  TORCH_CHECK_TYPE(!remainder || (parameter.scalar_type() == at::kBFloat16 && remainder->scalar_type() == at::kShort),
+                   "adamw_: a remainder is in int16, of a parameter in bfloat16");
+  TORCH_CHECK_VALUE(!remainder || !rounding, "adamw_: a parameter with a remainder is not rounded");
   TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && parameter.scalar_type() == at::kBFloat16),
                     "adamw_: the place of an element has five numbers, to round bfloat16 parameters");
   if (found_inf.item<float>() != 0) {
@@ -476,13 +477,10 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   for_dtype(parameter, [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, parameter.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernels<T>().adamw(data<T>(parameter), data<float>(exp_avg), data<float>(exp_avg_sq), data<float>(grad), begin,
-                         end - begin, form);
+      kernels<T>().adamw(data<T>(parameter), remainder ? data<uint16_t>(*remainder) : nullptr, data<float>(exp_avg),
+                         data<float>(exp_avg_sq), data<float>(grad), begin, end - begin, form);
     });
   });
-  if (rounded) {
-    rounded->copy_(parameter);
-  }
 }
 
 }  // namespace cpu

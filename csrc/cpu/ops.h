@@ -32,6 +32,6 @@ Tensor cross_entropy_(const Tensor& logits, const Tensor& targets, const Tensor&
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
             double beta2, double eps, double weight_decay, at::OptionalIntArrayRef rounding,
-            const std::optional<Tensor>& rounded);
+            const std::optional<Tensor>& remainder);
 
 }  // namespace megagap::cpu

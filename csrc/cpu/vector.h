@@ -119,6 +119,30 @@ MEGAGAP_INLINE void store(T* to, Vec value, int count) {
   std::memcpy(to, part, count * sizeof(T));
 }
 
+// 16-bit integers, zero-extended; what is stored fits.
+MEGAGAP_INLINE UVec load_bits(const uint16_t* from, Full) {
+  HVec half;
+  std::memcpy(&half, from, sizeof(half));
+  return widened(half);
+}
+
+MEGAGAP_INLINE void store_bits(uint16_t* to, UVec bits, Full) {
+  const HVec half = narrowed(bits);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+MEGAGAP_INLINE UVec load_bits(const uint16_t* from, int count) {
+  uint16_t part[W] = {};
+  std::memcpy(part, from, count * sizeof(uint16_t));
+  return load_bits(part, Full{});
+}
+
+MEGAGAP_INLINE void store_bits(uint16_t* to, UVec bits, int count) {
+  uint16_t part[W];
+  store_bits(part, bits, Full{});
+  std::memcpy(to, part, count * sizeof(uint16_t));
+}
+
 // Non-temporal stores, for results that would not stay in cache: saves reading what is overwritten. to is aligned to
 // the vector. Callers that stream call finish_streams() at the end.
 template <typename T>
@@ -232,4 +256,65 @@ MEGAGAP_INLINE Vec exp(Vec given) {
   const IVec exponent = (__builtin_convertvector(n, IVec) + 127) << 23;
   const Vec result = p * bits_as<Vec>(exponent);
   return given < smallest ? Vec{} : result;
+}
+
+// ---- integers
+
+struct Product {
+  UVec high, low;
+};
+
+// The 64-bit products of 32-bit numbers. gcc would multiply 64-bit numbers.
+MEGAGAP_INLINE Product product(UVec x, uint32_t factor) {
+#if defined(MEGAGAP_AVX512)
+  const __m512i all = reinterpret_cast<__m512i>(x), by = _mm512_set1_epi32(static_cast<int>(factor));
+  const __m512i even = _mm512_mul_epu32(all, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(all, 32), by);
+  return {reinterpret_cast<UVec>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)),
+          reinterpret_cast<UVec>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)))};
+#elif defined(MEGAGAP_AVX2)
+  const __m256i all = reinterpret_cast<__m256i>(x), by = _mm256_set1_epi32(static_cast<int>(factor));
+  const __m256i even = _mm256_mul_epu32(all, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(all, 32), by);
+  return {reinterpret_cast<UVec>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)),
+          reinterpret_cast<UVec>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa))};
+#else
+  const LVec wide = __builtin_convertvector(x, LVec) * factor;
+  return {__builtin_convertvector(wide >> 32, UVec), x * factor};
+#endif
+}
+
+// The place of each lane's words in what store_interleaved writes.
+MEGAGAP_INLINE UVec interleaved_lanes() {
+  UVec places;
+  for (int64_t lane = 0; lane < W; ++lane) {
+    places[lane] = static_cast<uint32_t>(lane % 4 * (W / 4) + lane / 4);
+  }
+  return places;
+}
+
+// a, b, c and d of one lane after those of another: the order that takes no exchange between parts of 128 bits.
+MEGAGAP_INLINE void store_interleaved(uint32_t* to, UVec a, UVec b, UVec c, UVec d) {
+#if defined(MEGAGAP_AVX512)
+  const auto given = [](UVec x) { return reinterpret_cast<__m512i>(x); };
+  const __m512i ab = _mm512_unpacklo_epi32(given(a), given(b)), cd = _mm512_unpacklo_epi32(given(c), given(d));
+  const __m512i ab2 = _mm512_unpackhi_epi32(given(a), given(b)), cd2 = _mm512_unpackhi_epi32(given(c), given(d));
+  const __m512i rows[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd),
+                           _mm512_unpacklo_epi64(ab2, cd2), _mm512_unpackhi_epi64(ab2, cd2)};
+  std::memcpy(to, rows, sizeof(rows));
+#elif defined(MEGAGAP_AVX2)
+  const auto given = [](UVec x) { return reinterpret_cast<__m256i>(x); };
+  const __m256i ab = _mm256_unpacklo_epi32(given(a), given(b)), cd = _mm256_unpacklo_epi32(given(c), given(d));
+  const __m256i ab2 = _mm256_unpackhi_epi32(given(a), given(b)), cd2 = _mm256_unpackhi_epi32(given(c), given(d));
+  const __m256i rows[4] = {_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd),
+                           _mm256_unpacklo_epi64(ab2, cd2), _mm256_unpackhi_epi64(ab2, cd2)};
+  std::memcpy(to, rows, sizeof(rows));
+#else
+  const UVec places = interleaved_lanes();
+  for (int64_t lane = 0; lane < W; ++lane) {
+    uint32_t* words = to + 4 * places[lane];
+    words[0] = a[lane];
+    words[1] = b[lane];
+    words[2] = c[lane];
+    words[3] = d[lane];
+  }
+#endif
 }

@@ -26,9 +26,9 @@ struct Words {
   uint32_t word0, word1, word2, word3;
 };
 
-// Philox4x32-10 (Salmon et al. 2011): a pure function of key, step and counter.
-MEGAGAP_DEVICE Words philox(uint64_t key, uint32_t step, uint64_t counter) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = step, c3 = 0;
+// Philox4x32-10 (Salmon et al. 2011): a pure function of key, step, stream and counter.
+MEGAGAP_DEVICE Words philox(uint64_t key, uint32_t step, uint32_t stream, uint64_t counter) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = step, c3 = stream;
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -44,10 +44,10 @@ MEGAGAP_DEVICE Words philox(uint64_t key, uint32_t step, uint64_t counter) {
   return {c0, c1, c2, c3};
 }
 
-// The random words of consecutive elements of a buffer: a counter has those of four neighbours in the global tensor.
-class RandomWords {
+// The random bits of consecutive elements of a buffer: a counter has 16 of each of eight neighbours in the global tensor.
+class RandomBits {
  public:
-  MEGAGAP_DEVICE RandomWords(const Rounding& place, uint32_t step, int64_t index)
+  MEGAGAP_DEVICE RandomBits(const Rounding& place, uint32_t step, int64_t index)
       : key_(static_cast<uint64_t>(place.key)), step_(step) {
     const int64_t local = place.first + index;
     const bool is_whole = place.columns == place.pitch;  // then rows follow each other, and no division is needed
@@ -59,19 +59,19 @@ class RandomWords {
   }
 
   MEGAGAP_DEVICE uint32_t next() {
-    if (counter_ != element_ / 4) {
-      counter_ = element_ / 4;
-      words_ = philox(key_, step_, static_cast<uint64_t>(counter_));
+    if (counter_ != element_ / 8) {
+      counter_ = element_ / 8;
+      words_ = philox(key_, step_, 0, static_cast<uint64_t>(counter_));
     }
-    const uint32_t low = element_ & 1 ? words_.word1 : words_.word0;
-    const uint32_t high = element_ & 1 ? words_.word3 : words_.word2;
-    const uint32_t word = element_ & 2 ? high : low;
+    const uint32_t low = element_ & 2 ? words_.word1 : words_.word0;
+    const uint32_t high = element_ & 2 ? words_.word3 : words_.word2;
+    const uint32_t word = element_ & 4 ? high : low, bits = element_ & 1 ? word >> 16 : word & 0xffffu;
     ++element_;
     if (--left_ == 0) {
       left_ = columns_;
       element_ += gap_;
     }
-    return word;
+    return bits;
   }
 
  private:
@@ -86,8 +86,15 @@ class RandomWords {
 MEGAGAP_DEVICE float round_at_random(float value, uint32_t random) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return value;
-  return __uint_as_float((bits + (random & 0xffffu)) & 0xffff0000u);
+  return __uint_as_float((bits + random) & 0xffff0000u);
 }
+
+// The float that is kept as a bfloat16 and a remainder, as ops/remainder.py defines them; 0: the bfloat16 itself.
+MEGAGAP_DEVICE float joined(BFloat16 value, uint32_t remainder) {
+  return __uint_as_float((static_cast<uint32_t>(value.bits) << 16) + (remainder ^ 0x8000u) - 0x8000u);
+}
+
+MEGAGAP_DEVICE float joined(float value, uint32_t) { return value; }
 
 struct AdamElement {
   float parameter, exp_avg, exp_avg_sq;
@@ -101,12 +108,67 @@ MEGAGAP_DEVICE AdamElement adam_update(AdamElement old, float grad, float step_s
   return {old.parameter * settings.decay - step_size * first / denominator, first, second};
 }
 
+// remainder: null, or that of a parameter in bfloat16, which is then not rounded at random.
+template <typename P, typename M, typename G>
+struct AdamBuffers {
+  P* parameter;
+  Bits16* remainder;
+  M *exp_avg, *exp_avg_sq;
+  const G* grad;
+};
+
+// Neighbouring elements of all buffers, in registers.
+template <typename P, typename M, typename G, int kWidth>
+struct AdamChunk {
+  Chunk<P, kWidth> values;
+  Chunk<Bits16, kWidth> rests;
+  Chunk<M, kWidth> firsts, seconds;
+  Chunk<G, kWidth> grads;
+
+  MEGAGAP_DEVICE void load_from(const AdamBuffers<P, M, G>& buffers, int64_t index) {
+    values = load<kWidth>(buffers.parameter + index);
+    rests = {};
+    if (sizeof(P) == 2 && buffers.remainder != nullptr) rests = load<kWidth>(buffers.remainder + index);
+    firsts = load<kWidth>(buffers.exp_avg + index);
+    seconds = load<kWidth>(buffers.exp_avg_sq + index);
+    grads = load<kWidth>(buffers.grad + index);
+  }
+
+  // Updates the elements, which are those from `index` on, in the buffers.
+  template <typename Update>
+  MEGAGAP_DEVICE void store_updated(const AdamBuffers<P, M, G>& buffers, int64_t index, const Update& update,
+                                    RandomBits random, bool stochastic) const {
+    Chunk<P, kWidth> to_value;
+    Chunk<Bits16, kWidth> to_rest;
+    Chunk<M, kWidth> to_first, to_second;
+    const bool split = sizeof(P) == 2 && buffers.remainder != nullptr;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const float old = joined(values.element(i), rests.element(i).bits);
+      const AdamElement now = update({old, firsts.get(i), seconds.get(i)}, grads.get(i));
+      if (split) {
+        // All NaN become one: of some, the upper half is a number.
+        const uint32_t bits = now.parameter == now.parameter ? __float_as_uint(now.parameter) : 0x7fc00000u;
+        to_value.set_bits(i, (bits + 0x8000u) >> 16);
+        to_rest.set_bits(i, bits & 0xffffu);
+      } else {
+        to_value.set(i, sizeof(P) == 2 && stochastic ? round_at_random(now.parameter, random.next()) : now.parameter);
+      }
+      to_first.set(i, now.exp_avg);
+      to_second.set(i, now.exp_avg_sq);
+    }
+    store(buffers.parameter + index, to_value);
+    if (split) store(buffers.remainder + index, to_rest);
+    store(buffers.exp_avg + index, to_first);
+    store(buffers.exp_avg_sq + index, to_second);
+  }
+};
+
 template <typename P, typename M, typename G, int kWidth>
 __global__ void __launch_bounds__(kAdamBlock)
-    adamw_kernel(P* __restrict__ parameter, M* __restrict__ exp_avg, M* __restrict__ exp_avg_sq,
-                 const G* __restrict__ grad, const float* __restrict__ grad_scale, const float* __restrict__ found_inf,
-                 const float* __restrict__ step, int64_t size, AdamSettings settings, bool stochastic,
-                 Rounding place, BFloat16* __restrict__ rounded) {
+    adamw_kernel(AdamBuffers<P, M, G> buffers, const float* __restrict__ grad_scale,
+                 const float* __restrict__ found_inf, const float* __restrict__ step, int64_t size,
+                 AdamSettings settings, bool stochastic, Rounding place) {
   __shared__ float shared[2];
   if (*found_inf != 0.0f) return;  // the same for all threads
   if (threadIdx.x == 0) {
@@ -116,83 +178,49 @@ __global__ void __launch_bounds__(kAdamBlock)
   block_barrier();
   const float step_size = shared[0], root2 = shared[1], divisor = *grad_scale;
   const uint32_t update_number = static_cast<uint32_t>(*step);
-
-  const auto update = [&](float& value, float& first, float& second, float gradient, RandomWords& random) {
-    const AdamElement now = adam_update({value, first, second}, gradient / divisor, step_size, root2, settings);
-    value = now.parameter;
-    if (sizeof(P) == 2 && stochastic) value = round_at_random(value, random.next());
-    first = now.exp_avg;
-    second = now.exp_avg_sq;
+  const auto update = [&](const AdamElement& old, float gradient) {
+    return adam_update(old, gradient / divisor, step_size, root2, settings);
   };
 
   constexpr int64_t kStep = int64_t{kAdamBlock} * kWidth;
   for (int64_t block = int64_t{blockIdx.x} * kAdamChunks * kStep; block < size;
        block += int64_t{gridDim.x} * kAdamChunks * kStep) {
     const int64_t mine = block + int64_t{threadIdx.x} * kWidth;
-    Chunk<P, kWidth> values[kAdamChunks];
-    Chunk<M, kWidth> firsts[kAdamChunks], seconds[kAdamChunks];
-    Chunk<G, kWidth> grads[kAdamChunks];
+    AdamChunk<P, M, G, kWidth> chunks[kAdamChunks];
 #pragma unroll
     for (int k = 0; k < kAdamChunks; ++k) {
       const int64_t index = mine + k * kStep;
-      if (index + kWidth > size) continue;
-      values[k] = load<kWidth>(parameter + index);
-      firsts[k] = load<kWidth>(exp_avg + index);
-      seconds[k] = load<kWidth>(exp_avg_sq + index);
-      grads[k] = load<kWidth>(grad + index);
+      if (index + kWidth <= size) chunks[k].load_from(buffers, index);
     }
 #pragma unroll
     for (int k = 0; k < kAdamChunks; ++k) {
       const int64_t index = mine + k * kStep;
       if (index + kWidth > size) continue;
-      Chunk<P, kWidth> to_value;
-      Chunk<M, kWidth> to_first, to_second;
-      Chunk<BFloat16, kWidth> to_rounded;
-      RandomWords random(place, update_number, index);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        float value = values[k].get(i), first = firsts[k].get(i), second = seconds[k].get(i);
-        update(value, first, second, grads[k].get(i), random);
-        to_value.set(i, value);
-        to_rounded.set(i, value);
-        to_first.set(i, first);
-        to_second.set(i, second);
-      }
-      store(parameter + index, to_value);
-      store(exp_avg + index, to_first);
-      store(exp_avg_sq + index, to_second);
-      if (rounded != nullptr) store(rounded + index, to_rounded);
+      chunks[k].store_updated(buffers, index, update, RandomBits(place, update_number, index), stochastic);
     }
     // What is left at the end: fewer elements than a chunk.
     const int64_t rest = size - size % kWidth + threadIdx.x;
     if (kWidth > 1 && block + kAdamChunks * kStep >= size && rest < size) {
-      float value = to_float(parameter[rest]), first = to_float(exp_avg[rest]), second = to_float(exp_avg_sq[rest]);
-      RandomWords random(place, update_number, rest);
-      update(value, first, second, to_float(grad[rest]), random);
-      parameter[rest] = from_float<P>(value);
-      exp_avg[rest] = from_float<M>(first);
-      exp_avg_sq[rest] = from_float<M>(second);
-      if (rounded != nullptr) rounded[rest] = from_float<BFloat16>(value);
+      AdamChunk<P, M, G, 1> chunk;
+      chunk.load_from(buffers, rest);
+      chunk.store_updated(buffers, rest, update, RandomBits(place, update_number, rest), stochastic);
     }
   }
 }
 
 template <typename P, typename M, typename G>
-int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, const void* grad_given,
-          const float* grad_scale, const float* found_inf, const float* step, int64_t size,
-          const AdamSettings& settings, bool stochastic, const Rounding& place, void* rounded_given, void* stream) {
-  P* parameter = static_cast<P*>(parameter_given);
-  M* exp_avg = static_cast<M*>(exp_avg_given);
-  M* exp_avg_sq = static_cast<M*>(exp_avg_sq_given);
-  const G* grad = static_cast<const G*>(grad_given);
-  BFloat16* rounded = static_cast<BFloat16*>(rounded_given);
-  const bool whole = aligned_for<kAdamWidth>(parameter) && aligned_for<kAdamWidth>(exp_avg) &&
-                     aligned_for<kAdamWidth>(exp_avg_sq) && aligned_for<kAdamWidth>(grad) &&
-                     aligned_for<kAdamWidth>(rounded);
+int adamw(void* parameter, void* remainder, void* exp_avg, void* exp_avg_sq, const void* grad, const float* grad_scale,
+          const float* found_inf, const float* step, int64_t size, const AdamSettings& settings, bool stochastic,
+          const Rounding& place, void* stream) {
+  const AdamBuffers<P, M, G> buffers = {static_cast<P*>(parameter), static_cast<Bits16*>(remainder),
+                                        static_cast<M*>(exp_avg), static_cast<M*>(exp_avg_sq),
+                                        static_cast<const G*>(grad)};
+  const bool whole = aligned_for<kAdamWidth>(buffers.parameter) && aligned_for<kAdamWidth>(buffers.remainder) &&
+                     aligned_for<kAdamWidth>(buffers.exp_avg) && aligned_for<kAdamWidth>(buffers.exp_avg_sq) &&
+                     aligned_for<kAdamWidth>(buffers.grad);
   return launch(whole ? adamw_kernel<P, M, G, kAdamWidth> : adamw_kernel<P, M, G, 1>,
                 ceil_divide(size, int64_t{kAdamBlock} * kAdamChunks * (whole ? kAdamWidth : 1)), dim3(kAdamBlock),
-                stream, parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings, stochastic,
-                place, rounded);
+                stream, buffers, grad_scale, found_inf, step, size, settings, stochastic, place);
 }
 
 }  // namespace
@@ -201,7 +229,7 @@ int adamw(void* parameter_given, void* exp_avg_given, void* exp_avg_sq_given, co
 extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                                  void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                                  const float* step, int64_t size, double lr, double beta1, double beta2, double eps,
-                                 double weight_decay, const int64_t* rounding, void* rounded, void* stream) {
+                                 double weight_decay, const int64_t* rounding, void* remainder, void* stream) {
   using megagap::gpu::BFloat16;
   const auto number = [](double value) { return static_cast<float>(value); };
   const megagap::gpu::AdamSettings settings = {lr,           beta1,            beta2,         number(1 - lr * weight_decay),
@@ -212,10 +240,10 @@ extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_t
                           : megagap::gpu::Rounding{rounding[0], rounding[1], rounding[2], rounding[3], rounding[4]};
   const auto run = [&](auto* kernels) {
     return size == 0 ? 0
-                     : kernels(parameter, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings,
-                               rounding != nullptr, place, rounded, stream);
+                     : kernels(parameter, remainder, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size,
+                               settings, rounding != nullptr, place, stream);
   };
-  if (rounded != nullptr && parameter_type != kMegagapFloat) return kMegagapUnsupported;
+  if (remainder != nullptr && parameter_type != kMegagapBFloat16) return kMegagapUnsupported;
   const auto types = [&](int p, int m, int g) { return parameter_type == p && moment_type == m && grad_type == g; };
   if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<float, float, float>);
   if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<float, float, BFloat16>);

@@ -361,8 +361,8 @@ Tensor cross_entropy_(const Tensor& logits, const Tensor& targets_given, const T
 void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,
             const Tensor& grad_scale, const Tensor& found_inf, const Tensor& step, double lr, double beta1,
             double beta2, double eps, double weight_decay, at::OptionalIntArrayRef rounding,
-            const std::optional<Tensor>& rounded) {
-  for (const Tensor& tensor : {parameter, exp_avg, exp_avg_sq, grad, rounded.value_or(parameter)}) {
+            const std::optional<Tensor>& remainder) {
+  for (const Tensor& tensor : {parameter, exp_avg, exp_avg_sq, grad, remainder.value_or(parameter)}) {
     TORCH_CHECK_VALUE(tensor.sizes() == parameter.sizes() && tensor.is_contiguous(),
                       "adamw_: parameter, moments and gradient must be contiguous and of one shape, not ",
                       parameter.sizes(), " and ", tensor.sizes());
@@ -370,17 +370,19 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   TORCH_CHECK_TYPE(exp_avg.scalar_type() == exp_avg_sq.scalar_type(), "adamw_: moments of two types");
   TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && parameter.scalar_type() == at::kBFloat16),
                     "adamw_: the place of an element has five numbers, to round bfloat16 parameters");
-  TORCH_CHECK_TYPE(!rounded || (parameter.scalar_type() == at::kFloat && rounded->scalar_type() == at::kBFloat16),
-                   "adamw_: a rounded copy is in bfloat16, of a parameter in float32");
+  TORCH_CHECK_TYPE(!remainder || (parameter.scalar_type() == at::kBFloat16 && remainder->scalar_type() == at::kShort),
+                   "adamw_: a remainder is in int16, of a parameter in bfloat16");
+  TORCH_CHECK_VALUE(!remainder || !rounding, "adamw_: a parameter with a remainder is not rounded");
   check_floats("adamw_", grad_scale, 1, "grad_scale");
   check_floats("adamw_", found_inf, 1, "found_inf");
   check_floats("adamw_", step, 1, "step");
-  const Launch launch("adamw_", parameter, {exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, rounded.value_or(parameter)});
+  const Launch launch("adamw_", parameter,
+                      {exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, remainder.value_or(parameter)});
   launch.check(megagap_gpu_adamw(type_of(parameter), type_of(exp_avg), type_of(grad), parameter.data_ptr(),
                                  exp_avg.data_ptr(), exp_avg_sq.data_ptr(), grad.data_ptr(), data<float>(grad_scale),
                                  data<float>(found_inf), data<float>(step), parameter.numel(), lr, beta1, beta2, eps,
                                  weight_decay, rounding ? rounding->data() : nullptr,
-                                 rounded ? rounded->data_ptr() : nullptr, launch.stream()));
+                                 remainder ? remainder->data_ptr() : nullptr, launch.stream()));
 }
 
 void register_all(torch::Library& m) {

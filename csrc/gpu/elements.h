@@ -13,6 +13,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+struct Bits16 {  // that are no number of their own
+  uint16_t bits;
+};
 
 MEGAGAP_DEVICE float to_float(float value) { return value; }
 
@@ -86,6 +89,7 @@ MEGAGAP_DEVICE float rounded(float x) {
 MEGAGAP_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 MEGAGAP_DEVICE uint32_t bits_of(BFloat16 value) { return value.bits; }
 MEGAGAP_DEVICE uint32_t bits_of(Half value) { return value.bits; }
+MEGAGAP_DEVICE uint32_t bits_of(Bits16 value) { return value.bits; }
 
 // kCount elements in 32-bit words, so that they stay in registers as they were in memory.
 template <typename T, int kCount>

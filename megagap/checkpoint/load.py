@@ -5,6 +5,7 @@ Files are memory-mapped; of each, the header and the chunks that are used are ve
 
 import mmap
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -72,14 +73,14 @@ def load_slices(
     more rows may be requested than are stored; the rows beyond are left as they are.
     Raises :class:`CheckpointError` if a tensor is missing, has another shape or dtype, or is damaged.
     """
-    copies: dict[str, dict[Chunk, list[tuple[StoredTensor, tuple[slice, ...], Tensor]]]] = {}
+    copies: dict[str, dict[Chunk, list[tuple[StoredTensor, Slice, _Overlap]]]] = {}
     for part in wanted:
         stored = index.tensor(folder, part.kind, part.shard.name)
         _check_form(folder, stored, part, cast, part.shard.name in may_grow)
         filled = 0
-        for chunk, inside, target in _intersect(stored, part):
-            copies.setdefault(chunk.file, {}).setdefault(chunk, []).append((stored, inside, target))
-            filled += target.numel()
+        for chunk, overlap in _intersect(stored, part):
+            copies.setdefault(chunk.file, {}).setdefault(chunk, []).append((stored, part, overlap))
+            filled += overlap.of_slice(part.tensor).numel()
         # The index holds every element once, so this is also "each filled exactly once".
         assert filled == _stored_elements(stored, part), (part.kind, part.shard.name, filled)
 
@@ -88,9 +89,9 @@ def load_slices(
         data = _map(folder, files[name])
         for chunk in sorted(chunks, key=lambda chunk: chunk.begin):
             _verify(folder, data, chunk.begin, chunk.end, chunk.checksum, f"{name}, bytes {chunk.begin:,} on")
-            for stored, inside, target in chunks[chunk]:
+            for stored, part, overlap in chunks[chunk]:
                 source = torch.frombuffer(data, dtype=stored.torch_dtype, count=prod(chunk.sizes), offset=chunk.begin)
-                target.copy_(source.view(chunk.sizes)[inside])
+                part.write(source.view(chunk.sizes)[overlap.in_chunk], overlap.of_slice)
 
 
 def load_tensor(folder: Path, index: Index, kind: str, name: str) -> Tensor:
@@ -117,26 +118,41 @@ def _check_form(folder: Path, stored: StoredTensor, part: Slice, cast: bool, may
             f"{folder}: {stored.kind} of {stored.name} has shape {list(stored.shape)}, "
             f"this model has {list(part.shard.shape)}\n  load it with the model settings it was trained with."
         )
-    if stored.torch_dtype != part.tensor.dtype and not cast:
+    if stored.torch_dtype != part.dtype and not cast:
         raise CheckpointError(
             f"{folder}: {stored.kind} of {stored.name} is stored as {stored.torch_dtype}, "
-            f"not as {part.tensor.dtype}\n  load it with the precision it was trained with."
+            f"not as {part.dtype}\n  load it with the precision it was trained with."
         )
 
 
-def _intersect(stored: StoredTensor, part: Slice) -> Iterator[tuple[Chunk, tuple[slice, ...], Tensor]]:
-    """For every chunk that overlaps the slice: where in the chunk, and the view of the slice's tensor to fill."""
+@dataclass(frozen=True)
+class _Overlap:
+    """The elements that a chunk and a slice share."""
+
+    in_chunk: tuple[slice, ...]
+    first: int
+    sizes: tuple[int, ...]
+    """A rectangle of the slice: elements from ``first`` on, of this shape."""
+    in_rectangle: tuple[slice, ...]
+
+    def of_slice(self, tensor: Tensor) -> Tensor:
+        """The view of a slice's ``tensor`` [n] to fill."""
+        return tensor[self.first : self.first + prod(self.sizes)].view(self.sizes)[self.in_rectangle]
+
+
+def _intersect(stored: StoredTensor, part: Slice) -> Iterator[tuple[Chunk, _Overlap]]:
+    """Every chunk that overlaps the slice."""
     chunk_first, chunk_end = stored.boxes
     position = 0
     for offsets, sizes in rectangles(part.shard.sizes, part.start, part.stop):
         first = np.array(shift(offsets, part.shard), dtype=np.int64)
         end = first + np.array(sizes, dtype=np.int64)
-        target = part.tensor[position : position + prod(sizes)].view(sizes)
-        position += prod(sizes)
         common_first, common_end = np.maximum(chunk_first, first), np.minimum(chunk_end, end)
         for i in np.nonzero((common_first < common_end).all(axis=1))[0].tolist():
             inside = _ranges(common_first[i] - chunk_first[i], common_end[i] - chunk_first[i])
-            yield stored.chunks[i], inside, target[_ranges(common_first[i] - first, common_end[i] - first)]
+            within = _ranges(common_first[i] - first, common_end[i] - first)
+            yield stored.chunks[i], _Overlap(inside, position, sizes, within)
+        position += prod(sizes)
 
 
 def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[slice, ...]:

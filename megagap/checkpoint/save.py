@@ -176,15 +176,15 @@ def _make_empty(partial: Path) -> None:
 def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], object]) -> _Outcome:
     """Write and sync one rank's safetensors file, in which every rectangle of every slice is a tensor."""
     # Wider elements first keep every tensor aligned, as the format requires.
-    ordered = sorted(slices, key=lambda part: -part.tensor.dtype.itemsize)
+    ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
     pieces: list[list[Rectangle]] = [_global_rectangles(part) for part in ordered]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for part, rects in zip(ordered, pieces, strict=True):
         for offsets, sizes in rects:
-            end = position + prod(sizes) * part.tensor.dtype.itemsize
+            end = position + prod(sizes) * part.dtype.itemsize
             key = "/".join((part.kind, part.shard.name, "_".join(map(str, offsets))))
-            dtype = DTYPE_NAMES[part.tensor.dtype]
+            dtype = DTYPE_NAMES[part.dtype]
             header[key] = {"dtype": dtype, "shape": sizes, "data_offsets": (position, end)}
             position = end
     if not position:
@@ -198,10 +198,10 @@ def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], o
         file.write(preamble)
         position = len(preamble)
         for part, rects in zip(ordered, pieces, strict=True):
-            data = part.tensor.detach().cpu().view(torch.uint8).numpy().data
+            data = part.read().detach().cpu().view(torch.uint8).numpy().data
             done = 0
             for offsets, sizes in rects:
-                length = prod(sizes) * part.tensor.dtype.itemsize
+                length = prod(sizes) * part.dtype.itemsize
                 piece = data[done : done + length]
                 file.write(piece)
                 progress(length)
@@ -213,7 +213,7 @@ def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], o
                     end=position + length,
                     checksum=checksum(piece),
                 )
-                dtype = DTYPE_NAMES[part.tensor.dtype]
+                dtype = DTYPE_NAMES[part.dtype]
                 entries.append(_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk))
                 done += length
                 position += length

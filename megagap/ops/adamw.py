@@ -6,9 +6,9 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megagap.ops import compiled
+from megagap.ops.remainder import join, split_
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,34 @@ def adamw_(
     eps: float,
     weight_decay: float,
     stochastic: Sequence[Segment] = (),
-    rounded: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
     """One update in place, with ``grad / divisor``; all flat, contiguous and of one size.
 
-    parameter: fp32, or bf16 without another master, then rounded to the nearest, or stochastically (Gupta et al. 2015,
-    section 3.1) in the segments of ``stochastic``, if there are any; what is in none is padding, and stays as it is.
-    Moments: fp32. ``divisor``, ``reject`` and ``updates`` (their number, this one
-    included) are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on GPU. ``rounded``:
-    bf16, set to the updated fp32 parameter in the same pass.
+    parameter: fp32; or bf16 with the ``remainder``, int16, of an fp32 master (``remainder.py``); or bf16 without, then
+    rounded to the nearest, or stochastically (Gupta et al. 2015, section 3.1) in the segments of ``stochastic``, if
+    there are any; what is in none is padding, and stays as it is. Moments: fp32. ``divisor``, ``reject`` and
+    ``updates`` (their number, this one included) are fp32 device scalars; where ``reject`` is 1 nothing changes,
+    without a host sync on GPU.
     """
     if compiled.supports(parameter) and parameter.dtype != torch.float16:
-        updates += 1 - reject
         numbers = (divisor, reject, updates, lr, *betas, eps, weight_decay)
         if not stochastic:
-            torch.ops.megagap.adamw_(parameter, exp_avg, exp_avg_sq, grad, *numbers, None, rounded)
+            torch.ops.megagap.adamw_(parameter, exp_avg, exp_avg_sq, grad, *numbers, None, remainder)
         for segment in stochastic:
             state = (x[segment.begin : segment.end] for x in (parameter, exp_avg, exp_avg_sq, grad))
             place = (segment.key, segment.first, segment.columns, segment.pitch, segment.offset)
             torch.ops.megagap.adamw_(*state, *numbers, place)
         return
     assert not stochastic, "stochastic rounding needs the compiled kernel"
-    adamw(
-        [parameter],
+    master = join(parameter, remainder)
+    torch._fused_adamw_(
+        [master],
         [grad],
         [exp_avg],
         [exp_avg_sq],
         [],
         [updates],
-        fused=True,
         grad_scale=divisor,
         found_inf=reject,
         amsgrad=False,
@@ -108,8 +107,8 @@ def adamw_(
         eps=eps,
         maximize=False,
     )
-    if rounded is not None:
-        rounded.copy_(parameter)
+    if remainder is not None:
+        split_(master, parameter, remainder)
 
 
 def _no_shapes(
@@ -126,7 +125,7 @@ def _no_shapes(
     eps: float,
     weight_decay: float,
     rounding: Sequence[int] | None,
-    rounded: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
     return None
 

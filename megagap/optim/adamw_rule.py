@@ -15,12 +15,13 @@ class AdamW:
     def __init__(self, optim: Optim) -> None:
         self._optim = optim
 
-    def new_state(self, master: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+    def new_state(self, gradient: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
 
     def update(
         self,
-        master: Tensor,
+        values: Tensor,
+        remainder: Tensor | None,
         gradient: Tensor,
         state: dict[str, Tensor],
         updates: Tensor,
@@ -29,10 +30,9 @@ class AdamW:
         divisor: Tensor,
         reject: Tensor,
         decayed: bool,
-        rounded: Tensor | None,
     ) -> None:
         adamw_(
-            master,
+            values,
             state["exp_avg"],
             state["exp_avg_sq"],
             gradient,
@@ -43,5 +43,5 @@ class AdamW:
             betas=self._optim.betas,
             eps=self._optim.eps,
             weight_decay=self._optim.weight_decay if decayed else 0.0,
-            rounded=rounded,
+            remainder=remainder,
         )

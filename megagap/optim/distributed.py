@@ -8,7 +8,7 @@ from torch import Tensor
 from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
 from megagap.optim.gradient_store import GradientStore
-from megagap.optim.rules import RULES, State
+from megagap.optim.rules import RULES
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter, Slice
 
@@ -37,35 +37,38 @@ class DistributedOptimizer:
         )
         self._rule = RULES[optim.name](optim)
         assert not self._rule.wants_matrices, "the store hands out slices of any shape"
-        self.states = [State.of(self._rule, bucket.master) for bucket in self.store.buckets]
+        self.states = [self._rule.new_state(bucket.own_gradient) for bucket in self.store.buckets]
+        """The rule's state of each bucket's slice, by kind."""
+        self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
+        """Updates made, counted on the device."""
 
     def step(self, lr: float, divisor: Tensor, accept: Tensor) -> None:
         """Update this rank's slices with gradients / ``divisor``, where ``accept`` (a device bool); start gathering."""
         reject = (~accept).float()
+        self._updates += accept
         # What the next forward pass needs first is updated first, and on its way while the rest is updated.
         for bucket, state in reversed(list(zip(self.store.buckets, self.states, strict=True))):
             self._rule.update(
-                bucket.master,
+                bucket.own_values,
+                bucket.remainder,
                 bucket.own_gradient,
-                state.tensors,
-                state.updates,
+                state,
+                self._updates,
                 lr=lr,
                 divisor=divisor,
                 reject=reject,
                 decayed=bucket.kind.decayed,
-                rounded=bucket.rounded,
             )
             bucket.publish()
 
     @property
     def updates(self) -> int:
         """Updates made, skipped steps not counted."""
-        return int(self.states[0].updates.item())
+        return int(self._updates.item())
 
     @updates.setter
     def updates(self, value: int) -> None:
-        for state in self.states:
-            state.updates.fill_(value)
+        self._updates.fill_(value)
 
     def slices(self, owned_only: bool) -> list[Slice]:
         """Everything a checkpoint needs: ``weight`` (masters) and the rule's state, as views of this rank's slices.
@@ -74,6 +77,9 @@ class DistributedOptimizer:
             part
             for bucket, state in zip(self.store.buckets, self.states, strict=True)
             if bucket.is_owned or not owned_only
-            for kind, tensor in {"weight": bucket.master, **state.tensors}.items()
-            for part in bucket.slices(kind, tensor)
+            for kind, tensor, remainder in [
+                ("weight", bucket.own_values, bucket.remainder),
+                *((kind, tensor, None) for kind, tensor in state.items()),
+            ]
+            for part in bucket.slices(kind, tensor, remainder)
         ]

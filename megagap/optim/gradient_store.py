@@ -1,7 +1,7 @@
 """Where parameters and their gradients lie: flat buckets, which are reduced while backward still runs.
 
 What of a bucket each data-parallel rank has only its slice of says ``optim.zero`` (Rajbhandari et al. 2020, section 5;
-:class:`Sharding`): nothing (0), its fp32 master weights and the sum of its gradient (1), the gradient while it is
+:class:`Sharding`): nothing (0), the remainder of its masters and the sum of its gradient (1), the gradient while it is
 accumulated (2), the parameters (3). What becomes of them in an update is the business of a rule (``rules.py``), which
 this module knows nothing of. docs/data_parallelism.md compares the modes.
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megagap.ops.adjacent import as_one
 from megagap.ops.products import add_product, add_rows, adds_inside, set_product
+from megagap.ops.remainder import split_
 from megagap.ops.wide import wide_dtype
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range, arrange
 from megagap.optim.clipping import squared_norm
@@ -134,7 +135,8 @@ class Bucket:
     """A range of a kind's flat buffers, of which this data rank owns a slice, or all of it.
 
     values: [n] in the parameters' dtype, which are views of it. gradients: [n] in fp32; None where only the slice is
-    kept.
+    kept. own_values: this rank's slice of the values: the masters or, where these are fp32 and the values bf16, the
+    masters rounded to nearest. remainder: then the rest of these masters, int16 (``ops/remainder.py``), else None.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class Bucket:
             self.own_gradient = gradients
         else:
             self.own_gradient = values.new_zeros(length, dtype=wide_dtype(values.dtype))
-        self.master = self._fill()
+        self.remainder = self._fill()
         self.microbatches_reduced = 0
         """Those that have reported for all of its parameters, of this step."""
         self.holds_sum = False
@@ -174,21 +176,21 @@ class Bucket:
         self._reduction: dist.Work | Pending | None = None
         self._gathering: dist.Work | None = None
 
-    def _fill(self) -> Tensor:
-        """Take over the parameters' initial values; this rank's master weights."""
-        sums = wide_dtype(self.values.dtype)
-        initial = self.values if self.values.dtype == sums else torch.zeros_like(self.values, dtype=sums)
+    def _fill(self) -> Tensor | None:
+        """Take over the parameters' initial values; the remainder of this rank's masters, if they have one."""
+        initial = self.values
+        if self.values.dtype == torch.bfloat16:
+            initial = torch.zeros_like(self.values, dtype=torch.float32)
         for place, here, there in self._parts(slice(0, self.values.numel())):
             initial[here].copy_(place.parameter.detach().reshape(-1)[there])
-        if initial is self.values:  # the parameters are their own masters
-            if self.sharding.parameters:
-                self.own_values.copy_(initial[self.own])
-            return self.own_values
+        remainder = None
+        if initial is not self.values:
+            whole = torch.empty_like(self.values, dtype=torch.int16)
+            split_(initial, self.values, whole)
+            remainder = whole[self.own].clone()
         if self.sharding.parameters:
-            self.own_values.copy_(initial[self.own])
-        else:
-            self.values.copy_(initial)
-        return initial[self.own].clone()
+            self.own_values.copy_(self.values[self.own])
+        return remainder
 
     def _parts(self, within: slice) -> Iterator[tuple[_Place, slice, slice]]:
         """For each parameter with elements in a part of the bucket: where they are in the bucket, and in itself."""
@@ -215,11 +217,6 @@ class Bucket:
     def is_complete(self) -> bool:
         """Whether all uses of its parameters have reported for every microbatch."""
         return not any(place.missing for place in self.places)
-
-    @property
-    def rounded(self) -> Tensor | None:
-        """This rank's slice of the parameters, if they are the masters rounded to another dtype."""
-        return None if self.master is self.own_values else self.own_values
 
     # -- gradients
 
@@ -331,21 +328,22 @@ class Bucket:
         self.finish_gather()
         self.values.untyped_storage().resize_(0)
 
-    def slices(self, kind: str, tensor: Tensor) -> Iterator[Slice]:
-        """The parts of parameters, without padding, that this rank's slice ``tensor`` covers."""
-        return self._slices(kind, tensor, self.own)
+    def slices(self, kind: str, tensor: Tensor, remainder: Tensor | None = None) -> Iterator[Slice]:
+        """The parts of parameters, without padding, that this rank's slice ``tensor`` covers, with its remainder."""
+        return self._slices(kind, tensor, self.own, remainder)
 
     def parts_of(self, full: Tensor) -> Iterator[Slice]:
         """The parts of parameters in a full-size gradient [n]."""
         return self._slices("gradient", full, slice(0, self.values.numel()))
 
-    def _slices(self, kind: str, tensor: Tensor, within: slice) -> Iterator[Slice]:
+    def _slices(self, kind: str, tensor: Tensor, within: slice, remainder: Tensor | None = None) -> Iterator[Slice]:
         for place, here, there in self._parts(within):
             stop = min(there.stop, place.parameter.shard.numel)
             if there.start < stop:
                 first = here.start - within.start
-                part = tensor[first : first + stop - there.start]
-                yield Slice(kind, place.parameter.shard, there.start, stop, part)
+                part = slice(first, first + stop - there.start)
+                rest = None if remainder is None else remainder[part]
+                yield Slice(kind, place.parameter.shard, there.start, stop, tensor[part], rest)
 
 
 class GradientStore:
@@ -363,7 +361,7 @@ class GradientStore:
         blocks: Sequence[Sequence[Block]] = (),
     ) -> None:
         """``parameters``: in the order in which the forward pass uses them, with their initial values in fp32; they are
-        in ``dtype`` afterwards, their masters fp32.
+        in ``dtype`` afterwards: fp32, float64, or bf16 with fp32 masters.
 
         ``blocks``: of each virtual stage, in the order of its forward pass, which waits at each for its parameters. At
         stage 3 they are gathered there, so that all parameters must be in one.
@@ -484,10 +482,8 @@ class GradientStore:
         return squared_norm(owned) if owned else torch.zeros((), device=self.mesh.device)
 
     def gather_parameters(self) -> None:
-        """Start copying changed masters into every rank's parameters."""
+        """Start copying every rank's changed slices into all ranks' parameters."""
         for bucket in self.in_order_of_use():
-            if bucket.rounded is not None:
-                bucket.rounded.copy_(bucket.master)
             bucket.publish()
 
     def wait_for_parameters(self) -> None:

@@ -3,13 +3,15 @@
 Initialisation, clipping, decay groups, checkpoints, Hugging Face conversion and the planner read only this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from megagap.ops.remainder import join, split_
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,28 @@ class Shard:
 class Slice:
     """Elements ``[start, stop)`` of a shard's real part, flattened row by row, of one ``kind`` of its state.
 
-    ``tensor``: contiguous [stop - start]; read when saving, filled in place when loading.
+    ``tensor``: contiguous [stop - start]; read when saving, filled in place when loading. With a ``remainder``, int16
+    [stop - start], the elements are fp32, kept as bf16 and the rest (``ops/remainder.py``).
     """
 
     kind: str
     shard: Shard
     start: int
     stop: int
-    tensor: torch.Tensor
+    tensor: Tensor
+    remainder: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype if self.remainder is None else torch.float32
+
+    def read(self) -> Tensor:
+        """[stop - start]; with a remainder, a copy."""
+        return join(self.tensor, self.remainder)
+
+    def write(self, elements: Tensor, view: Callable[[Tensor], Tensor] = lambda whole: whole) -> None:
+        """Fill what ``view`` makes of [stop - start] with ``elements``, which are converted to :attr:`dtype`."""
+        split_(elements, view(self.tensor), None if self.remainder is None else view(self.remainder))
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Shard:
@@ -94,13 +110,13 @@ def split(name: str, shape: tuple[int, ...], dim: int, rank: int, size: int, **r
 class GradientSink(Protocol):
     """Where a parameter's gradient of a step is summed, in fp32."""
 
-    def add_product(self, left: torch.Tensor, right: torch.Tensor, following: "Sequence[GradientSink]" = ()) -> None:
+    def add_product(self, left: Tensor, right: Tensor, following: "Sequence[GradientSink]" = ()) -> None:
         """Add leftᵀ right, for left [n, rows] and right [n, columns], to the parameter's first rows.
 
         ``following``: the sinks of the parameters packed behind it, to which the rows beyond its own belong.
         """
 
-    def add_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    def add_rows(self, ids: Tensor, rows: Tensor) -> None:
         """Add rows[i], of rows [n, columns], to the parameter's row ids[i], of ids [n]."""
 
     def finished(self) -> None:

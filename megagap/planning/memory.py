@@ -54,7 +54,7 @@ class RankMemory:
     parameters: int
     """In the dtype that is computed in; this data rank's slice where ``optim.zero`` is 3."""
     masters: int
-    """This data rank's slice in fp32; 0 where the parameters are fp32 and their own masters."""
+    """What this data rank's slice of the fp32 masters has beyond the parameters; 0 where these are fp32."""
     moments: int
     """AdamW's, of the slice."""
     gradients: int
@@ -253,7 +253,7 @@ def _rank_memory(
         stage=rank,
         ranks=range(rank * processes, (rank + 1) * processes),
         parameters=(slices if sharding.parameters else elements) * itemsize,
-        masters=0 if itemsize == FP32 else slices * FP32,
+        masters=slices * (FP32 - itemsize),
         moments=slices * _state_bytes(settings),
         gradients=(0 if sharding.gradients else elements * FP32) + (slices * FP32 if ranks > 1 else 0),
         activations=peak.activations,

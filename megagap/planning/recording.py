@@ -57,6 +57,7 @@ _KIND_OF_FILE = {
     "model/rotary.py": "norms and rotary",
     "ops/adamw.py": "optimizer",
     "optim/clipping.py": "optimizer",
+    "optim/distributed.py": "optimizer",
     "ops/products.py": "gradient accumulation",
 }
 """Of what is neither a matrix product nor named above: plain torch in the file of an operation belongs to it."""
@@ -65,9 +66,6 @@ _COPIES = {"copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "fill_", 
 
 _WRITES_ONLY = {"copy_", "fill_", "zero_"}
 """In-place operations that do not read what they overwrite."""
-
-_WRITTEN_ONLY = {("adamw_", "rounded")}
-"""Arguments that an operation overwrites without reading them."""
 
 _NO_KERNEL = {
     "empty",
@@ -363,7 +361,7 @@ def _kind(name: str, site: str) -> str:
             return kind
     if by_file is not None:
         return by_file
-    if file == "optim/distributed.py" and name in ("zero_", "fill_", "add_"):
+    if file == "optim/gradient_store.py" and name in ("zero_", "fill_", "add_"):
         return "gradient accumulation"
     return "copies and casts" if name in _COPIES else "other"
 
@@ -440,7 +438,7 @@ def _traffic(name: str, schema: Any, args: Any, kwargs: Any, inputs: list[Tensor
             continue
         for x in _tensors(value):
             written[id(x)] = x
-            if argument.is_out or name in _WRITES_ONLY or (name, argument.name) in _WRITTEN_ONLY:
+            if argument.is_out or name in _WRITES_ONLY:
                 overwritten.add(id(x))
     table = {"embedding": 1, "gather": 0, "index_select": 0, "index": 0}
     if name in table:  # reads the rows that it picks

@@ -22,7 +22,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter
 
 FP32 = 4
-"""Bytes of an element of masters, moments and gradients, in every precision."""
+"""Bytes of an element of gradients and, together with the parameters, of masters, in every precision."""
 
 
 @dataclass(frozen=True)

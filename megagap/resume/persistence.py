@@ -187,7 +187,7 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     if saved.norm_gain_scale != gain_scale:
         for part in weights:
             if is_norm_gain(part.shard.name):
-                part.tensor.mul_(saved.norm_gain_scale / gain_scale)
+                part.write(part.read() * (saved.norm_gain_scale / gain_scale))
     refuse_not_finite(state, folder)
     state.optimizer.store.gather_parameters()
     run.event("load", folder=str(folder), mode="model")

@@ -148,7 +148,7 @@ def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Ma
 
 def any_not_finite(optimizer: DistributedOptimizer, mesh: Mesh) -> bool:
     """Whether a master weight or a moment of any rank is infinite or NaN."""
-    finite = [part.tensor.isfinite().all() for part in optimizer.slices(owned_only=True)]
+    finite = [part.read().isfinite().all() for part in optimizer.slices(owned_only=True)]
     bad = (~torch.stack(finite)).any().float() if finite else torch.zeros((), device=mesh.device)
     return bool(all_reduce(bad, mesh.world) > 0)
 

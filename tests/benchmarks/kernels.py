@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -399,31 +400,21 @@ def cross_entropy_case(rows: int, size: int, dtype: torch.dtype, device: torch.d
 
 
 def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Parameters in ``dtype``; a bf16 one is rounded to the nearest, without a master. Rivals: fp32 only."""
+    """Parameters in ``dtype``; a bf16 one without a master, rounded to the nearest or stochastically, and with the
+    remainder of one. Rivals: fp32 only."""
     count = rows * size
     parameter = torch.randn(count, device=device).to(dtype)
     grad, first, second = (torch.rand(count, device=device) for _ in range(3))
-    one, zero, updates = (torch.full((), value, device=device) for value in (1.0, 0.0, 0.0))
+    one, zero = (torch.full((), value, device=device) for value in (1.0, 0.0))
     numbers = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     segments = [Segment.of(1, "weight", (rows, size), (0, 0), (rows, size), first=0, begin=0, end=count)]
+    remainder = torch.zeros(count, dtype=torch.int16, device=device)
 
-    def ours() -> object:
-        return ops.adamw_(parameter, first, second, grad, divisor=one, reject=zero, updates=updates, **numbers)  # type: ignore[arg-type]
+    def update(**rounding: object) -> None:
+        scalars = dict(divisor=one, reject=zero, updates=one)
+        ops.adamw_(parameter, first, second, grad, **scalars, **numbers, **rounding)  # type: ignore[arg-type]
 
-    def stochastic() -> object:
-        return ops.adamw_(
-            parameter,
-            first,
-            second,
-            grad,
-            divisor=one,
-            reject=zero,
-            updates=updates,
-            **numbers,
-            stochastic=segments,  # type: ignore[arg-type]
-        )
-
-    arms: dict[str, Callable[[], object]] = {"megagap": ours}
+    arms: dict[str, Callable[[], object]] = {"megagap": update}
     if dtype == torch.float32:
         for name, form in (("torch fused", dict(fused=True)), ("torch foreach", dict(foreach=True))):
             form["capturable"] = device.type == "cuda"
@@ -431,7 +422,8 @@ def adamw_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -
             own.grad = grad.clone()
             arms[name] = torch.optim.AdamW([own], **numbers, **form).step  # type: ignore[arg-type]
     elif dtype == torch.bfloat16:
-        arms["megagap stochastic"] = stochastic
+        arms["megagap stochastic"] = partial(update, stochastic=segments)
+        arms["megagap remainder"] = partial(update, remainder=remainder)
     moved = 2 * dtype.itemsize + 4 + 2 * 2 * 4
     return Case(arms, count * moved)
 

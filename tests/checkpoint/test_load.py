@@ -172,3 +172,20 @@ def test_a_path_without_checkpoint_is_refused(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve_checkpoint(tmp_path / "nowhere")
+
+
+def test_masters_kept_as_bf16_and_a_remainder_are_stored_as_fp32_and_loaded_with_every_bit(tmp_path):
+    numbers = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    numbers[:4] = torch.tensor([1 + 2**-8, -1 - 2**-8, 3.4028e38, -0.0])  # half way, and larger than bf16's largest
+    shard = whole("w", (6, 4))
+    kept = Slice("weight", shard, 0, 24, torch.zeros(24).bfloat16(), torch.zeros(24, dtype=torch.int16))
+    kept.write(numbers)
+    for name, part in (("kept", kept), ("whole", Slice("weight", shard, 0, 24, numbers))):
+        save_checkpoint(tmp_path / name, [part], {})
+    files = [tmp_path / name / "rank_00000.safetensors" for name in ("kept", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    cut = Shard("w", (6, 4), (0, 1), (5, 2), (5, 2))
+    wanted = Slice("weight", cut, 1, 9, torch.zeros(8).bfloat16(), torch.zeros(8, dtype=torch.int16))
+    load_slices(tmp_path / "whole", Index.read(tmp_path / "whole"), [wanted])
+    expected = numbers.view(6, 4)[:5, 1:3].flatten()[1:9]
+    assert torch.equal(wanted.read().view(torch.int32), expected.view(torch.int32))

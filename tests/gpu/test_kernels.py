@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagap.ops.remainder import join, split_
+
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -189,6 +191,21 @@ def test_stochastic_rounding_has_the_bits_of_the_cpus(device: torch.device):
     torch.ops.megagap.adamw_(*on_cpu, *settings)
     # The updates differ in their last bits, which sometimes decide the rounding.
     assert (parameter.cpu() != on_cpu[0]).float().mean() < 1e-2
+
+
+@pytest.mark.parametrize("size", [1 << 22, 100_003, 1, 0])
+def test_a_parameter_with_a_remainder_is_updated_as_its_master_bit_for_bit(device: torch.device, size: int):
+    master, grad = random(device, size), random(device, size, seed=1)
+    values, remainder = master.bfloat16(), torch.zeros(size, dtype=torch.int16, device=device)
+    split_(master, values, remainder)
+    one, zero = torch.tensor(1.0, device=device), torch.tensor(0.0, device=device)
+    settings = (one, zero, one, 1e-2, 0.9, 0.999, 1e-8, 0.1, None)
+    moments, others = ([torch.zeros_like(grad) for _ in range(2)] for _ in range(2))
+    for _ in range(3):
+        torch.ops.megagap.adamw_(master, *moments, grad, *settings)
+        torch.ops.megagap.adamw_(values, *others, grad, *settings, remainder)
+    assert torch.equal(join(values, remainder), master)
+    assert all(torch.equal(mine, other) for mine, other in zip(moments, others, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -217,8 +217,8 @@ def require_static_memory_of_buckets(settings: Settings, tp: int, pp: int, dp: i
         buckets = optimizer.store.buckets
         sizes = {
             "parameters": [bucket.values for bucket in buckets],
-            "masters": [bucket.master for bucket in buckets if bucket.rounded is not None],
-            "moments": [x for state in optimizer.states for x in state.tensors.values()],
+            "masters": [bucket.remainder for bucket in buckets if bucket.remainder is not None],
+            "moments": [x for state in optimizer.states for x in state.values()],
             "gradients": [bucket.gradients for bucket in buckets]
             + [bucket.own_gradient for bucket in buckets if bucket.own_gradient is not bucket.gradients],
         }

@@ -163,14 +163,14 @@ class Shim:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         rounding: tuple[int, int, int, int, int] | None = None,
-        rounded: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         scalars = [torch.tensor(float(value)) for value in (grad_scale, found_inf, step)]
         types = [DTYPES[tensor.dtype] for tensor in (parameter, exp_avg, grad)]
         pointers = (parameter, exp_avg, exp_avg_sq, grad, *scalars)
         place = None if rounding is None else torch.tensor(rounding)
         settings = (lr, *betas, eps, weight_decay, place)
-        self.call("adamw", *types, *pointers, parameter.numel(), *settings, rounded)
+        self.call("adamw", *types, *pointers, parameter.numel(), *settings, remainder)
 
 
 def filled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

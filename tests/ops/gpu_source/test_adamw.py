@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagap.ops.remainder import join, split_
 from tests.ops.gpu_source.shim import Shim
+from tests.ops.test_remainder import all_kinds_of_numbers
 
 FULL, HALF = torch.float32, torch.bfloat16
 TYPES = [
@@ -65,13 +67,26 @@ def test_update_equals_float64_within_rounding(shim: Shim, size, types):
 
 
 @pytest.mark.parametrize("size", [1, 4096, 5003])
-def test_a_rounded_copy_is_the_updated_parameter_in_bf16(shim: Shim, size):
-    state, rounded = inputs(size), torch.full((size,), torch.nan, dtype=HALF)
-    shim.adamw_(*state, step=3, rounded=rounded)
-    assert torch.equal(rounded, state[0].bfloat16())
-    before = rounded.clone()
-    shim.adamw_(*state, step=4, found_inf=1.0, rounded=rounded)
-    assert torch.equal(rounded, before)
+def test_a_parameter_with_a_remainder_is_updated_as_its_master_bit_for_bit(shim: Shim, size):
+    master, *moments, grad = inputs(size)
+    others = [moment.clone() for moment in moments]
+    values, remainder = master.bfloat16(), torch.zeros(size, dtype=torch.int16)
+    split_(master, values, remainder)
+    for step in range(3, 6):
+        shim.adamw_(master, *moments, grad, step=step)
+        shim.adamw_(values, *others, grad, step=step, remainder=remainder)
+    shim.adamw_(values, *others, grad, step=6, found_inf=1.0, remainder=remainder)
+    assert torch.equal(join(values, remainder), master)
+    assert all(torch.equal(one, other) for one, other in zip(moments, others, strict=True))
+
+
+def test_an_update_of_nothing_keeps_every_kind_of_master(shim: Shim):
+    numbers = all_kinds_of_numbers()[::5]
+    values, remainder = numbers.bfloat16(), torch.zeros(len(numbers), dtype=torch.int16)
+    split_(numbers, values, remainder)
+    before, zeros = (values.clone(), remainder.clone()), torch.zeros(len(numbers))
+    shim.adamw_(values, zeros, zeros.clone(), zeros.clone(), step=1, lr=0.0, remainder=remainder)
+    assert torch.equal(values.view(torch.int16), before[0].view(torch.int16)) and torch.equal(remainder, before[1])
 
 
 def test_twenty_steps_follow_torchs_adamw(shim: Shim):
@@ -117,8 +132,9 @@ def test_stochastic_rounding_compares_the_truncated_bits_with_philox(shim: Shim,
     for index, bits in enumerate(wide[0].view(torch.int32).tolist()):
         row, column = divmod(first + index, columns)
         element = offset + row * pitch + column
-        words = philox([element // 4 & 0xFFFFFFFF, element // 4 >> 32, 7, 0], (KEY & 0xFFFFFFFF, KEY >> 32))
-        up = (bits & 0xFFFF) + (words[element % 4] & 0xFFFF) > 0xFFFF
+        words = philox([element // 8 & 0xFFFFFFFF, element // 8 >> 32, 7, 0], (KEY & 0xFFFFFFFF, KEY >> 32))
+        random = words[element % 8 // 2] >> 16 * (element % 2) & 0xFFFF
+        up = (bits & 0xFFFF) + random > 0xFFFF
         expected = ((bits >> 16) + up) & 0xFFFF
         assert parameter.view(torch.int16)[index].item() & 0xFFFF == expected
 

@@ -53,10 +53,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, _, ctx.gain_scale = inputs
     _, rstd = output
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # of rstd it would be a tensor of zeros in each call
     ctx.save_for_backward(x, weight, rstd)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None, None]:
     x, weight, rstd = ctx.saved_tensors
     grad_x, grad_weight = torch.ops.megagap.rms_norm_backward(grad, x, weight, rstd, ctx.gain_scale)
     return grad_x, grad_weight, None, None
@@ -66,11 +67,15 @@ def _setup_context_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, _, weight, _, ctx.gain_scale = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, weight, rstd)
 
 
-def _backward_add(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+def _backward_add(
+    ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: None
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
     total, weight, rstd = ctx.saved_tensors
+    grad, grad_total = (torch.zeros_like(total) if one is None else one for one in (grad, grad_total))
     grad_x, grad_weight = torch.ops.megagap.add_rms_norm_backward(grad, grad_total, total, weight, rstd, ctx.gain_scale)
     return grad_x, grad_x, grad_weight, None, None
 

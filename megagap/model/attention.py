@@ -63,9 +63,9 @@ class Attention(nn.Module):
         self.q_proj = column("q_proj", query_width)
         self.k_proj = column("k_proj", key_width, **sharing)
         self.v_proj = column("v_proj", key_width, **sharing)
+        self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
         if tensor_parallel.mesh.kv.size == 1:  # else the gradients of k and v are summed over ranks, that of q is not
             pack(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
 
     def forward(
         self,

@@ -95,6 +95,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if torch.compiler.is_compiling() or as_one((q, k, v), 2) is None:
             return *rotary(q, k, cos, sin, positions), v
+        # Views of the product where attention keeps all three; elsewhere it would live beside what is kept.
         in_place = keeps_inputs(q, k, v, keep_scores=self.keep_scores)
         return rotary_packed(q, k, v, cos, sin, positions, in_place=in_place)
 

@@ -63,9 +63,9 @@ class Attention(nn.Module):
         self.q_proj = column("q_proj", query_width)
         self.k_proj = column("k_proj", key_width, **sharing)
         self.v_proj = column("v_proj", key_width, **sharing)
+        self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
         if tensor_parallel.mesh.kv.size == 1:  # else the gradients of k and v are summed over ranks, that of q is not
             pack(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
 
     def forward(
         self,
@@ -95,6 +95,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if torch.compiler.is_compiling() or as_one((q, k, v), 2) is None:
             return *rotary(q, k, cos, sin, positions), v
+        # Views of the product where attention keeps all three; elsewhere it would live beside what is kept.
         in_place = keeps_inputs(q, k, v, keep_scores=self.keep_scores)
         return rotary_packed(q, k, v, cos, sin, positions, in_place=in_place)
 

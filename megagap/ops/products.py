@@ -33,8 +33,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def adds_inside(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether :func:`add_product` of operands in ``dtype`` adds inside of the matrix product, so that no other memory of
-    the product's size is needed."""
+    """Whether :func:`add_product` of operands in ``dtype`` adds inside of the matrix product, so that the product takes
+    no memory of its own."""
     return dtype == wide_dtype(dtype) or (device.type == "cuda" and _sums_in_fp32(dtype))
 
 

@@ -62,9 +62,9 @@ def arrange(
     ``ranks``: of the axis that buckets are sharded over, which divides the length of every bucket.
     ``cuts``: a parameter of more than two buckets' size is cut, so that its reduction is, too.
     ``blocks``: the block of each parameter; a bucket then has parameters of one block only.
-    ``packs``: what the parameters of a pack have in common, None for others. A pack lies end to end, in its order. Where
-    parameters are not cut, neither are packs; one of more than a bucket's size, whose whole gradient would take too
-    much memory at once, is then no pack.
+    ``packs``: what the parameters of a pack have in common, None for others. A pack lies end to end, in its order.
+    Where parameters are not cut, packs are neither, and one larger than a bucket, whose whole gradient would take too
+    much memory at once, is none.
     """
     unit = ranks * ALIGNMENT
     piece = round_up(bucket_elements, unit)

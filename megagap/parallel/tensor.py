@@ -231,10 +231,10 @@ class RowParallelLinear(nn.Module):
 def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | None = None) -> tuple[Tensor, ...]:
     """The outputs of several layers for one input, the residual stream, which is gathered once for all of them.
 
-    As if each were called by itself. Where the weights lie end to end (:func:`~megagap.parallel.shard.pack`), it is one
-    product, whose columns the results are, and so are those of the backward pass if the gradients of the results are
-    columns of one tensor; else the input's gradient is accumulated inside the matrix products. ``again``: makes x in the
-    backward pass, which then does not keep it.
+    As if each were called by itself. Weights that lie end to end (:func:`~megagap.parallel.shard.pack`) are multiplied
+    as one: the results are columns of one tensor. So are their gradients, where they are columns of one tensor; else
+    the input's is accumulated inside of the matrix products. ``again``: makes x in the backward pass, which then does
+    not keep it.
     """
     first, weights = layers[0], [layer.weight for layer in layers]
     products: Sequence[Tensor]
@@ -377,8 +377,8 @@ def _weight_gradients(
     packed = as_one(grads, 1) if all(wanted) and len(known) == len(sinks) else None
     if packed is not None:
         known[0].add_product(packed, x, known[1:])
-        for sink in known:
-            sink.finished()
+        for its_sink in known:
+            its_sink.finished()
         return found
     for i, (sink, grad) in enumerate(zip(sinks, grads, strict=True)):
         if wanted[i] and sink is not None:

@@ -329,7 +329,9 @@ def in_a_store(packs: bool, deferring: bool) -> tuple[list[torch.Tensor], int]:
     """Two microbatches through three layers with one input: results and gradients, and how many products it took."""
     tp = TensorParallel(Mesh.single(), False, torch.float64)
     widths = [4, 3, 2]
-    layers = [ColumnParallelLinear(name, HIDDEN, width, tp, bias=True) for name, width in zip("abc", widths, strict=True)]
+    layers = [
+        ColumnParallelLinear(name, HIDDEN, width, tp, bias=True) for name, width in zip("abc", widths, strict=True)
+    ]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     for seed, parameter in enumerate(parameters):
         fill(parameter, random(*parameter.shape, seed=seed))

@@ -8,7 +8,6 @@ it is a function of numbers that are the same on every rank; the host reads the 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -23,15 +22,6 @@ NORMAL = 1.4826
 
 LEAST_SPREAD = 1e-4
 """Of a history, relative to its median: where numbers hardly vary, rounding is no spike."""
-
-
-class Reason(StrEnum):
-    """Why a step is reported or skipped, as events name it."""
-
-    NOT_FINITE = "loss or gradient norm not finite"
-    NO_GRADIENT = "no gradient"
-    NOT_REPEATED = "two computations of the step differ"
-    SPIKE = "spike"
 
 
 @dataclass(frozen=True)

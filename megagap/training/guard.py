@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megagap.config import Guard, Model
+from megagap.config import Guard, Model, Settings
+from megagap.errors import ConfigError
 from megagap.model.shapes import model_tensors
 from megagap.optim.clipping import squared_norm
 from megagap.optim.gradient_store import GradientStore
@@ -144,6 +145,16 @@ class StepGuard:
         """Before the first step of a phase: another mixture has another loss."""
         if self.history is not None:
             self.history.clear()
+
+
+def require_repeatable(settings: Settings, device: torch.device) -> None:
+    """Raises :class:`ConfigError` where steps that are computed twice would differ without a fault of the machine."""
+    every = settings.guard.replay_every
+    if every and device.type == "cuda" and not settings.train.deterministic:
+        raise ConfigError(
+            f"guard.replay_every = {every} compares steps bit for bit, which on GPUs need not repeat\n"
+            "  set train.deterministic = true, or guard.replay_every = 0."
+        )
 
 
 def layer_of(parameter: str) -> str:

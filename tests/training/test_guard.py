@@ -16,7 +16,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.optim.gradient_store import _Place
 from megagap.training import step as training_step
 from megagap.training.datasets import training_data
-from megagap.training.guard import NORMAL, History, StepGuard
+from megagap.training.guard import NORMAL, History, StepGuard, require_repeatable
 from tests.recipes import VOCABULARY, write_recipe
 from tests.training_run import train_recipe
 
@@ -357,3 +357,11 @@ def test_computing_steps_twice_changes_nothing(workers, tmp_path):
 def test_settings_of_spikes_without_spikes_are_refused(tmp_path, setting):
     with pytest.raises(ConfigError, match=r'applies only to guard\.spikes = "report" or "skip"'):
         load_recipe(write_recipe(tmp_path), [f"guard.{setting}"])
+
+
+def test_comparing_steps_needs_kernels_that_repeat(tmp_path):
+    recipe, gpu = write_recipe(tmp_path, guard={"replay_every": 100}), torch.device("cuda")
+    with pytest.raises(ConfigError, match=r"guard\.replay_every = 100 .*\n.*train\.deterministic = true"):
+        require_repeatable(load_recipe(recipe), gpu)
+    require_repeatable(load_recipe(recipe), torch.device("cpu"))
+    require_repeatable(load_recipe(recipe, ["train.deterministic=true"]), gpu)

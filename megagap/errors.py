@@ -99,7 +99,7 @@ class CompileError(MegagapError):
 
 
 class DivergedError(MegagapError):
-    """Training produced losses or gradients that are not finite, or no gradients, for too long."""
+    """Training produced losses or gradients that are not finite, none or spikes, for too many steps in a row."""
 
     kind = "training diverged"
 

@@ -18,6 +18,7 @@ from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.data.skipping import SampleNumbers
 from megagap.errors import DivergedError
+from megagap.observe.evidence import Reason
 from megagap.observe.run_directory import RunDirectory
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.parallel.collectives import all_reduce
@@ -26,16 +27,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import newest_checkpoint, start_over
 from megagap.timeline import Timeline
 from megagap.training.datasets import skipped_ranges
-from megagap.training.guard import Reason
 from megagap.training.step import TrainState, next_step_is_finite
-
-PROBLEMS = {
-    Reason.NOT_FINITE: "loss or gradients were not finite",
-    Reason.NO_GRADIENT: "all gradients were zero",
-    Reason.NOT_REPEATED: "two computations of a step differed",
-    Reason.SPIKE: "loss or gradient norm spiked",
-}
-"""Why steps are skipped, for messages."""
 
 SKIPPED, RESUMED = "skipped_step", "updates_resumed"
 """Events of a step without an update, and of the first one with an update after such steps."""
@@ -73,8 +65,7 @@ class SkippedSteps:
     @property
     def problem(self) -> str:
         """Why the last steps were skipped, in words."""
-        known = [text for reason, text in PROBLEMS.items() if reason in self.reasons]
-        return " or ".join(known) or "their updates were refused"
+        return " or ".join(reason for reason in Reason if reason in self.reasons) or "their updates were refused"
 
     @property
     def are_spikes(self) -> bool:

@@ -8,12 +8,12 @@ it is a function of numbers that are the same on every rank; the host reads the 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from megagap.config import Guard, Model
+from megagap.config import Guard, Model, Settings
+from megagap.errors import ConfigError
 from megagap.model.shapes import model_tensors
 from megagap.optim.clipping import squared_norm
 from megagap.optim.gradient_store import GradientStore
@@ -23,15 +23,6 @@ NORMAL = 1.4826
 
 LEAST_SPREAD = 1e-4
 """Of a history, relative to its median: where numbers hardly vary, rounding is no spike."""
-
-
-class Reason(StrEnum):
-    """Why a step is reported or skipped, as events name it."""
-
-    NOT_FINITE = "loss or gradient norm not finite"
-    NO_GRADIENT = "no gradient"
-    NOT_REPEATED = "two computations of the step differ"
-    SPIKE = "spike"
 
 
 @dataclass(frozen=True)
@@ -154,6 +145,16 @@ class StepGuard:
         """Before the first step of a phase: another mixture has another loss."""
         if self.history is not None:
             self.history.clear()
+
+
+def require_repeatable(settings: Settings, device: torch.device) -> None:
+    """Raises :class:`ConfigError` where steps that are computed twice would differ without a fault of the machine."""
+    every = settings.guard.replay_every
+    if every and device.type == "cuda" and not settings.train.deterministic:
+        raise ConfigError(
+            f"guard.replay_every = {every} compares steps bit for bit, which on GPUs need not repeat\n"
+            "  set train.deterministic = true, or guard.replay_every = 0."
+        )
 
 
 def layer_of(parameter: str) -> str:

@@ -11,6 +11,7 @@ from megagap.config import Settings
 from megagap.data.text_bytes import PredictedText
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
+from megagap.observe.evidence import Evidence, Numbers, Reason, reason_of
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
@@ -19,8 +20,6 @@ from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
 from megagap.timeline import Timeline
 from megagap.training.divergence import SkippedSteps, diverged
-from megagap.training.evidence import Evidence, Numbers, reason_of
-from megagap.training.guard import Reason
 from megagap.training.step import StepResult
 
 log = logging.getLogger(__name__)

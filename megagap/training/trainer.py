@@ -14,6 +14,7 @@ from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import build_stages, sharded_parameters
 from megagap.model.shapes import parameter_count
+from megagap.observe.evidence import Evidence
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
@@ -26,7 +27,7 @@ from megagap.timeline import Timeline
 from megagap.training.datasets import training_data, validation_data, validation_texts
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
-from megagap.training.evidence import Evidence
+from megagap.training.guard import require_repeatable
 from megagap.training.keeper import CheckpointKeeper
 from megagap.training.recorder import Recorder, due
 from megagap.training.step import StepResult, TrainState, train_step
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
+    require_repeatable(settings, mesh.device)
     source = find_source(settings, run, mesh)
     schedule_origin = require_loadable(settings, run, source)
     timeline = timeline_of(settings, schedule_origin)

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ import numpy as np
 from megagap.data.samples import Sample, TrainingData
 from megagap.files import write_bytes, writing
 from megagap.observe.run_directory import RunDirectory
-from megagap.training.guard import Reason
 
 log = logging.getLogger(__name__)
 
 Numbers = Mapping[str, Sequence[float]]
 """Of a step, as its host copy is read (:class:`megagap.training.step.HostCopy`)."""
+
+
+class Reason(StrEnum):
+    """Why a step is reported or skipped, as events name it."""
+
+    NOT_FINITE = "loss or gradient norm not finite"
+    NO_GRADIENT = "no gradient"
+    NOT_REPEATED = "two computations of the step differ"
+    SPIKE = "spike in loss or gradient norm"
 
 
 def reason_of(numbers: Numbers) -> Reason | None:

@@ -219,7 +219,7 @@ def _rank_memory(
             device,
             world_size,
             stage,
-            shares_input=stage.index > 0 and placement.places[stage.index - 1].rank == rank and placement.ranks > 1,
+            shares_input=stage.index > 0 and placement.places[stage.index - 1].rank == rank,
         )
         for stage in placement.stages_of(rank)
     ]

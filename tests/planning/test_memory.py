@@ -40,6 +40,7 @@ LAYOUTS = {
     "one process, sequences of 1,024": (1, {"train.sequence_length": 1024, "train.micro_batch_size": 1}),
     "one process, selective": (1, {"train.recompute": "selective"}),
     "one process, full": (1, {"train.recompute": "full"}),
+    "one process, zb-v": (1, {"parallel.schedule": "zb-v", "train.micro_batch_size": 1}),
     "tp 2": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
     "tp 2, sequence parallel": (2, {"parallel.tp": 2}),
     "pp 2": (2, {"parallel.pp": 2, "train.micro_batch_size": 1}),

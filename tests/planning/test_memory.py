@@ -102,7 +102,8 @@ def test_the_formula_holds_where_things_that_change_it_meet(workers, number):
     case, layout = CASES[number % len(CASES)], EVERY_LAYOUT[number % len(EVERY_LAYOUT)]
     row = activation_table.row_of(layout, case["schedule"])
     changes = {f"train.{name}": case[name] for name in ("precision", "sequence_length")}
-    changes |= {"model.num_hidden_layers": 4, "train.micro_batch_size": 2}
+    batch = row.changes.get("train.global_batch_size", activation_table.BASE["train"]["global_batch_size"]) // 4
+    changes |= {"model.num_hidden_layers": 4, "train.micro_batch_size": 1, "train.global_batch_size": batch}
     for rank in activation_table.measured(workers, row, case["recompute"], changes):
         require_activations(rank)
 

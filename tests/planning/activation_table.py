@@ -114,6 +114,7 @@ def main() -> None:
     off = max(abs(rank.activations - 1) for rank in worst)
     total = max(abs(rank.total - 1) for rank in worst)
     summary = f"Measured on {date.today():%Y-%m-%d}: activations at most {off:.1%} off, totals {total:.1%}."
+    summary = summary.replace("%", " %")
     print(summary)
     if not options.only:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)

@@ -51,6 +51,8 @@ class LayerMemory:
     """Whether normalised inputs of matrix products and the product of gate and up, are kept; not with ``selective``."""
     splits_sequence: bool
     """Sequence parallelism: what enters a region is gathered, what leaves it is scattered."""
+    is_compiled: bool = False
+    """Whether deferred weight gradients keep copies of what they read, since a graph reuses its memory."""
     inner_copy: int = 0
     """A weight's gradient of feed-forward, where it is computed before it is added to the sum."""
     query_copy: int = 0
@@ -100,15 +102,22 @@ class LayerMemory:
         moments: list[Held] = []
         gathered, summed = (self.A, self.R) if self.splits_sequence else (0, 0)
         again = int(not self.keeps_inputs)
+        copies = deferring and self.is_compiled
+        stays = deferring and not copies  # what deferred weight gradients read
 
         def moment(*temporary: int, with_weights: int = 0) -> None:
             """``with_weights``: what is there only where weight gradients are computed now."""
             weights = 0 if deferring else with_weights
             moments.append(Held(sum(kept.values()), sum(made.values()) + sum(temporary) + weights))
 
+        def copied(matrix: str, *read: int) -> None:
+            """What the gradients of a matrix's weights read, where they keep copies."""
+            if copies:
+                kept[f"copies for {matrix}"] = sum(read)
+
         def read_by_weights(gradient: str, *inputs: str) -> None:
-            """A matrix's backward pass has ended, but for the weights' gradients where they are deferred."""
-            if deferring:
+            """A matrix's backward pass has ended, but for its weights' gradients where these are deferred."""
+            if stays:
                 kept[f"gradient of {gradient}"] = made.pop(gradient)
             else:
                 drop(*inputs)
@@ -118,46 +127,43 @@ class LayerMemory:
                 (kept if name in kept else made).pop(name, None)
 
         # The down projection. The gradient of its output is the stream's, too, and read until the norm.
+        copied("down", self.F, self.R)
         moment(gathered, self.F, with_weights=again * self.F + self.inner_copy)
-        if deferring:
-            read_by_weights("output")
-        else:
-            drop("product")
+        read_by_weights("output", "product")
         made["of product"] = self.F
         # SwiGLU. With selective, gate and up make the product again.
         moment(2 * self.F)
-        drop("of product", *([] if deferring and again else ["gate and up"]))
+        drop("of product", *([] if stays and again else ["gate and up"]))
         made["gates"] = 2 * self.F
+        copied("gate and up", self.R, 2 * self.F)
         moment(self.A, summed, with_weights=again * self.R + gathered + self.inner_copy)
         read_by_weights("gates", "gates", "feed-forward's input")
         made["of feed-forward's input"] = self.R
         # The norm. With selective, the stream makes its output again.
         moment(self.R)
         drop("of feed-forward's input", "that norm", *([] if keeps_output_gradient else ["output"]))
-        if not (deferring and again):
+        if not (stays and again):
             drop("stream before feed-forward")
         made["attention's output"] = self.R
-        # The output projection. The gradient of its output is the stream's, too, and read until the norm.
+        # The output projection, likewise.
+        copied("output", self.Q, self.R)
         moment(gathered, self.Q, with_weights=self.query_copy)
-        if deferring:
-            read_by_weights("attention's output")
-        elif not self.attention.keeps_result:
-            drop("attention's result")
+        read_by_weights("attention's output", *([] if self.attention.keeps_result else ["attention's result"]))
         # Attention.
         moment(self.attention.arriving)
         moment(self.attention.backward)
-        drop("queries, keys, values", "attention's statistics", *([] if deferring else ["attention's result"]))
+        drop("queries, keys, values", "attention's statistics", *([] if stays else ["attention's result"]))
         moment(self.attention.leaving)
         made["rotated"] = self.Q + 2 * self.K
         moment(self.Q + self.K)
         made["projections"] = made.pop("rotated")
+        copied("queries, keys and values", self.R, made["projections"])
         moment(self.A, summed, with_weights=again * self.R + gathered + self.query_copy)
         read_by_weights("projections", "projections", "attention's input")
         made["of attention's input"] = self.R
         moment(self.R)
-        drop("its norm")
-        if not (deferring and again):
+        drop("its norm", "of attention's input")
+        if not (stays and again):
             drop("stream before attention")
-        drop("of attention's input")
         moment()
         return moments

@@ -219,7 +219,7 @@ def _rank_memory(
             device,
             world_size,
             stage,
-            shares_input=stage.index > 0 and placement.places[stage.index - 1].rank == rank and placement.ranks > 1,
+            shares_input=stage.index > 0 and placement.places[stage.index - 1].rank == rank,
         )
         for stage in placement.stages_of(rank)
     ]
@@ -355,6 +355,7 @@ class _Stage:
             attention=self._attention(parallel.context_mode),
             keeps_inputs=self.recompute != "selective",
             splits_sequence=self.splits_sequence,
+            is_compiled=train.compile,
             inner_copy=self._product_copy(self.inner),
             query_copy=self._product_copy(self.heads * model.head_dim),
         )
@@ -453,10 +454,12 @@ class _Stage:
         kept = others + self.saved - (self._border if self.has_head else 0)
         for layer in reversed(range(self.layers)):
             is_last = layer == self.layers - 1
-            # With full, it is computed again from what stays beside it; the first norm of a stage keeps what came in.
-            own = (0 if layer else self.R) if full else self.layer.saved
-            # A gradient that comes in stays. A deferred weight gradient of the last layer keeps it anyway.
-            incoming = 0 if self.has_head or deferring or is_last else self.R
+            # With full, it is computed again from what stays beside it, unless it is a graph, which drops that at once;
+            # the first norm of a stage keeps what came in.
+            inputs = self.R * (2 * self.layer.is_compiled if layer else 1)
+            own = inputs if full else self.layer.saved
+            # A gradient that comes in stays. A deferred weight gradient of the last layer keeps it anyway, or a copy.
+            incoming = 0 if self.has_head or is_last or (deferring and not self.layer.is_compiled) else self.R
             for step in self.layer.backward(deferring, keeps_output_gradient=is_last and not self.has_head):
                 name = f"backward of {'the last' if is_last else 'an earlier'} layer"
                 yield _Moment(name, kept - own + step.kept, step.made + incoming + held.backward(layer))

@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
         "intermediate_size": 176,
         "vocab_size": 512,
     },
-    "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 512},
+    "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 512},
 }
 """Few parameters, so that activations are most of the memory and little is computed."""
 
@@ -45,7 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp 2, ring": {"parallel.cp": 2, "parallel.context_mode": "ring"},
     "cp 2, alltoall": {"parallel.cp": 2, "parallel.context_mode": "alltoall"},
     "cp 2, allgather": {"parallel.cp": 2, "parallel.context_mode": "allgather"},
-    **{f"dp 2, zero {stage}": {"optim.zero": stage, "train.global_batch_size": 16} for stage in range(4)},
+    **{f"dp 2, zero {stage}": {"optim.zero": stage, "train.global_batch_size": 32} for stage in range(4)},
 }
 """With two pipeline ranks besides."""
 
@@ -114,6 +114,7 @@ def main() -> None:
     off = max(abs(rank.activations - 1) for rank in worst)
     total = max(abs(rank.total - 1) for rank in worst)
     summary = f"Measured on {date.today():%Y-%m-%d}: activations at most {off:.1%} off, totals {total:.1%}."
+    summary = summary.replace("%", " %")
     print(summary)
     if not options.only:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)

@@ -6,8 +6,11 @@ what the C library keeps of freed memory, whatever the layout. Nor buffers of th
 gloo copies what it reduces and scatters, NCCL has buffers of its own.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import tomli_w
 import torch
@@ -15,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagap.benchmark.step import first_step, random_batch
 from megagap.config import Settings, load_recipe, parse_overrides
+from megagap.parallel import opaque
 from megagap.planning.devices import load_device
 from megagap.planning.memory import RankMemory, memory_by_stage
 from megagap.planning.recording import Memory
 from megagap.process.rendezvous import Process
+from megagap.training import trainer
 from megagap.training.mesh import make_mesh
 from megagap.training.step import train_step
-from megagap.training.trainer import build_state
 
 # Large enough that the activations of the model, not small tensors, decide.
 SMALL: dict[str, Any] = {
@@ -82,6 +86,11 @@ class LiveStorages(TorchDispatchMode):
         super().__init__()
         self.memory = Memory()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Layers are compiled nevertheless, and what their graphs run is seen."""
+        return True
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         # A storage that is first seen in a view was made by no operation: it is gloo's.
@@ -94,9 +103,13 @@ class LiveStorages(TorchDispatchMode):
 
 def measure(rank: int, ranks: int, settings: Settings) -> Measured:
     """One step of the trainer's in this process, one of ``ranks``."""
+    return _measure(rank, ranks, settings, LiveStorages())
+
+
+def _measure(rank: int, ranks: int, settings: Settings, storages: LiveStorages) -> Measured:
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
-    with LiveStorages() as storages:
-        state = build_state(settings, mesh)
+    with storages:
+        state = trainer.build_state(settings, mesh)
         static = storages.memory.live
         batch = random_batch(settings, mesh, first_step(settings))
         storages.memory.peak = storages.memory.live
@@ -104,7 +117,23 @@ def measure(rank: int, ranks: int, settings: Settings) -> Measured:
     return Measured(static, storages.memory.peak)
 
 
-def compare(workers: Any, settings: Settings, ranks: int) -> list[Compared]:
+def measure_graphs(rank: int, ranks: int, settings: Settings) -> Measured:
+    """:func:`measure` of compiled layers, whose graphs run as they are: what a compiler makes of them is not seen."""
+    graphs_only = partial(trainer.compile_layers, backend="aot_eager")
+    kept, storages = opaque._kept, LiveStorages()
+
+    def followed(*arguments: Any) -> list[torch.Tensor]:
+        """Of an operation only results are seen, but these copies outlive it, too."""
+        tensors = kept(*arguments)
+        for tensor in tensors:
+            storages.memory.see(tensor)
+        return tensors
+
+    with patch.object(trainer, "compile_layers", graphs_only), patch.object(opaque, "_kept", followed):
+        return _measure(rank, ranks, settings, storages)
+
+
+def compare(workers: Any, settings: Settings, ranks: int, measure: Callable[..., Measured] = measure) -> list[Compared]:
     """Every rank of a layout. ``workers``: the pool of processes."""
     measured = workers.run(ranks, measure, settings)
     stages = memory_by_stage(settings, load_device("cpu"), ranks)

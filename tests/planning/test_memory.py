@@ -24,7 +24,7 @@ from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memor
 from megagap.planning.trace import trace_step
 from tests.parity.pairwise import pairwise
 from tests.planning import activation_table, memory_table
-from tests.planning.measured import SMALL, Compared, compare, settings_of
+from tests.planning.measured import SMALL, Compared, compare, measure_graphs, settings_of
 from tests.planning.test_trace import GAPERON, MEASURED_PEAK_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,9 @@ LAYOUTS = {
     "one process": (1, {}),
     "one process, bf16-mixed": (1, {"train.precision": "bf16-mixed"}),
     "one process, sequences of 1,024": (1, {"train.sequence_length": 1024, "train.micro_batch_size": 1}),
+    "one process, selective": (1, {"train.recompute": "selective"}),
+    "one process, full": (1, {"train.recompute": "full"}),
+    "one process, zb-v": (1, {"parallel.schedule": "zb-v", "train.micro_batch_size": 1}),
     "tp 2": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
     "tp 2, sequence parallel": (2, {"parallel.tp": 2}),
     "pp 2": (2, {"parallel.pp": 2, "train.micro_batch_size": 1}),
@@ -70,33 +73,50 @@ def test_every_rank_takes_what_the_formula_says(workers, tmp_path, layout):
         assert rank.measured.activations > rank.measured.peak / 4  # else the layout would not test them
 
 
-def require_close(rank: Compared) -> None:
+def require_activations(rank: Compared) -> None:
     assert rank.formula.static == pytest.approx(rank.measured.static, rel=0.005)
     assert rank.activations == pytest.approx(1, abs=0.05), rank
+
+
+def require_close(rank: Compared) -> None:
+    require_activations(rank)
     assert rank.total == pytest.approx(1, abs=0.02), rank
 
 
 CASES, _ = pairwise(
     {
-        "layout": [*activation_table.LAYOUTS, *activation_table.WITHOUT_PIPELINE],
+        "schedule": activation_table.SCHEDULES,
         "recompute": activation_table.RECOMPUTE,
         "precision": ["fp32", "bf16-mixed"],
-        "sequence_length": [512, 1024],  # attention in blocks, at least in fp32, and in torch's kernel
+        "sequence_length": [512, 1024],  # in fp32, attention in blocks, and in torch's kernel
     },
     lambda case: True,
 )
+EVERY_LAYOUT = [*activation_table.LAYOUTS, *activation_table.WITHOUT_PIPELINE]
 
 
 @needs_kernels
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_the_formula_holds_where_things_that_change_it_meet(workers, tmp_path, number):
-    """Every pair of layout, recomputation, precision and kernel of attention, with the schedules in turn."""
-    case = CASES[number]
-    recompute, schedule = case["recompute"], activation_table.SCHEDULES[number % len(activation_table.SCHEDULES)]
-    row = activation_table.row_of(case["layout"], schedule)
+@pytest.mark.parametrize("number", range(max(len(CASES), len(EVERY_LAYOUT))))
+def test_the_formula_holds_where_things_that_change_it_meet(workers, number):
+    """Every pair of schedule, recomputation, precision and kernel of attention; every layout."""
+    case, layout = CASES[number % len(CASES)], EVERY_LAYOUT[number % len(EVERY_LAYOUT)]
+    row = activation_table.row_of(layout, case["schedule"])
     changes = {f"train.{name}": case[name] for name in ("precision", "sequence_length")}
-    for rank in activation_table.measured(workers, row, recompute, {"model.num_hidden_layers": 4, **changes}):
-        require_close(rank)
+    batch = row.changes.get("train.global_batch_size", activation_table.BASE["train"]["global_batch_size"]) // 4
+    changes |= {"model.num_hidden_layers": 4, "train.micro_batch_size": 1, "train.global_batch_size": batch}
+    for rank in activation_table.measured(workers, row, case["recompute"], changes):
+        require_activations(rank)
+
+
+@needs_kernels
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_deferred_weight_gradients_of_compiled_layers_keep_copies(workers, tmp_path, schedule, recompute):
+    """Without, which is 1F1B, there are none. Sequences of a length at which attention is one operation of a graph."""
+    changes = {"parallel.pp": 2, "parallel.schedule": schedule, "train.compile": True, "train.recompute": recompute}
+    changes |= {"train.sequence_length": 1024, "train.micro_batch_size": 1, "train.global_batch_size": 4}
+    for rank in compare(workers, settings_of(tmp_path, 2, changes, activation_table.BASE), 2, measure_graphs):
+        require_activations(rank)
 
 
 @needs_kernels
@@ -105,7 +125,7 @@ def test_the_formula_holds_where_things_that_change_it_meet(workers, tmp_path, n
 def test_the_formula_holds_for_every_row_of_the_table(workers, row):
     for recompute in activation_table.RECOMPUTE:
         for rank in activation_table.measured(workers, row, recompute):
-            require_close(rank)
+            require_activations(rank)
 
 
 @needs_kernels

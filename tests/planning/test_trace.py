@@ -28,7 +28,7 @@ GAPERON = ROOT / "examples/recipes/gaperon-1b-one-gpu.toml"
 
 # Measured 2026-11-26 on one NVIDIA H200, torch 2.11.0+cu130, 4 x 4,096 tokens per microbatch, by tools/benchmark_mfu.py
 # --profile 3; kernels as torch's profiler lists them, memsets included. The H200's rates were not taken from it. Since
-# then q, k, v are one product, and gate, up are: three passes with three products less per layer, each with a memset; a
+# then the step has changed: FEWER_KERNELS, WHOLE_MASTERS.
 # copy of the values' gradient per layer more.
 MEASURED_SECONDS = {1: 0.252, 8: 1.967}
 MEASURED_MILLISECONDS = {

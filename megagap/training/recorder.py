@@ -11,6 +11,7 @@ from megagap.config import Settings
 from megagap.data.text_bytes import PredictedText
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
+from megagap.observe.insight import insight_record
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
@@ -113,22 +114,28 @@ class Recorder:
             if math.isfinite(value)  # not if the batch had nothing from the source
         }
         record = {"step": rest["step"], "loss": loss, **by_source, "grad_norm": norm, **rest, "skipped": not accepted}
+        insight = numbers.get("insight")
+        if insight is not None:
+            record |= insight_record(insight, self.settings.model.num_hidden_layers)
         self.skipped.count(record["step"], bool(accepted), self.run)
         steps = self.settings.train.steps
         shown = record["step"] == 1 or due(self.settings.run.log_every, record["step"], record["step"] == steps)
-        self._write(record)
+        self._write(record, to_tensorboard=insight is not None)
         if shown or not accepted:
             mean_seconds = sum(self.seconds) / len(self.seconds)
             log.info(console_line(record, steps, (steps - record["step"]) * mean_seconds))
         if self.skipped.total > MOST_SKIPPED:
             raise self.too_many_skipped(record["step"])
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any], to_tensorboard: bool = False) -> None:
+        """``to_tensorboard``: whether TensorBoard gets it, whatever its interval."""
         if self.metrics is not None:
             self.metrics.write(record)
         last = record["step"] == self.settings.train.steps
         if self.tensorboard is not None and (
-            due(self.settings.run.tensorboard_every, record["step"], last) or "validation_loss" in record
+            to_tensorboard
+            or due(self.settings.run.tensorboard_every, record["step"], last)
+            or "validation_loss" in record
         ):
             self.tensorboard.write(record)
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from megagap.config import Settings
 from megagap.data.loader import Batch
-from megagap.model.llama import LlamaStage
+from megagap.model.llama import LlamaStage, Watch
+from megagap.observe.insight import Insight
 from megagap.observe.spans import Spans
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
-from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.distributed import DistributedOptimizer, unobserved
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
@@ -103,12 +104,17 @@ class StepResult:
     requests: Tensor
     """How many ranks made each request."""
     lr: float
+    insight: Tensor | None = None
+    """What :meth:`Insight.over_world` returned, if it was this step's turn."""
     host: HostCopy = field(init=False)
     """All of these numbers, copied to the host as soon as they are computed."""
 
     def __post_init__(self) -> None:
         numbers = {"loss": self.loss, "grad_norm": self.grad_norm, "accepted": self.accepted}
-        object.__setattr__(self, "host", HostCopy(**numbers, source_losses=self.source_losses, requests=self.requests))
+        numbers |= {"source_losses": self.source_losses, "requests": self.requests}
+        if self.insight is not None:
+            numbers["insight"] = self.insight
+        object.__setattr__(self, "host", HostCopy(**numbers))
 
 
 class BoundStages:
@@ -121,11 +127,12 @@ class BoundStages:
         targets: Tensor,
         scale: Tensor,
         documents: Sequence[Documents] | Sequence[OwnDocuments] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """inputs, targets: [m, b, s / cp] of this rank's tokens; scale: factor that turns a sum over tokens into a
         share of the loss."""
         self.stages, self.inputs, self.targets, self.scale = stages, inputs, targets, scale
-        self.documents = documents
+        self.documents, self.watch = documents, watch
         self.queue = stages[0].queue
         self.length = inputs.shape[-1] * stages[0].tensor_parallel.mesh.cp.size
         """Tokens of a whole sequence."""
@@ -135,7 +142,8 @@ class BoundStages:
     def compute(self, chunk: int, microbatch: int, activation: Tensor | None) -> Tensor:
         stage = self.stages[chunk]
         x = self.inputs[microbatch] if activation is None else activation
-        y: Tensor = stage(x, self.length, documents=self.documents[microbatch] if self.documents else None)
+        documents = self.documents[microbatch] if self.documents else None
+        y: Tensor = stage(x, self.length, documents=documents, watch=self.watch)
         if not stage.has_head:
             return y
         loss, losses = stage.loss(y, self.targets[microbatch], self.scale)
@@ -159,7 +167,12 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     for stage in state.stages:
         stage.use_rope_theta(moment.rope_theta)
     state.spans.begin_step(state.step)
-    work = compute_gradients(state, batch, state.program(len(batch.tokens)), state.spans.span)
+    every = state.settings.run.insight_every
+    insight = None
+    if every and state.step % every == 0:
+        insight = Insight(state.settings.model.num_hidden_layers, mesh.device)
+    watch = insight.layer_output if insight else None
+    work = compute_gradients(state, batch, state.program(len(batch.tokens)), state.spans.span, watch)
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
@@ -168,17 +181,25 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     )
     norm = squared_norm.sqrt()
     accepted = accept_update(loss, norm)
-    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), accepted)
-    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, moment.lr)
+    updating = insight.updating if insight else unobserved
+    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), accepted, updating)
+    numbers = insight.over_world(mesh) if insight else None
+    return StepResult(loss, by_source[0] / by_source[1], norm, accepted, requests, moment.lr, numbers)
 
 
-def compute_gradients(state: TrainState, batch: Batch, program: list[Action], span: OpenSpan = no_span) -> BoundStages:
+def compute_gradients(
+    state: TrainState,
+    batch: Batch,
+    program: list[Action],
+    span: OpenSpan = no_span,
+    watch: Watch | None = None,
+) -> BoundStages:
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
     inputs, targets = (own_tokens(part, mesh.cp) for part in (inputs, targets))
     scale = 1 / count_targets(targets, mesh, all_count=batch.positions is None)
-    work = BoundStages(state.stages, inputs, targets, scale, own_documents(batch.documents, mesh.cp))
+    work = BoundStages(state.stages, inputs, targets, scale, own_documents(batch.documents, mesh.cp), watch)
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))

@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
+def due(every: int, step: int, last: bool = False) -> bool:
+    """Whether something done every so many steps (0: never), and at the ``last``, is due."""
+    return every > 0 and (last or step % every == 0)
+
+
 @dataclass(frozen=True)
 class Source:
     """A source of tokens; several prefixes are shards that are read one after another."""

@@ -3,7 +3,7 @@
 Parameter names are those of Hugging Face's ``LlamaForCausalLM``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement, VirtualStage
 from megagap.parallel.shard import Block, ShardedParameter
 from megagap.parallel.tensor import RowParallelLinear, TensorParallel
+
+Watch = Callable[[int, Tensor], None]
+"""Called with the number of a layer and the residual stream behind it, [b, s or s / tp, h]."""
 
 
 class Layer(nn.Module):
@@ -86,6 +89,7 @@ class LlamaStage(nn.Module):
         elif self.has_embedding:
             shard = vocab_shard("model.embed_tokens.weight", *vocabulary)
             self.embed_tokens = VocabParallelEmbedding(shard, tensor_parallel)
+        self.layer_numbers = stage.layers
         self.layers = nn.ModuleList(Layer(index, model, tensor_parallel, recompute) for index in stage.layers)
         if self.has_head:
             self.norm = RMSNorm("model.norm", model, tensor_parallel)
@@ -107,12 +111,14 @@ class LlamaStage(nn.Module):
         length: int,
         caches: list[KeyValueCache] | None = None,
         documents: Documents | OwnDocuments | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """``length``: tokens of a full sequence, which under sequence or context parallelism is not the length of x.
 
         ``caches``, one per layer, are for generation by a single process: they hold the tokens before x, which
         ``length`` counts too, and x is appended to them; the output is the last token's only, [b, 1, h]. With
         ``documents``, packed into the sequences, attention stays within each and positions count from its start.
+        ``watch`` is called behind each layer.
         """
         cos, sin = self.rotary_tables(length)
         if documents is None and self.tensor_parallel.mesh.cp.size > 1:
@@ -124,6 +130,9 @@ class LlamaStage(nn.Module):
         update = None
         for i, layer in enumerate(self.layers):
             x, update = self.call_layer(layer, x, update, cos, sin, caches[i] if caches else None, documents)
+            if watch is not None:
+                with torch.no_grad():
+                    watch(self.layer_numbers[i], x + update)
         if caches:
             x, update = x[:, -1:], update if update is None else update[:, -1:]
         if self.has_head:

@@ -1,16 +1,24 @@
 """The distributed optimizer: an update rule over the slices that this rank owns of the gradient store's buckets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
-from megagap.optim.gradient_store import GradientStore
+from megagap.optim.gradient_store import Bucket, GradientStore
 from megagap.optim.rules import RULES
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter, Slice
+
+Updating = Callable[[Bucket], AbstractContextManager[None]]
+"""What observes the update of a bucket."""
+
+
+def unobserved(bucket: Bucket) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class DistributedOptimizer:
@@ -42,23 +50,27 @@ class DistributedOptimizer:
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         """Updates made, counted on the device."""
 
-    def step(self, lr: float, divisor: Tensor, accept: Tensor) -> None:
-        """Update this rank's slices with gradients / ``divisor``, where ``accept`` (a device bool); start gathering."""
+    def step(self, lr: float, divisor: Tensor, accept: Tensor, updating: Updating = unobserved) -> None:
+        """Update this rank's slices with gradients / ``divisor``, where ``accept`` (a device bool); start gathering.
+
+        The update of each bucket is in a ``with updating(bucket)``.
+        """
         reject = (~accept).float()
         self._updates += accept
         # What the next forward pass needs first is updated first, and on its way while the rest is updated.
         for bucket, state in reversed(list(zip(self.store.buckets, self.states, strict=True))):
-            self._rule.update(
-                bucket.own_values,
-                bucket.remainder,
-                bucket.own_gradient,
-                state,
-                self._updates,
-                lr=lr,
-                divisor=divisor,
-                reject=reject,
-                decayed=bucket.kind.decayed,
-            )
+            with updating(bucket):
+                self._rule.update(
+                    bucket.own_values,
+                    bucket.remainder,
+                    bucket.own_gradient,
+                    state,
+                    self._updates,
+                    lr=lr,
+                    divisor=divisor,
+                    reject=reject,
+                    decayed=bucket.kind.decayed,
+                )
             bucket.publish()
 
     @property

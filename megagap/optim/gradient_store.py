@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megagap.ops.adjacent import as_one
 from megagap.ops.products import add_product, add_rows, adds_inside, set_product
-from megagap.ops.remainder import split_
+from megagap.ops.remainder import join, split_
 from megagap.ops.wide import wide_dtype
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range, arrange
 from megagap.optim.clipping import squared_norm
@@ -217,6 +217,10 @@ class Bucket:
     def is_complete(self) -> bool:
         """Whether all uses of its parameters have reported for every microbatch."""
         return not any(place.missing for place in self.places)
+
+    def masters(self) -> Tensor:
+        """This rank's slice of the weights as exactly as they are kept: a copy where they have a remainder."""
+        return join(self.own_values, self.remainder)
 
     # -- gradients
 

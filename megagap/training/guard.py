@@ -17,6 +17,7 @@ from megagap.errors import ConfigError
 from megagap.model.shapes import model_tensors
 from megagap.optim.clipping import squared_norm
 from megagap.optim.gradient_store import GradientStore
+from megagap.timeline import due
 
 NORMAL = 1.4826
 """A normal distribution's standard deviation in units of its median absolute deviation."""
@@ -106,11 +107,11 @@ class StepGuard:
 
     def is_repeated(self, step: int) -> bool:
         """Whether ``step`` is computed twice."""
-        return _is_due(self.settings.replay_every, step)
+        return due(self.settings.replay_every, step)
 
     def is_hashed(self, step: int) -> bool:
         """Whether the gradients of ``step`` are hashed."""
-        return self.is_repeated(step) or _is_due(self.settings.hash_every, step)
+        return self.is_repeated(step) or due(self.settings.hash_every, step)
 
     def squared_norms(self, store: GradientStore) -> Tensor:
         """This rank's share of the squared gradient norm of each of :attr:`layers`, or of all of them where spikes are
@@ -166,7 +167,3 @@ def layer_of(parameter: str) -> str:
 def layers_of(model: Model) -> list[str]:
     """:func:`layer_of` all parameters, in the order of the forward pass."""
     return list(dict.fromkeys(map(layer_of, model_tensors(model))))
-
-
-def _is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0

@@ -12,22 +12,18 @@ from megagap.data.text_bytes import PredictedText
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
 from megagap.observe.evidence import Evidence, Numbers, Reason, reason_of
+from megagap.observe.insight import insight_record
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.gradient_hash import as_text
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.mesh import Mesh
-from megagap.timeline import Timeline
+from megagap.timeline import Timeline, due
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.step import StepResult
 
 log = logging.getLogger(__name__)
-
-
-def due(every: int, step: int, last: bool) -> bool:
-    """Whether something done every so many steps (0: never), and at the end, is due."""
-    return every > 0 and (last or step % every == 0)
 
 
 class Recorder:
@@ -121,10 +117,13 @@ class Recorder:
         losses = {"loss": loss, **by_source, **z_loss}
         record = {"step": step, **losses, "grad_norm": norm, **rest, "skipped": not accepted}
         record |= guard_record(numbers)
+        insight = numbers.get("insight")
+        if insight is not None:
+            record |= insight_record(insight, self.settings.model.num_hidden_layers)
         self._report(step, accepted, numbers)
         steps = self.settings.train.steps
         shown = step == 1 or due(self.settings.run.log_every, step, step == steps)
-        self._write(record)
+        self._write(record, to_tensorboard=insight is not None)
         if shown or not accepted:
             mean_seconds = sum(self.seconds) / len(self.seconds)
             log.info(console_line(record, steps, (steps - step) * mean_seconds))
@@ -141,12 +140,15 @@ class Recorder:
             self.run.event("spike", step=step, **details)
         self.skipped.count(step, accepted, self.run, reason, details)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any], to_tensorboard: bool = False) -> None:
+        """``to_tensorboard``: whether TensorBoard gets it, whatever its interval."""
         if self.metrics is not None:
             self.metrics.write(record)
         last = record["step"] == self.settings.train.steps
         if self.tensorboard is not None and (
-            due(self.settings.run.tensorboard_every, record["step"], last) or "validation_loss" in record
+            to_tensorboard
+            or due(self.settings.run.tensorboard_every, record["step"], last)
+            or "validation_loss" in record
         ):
             self.tensorboard.write(record)
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from megagap.config import Settings
 from megagap.data.loader import Batch
-from megagap.model.llama import LlamaStage
+from megagap.model.llama import LlamaStage, Watch
+from megagap.observe.insight import Insight
 from megagap.observe.spans import Spans
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
-from megagap.optim.distributed import DistributedOptimizer
+from megagap.optim.distributed import DistributedOptimizer, unobserved
 from megagap.optim.gradient_hash import LocalHash, gradient_hash, hash_of, in_parts
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
@@ -22,7 +23,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.parallel.pipeline import Boundary, OpenSpan, execute, no_span
 from megagap.parallel.placement import Placement
 from megagap.parallel.program import programs_of
-from megagap.timeline import Moment, Timeline
+from megagap.timeline import Moment, Timeline, due
 from megagap.training.guard import StepGuard, Verdict, accept_update
 
 
@@ -116,12 +117,16 @@ class StepResult:
     requests: Tensor
     """How many ranks made each request."""
     lr: float
+    insight: Tensor | None = None
+    """What :meth:`Insight.over_world` returned, if it was this step's turn."""
     host: HostCopy = field(init=False)
     """All of these numbers, copied to the host as soon as they are computed."""
 
     def __post_init__(self) -> None:
         numbers = {"loss": self.loss, "source_losses": self.source_losses, "z_loss": self.z_loss}
         numbers |= {"grad_norm": self.grad_norm, **vars(self.verdict)}
+        if self.insight is not None:
+            numbers["insight"] = self.insight
         copy = HostCopy(
             **numbers,
             layer_norms=self.layer_norms,
@@ -143,11 +148,12 @@ class BoundStages:
         scale: Tensor,
         documents: Sequence[Documents] | Sequence[OwnDocuments] | None = None,
         z_loss: float = 0.0,
+        watch: Watch | None = None,
     ) -> None:
         """inputs, targets: [m, b, s / cp] of this rank's tokens; scale: factor that turns a sum over tokens into a
         share of the loss; z_loss: coefficient of each token's logsumexp²."""
         self.stages, self.inputs, self.targets, self.scale = stages, inputs, targets, scale
-        self.documents, self.z_loss = documents, z_loss
+        self.documents, self.z_loss, self.watch = documents, z_loss, watch
         self.queue = stages[0].queue
         self.length = inputs.shape[-1] * stages[0].tensor_parallel.mesh.cp.size
         """Tokens of a whole sequence."""
@@ -160,7 +166,8 @@ class BoundStages:
     def compute(self, chunk: int, microbatch: int, activation: Tensor | None) -> Tensor:
         stage = self.stages[chunk]
         x = self.inputs[microbatch] if activation is None else activation
-        y: Tensor = stage(x, self.length, documents=self.documents[microbatch] if self.documents else None)
+        documents = self.documents[microbatch] if self.documents else None
+        y: Tensor = stage(x, self.length, documents=documents, watch=self.watch)
         if not stage.has_head:
             return y
         loss, losses, z_losses = stage.loss(y, self.targets[microbatch], self.scale, self.z_loss)
@@ -189,10 +196,14 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
         guard.begin_phase()
     state.spans.begin_step(state.step)
     program, nothing = state.program(len(batch.tokens)), torch.zeros(0, device=mesh.device)
+    insight = None
+    if due(state.settings.run.insight_every, state.step):
+        insight = Insight(state.settings.model.num_hidden_layers, mesh.device)
+    watch = insight.layer_output if insight else None
     if guard.is_repeated(state.step):
-        work, differs = compute_gradients_twice(state, batch, program)
+        work, differs = compute_gradients_twice(state, batch, program, watch)
     else:
-        work, differs = compute_gradients(state, batch, program, state.spans.span), nothing
+        work, differs = compute_gradients(state, batch, program, state.spans.span, watch), nothing
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
@@ -204,19 +215,27 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     verdict = guard.judge(loss, norm, differing)
     hashed = guard.is_hashed(state.step)
     digest = in_parts(all_reduce(gradient_hash(optimizer.store), mesh.world)) if hashed else nothing
-    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), verdict.accepted)
+    updating = insight.updating if insight else unobserved
+    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), verdict.accepted, updating)
+    numbers = insight.over_world(mesh) if insight else None
     by_layer, by_source = squared_norms[: len(guard.layers)].sqrt(), by_source[0] / by_source[1]
-    return StepResult(loss, by_source, z_loss, norm, verdict, by_layer, differing, digest, requests, moment.lr)
+    return StepResult(loss, by_source, z_loss, norm, verdict, by_layer, differing, digest, requests, moment.lr, numbers)
 
 
-def compute_gradients(state: TrainState, batch: Batch, program: list[Action], span: OpenSpan = no_span) -> BoundStages:
+def compute_gradients(
+    state: TrainState,
+    batch: Batch,
+    program: list[Action],
+    span: OpenSpan = no_span,
+    watch: Watch | None = None,
+) -> BoundStages:
     """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
     inputs, targets = (own_tokens(part, mesh.cp) for part in (inputs, targets))
     scale = 1 / count_targets(targets, mesh, all_count=batch.positions is None)
     documents = own_documents(batch.documents, mesh.cp)
-    work = BoundStages(state.stages, inputs, targets, scale, documents, state.settings.train.z_loss)
+    work = BoundStages(state.stages, inputs, targets, scale, documents, state.settings.train.z_loss, watch)
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
@@ -225,7 +244,9 @@ def compute_gradients(state: TrainState, batch: Batch, program: list[Action], sp
     return work
 
 
-def compute_gradients_twice(state: TrainState, batch: Batch, program: list[Action]) -> tuple[BoundStages, Tensor]:
+def compute_gradients_twice(
+    state: TrainState, batch: Batch, program: list[Action], watch: Watch | None = None
+) -> tuple[BoundStages, Tensor]:
     """:func:`compute_gradients`, twice, to find silent data corruption.
 
     Also returns [world], fp32: 1 at this rank if its losses, or its own gradients before they are summed over data
@@ -235,7 +256,7 @@ def compute_gradients_twice(state: TrainState, batch: Batch, program: list[Actio
     for span in (no_span, state.spans.span):
         own = LocalHash(mesh.device)
         with own.of(state.optimizer.store):
-            work = compute_gradients(state, batch, program, span)
+            work = compute_gradients(state, batch, program, span, watch)
         found.append(torch.stack([own.value, hash_of(work.sequence_losses.flatten())]))
     differs = torch.zeros(mesh.world.size, device=mesh.device)
     differs[mesh.world.rank] = (found[0] != found[1]).any()

@@ -23,13 +23,13 @@ from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
 from megagap.resume.persistence import find_source, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
-from megagap.timeline import Timeline
+from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.evaluate import EvaluationStoppedError, evaluate
 from megagap.training.guard import require_repeatable
 from megagap.training.keeper import CheckpointKeeper
-from megagap.training.recorder import Recorder, due
+from megagap.training.recorder import Recorder
 from megagap.training.step import StepResult, TrainState, train_step
 from megagap.training.stop_requests import Requests
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from megagap.data.manifest import read_manifest
+from megagap.data.origins import Origins, UnknownOriginsError
 from megagap.data.partial import lock_pair
 from megagap.errors import DataError
 from megagap.preprocess import job, preprocess
@@ -129,6 +131,30 @@ def test_changed_inputs_are_refused(interrupted: dict[str, Any], inputs: list[st
     assert preprocess(**interrupted).pairs[0].documents > 200
 
 
+def test_a_run_that_an_earlier_version_began_is_continued_without_a_map_of_origins(
+    interrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = preprocess(**interrupted | {"output_prefix": str(tmp_path / "whole"), "resume": False}).pairs[0].prefix
+    journal = tmp_path / "out_text_document.partial.journal"
+    plan, *entries = journal.read_text().splitlines()
+    for i, entry in enumerate(map(json.loads, entries)):
+        for name in ("records", "kinds", "record_count"):
+            del entry[name]
+        for pair in entry["pairs"]:
+            del pair["bytes"], pair["position"]["origins"]
+        entries[i] = json.dumps(entry)
+    journal.write_text("\n".join([plan, *entries, ""]))
+    (tmp_path / "out_text_document.partial.origins").unlink()
+    prefix = preprocess(**interrupted).pairs[0].prefix
+    for ending in (".bin", ".idx"):
+        assert Path(prefix + ending).read_bytes() == Path(whole + ending).read_bytes()
+    manifest = read_manifest(prefix)
+    assert manifest and manifest.text_bytes is None and not Path(f"{prefix}.origins").exists()
+    assert [record.records is None for record in manifest.inputs] == [True, False, False]
+    with pytest.raises(UnknownOriginsError, match="has no map of origins"):
+        Origins(prefix)
+
+
 def test_touched_inputs_are_compared_by_content(interrupted: dict[str, Any], inputs: list[str]) -> None:
     for path in inputs:
         os.utime(path)
@@ -149,7 +175,7 @@ def test_damaged_partial_files_are_refused(interrupted: dict[str, Any], tmp_path
         preprocess(**interrupted)
 
 
-@pytest.mark.parametrize("part", ["tokens", "lengths"])
+@pytest.mark.parametrize("part", ["tokens", "lengths", "origins"])
 @pytest.mark.parametrize("dedup", [False, True])
 def test_files_damaged_after_all_was_read_are_refused(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, part: str, dedup: bool
@@ -171,6 +197,8 @@ def test_files_damaged_after_all_was_read_are_refused(
 def test_the_lock_ends_with_its_process_even_if_forked_ones_live_on(tmp_path: Path) -> None:
     program = """
 import os, sys, time
+from megagap.data.manifest import read_manifest
+from megagap.data.origins import Origins, UnknownOriginsError
 from megagap.data.partial import lock_pair
 lock = lock_pair(sys.argv[1])
 if not os.fork():

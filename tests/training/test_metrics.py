@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagap.config import load_recipe
-from tests.recipes import write_recipe
+from tests.recipes import write_recipe, write_tokens
 from tests.training_run import train_recipe
 
 
@@ -38,11 +38,17 @@ def test_every_step_has_the_keys_of_the_contract(workers, tmp_path):
         assert ("validation_loss" in m) == (m["step"] in (2, 3))
 
 
-def test_the_page_on_metrics_lists_every_key_and_no_other(workers, tmp_path):
+def test_the_page_on_metrics_lists_every_key_and_no_other(workers, tmp_path, tokenizer_folder):
     train = {"steps": 2, "evaluate_every": 2, "evaluate_samples": 2, "evaluate_first": True, "z_loss": 1e-4}
     guard = {"spikes": "report", "hash_every": 1, "replay_every": 2}
-    (metrics,) = workers.run(1, train_recipe, write_recipe(tmp_path, train=train, guard=guard), [])
+    # Of a byte-level BPE, so that the bytes of its tokens are known.
+    data = {"tokenizer": str(tokenizer_folder)}
+    for seed, name in enumerate(("fr", "en")):
+        write_tokens(tmp_path / f"{name}_text_document", seed, vocabulary=299)
+    recipe = write_recipe(tmp_path, train=train, data=data, guard=guard, run={"insight_every": 2})
+    (metrics,) = workers.run(1, train_recipe, recipe, [])
     written = {re.sub("/(fr|en)$", "/NAME", key) for record in metrics for key in record}
+    written = {re.sub(r"/(embed_tokens|layers\.\d+(\.norms)?|norm|lm_head)$", "/PART", key) for key in written}
     page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
     assert written == set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
 

@@ -1,0 +1,97 @@
+"""What every n-th step tells of each part of the model (``run.insight_every``): norms, changes, largest activations.
+
+A part is a layer's matrices and biases (``layers.3``), its norms' gains (``layers.3.norms``), the embedding
+(``embed_tokens``), the last norm (``norm``) or the output projection (``lm_head``, unless it is tied). Each element of
+a parameter is counted by the one rank that owns it, so the sums over the world are those of the global tensors, in
+every layout. Nothing here waits for the device: the numbers travel with the step's others.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagap.optim.clipping import squared_norm
+from megagap.optim.gradient_store import Bucket
+from megagap.parallel.collectives import all_reduce
+from megagap.parallel.mesh import Mesh
+
+NORMS = ("weight_norm", "gradient_norm", "update_norm")
+CHANGED, LARGEST = "changed", "activation_max"
+
+
+def model_parts(layers: int) -> list[str]:
+    """The parts of a model of so many layers, in the order of the model."""
+    of_layers = [name for i in range(layers) for name in (f"layers.{i}", f"layers.{i}.norms")]
+    return ["embed_tokens", *of_layers, "norm", "lm_head"]
+
+
+def part_of(parameter: str) -> str:
+    """The part that a parameter, by its Hugging Face name, belongs to."""
+    kind, *rest = parameter.removeprefix("model.").split(".")
+    if kind != "layers":
+        return kind
+    number, *modules = rest
+    return f"layers.{number}.norms" if any("norm" in module for module in modules) else f"layers.{number}"
+
+
+class Insight:
+    """Measures one step on this rank: its forward passes, and the update of each bucket.
+
+    Meanwhile there are two fp32 copies of the slice of the bucket that is being updated.
+    """
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self._numbers = {part: i for i, part in enumerate(model_parts(layers))}
+        self._sums = torch.zeros(len(NORMS) + 2, len(self._numbers), device=device)
+        """[5, parts] Of this rank's elements: squares of weights, gradients and updates, how many changed, how many."""
+        self._largest = torch.zeros(layers, device=device)
+
+    def layer_output(self, layer: int, output: Tensor) -> None:
+        """``output``: the residual stream behind a layer, for one microbatch."""
+        self._largest[layer] = torch.maximum(self._largest[layer], output.abs().amax().float())
+
+    @contextmanager
+    def updating(self, bucket: Bucket) -> Iterator[None]:
+        """Around the update of a bucket whose gradient is complete."""
+        if not bucket.is_owned:
+            yield
+            return
+        self._add_squares(1, bucket, bucket.own_gradient)
+        before, values = bucket.masters().clone(), bucket.own_values.clone()
+        yield
+        weights = bucket.masters()
+        self._add_squares(0, bucket, weights)
+        self._add_squares(2, bucket, torch.sub(weights, before, out=before))
+        for part in bucket.slices(CHANGED, bucket.own_values != values):
+            number = self._numbers[part_of(part.shard.name)]
+            self._sums[3, number] += part.tensor.count_nonzero()
+            self._sums[4, number] += part.tensor.numel()
+
+    def _add_squares(self, row: int, bucket: Bucket, values: Tensor) -> None:
+        for part in bucket.slices(NORMS[row], values):
+            self._sums[row, self._numbers[part_of(part.shard.name)]] += squared_norm([part.tensor])
+
+    def over_world(self, mesh: Mesh) -> Tensor:
+        """All numbers of the step, the same on every rank, fp32 on the device; :func:`insight_record` names them."""
+        sums = all_reduce(self._sums, mesh.world)
+        largest = all_reduce(self._largest, mesh.world, dist.ReduceOp.MAX)
+        return torch.cat([sums[:3].sqrt().flatten(), sums[3] / sums[4], largest])
+
+
+def insight_record(numbers: Sequence[float], layers: int) -> dict[str, float]:
+    """What metrics.jsonl has of ``numbers``, those of :meth:`Insight.over_world`: ``weight_norm/layers.0`` and so on.
+
+    A tied output projection, which is the embedding, is left out.
+    """
+    parts = model_parts(layers)
+    keys = [f"{name}/{part}" for name in (*NORMS, CHANGED) for part in parts]
+    keys += [f"{LARGEST}/layers.{i}" for i in range(layers)]
+    record = dict(zip(keys, numbers, strict=True))
+    if math.isnan(record[f"{CHANGED}/lm_head"]):  # 0 / 0: there is none
+        for name in (*NORMS, CHANGED):
+            del record[f"{name}/lm_head"]
+    return record

@@ -77,56 +77,105 @@ struct WithRemainder {
   }
 };
 
-template <typename Parameter>
-MEGAGAP_INLINE void adamw_run(const Parameter& parameter, float* exp_avg, float* exp_avg_sq, const float* grad,
-                              int64_t size, const AdamW form) {
+// Both moments. words: null, or random bits of each element, and of a vector more: the lower half for the first.
+template <typename M>
+struct Moments {
+  M *exp_avg, *exp_avg_sq;
+  const uint32_t* words;
+
+  template <typename Count>
+  MEGAGAP_INLINE void set(int64_t i, Vec first, Vec second, Count count) const {
+    if constexpr (std::is_same_v<M, BFloat16>) {
+      UVec random;
+      std::memcpy(&random, words + i, sizeof(random));
+      store(exp_avg + i, stochastically_rounded(first, random), count);
+      store(exp_avg_sq + i, stochastically_rounded(second, random >> 16), count);
+    } else {
+      store(exp_avg + i, first, count);
+      store(exp_avg_sq + i, second, count);
+    }
+  }
+};
+
+template <typename Parameter, typename M>
+MEGAGAP_INLINE void adamw_run(const Parameter& parameter, const Moments<M>& moments, const float* grad, int64_t size,
+                              const AdamW form) {
   const float step_size = form.lr / form.first_correction, second_root = std::sqrt(form.second_correction);
   const float kept = 1.0f - form.lr * form.weight_decay;
   for_each_vector(size, [&](int64_t i, auto count) {
     const Vec g = load(grad + i, count) / form.grad_divisor;
-    const Vec m_before = load(exp_avg + i, count);
+    const Vec m_before = load(moments.exp_avg + i, count);
     const Vec m = m_before + (g - m_before) * (1.0f - form.beta1);
-    const Vec v = load(exp_avg_sq + i, count) * form.beta2 + (1.0f - form.beta2) * (g * g);
+    const Vec v = load(moments.exp_avg_sq + i, count) * form.beta2 + (1.0f - form.beta2) * (g * g);
     const Vec decayed = parameter.get(i, count) * kept;
-    store(exp_avg + i, m, count);
-    store(exp_avg_sq + i, v, count);
+    moments.set(i, m, v, count);
     parameter.set(i, decayed - step_size * (m / (sqrt(v) / second_root + form.eps)), count);
   });
 }
 
-// Stochastically, in runs of elements that are neighbours in the global tensor, too. A counter has two bytes for each
-// of eight of them.
-inline void adamw_stochastic(BFloat16* parameter, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first,
-                             int64_t size, const AdamW& form) {
-  constexpr int64_t kRun = 1024, kShare = 8;
-  uint32_t words[(kRun + kShare + kShare * W + W) / 2] = {};
+constexpr int64_t kRun = 1024;
+
+// Random bits of a run of elements that are neighbours in the global tensor, too; a counter has those of kShare.
+template <int64_t kShare>
+struct RandomBits {
+  uint32_t words[4 * ((kRun + kShare) / kShare + 2 * W)];
+
+  // Returns how many elements before `element` they begin.
+  MEGAGAP_INLINE int64_t fill(const AdamW& form, uint32_t stream, int64_t element, int64_t size) {
+    const int64_t skipped = element % kShare;
+    for (int64_t done = 0; done < skipped + size; done += kShare * W) {
+      random_words(static_cast<uint64_t>(form.rounding.key), form.step, stream,
+                   static_cast<uint64_t>((element + done) / kShare), words + done * 4 / kShare);
+    }
+    return skipped;
+  }
+};
+
+// The update of elements [first, first + size) in runs, where some of what they are kept in is rounded stochastically.
+template <typename T, typename M>
+MEGAGAP_INLINE void adamw_stochastic(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const float* grad,
+                                     int64_t first, int64_t size, const AdamW form) {
+  RandomBits<8> of_parameter = {};  // stream 0
+  RandomBits<4> of_moments = {};    // stream 1
   const Rounding& place = form.rounding;
   for (int64_t i = first, size_of_run; i < first + size; i += size_of_run) {
     const int64_t row = (place.first + i) / place.columns, column = (place.first + i) % place.columns;
-    const int64_t element = place.offset + row * place.pitch + column, skipped = element % kShare;
+    const int64_t element = place.offset + row * place.pitch + column;
     const int64_t left_in_row = place.columns == place.pitch ? kRun : place.columns - column;
     size_of_run = std::min({first + size - i, left_in_row, kRun});
-    for (int64_t done = 0; done < skipped + size_of_run; done += kShare * W) {
-      random_words(static_cast<uint64_t>(place.key), form.step, 0,
-                   static_cast<uint64_t>((element + done) / kShare), words + done / 2);
+    Moments<M> moments{exp_avg + i, exp_avg_sq + i, nullptr};
+    if constexpr (std::is_same_v<M, BFloat16>) {
+      moments.words = of_moments.words + of_moments.fill(form, 1, element, size_of_run);
     }
-    const Stochastic run{parameter + i, reinterpret_cast<const uint16_t*>(words) + skipped};
-    adamw_run(run, exp_avg + i, exp_avg_sq + i, grad + i, size_of_run, form);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (remainder != nullptr) {
+        adamw_run(WithRemainder{parameter + i, remainder + i}, moments, grad + i, size_of_run, form);
+      } else {
+        const int64_t skipped = of_parameter.fill(form, 0, element, size_of_run);
+        const Stochastic run{parameter + i, reinterpret_cast<const uint16_t*>(of_parameter.words) + skipped};
+        adamw_run(run, moments, grad + i, size_of_run, form);
+      }
+    } else {
+      adamw_run(Nearest<T>{parameter + i}, moments, grad + i, size_of_run, form);
+    }
   }
 }
 
-template <typename T>
-void adamw(T* parameter, uint16_t* remainder, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first,
+// Moments in bfloat16 are rounded stochastically.
+template <typename T, typename M>
+void adamw(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const float* grad, int64_t first,
            int64_t size, const AdamW& given) {
   const AdamW form = given;  // a copy: as far as the compiler knows, stores to the buffers might change the one given
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (remainder != nullptr) {
-      const WithRemainder run{parameter + first, remainder + first};
-      return adamw_run(run, exp_avg + first, exp_avg_sq + first, grad + first, size, form);
-    }
-    if (form.stochastic) {
-      return adamw_stochastic(parameter, exp_avg, exp_avg_sq, grad, first, size, form);
-    }
+  if (form.stochastic) {
+    return adamw_stochastic(parameter, remainder, exp_avg, exp_avg_sq, grad, first, size, form);
   }
-  adamw_run(Nearest<T>{parameter + first}, exp_avg + first, exp_avg_sq + first, grad + first, size, form);
+  if constexpr (std::is_same_v<M, float>) {
+    const Moments<M> moments{exp_avg + first, exp_avg_sq + first, nullptr};
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (remainder != nullptr) {
+        return adamw_run(WithRemainder{parameter + first, remainder + first}, moments, grad + first, size, form);
+      }
+    }
+    adamw_run(Nearest<T>{parameter + first}, moments, grad + first, size, form);
+  }
 }

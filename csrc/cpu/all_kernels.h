@@ -19,7 +19,7 @@ const Kernels<T>& kernels() {
   static constexpr Kernels<T> all = {
       rms_norm<T>,      rms_norm_backward<T>, rotary<T>,
       swiglu<T>,        swiglu_backward<T>,   cross_entropy<T>,
-      cross_entropy_gradient<T>, adamw<T>,
+      cross_entropy_gradient<T>, adamw<T, float>, adamw<T, BFloat16>,
   };
   return all;
 }

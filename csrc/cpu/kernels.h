@@ -97,10 +97,12 @@ struct Kernels {
   void (*cross_entropy)(const T* logits, int64_t target, int64_t size, float* maximum, float* sum, float* at_target);
   void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float factor,
                                  float scale);
-  // adamw.h: elements [first, first + size) of flat buffers, which start at the pointers.
-  // remainder: null, or that of a parameter in bfloat16.
+  // adamw.h: elements [first, first + size) of flat buffers, which start at the pointers. remainder: null, or that of a
+  // parameter in bfloat16. Moments in bfloat16 are rounded stochastically.
   void (*adamw)(T* parameter, uint16_t* remainder, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first,
                 int64_t size, const AdamW& form);
+  void (*adamw_bfloat16)(T* parameter, uint16_t* remainder, BFloat16* exp_avg, BFloat16* exp_avg_sq, const float* grad,
+                         int64_t first, int64_t size, const AdamW& form);
 };
 
 // Those for the instruction set that torch has chosen (ATEN_CPU_CAPABILITY overrides it, as for torch's own).

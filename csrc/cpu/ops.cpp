@@ -449,14 +449,16 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
     TORCH_CHECK_VALUE(state.is_contiguous() && state.numel() == parameter.numel(),
                       "adamw_: parameter, moments and gradient must be contiguous and of one size");
   }
-  TORCH_CHECK_TYPE(exp_avg.scalar_type() == at::kFloat && exp_avg_sq.scalar_type() == at::kFloat,
-                   "adamw_: the moments must be float32");
+  const bool wide_moments = exp_avg.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(exp_avg.scalar_type() == exp_avg_sq.scalar_type() &&
+                       (wide_moments || (exp_avg.scalar_type() == at::kBFloat16 && rounding)),
+                   "adamw_: the moments must be float32, or bfloat16 with the place of an element");
   TORCH_CHECK_TYPE(parameter.scalar_type() != at::kHalf, "adamw_: parameters are float32 or bfloat16");
   TORCH_CHECK_TYPE(!remainder || (parameter.scalar_type() == at::kBFloat16 && remainder->scalar_type() == at::kShort),
                    "adamw_: a remainder is in int16, of a parameter in bfloat16");
-  TORCH_CHECK_VALUE(!remainder || !rounding, "adamw_: a parameter with a remainder is not rounded");
-  TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && parameter.scalar_type() == at::kBFloat16),
-                    "adamw_: the place of an element has five numbers, to round bfloat16 parameters");
+  const bool rounded = !wide_moments || (parameter.scalar_type() == at::kBFloat16 && !remainder);
+  TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && rounded),
+                    "adamw_: the place of an element has five numbers, to round bfloat16 without a remainder");
   if (found_inf.item<float>() != 0) {
     return;
   }
@@ -477,8 +479,14 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   for_dtype(parameter, [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, parameter.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernels<T>().adamw(data<T>(parameter), remainder ? data<uint16_t>(*remainder) : nullptr, data<float>(exp_avg),
-                         data<float>(exp_avg_sq), data<float>(grad), begin, end - begin, form);
+      uint16_t* rest = remainder ? data<uint16_t>(*remainder) : nullptr;
+      if (wide_moments) {
+        kernels<T>().adamw(data<T>(parameter), rest, data<float>(exp_avg), data<float>(exp_avg_sq), data<float>(grad),
+                           begin, end - begin, form);
+      } else {
+        kernels<T>().adamw_bfloat16(data<T>(parameter), rest, data<BFloat16>(exp_avg), data<BFloat16>(exp_avg_sq),
+                                    data<float>(grad), begin, end - begin, form);
+      }
     });
   });
 }

@@ -6,9 +6,13 @@
 namespace megagap::gpu {
 namespace {
 
-constexpr int kAdamBlock = 256;
+constexpr int kAdamBlock = 256;  // threads
+constexpr int kAdamBlocks = 2;   // at once on a multiprocessor: for more of them, nvcc would spill registers
 constexpr int kAdamWidth = 4;   // elements: 16 bytes of float, 8 of bfloat16
-constexpr int kAdamChunks = 2;  // that a thread has in flight
+
+// Chunks that a thread has in flight. Random bits take the registers of one.
+template <bool kStochastic>
+constexpr int kAdamChunks = kStochastic ? 1 : 2;
 
 struct AdamSettings {
   double lr, beta1, beta2;
@@ -44,40 +48,43 @@ MEGAGAP_DEVICE Words philox(uint64_t key, uint32_t step, uint32_t stream, uint64
   return {c0, c1, c2, c3};
 }
 
-// The random bits of consecutive elements of a buffer: a counter has 16 of each of eight neighbours in the global tensor.
+// The random bits of consecutive elements of a buffer: a counter has those of kShare neighbours in the global tensor, 16
+// or 32 of each.
+template <int kShare>
 class RandomBits {
  public:
   MEGAGAP_DEVICE RandomBits(const Rounding& place, uint32_t step, int64_t index)
-      : key_(static_cast<uint64_t>(place.key)), step_(step) {
+      : place_(place), step_(step) {
     const int64_t local = place.first + index;
     const bool is_whole = place.columns == place.pitch;  // then rows follow each other, and no division is needed
     const int64_t row = is_whole ? 0 : local / place.columns;
     left_ = is_whole ? INT64_MAX : (row + 1) * place.columns - local;
-    columns_ = place.columns;
-    gap_ = place.pitch - place.columns;
-    element_ = place.offset + local + row * gap_;
+    element_ = place.offset + local + row * (place.pitch - place.columns);
   }
 
   MEGAGAP_DEVICE uint32_t next() {
-    if (counter_ != element_ / 8) {
-      counter_ = element_ / 8;
-      words_ = philox(key_, step_, 0, static_cast<uint64_t>(counter_));
+    if (counter_ != element_ / kShare) {
+      counter_ = element_ / kShare;
+      const uint32_t stream = kShare == 8 ? 0 : 1;
+      words_ = philox(static_cast<uint64_t>(place_.key), step_, stream, static_cast<uint64_t>(counter_));
     }
-    const uint32_t low = element_ & 2 ? words_.word1 : words_.word0;
-    const uint32_t high = element_ & 2 ? words_.word3 : words_.word2;
-    const uint32_t word = element_ & 4 ? high : low, bits = element_ & 1 ? word >> 16 : word & 0xffffu;
+    const int64_t number = element_ * 4 / kShare;
+    const uint32_t low = number & 1 ? words_.word1 : words_.word0;
+    const uint32_t high = number & 1 ? words_.word3 : words_.word2;
+    const uint32_t word = number & 2 ? high : low;
+    const uint32_t bits = kShare == 4 ? word : element_ & 1 ? word >> 16 : word & 0xffffu;
     ++element_;
     if (--left_ == 0) {
-      left_ = columns_;
-      element_ += gap_;
+      left_ = place_.columns;
+      element_ += place_.pitch - place_.columns;
     }
     return bits;
   }
 
  private:
-  uint64_t key_;
+  const Rounding& place_;  // a parameter of the kernel: takes no registers
   uint32_t step_;
-  int64_t element_, left_, columns_, gap_;
+  int64_t element_, left_;
   int64_t counter_ = -1;
   Words words_ = {};
 };
@@ -108,7 +115,7 @@ MEGAGAP_DEVICE AdamElement adam_update(AdamElement old, float grad, float step_s
   return {old.parameter * settings.decay - step_size * first / denominator, first, second};
 }
 
-// remainder: null, or that of a parameter in bfloat16, which is then not rounded at random.
+// remainder: null, or that of a parameter in bfloat16.
 template <typename P, typename M, typename G>
 struct AdamBuffers {
   P* parameter;
@@ -135,24 +142,32 @@ struct AdamChunk {
   }
 
   // Updates the elements, which are those from `index` on, in the buffers.
-  template <typename Update>
+  template <bool kStochastic, typename Update>
   MEGAGAP_DEVICE void store_updated(const AdamBuffers<P, M, G>& buffers, int64_t index, const Update& update,
-                                    RandomBits random, bool stochastic) const {
+                                    const Rounding& place, uint32_t update_number) const {
     Chunk<P, kWidth> to_value;
     Chunk<Bits16, kWidth> to_rest;
     Chunk<M, kWidth> to_first, to_second;
     const bool split = sizeof(P) == 2 && buffers.remainder != nullptr;
+    RandomBits<8> of_parameter(place, update_number, index);
+    RandomBits<4> of_moments(place, update_number, index);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const float old = joined(values.element(i), rests.element(i).bits);
-      const AdamElement now = update({old, firsts.get(i), seconds.get(i)}, grads.get(i));
+      AdamElement now = update({old, firsts.get(i), seconds.get(i)}, grads.get(i));
       if (split) {
         // All NaN become one: of some, the upper half is a number.
         const uint32_t bits = now.parameter == now.parameter ? __float_as_uint(now.parameter) : 0x7fc00000u;
         to_value.set_bits(i, (bits + 0x8000u) >> 16);
         to_rest.set_bits(i, bits & 0xffffu);
       } else {
-        to_value.set(i, sizeof(P) == 2 && stochastic ? round_at_random(now.parameter, random.next()) : now.parameter);
+        constexpr bool kAtRandom = sizeof(P) == 2 && kStochastic;
+        to_value.set(i, kAtRandom ? round_at_random(now.parameter, of_parameter.next()) : now.parameter);
+      }
+      if (sizeof(M) == 2 && kStochastic) {
+        const uint32_t random = of_moments.next();
+        now.exp_avg = round_at_random(now.exp_avg, random & 0xffffu);
+        now.exp_avg_sq = round_at_random(now.exp_avg_sq, random >> 16);
       }
       to_first.set(i, now.exp_avg);
       to_second.set(i, now.exp_avg_sq);
@@ -164,11 +179,12 @@ struct AdamChunk {
   }
 };
 
-template <typename P, typename M, typename G, int kWidth>
-__global__ void __launch_bounds__(kAdamBlock)
+// kStochastic: what is rounded is rounded at random.
+template <typename P, typename M, typename G, int kWidth, bool kStochastic>
+__global__ void __launch_bounds__(kAdamBlock, kAdamBlocks)
     adamw_kernel(AdamBuffers<P, M, G> buffers, const float* __restrict__ grad_scale,
                  const float* __restrict__ found_inf, const float* __restrict__ step, int64_t size,
-                 AdamSettings settings, bool stochastic, Rounding place) {
+                 AdamSettings settings, Rounding place) {
   __shared__ float shared[2];
   if (*found_inf != 0.0f) return;  // the same for all threads
   if (threadIdx.x == 0) {
@@ -182,35 +198,36 @@ __global__ void __launch_bounds__(kAdamBlock)
     return adam_update(old, gradient / divisor, step_size, root2, settings);
   };
 
+  constexpr int kChunks = kAdamChunks<kStochastic>;
   constexpr int64_t kStep = int64_t{kAdamBlock} * kWidth;
-  for (int64_t block = int64_t{blockIdx.x} * kAdamChunks * kStep; block < size;
-       block += int64_t{gridDim.x} * kAdamChunks * kStep) {
+  for (int64_t block = int64_t{blockIdx.x} * kChunks * kStep; block < size;
+       block += int64_t{gridDim.x} * kChunks * kStep) {
     const int64_t mine = block + int64_t{threadIdx.x} * kWidth;
-    AdamChunk<P, M, G, kWidth> chunks[kAdamChunks];
+    AdamChunk<P, M, G, kWidth> chunks[kChunks];
 #pragma unroll
-    for (int k = 0; k < kAdamChunks; ++k) {
+    for (int k = 0; k < kChunks; ++k) {
       const int64_t index = mine + k * kStep;
       if (index + kWidth <= size) chunks[k].load_from(buffers, index);
     }
 #pragma unroll
-    for (int k = 0; k < kAdamChunks; ++k) {
+    for (int k = 0; k < kChunks; ++k) {
       const int64_t index = mine + k * kStep;
       if (index + kWidth > size) continue;
-      chunks[k].store_updated(buffers, index, update, RandomBits(place, update_number, index), stochastic);
+      chunks[k].template store_updated<kStochastic>(buffers, index, update, place, update_number);
     }
     // What is left at the end: fewer elements than a chunk.
     const int64_t rest = size - size % kWidth + threadIdx.x;
-    if (kWidth > 1 && block + kAdamChunks * kStep >= size && rest < size) {
+    if (kWidth > 1 && block + kChunks * kStep >= size && rest < size) {
       AdamChunk<P, M, G, 1> chunk;
       chunk.load_from(buffers, rest);
-      chunk.store_updated(buffers, rest, update, RandomBits(place, update_number, rest), stochastic);
+      chunk.template store_updated<kStochastic>(buffers, rest, update, place, update_number);
     }
   }
 }
 
-template <typename P, typename M, typename G>
+template <typename P, typename M, typename G, bool kStochastic>
 int adamw(void* parameter, void* remainder, void* exp_avg, void* exp_avg_sq, const void* grad, const float* grad_scale,
-          const float* found_inf, const float* step, int64_t size, const AdamSettings& settings, bool stochastic,
+          const float* found_inf, const float* step, int64_t size, const AdamSettings& settings,
           const Rounding& place, void* stream) {
   const AdamBuffers<P, M, G> buffers = {static_cast<P*>(parameter), static_cast<Bits16*>(remainder),
                                         static_cast<M*>(exp_avg), static_cast<M*>(exp_avg_sq),
@@ -218,9 +235,10 @@ int adamw(void* parameter, void* remainder, void* exp_avg, void* exp_avg_sq, con
   const bool whole = aligned_for<kAdamWidth>(buffers.parameter) && aligned_for<kAdamWidth>(buffers.remainder) &&
                      aligned_for<kAdamWidth>(buffers.exp_avg) && aligned_for<kAdamWidth>(buffers.exp_avg_sq) &&
                      aligned_for<kAdamWidth>(buffers.grad);
-  return launch(whole ? adamw_kernel<P, M, G, kAdamWidth> : adamw_kernel<P, M, G, 1>,
-                ceil_divide(size, int64_t{kAdamBlock} * kAdamChunks * (whole ? kAdamWidth : 1)), dim3(kAdamBlock),
-                stream, buffers, grad_scale, found_inf, step, size, settings, stochastic, place);
+  const int64_t block_elements = int64_t{kAdamBlock} * kAdamChunks<kStochastic> * (whole ? kAdamWidth : 1);
+  return launch(whole ? adamw_kernel<P, M, G, kAdamWidth, kStochastic> : adamw_kernel<P, M, G, 1, kStochastic>,
+                ceil_divide(size, block_elements), dim3(kAdamBlock), stream, buffers, grad_scale, found_inf, step, size,
+                settings, place);
 }
 
 }  // namespace
@@ -238,20 +256,33 @@ extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_t
   const megagap::gpu::Rounding place =
       rounding == nullptr ? megagap::gpu::Rounding{0, 0, 1, 1, 0}
                           : megagap::gpu::Rounding{rounding[0], rounding[1], rounding[2], rounding[3], rounding[4]};
-  const auto run = [&](auto* kernels) {
-    return size == 0 ? 0
-                     : kernels(parameter, remainder, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size,
-                               settings, rounding != nullptr, place, stream);
-  };
   if (remainder != nullptr && parameter_type != kMegagapBFloat16) return kMegagapUnsupported;
+  if (size == 0) return 0;
+  const auto run = [&](auto* kernels) {
+    return kernels(parameter, remainder, exp_avg, exp_avg_sq, grad, grad_scale, found_inf, step, size, settings, place,
+                   stream);
+  };
   const auto types = [&](int p, int m, int g) { return parameter_type == p && moment_type == m && grad_type == g; };
-  if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<float, float, float>);
-  if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<float, float, BFloat16>);
-  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(megagap::gpu::adamw<BFloat16, float, float>);
-  if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) return run(megagap::gpu::adamw<BFloat16, float, BFloat16>);
-  if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapFloat)) return run(megagap::gpu::adamw<BFloat16, BFloat16, float>);
-  if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapBFloat16)) {
-    return run(megagap::gpu::adamw<BFloat16, BFloat16, BFloat16>);
+  namespace gpu = megagap::gpu;
+  if (rounding == nullptr) {
+    if (types(kMegagapFloat, kMegagapFloat, kMegagapFloat)) return run(gpu::adamw<float, float, float, false>);
+    if (types(kMegagapFloat, kMegagapFloat, kMegagapBFloat16)) return run(gpu::adamw<float, float, BFloat16, false>);
+    if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(gpu::adamw<BFloat16, float, float, false>);
+    if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) {
+      return run(gpu::adamw<BFloat16, float, BFloat16, false>);
+    }
+  } else {
+    if (types(kMegagapFloat, kMegagapBFloat16, kMegagapFloat)) return run(gpu::adamw<float, BFloat16, float, true>);
+    if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(gpu::adamw<BFloat16, float, float, true>);
+    if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) {
+      return run(gpu::adamw<BFloat16, float, BFloat16, true>);
+    }
+    if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapFloat)) {
+      return run(gpu::adamw<BFloat16, BFloat16, float, true>);
+    }
+    if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapBFloat16)) {
+      return run(gpu::adamw<BFloat16, BFloat16, BFloat16, true>);
+    }
   }
   return kMegagapUnsupported;
 }

@@ -367,12 +367,15 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
                       "adamw_: parameter, moments and gradient must be contiguous and of one shape, not ",
                       parameter.sizes(), " and ", tensor.sizes());
   }
-  TORCH_CHECK_TYPE(exp_avg.scalar_type() == exp_avg_sq.scalar_type(), "adamw_: moments of two types");
-  TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && parameter.scalar_type() == at::kBFloat16),
-                    "adamw_: the place of an element has five numbers, to round bfloat16 parameters");
+  TORCH_CHECK_TYPE(exp_avg.scalar_type() == exp_avg_sq.scalar_type() &&
+                       (exp_avg.scalar_type() == at::kFloat || (exp_avg.scalar_type() == at::kBFloat16 && rounding)),
+                   "adamw_: the moments must be float32, or bfloat16 with the place of an element");
   TORCH_CHECK_TYPE(!remainder || (parameter.scalar_type() == at::kBFloat16 && remainder->scalar_type() == at::kShort),
                    "adamw_: a remainder is in int16, of a parameter in bfloat16");
-  TORCH_CHECK_VALUE(!remainder || !rounding, "adamw_: a parameter with a remainder is not rounded");
+  const bool rounded =
+      exp_avg.scalar_type() == at::kBFloat16 || (parameter.scalar_type() == at::kBFloat16 && !remainder);
+  TORCH_CHECK_VALUE(!rounding || (rounding->size() == 5 && rounded),
+                    "adamw_: the place of an element has five numbers, to round bfloat16 without a remainder");
   check_floats("adamw_", grad_scale, 1, "grad_scale");
   check_floats("adamw_", found_inf, 1, "found_inf");
   check_floats("adamw_", step, 1, "step");

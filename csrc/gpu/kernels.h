@@ -66,9 +66,10 @@ int megagap_gpu_cross_entropy_rows_gradient(int type, void* logits, const int64_
 int megagap_gpu_cross_entropy(int type, void* logits, const int64_t* targets, const float* scale, float z_loss,
                               float* statistics, int64_t rows, int64_t size, int64_t stride, void* stream);
 
-// AdamW over flat [size]. grad_scale, found_inf, step: one float each on the device. Moments in bfloat16 go with a
-// parameter in bfloat16. `rounding`, unless null: that parameter is rounded up or down at random, with the bits of this
-// place. `remainder`, unless null: 16 bits [size] that make it a float (ops/remainder.py); then `rounding` is not used.
+// AdamW over flat [size]. grad_scale, found_inf, step: one float each on the device. `remainder`, unless null: 16 bits
+// [size] that make a parameter in bfloat16 a float (ops/remainder.py). `rounding`, unless null: what else is in bfloat16,
+// parameter or moments, is rounded up or down at random, with the bits of this place, else to the nearest. Moments in
+// bfloat16 need it.
 int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                       void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                       const float* step, int64_t size, double lr, double beta1, double beta2, double eps,

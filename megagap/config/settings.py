@@ -203,6 +203,8 @@ class Optim(Section):
     """AdamW's decay rates of the moments."""
     eps: AboveZero = 1e-8
     """AdamW's epsilon."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW's moments are kept in; `bf16`, rounded stochastically, saves 4 bytes per parameter."""
     clip_grad: NonNegative = 1.0
     """Maximum global gradient norm; 0: no clipping."""
     zero: Literal[0, 1, 2, 3] = 1
@@ -336,7 +338,7 @@ class FlopParts:
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "optim": {"rounding": "nearest", "moments_dtype": "fp32"},
+    "optim": {"rounding": "nearest"},
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},
 }

@@ -1,58 +1,14 @@
 """AdamW's update of a flat buffer (Loshchilov & Hutter 2019, algorithm 2) in one pass over memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from megagap.ops import compiled
+from megagap.ops.random_bits import MOMENTS, PARAMETER, Segment, round_stochastically_
 from megagap.ops.remainder import join, split_
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive elements of a flat buffer that are a part of one parameter, for rounding them stochastically.
-
-    The random bits are a function of key, update number and an element's index in the global tensor, so that they do
-    not depend on how tensors are cut, put into buffers and spread over ranks.
-    """
-
-    begin: int
-    end: int
-    """Elements [begin, end) of the buffer."""
-    key: int
-    """Of the seed and the parameter's name, 64 bits; see :meth:`of`."""
-    first: int
-    """Index of the first of them in the rank's rectangle of the global tensor, flattened row by row."""
-    columns: int
-    """Of the rectangle; with several dimensions, elements of a row of the first."""
-    pitch: int
-    """The same of the global tensor."""
-    offset: int
-    """Index of the rectangle's first element in the global tensor, flattened row by row."""
-
-    @classmethod
-    def of(
-        cls,
-        seed: int,
-        name: str,
-        shape: Sequence[int],
-        offsets: Sequence[int],
-        sizes: Sequence[int],
-        *,
-        first: int,
-        begin: int,
-        end: int,
-    ) -> "Segment":
-        """Of elements [first, first + end - begin) of a rank's rectangle of a tensor of one or two dimensions."""
-        assert 1 <= len(shape) == len(offsets) == len(sizes) <= 2, (name, shape)
-        key = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little", signed=True)
-        pitch = shape[1] if len(shape) == 2 else 1
-        columns = sizes[1] if len(shape) == 2 else 1
-        offset = offsets[0] * pitch + (offsets[1] if len(shape) == 2 else 0)
-        return cls(begin, end, key, first, columns, pitch, offset)
+from megagap.ops.wide import wide
 
 
 def adamw_(
@@ -68,33 +24,35 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    stochastic: Sequence[Segment] = (),
+    stochastic: Sequence[Segment] | None = None,
     remainder: Tensor | None = None,
 ) -> None:
     """One update in place, with ``grad / divisor``; all flat, contiguous and of one size.
 
-    parameter: fp32; or bf16 with the ``remainder``, int16, of an fp32 master (``remainder.py``); or bf16 without, then
-    rounded to the nearest, or stochastically (Gupta et al. 2015, section 3.1) in the segments of ``stochastic``, if
-    there are any; what is in none is padding, and stays as it is. Moments: fp32. ``divisor``, ``reject`` and
-    ``updates`` (their number, this one included) are fp32 device scalars; where ``reject`` is 1 nothing changes,
-    without a host sync on GPU.
+    parameter: fp32; or bf16 with the ``remainder``, int16, of an fp32 master (``remainder.py``); or bf16 without.
+    Moments: both fp32, or both bf16. What is bf16, but for a parameter with a remainder, is rounded to the nearest or,
+    in the segments of ``stochastic``, up or down at random (Gupta et al. 2015, section 3.1). What is in none of them is
+    padding, and stays as it is. Moments in bf16 need them. ``divisor``, ``reject`` and ``updates`` (their number, this
+    one included) are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on GPU.
     """
+    assert stochastic is not None or exp_avg.dtype != torch.bfloat16, "small changes of a moment would be lost"
     if compiled.supports(parameter) and parameter.dtype != torch.float16:
         numbers = (divisor, reject, updates, lr, *betas, eps, weight_decay)
-        if not stochastic:
+        if stochastic is None:
             torch.ops.megagap.adamw_(parameter, exp_avg, exp_avg_sq, grad, *numbers, None, remainder)
+            return
         for segment in stochastic:
-            state = (x[segment.begin : segment.end] for x in (parameter, exp_avg, exp_avg_sq, grad))
-            place = (segment.key, segment.first, segment.columns, segment.pitch, segment.offset)
-            torch.ops.megagap.adamw_(*state, *numbers, place)
+            part = slice(segment.begin, segment.end)
+            state = (x[part] for x in (parameter, exp_avg, exp_avg_sq, grad))
+            rest = None if remainder is None else remainder[part]
+            torch.ops.megagap.adamw_(*state, *numbers, segment.place, rest)
         return
-    assert not stochastic, "stochastic rounding needs the compiled kernel"
-    master = join(parameter, remainder)
+    master, average, square = (wide(x) for x in (join(parameter, remainder), exp_avg, exp_avg_sq))
     torch._fused_adamw_(
         [master],
         [grad],
-        [exp_avg],
-        [exp_avg_sq],
+        [average],
+        [square],
         [],
         [updates],
         grad_scale=divisor,
@@ -107,8 +65,17 @@ def adamw_(
         eps=eps,
         maximize=False,
     )
-    if remainder is not None:
+    is_rounded = remainder is None and parameter is not master
+    if remainder is not None or (is_rounded and stochastic is None):
         split_(master, parameter, remainder)
+    for segment in stochastic or ():
+        part = slice(segment.begin, segment.end)
+        if is_rounded:
+            round_stochastically_(master[part], segment.random_bits(updates, PARAMETER), parameter[part])
+        if exp_avg is not average:
+            random = segment.random_bits(updates, MOMENTS)
+            round_stochastically_(average[part], random & 0xFFFF, exp_avg[part])
+            round_stochastically_(square[part], random >> 16, exp_avg_sq[part])
 
 
 def _no_shapes(

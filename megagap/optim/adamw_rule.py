@@ -1,22 +1,31 @@
 """AdamW (Loshchilov & Hutter 2019, algorithm 2) as an update rule."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megagap.config import Optim
 from megagap.ops import adamw_
+from megagap.ops.random_bits import Segment
 
 
 class AdamW:
-    """Its state: both moments, fp32."""
+    """Its state: both moments, fp32, or bf16 and rounded stochastically (``optim.moments_dtype``).
+
+    Rounding to nearest would not do: of 8 significant bits, a second moment that falls by a factor of 0.999 per update
+    would be rounded back to what it was.
+    """
 
     wants_matrices = False
 
     def __init__(self, optim: Optim) -> None:
         self._optim = optim
+        self._are_small = optim.moments_dtype == "bf16"
 
     def new_state(self, gradient: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
+        dtype = torch.bfloat16 if self._are_small else gradient.dtype
+        return {kind: torch.zeros_like(gradient, dtype=dtype) for kind in ("exp_avg", "exp_avg_sq")}
 
     def update(
         self,
@@ -25,6 +34,7 @@ class AdamW:
         gradient: Tensor,
         state: dict[str, Tensor],
         updates: Tensor,
+        segments: Sequence[Segment],
         *,
         lr: float,
         divisor: Tensor,
@@ -43,5 +53,6 @@ class AdamW:
             betas=self._optim.betas,
             eps=self._optim.eps,
             weight_decay=self._optim.weight_decay if decayed else 0.0,
+            stochastic=segments if self._are_small else None,
             remainder=remainder,
         )

@@ -32,8 +32,9 @@ class DistributedOptimizer:
         dtype: torch.dtype = torch.float32,
         bucket_elements: int = BUCKET_ELEMENTS,
         blocks: Sequence[Sequence[Block]] = (),
+        seed: int = 0,
     ) -> None:
-        """``parameters``, ``blocks``: see :class:`GradientStore`."""
+        """``parameters``, ``blocks``: see :class:`GradientStore`. ``seed``: of rounding stochastically."""
         self.store = GradientStore(
             parameters,
             mesh,
@@ -47,6 +48,7 @@ class DistributedOptimizer:
         assert not self._rule.wants_matrices, "the store hands out slices of any shape"
         self.states = [self._rule.new_state(bucket.own_gradient) for bucket in self.store.buckets]
         """The rule's state of each bucket's slice, by kind."""
+        self._segments = [bucket.segments(seed) for bucket in self.store.buckets]
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         """Updates made, counted on the device."""
 
@@ -58,7 +60,8 @@ class DistributedOptimizer:
         reject = (~accept).float()
         self._updates += accept
         # What the next forward pass needs first is updated first, and on its way while the rest is updated.
-        for bucket, state in reversed(list(zip(self.store.buckets, self.states, strict=True))):
+        owned = list(zip(self.store.buckets, self.states, self._segments, strict=True))
+        for bucket, state, segments in reversed(owned):
             with updating(bucket):
                 self._rule.update(
                     bucket.own_values,
@@ -66,6 +69,7 @@ class DistributedOptimizer:
                     bucket.own_gradient,
                     state,
                     self._updates,
+                    segments,
                     lr=lr,
                     divisor=divisor,
                     reject=reject,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megagap.ops.adjacent import as_one
 from megagap.ops.products import add_product, add_rows, adds_inside, set_product
+from megagap.ops.random_bits import Segment
 from megagap.ops.remainder import join, split_
 from megagap.ops.wide import wide_dtype
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range, arrange
@@ -340,14 +341,35 @@ class Bucket:
         """The parts of parameters in a full-size gradient [n]."""
         return self._slices("gradient", full, slice(0, self.values.numel()))
 
+    def segments(self, seed: int) -> list[Segment]:
+        """The same parts, for rounding them stochastically."""
+        return [
+            Segment.of(
+                seed,
+                shard.name,
+                shard.shape,
+                shard.offsets,
+                shard.sizes,
+                first=first,
+                begin=part.start,
+                end=part.stop,
+            )
+            for shard, first, part in self._real_parts(self.own)
+        ]
+
     def _slices(self, kind: str, tensor: Tensor, within: slice, remainder: Tensor | None = None) -> Iterator[Slice]:
+        for shard, first, part in self._real_parts(within):
+            rest = None if remainder is None else remainder[part]
+            yield Slice(kind, shard, first, first + part.stop - part.start, tensor[part], rest)
+
+    def _real_parts(self, within: slice) -> Iterator[tuple[Shard, int, slice]]:
+        """For each parameter with elements, without padding, in a part of the bucket: its record, its first element
+        there, and where they are in the part."""
         for place, here, there in self._parts(within):
             stop = min(there.stop, place.parameter.shard.numel)
             if there.start < stop:
-                first = here.start - within.start
-                part = slice(first, first + stop - there.start)
-                rest = None if remainder is None else remainder[part]
-                yield Slice(kind, place.parameter.shard, there.start, stop, tensor[part], rest)
+                begin = here.start - within.start
+                yield place.parameter.shard, there.start, slice(begin, begin + stop - there.start)
 
 
 class GradientStore:

@@ -1,11 +1,12 @@
 """Update rules: what an optimizer does with a gradient. A new one is a file like ``adamw_rule.py`` and a line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from megagap.config import Optim
+from megagap.ops.random_bits import Segment
 from megagap.optim.adamw_rule import AdamW
 
 
@@ -27,6 +28,7 @@ class UpdateRule(Protocol):
         gradient: Tensor,
         state: dict[str, Tensor],
         updates: Tensor,
+        segments: Sequence[Segment],
         *,
         lr: float,
         divisor: Tensor,
@@ -36,7 +38,8 @@ class UpdateRule(Protocol):
         """Update a slice in place with ``gradient / divisor``, unless the device scalar ``reject`` is 1.
 
         Its fp32 masters are ``join(values, remainder)`` (``ops/remainder.py``). ``updates``: number of updates, this
-        one included, fp32 device scalar; of no meaning where ``reject`` is 1. ``decayed``: weight decay applies.
+        one included, fp32 device scalar; of no meaning where ``reject`` is 1. ``segments``: the parts of parameters
+        in the slice, for rounding stochastically. ``decayed``: weight decay applies.
         """
         ...
 

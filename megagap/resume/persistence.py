@@ -155,8 +155,11 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     log_model_changes(changes, run, folder)
     is_own, mode = folder.parent == run.checkpoints, _mode(state.settings, run, folder)
     has_moments = mode != "model+data"
-    slices = [part for part in state.optimizer.slices(owned_only=False) if has_moments or part.kind == "weight"]
-    load_slices(folder, index, slices, may_grow=vocabulary_tensors(state.settings.model))
+    slices = state.optimizer.slices(owned_only=False)
+    may_grow = vocabulary_tensors(state.settings.model)
+    load_slices(folder, index, [part for part in slices if part.kind == "weight"], may_grow=may_grow)
+    if has_moments:  # in the dtype that optim.moments_dtype asks for now
+        load_slices(folder, index, [part for part in slices if part.kind != "weight"], cast=True, may_grow=may_grow)
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates if has_moments else 0
     if state.guard.history is not None:

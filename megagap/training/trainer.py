@@ -189,7 +189,7 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     dtype, blocks = COMPUTE_DTYPES[settings.train.precision], [stage.blocks() for stage in stages]
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, blocks=blocks)
+    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, blocks=blocks, seed=settings.train.seed)
     return TrainState(settings, mesh, placement, stages, optimizer, timeline)
 
 

@@ -209,7 +209,7 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(text, val
         (["parallel.tp=1,two"], "parallel.tp = two  must be a whole number"),
         (["parallel.tp=0"], "parallel.tp = 0  must be at least 1"),
         (["train.precision=fp32,fp8"], 'train.precision = fp8  must be one of "fp32", "bf16-mixed"'),
-        (["optim.moments_dtype=fp32,bf16"], "optim.moments_dtype = bf16  not yet supported"),
+        (["optim.rounding=nearest,stochastic"], "optim.rounding = stochastic  not yet supported"),
     ],
 )
 def test_faulty_items_are_named_with_what_is_right(items, message):

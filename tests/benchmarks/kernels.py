@@ -34,7 +34,7 @@ from torch import Tensor
 
 from megagap import ops
 from megagap.ops import compiled
-from megagap.ops.adamw import Segment
+from megagap.ops.random_bits import Segment
 from megagap.process.allocator import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

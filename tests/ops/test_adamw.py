@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megagap.ops import adamw_, compiled
-from megagap.ops.adamw import Segment
+from megagap.ops.random_bits import Segment
 from megagap.ops.remainder import join, split_
 from tests.ops.test_remainder import all_kinds_of_numbers
 
@@ -10,7 +10,7 @@ needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled 
 NUMBERS = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
-def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, stochastic=(), remainder=None):
+def update(state, grad, *, divisor=1.0, reject=0.0, lr=1e-2, stochastic=None, remainder=None):
     parameter, first, second, updates = state
     updates += 1 - reject
     adamw_(
@@ -25,8 +25,8 @@ def segment(size, seed=3, name="weight"):
     return Segment.of(seed, name, (size,), (0,), (size,), first=0, begin=0, end=size)
 
 
-def fresh(parameter):
-    zeros = torch.zeros(parameter.shape)
+def fresh(parameter, moments=torch.float32):
+    zeros = torch.zeros(parameter.shape, dtype=moments)
     return parameter.clone(), zeros.clone(), zeros.clone(), torch.zeros(())
 
 
@@ -113,14 +113,14 @@ CUTS = {
 
 @needs_kernels
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("slices", [1, 3])
-def test_bits_of_stochastic_rounding_are_the_same_however_the_tensor_is_cut(cut, slices):
+@pytest.mark.parametrize(("slices", "moments"), [(1, torch.float32), (3, torch.float32), (3, torch.bfloat16)])
+def test_bits_of_stochastic_rounding_are_the_same_however_the_tensor_is_cut(cut, slices, moments):
     """Over tp by rows or columns, then over data ranks, beside another parameter, at any place of a buffer."""
     whole, grad = torch.randn(ROWS, COLUMNS).bfloat16(), torch.randn(ROWS, COLUMNS)
-    once = fresh(whole.flatten())
+    once = fresh(whole.flatten(), moments)
     place = Segment.of(7, "w", whole.shape, (0, 0), whole.shape, first=0, begin=0, end=whole.numel())
     update(once, grad.flatten(), stochastic=[place])
-    expected = once[0].view(ROWS, COLUMNS)
+    expected = [part.view(ROWS, COLUMNS) for part in once[:3]]
     for offsets, sizes in zip(*CUTS[cut], strict=True):
         rectangle = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
         values, gradients = whole[rectangle].flatten(), grad[rectangle].flatten()
@@ -129,15 +129,16 @@ def test_bits_of_stochastic_rounding_are_the_same_however_the_tensor_is_cut(cut,
             first, count, before = int(part[0]), len(part), 5 + int(part[0]) % 3
             buffer, towards = torch.full((before + count + 2,), 3.0).bfloat16(), torch.ones(before + count + 2)
             buffer[before : before + count], towards[before : before + count] = values[part], gradients[part]
-            state = fresh(buffer)
+            state = fresh(buffer, moments)
             segments = [
                 Segment.of(7, "other", (before,), (0,), (before,), first=0, begin=0, end=before),
                 Segment.of(7, "w", whole.shape, offsets, sizes, first=first, begin=before, end=before + count),
             ]
             update(state, towards, stochastic=segments)
             assert torch.equal(state[0][before + count :], buffer[before + count :])
-            found.append(state[0][before : before + count])
-        assert torch.equal(torch.cat(found).view(sizes), expected[rectangle])
+            found.append([part[before : before + count] for part in state[:3]])
+        for parts, wanted in zip(zip(*found, strict=True), expected, strict=True):
+            assert torch.equal(torch.cat(parts).view(sizes), wanted[rectangle])
 
 
 @needs_kernels
@@ -153,6 +154,7 @@ def test_values_that_are_not_finite_stay_so_under_stochastic_rounding():
     [
         (lambda s: (s[0], s[1][:5], s[2], s[3]), "of one size"),
         (lambda s: (s[0], s[1].bfloat16(), s[2], s[3]), "moments must be float32"),
+        (lambda s: (s[0], s[1].bfloat16(), s[2].bfloat16(), s[3]), "bfloat16 with the place of an element"),
         (lambda s: (s[0].double(), *s[1:]), "float32"),
     ],
 )
@@ -194,3 +196,54 @@ def test_an_update_of_nothing_keeps_every_kind_of_master(monkeypatch, kernels):
     )  # fmt: skip
     assert torch.equal(parameter.view(torch.int16), before[0].view(torch.int16))
     assert torch.equal(remainder, before[1])
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_moment_in_bf16_falls_as_in_fp32_on_average(monkeypatch, kernels, dtype):
+    """Rounded to the nearest it would not fall at all: 0.999 is nearer to 1 than to the bf16 number below."""
+    monkeypatch.setattr(compiled, "supports", lambda *tensors: kernels and compiled.AVAILABLE)
+    size, updates = 20_000, 8
+    parameter, remainder = torch.ones(size, dtype=dtype), torch.zeros(size, dtype=torch.int16)
+    first, second = torch.full((size,), -3.0).bfloat16(), torch.ones(size).bfloat16()
+    for step in range(1, 1 + updates):
+        adamw_(
+            parameter, first, second, torch.zeros(size), divisor=torch.ones(()), reject=torch.zeros(()),
+            updates=torch.tensor(float(step)), lr=1e-3, betas=(0.999, 0.999), eps=1e-8, weight_decay=0.0,
+            stochastic=[segment(size)], remainder=remainder if dtype == torch.bfloat16 else None,
+        )  # fmt: skip
+    for moment, start in ((first, -3.0), (second, 1.0)):
+        assert moment.unique().numel() > 1
+        assert moment.double().mean().item() / start == pytest.approx(0.999**updates, abs=2e-4)
+
+
+@needs_kernels
+def test_kernels_and_plain_torch_round_with_the_same_random_bits(monkeypatch):
+    """Where both compute the same before: with gradients of 1 or -1 and no moments, weights move by lr."""
+    size, lr = 5000, 2**-9
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=generator).bfloat16()
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+    place = Segment.of(2, "w", (500, 40), (3, 7), (250, 20), first=0, begin=0, end=size)
+    for grad, beta in ((signs, 0.0), (torch.randn(size, generator=generator), 0.0)):
+        results = []
+        for kernels in (True, False):
+            monkeypatch.setattr(compiled, "supports", lambda *tensors, kernels=kernels: kernels)
+            state = fresh(start, torch.bfloat16)
+            adamw_(
+                *state[:3], grad.clone(), divisor=torch.ones(()), reject=torch.zeros(()), updates=torch.tensor(5.0),
+                lr=lr, betas=(beta, beta), eps=1e-30, weight_decay=0.0, stochastic=[place],
+            )  # fmt: skip
+            results.append(state[:3])
+        for mine, other in zip(*results, strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_rejected_update_leaves_what_is_rounded_as_it_was(monkeypatch, kernels):
+    monkeypatch.setattr(compiled, "supports", lambda *tensors: kernels and compiled.AVAILABLE)
+    state = fresh(torch.randn(300).bfloat16(), torch.bfloat16)
+    update(state, torch.randn(300), stochastic=[segment(300)])
+    before = [part.clone() for part in state]
+    update(state, torch.full((300,), torch.nan), reject=1.0, stochastic=[segment(300)])
+    assert all(torch.equal(part, old) for part, old in zip(state, before, strict=True))

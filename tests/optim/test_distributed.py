@@ -55,14 +55,14 @@ MODES = {"zero 0": (0, 1), "zero 1": (1, 1), "zero 2": (2, 1), "zero 3": (3, 1),
 
 
 def train_in_mode(
-    rank: int, ranks: int, mode: str, dtype: torch.dtype, accept: bool = True
+    rank: int, ranks: int, mode: str, dtype: torch.dtype, accept: bool = True, moments: str = "fp32"
 ) -> dict[tuple[str, str], torch.Tensor]:
     """One step of the same gradients; the parts that this rank owns, by kind and name: elements elsewhere are NaN."""
     zero, replicate = MODES[mode]
     mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank, dp_replicate=replicate)
     made = parameters()
     blocks = [[Block(torch.nn.Identity(), made[:2], made[:2]), Block(torch.nn.Identity(), made[2:], made[2:])]]
-    optim = OPTIM.model_copy(update={"zero": zero})
+    optim = OPTIM.model_copy(update={"zero": zero, "moments_dtype": moments})
     optimizer = DistributedOptimizer(made, optim, mesh, dtype, bucket_elements=20, blocks=blocks)
     optimizer.store.begin(1)
     # Multiples of 1/8, whose sums are exact: in whatever order.
@@ -74,13 +74,20 @@ def train_in_mode(
     for part in optimizer.slices(owned_only=True):
         whole = found.setdefault((part.kind, part.shard.name), torch.full((part.shard.numel,), torch.nan))
         whole[part.start : part.stop] = part.read()
+        assert part.kind == "weight" or part.dtype == (torch.bfloat16 if moments == "bf16" else torch.float32)
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "moments"), [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "bf16")]
+)
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "zero 1"])
-def test_masters_and_moments_are_the_same_bits_in_every_mode_and_every_element_has_one_owner(workers, mode, dtype):
-    found, expected = (assembled(workers.run(4, train_in_mode, each, dtype)) for each in (mode, "zero 1"))
+def test_masters_and_moments_are_the_same_bits_in_every_mode_and_every_element_has_one_owner(
+    workers, mode, dtype, moments
+):
+    found, expected = (
+        assembled(workers.run(4, train_in_mode, each, dtype, True, moments)) for each in (mode, "zero 1")
+    )
     assert found.keys() == expected.keys()
     for key, value in found.items():
         assert torch.equal(value, expected[key]), key

@@ -190,7 +190,7 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
     [
         (1, 1, 1, {}),
         (1, 1, 8, {}),
-        (2, 2, 2, {"model.tie_word_embeddings": True}),
+        (2, 2, 2, {"model.tie_word_embeddings": True, "optim.moments_dtype": "bf16"}),
         (4, 1, 2, {"optim.decay_embeddings": True, "train.precision": "fp32"}),
         (16, 1, 1, {"model.attention_bias": True, "model.mlp_bias": True, "model.vocab_size": 128001}),
         (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),

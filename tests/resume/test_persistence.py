@@ -75,11 +75,17 @@ MODES = {
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"),
-    [("zero 0", "dp4, zero 3"), ("dp4 in 2 replicas, zero 3", "tp2 dp2, zero 2"), ("tp2 dp2, zero 2", "zero 0")],
+    ("writer", "reader", "precision", "moments"),
+    [
+        ("zero 0", "dp4, zero 3", "fp32", "fp32"),
+        ("dp4 in 2 replicas, zero 3", "tp2 dp2, zero 2", "bf16-mixed", "fp32"),
+        ("tp2 dp2, zero 2", "zero 0", "bf16-mixed", "bf16"),
+    ],
 )
-def test_a_checkpoint_of_any_stage_goes_on_at_any_other_with_the_same_bits(workers, tmp_path, writer, reader):
-    recipe = write_recipe(tmp_path, train=dict(steps=2))
+def test_a_checkpoint_of_any_stage_goes_on_at_any_other_with_the_same_bits(
+    workers, tmp_path, writer, reader, precision, moments
+):
+    recipe = write_recipe(tmp_path, train=dict(steps=2, precision=precision), optim=dict(moments_dtype=moments))
     ranks, layout = MODES[writer]
     workers.run(ranks, train_recipe, recipe, [*layout, f"run.dir={tmp_path / 'first'}"])
     ranks, layout = MODES[reader]
@@ -89,5 +95,18 @@ def test_a_checkpoint_of_any_stage_goes_on_at_any_other_with_the_same_bits(worke
         expected, found = (tensors_of(tmp_path / run, kind) for run in ("first", "second"))
         assert expected.keys() == found.keys() and len(expected) > 10
         for name, tensor in expected.items():
+            assert tensor.dtype == (torch.bfloat16 if moments == "bf16" and kind != "weight" else torch.float32)
             assert torch.equal(tensor, found[name]), (kind, name)
             assert tensor.abs().max() > 0
+
+
+def test_moments_are_taken_over_in_the_dtype_that_is_asked_for_now(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    before, after = (f"run.dir={tmp_path / run}" for run in ("first", "second"))
+    workers.run(1, train_recipe, recipe, [before])
+    loading = [f"checkpoint.load={tmp_path / 'first'}", "optim.moments_dtype=bf16"]
+    workers.run(1, resave, recipe, [*loading, after])
+    for kind, dtype in (("weight", torch.float32), ("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16)):
+        expected, found = (tensors_of(tmp_path / run, kind) for run in ("first", "second"))
+        for name, tensor in expected.items():
+            assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), (kind, name)

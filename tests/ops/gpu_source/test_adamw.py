@@ -10,6 +10,7 @@ FULL, HALF = torch.float32, torch.bfloat16
 TYPES = [
     (FULL, FULL, FULL),
     (FULL, FULL, HALF),
+    (FULL, HALF, FULL),
     (HALF, FULL, FULL),
     (HALF, FULL, HALF),
     (HALF, HALF, FULL),
@@ -60,9 +61,9 @@ def philox(words: list[int], key: tuple[int, int]) -> list[int]:
 def test_update_equals_float64_within_rounding(shim: Shim, size, types):
     state = inputs(size, types)
     expected = exact_update(state, step=3, grad_scale=4.0)
-    shim.adamw_(*state, step=3, grad_scale=4.0)
+    shim.adamw_(*state, step=3, grad_scale=4.0, rounding=PLACE if types[1] == HALF else None)
     for got, wanted in zip(state, expected, strict=False):
-        unit = 2**-8 if got.dtype == HALF else 0
+        unit = 2**-7 if got.dtype == HALF else 0
         torch.testing.assert_close(got.double(), wanted, rtol=unit + 1e-6, atol=1e-7)
 
 
@@ -137,6 +138,31 @@ def test_stochastic_rounding_compares_the_truncated_bits_with_philox(shim: Shim,
         up = (bits & 0xFFFF) + random > 0xFFFF
         expected = ((bits >> 16) + up) & 0xFFFF
         assert parameter.view(torch.int16)[index].item() & 0xFFFF == expected
+
+
+def rounded_down_or_up(bits: int, random: int) -> int:
+    return (bits + random >> 16) & 0xFFFF
+
+
+@pytest.mark.parametrize("types", [(FULL, HALF, FULL), (HALF, HALF, FULL)])
+@pytest.mark.parametrize(("size", "place"), [(67, (5, 1, 1, 0)), (64, (3, 7, 30, 11))])
+def test_moments_in_bf16_are_rounded_with_the_two_halves_of_a_word_of_their_own_stream(shim: Shim, types, size, place):
+    parameter, *moments, grad = inputs(size, types)
+    wide = [parameter.float(), *(moment.float() for moment in moments)]
+    shim.adamw_(*wide, grad, step=7)  # the same update, not rounded
+    remainder = torch.zeros(size, dtype=torch.int16) if parameter.dtype == HALF else None
+    shim.adamw_(parameter, *moments, grad, step=7, rounding=(KEY, *place), remainder=remainder)
+    assert torch.equal(join(parameter, remainder), wide[0])
+    first, columns, pitch, offset = place
+    for index in range(size):
+        row, column = divmod(first + index, columns)
+        element = offset + row * pitch + column
+        words = philox([element // 4 & 0xFFFFFFFF, element // 4 >> 32, 7, 1], (KEY & 0xFFFFFFFF, KEY >> 32))
+        for moment, exact, random in zip(
+            moments, wide[1:], (words[element % 4] & 0xFFFF, words[element % 4] >> 16), strict=True
+        ):
+            expected = rounded_down_or_up(exact.view(torch.int32)[index].item(), random)
+            assert moment.view(torch.int16)[index].item() & 0xFFFF == expected
 
 
 def test_stochastic_rounding_is_unbiased(shim: Shim):

@@ -91,6 +91,9 @@ def updates() -> Iterator[tuple[str, tuple]]:
         yield "adamw_", (random(33, dtype=dtype), *moments, random(33), *scalars, rounding, None)
     remainder = torch.arange(-16, 17, dtype=torch.int16)
     yield "adamw_", (random(33, dtype=torch.bfloat16), *moments, random(33), *scalars, None, remainder)
+    small = [moment.bfloat16() for moment in moments]
+    yield "adamw_", (random(33), *small, random(33), *scalars, place, None)
+    yield "adamw_", (random(33, dtype=torch.bfloat16), *small, random(33), *scalars, place, remainder)
 
 
 def run(operation: Callable, arguments: tuple) -> tuple[Tensor, ...]:
@@ -159,7 +162,9 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
     yield name, (*bf16[:-1], remainder.int()), TypeError
     yield name, (*bf16[:-1], remainder[1:]), ValueError
     yield name, (*bf16[:-2], place, remainder), ValueError
-    yield name, (update[0], update[1].bfloat16(), update[2].bfloat16(), *update[3:]), NotImplementedError
+    yield name, (update[0], update[1].bfloat16(), *update[2:]), TypeError
+    yield name, (update[0], update[1].bfloat16(), update[2].bfloat16(), *update[3:]), TypeError
+    yield name, (update[0].half(), *update[1:]), NotImplementedError
 
 
 @pytest.mark.parametrize(("name", "arguments", "error"), list(faults()))

@@ -20,12 +20,15 @@ START, END = "<!-- dry runs: python -m tests.planning.dry_run_table -->", "<!-- 
 RECIPES = {"gaperon-1b-256": 256, "llama3-8b-256": 256, "llama3-70b-1024": 1024, "llama3-8b-4096": 4096}
 """Of examples/recipes, with the number of processes."""
 
+SENT_OVER = ("tp",), ("pp",), ("data", "shard", "replicate")
+"""Axes of the columns, of which dp's go by what is done over them."""
+
 HEAD = "| NAME, N | layout | role | parameters per rank | static GiB | activations GiB | total GiB | "
-HEAD += "sent by tp, pp, dp in a step, GiB | examined | s, GiB taken |"
+HEAD += "sent by tp, pp, dp in a step, GiB | examined | s (of CPU), GiB taken |"
 
 
-def dry_run(name: str, ranks: int) -> tuple[dict[str, Any], float, int]:
-    """The certificate, and the seconds and bytes of memory that it took."""
+def dry_run(name: str, ranks: int) -> tuple[dict[str, Any], str]:
+    """The certificate; and the seconds that it took, those of a processor, and the GiB of memory."""
     recipe = f"examples/recipes/{name}.toml"
     command = [sys.executable, "-m", "megagap.train", recipe, "--dry-run", "--device", "h100", "--json"]
     start = time.perf_counter()
@@ -34,22 +37,24 @@ def dry_run(name: str, ranks: int) -> tuple[dict[str, Any], float, int]:
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, f"{name} does not hold: {printed.decode()}"
-    return json.loads(printed), time.perf_counter() - start, usage.ru_maxrss * 1024
+    wall, busy = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+    return json.loads(printed), f"{wall:.0f} ({busy:.0f}), {usage.ru_maxrss * 1024 / GIB:.1f}"
 
 
 def rows(name: str, ranks: int) -> Iterator[list[str]]:
     """One per role; what they share is in the first."""
-    found, seconds, memory = dry_run(name, ranks)
+    found, taken = dry_run(name, ranks)
     sizes = " · ".join(f"{axis} {found['layout'][axis]}" for axis in ("pp", "dp", "tp"))
     examined = {proof["name"]: proof["examined"] for proof in found["proofs"]}
     looked_at = re.search(r"[\d,]+ ranks?", examined["gradients"]), re.search(r"[\d,]+ calls?", examined["collectives"])
     shared = [f"{name}, {ranks:,}", sizes]
-    last = [", ".join(match[0] for match in looked_at if match), f"{seconds:.0f}, {memory / GIB:.1f}"]
+    last = [", ".join(match[0] for match in looked_at if match), taken]
     for role in found["roles"]:
         kinds, axes = role["memory"], role["communication"]
         static = sum(kinds[kind] for kind in ("parameters", "masters", "moments", "gradients"))
         gib = [f"{size / GIB:.2f}" for size in (static, kinds["activations"], kinds["total"])]
-        sent = ", ".join(f"{axes[axis]['sent'] / GIB:,.2f}" if axis in axes else "–" for axis in ("tp", "pp", "dp"))
+        sizes = [sum(axes[axis]["sent"] for axis in names if axis in axes) for names in SENT_OVER]
+        sent = ", ".join(f"{size / GIB:,.2f}" if size else "–" for size in sizes)
         yield [*shared, role["role"], f"{role['parameters']:,}", *gib, sent, *last]
         shared, last = ["", ""], ["", ""]
 
@@ -62,7 +67,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    dated = f"Written on {date.today():%Y-%m-%d}. All hold."
+    dated = f"Measured on {date.today():%Y-%m-%d}. All hold."
     PAGE.write_text(f"{before}{START}\n{dated}\n\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
 
 

@@ -21,6 +21,8 @@ LAYOUTS = {
     "dp2 zero 3": (2, []),
     "dp4 in 2 replicas, zero 3": (4, ["parallel.dp_replicate=2"]),
     "pp2 dp2 zero 3, gpipe": (4, ["parallel.pp=2", "parallel.schedule=gpipe"]),
+    "pp2 dp2 zero 3, zb-h1": (4, ["parallel.pp=2", "parallel.schedule=zb-h1"]),
+    "pp2 dp2 zero 3, zb-v": (4, ["parallel.pp=2", "parallel.schedule=zb-v", "model.num_hidden_layers=4"]),
     "tp2 dp2 zero 3": (4, ["parallel.tp=2"]),
 }
 

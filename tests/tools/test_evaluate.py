@@ -114,7 +114,7 @@ def test_a_pair_is_named_by_its_prefix_or_a_file(capsys, made, fr, ending):
 
 def test_the_files_of_a_pair_that_a_shell_lists_are_one_source(capsys, made, fr, en):
     listed = sorted(map(str, made.glob("*_text_document.*")))
-    assert len(listed) == 6
+    assert len(listed) == 8
     assert [*evaluate(capsys, made / "hf", "--data", *listed)[0]["sources"]] == ["en", "fr"]
 
 

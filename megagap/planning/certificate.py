@@ -272,5 +272,6 @@ def groups_table(layout: Layout) -> Table:
     """The groups that are made, in this order. Axes with the same members share them."""
     table = Table("axis", "groups", "ranks in each")
     for axis, groups in all_groups(layout).items():
-        table.add_row(axis, f"{len(groups):,}", f"{max(map(len, groups)):,}")
+        sizes = sorted(set(map(len, groups)), reverse=True)  # middle stages are alone in ``embedding``
+        table.add_row(axis, f"{len(groups):,}", " or ".join(f"{size:,}" for size in sizes))
     return table

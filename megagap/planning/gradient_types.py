@@ -1,7 +1,7 @@
 """What each parameter's gradient is on each mesh axis before it is reduced, and whether the step makes it whole.
 
-The trainer's own step runs on every rank of a small model with the layout's structure (:mod:`.simulation`), in float64,
-and is compared with the same step of one process. On an axis, a gradient is
+The trainer's own step, up to its reduced gradients, runs on every rank of a small model with the layout's structure
+(:mod:`.simulation`), in float64, and is compared with that of one process. On an axis, a gradient is
 
 - ``varying``: each rank has its own part of the parameter;
 - ``invariant``: the ranks have the same part, and each computes its whole gradient;
@@ -379,6 +379,8 @@ def _check_types(result: GradientTypes, ranks: Sequence[Examined], activation: F
     for examined in ranks:
         roles = result.types.setdefault(examined.role, {})
         for name, shard in examined.shards.items():
+            if not shard.numel:
+                continue  # of a small vocabulary the last tp ranks may have no rows, which is nothing to share
             found = {axis: kind for axis in AXES if (kind := _type_on(result.layout, ranks, examined, name, axis))}
             kinds = roles.setdefault(_general(name), found)
             for axis, kind in found.items():
@@ -416,7 +418,7 @@ def _check_record(
         message = f"{where}: its record says that the ranks of {_or_none(shard.replica_axis)} share it; those of "
         message += f"{_or_none(axis)} do"
         _add(result, Finding("replica_axis", shard.name, axis or shard.replica_axis, None, message))
-    elif axis is not None and shard.replica_axis is not None and partial != shard.partial_gradient and shard.numel:
+    elif axis is not None and shard.replica_axis is not None and partial != shard.partial_gradient:
         if not partial and not examined.local[shard.name].any():
             return
         message = (

@@ -66,6 +66,13 @@ def test_every_reason_and_the_nearest_layouts_are_told(tmp_path):
     assert again.returncode == 0, again.stderr
 
 
+def test_tp_ranks_that_have_no_row_of_the_vocabulary_share_none():
+    """As the examined model of a vocabulary of 50,257 on 16 ranks has them, while the ranks share key/value heads."""
+    changes = ["parallel.tp=4", "model.num_key_value_heads=2", "model.vocab_size=2", "train.micro_batch_size=1"]
+    settings = load_recipe(RECIPES / "code.toml", changes, 4, needs_data=False)
+    assert gradient_types(settings, 4).findings == []
+
+
 @pytest.mark.parametrize(
     ("changes", "device", "nearest"),
     [

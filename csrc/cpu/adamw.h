@@ -2,7 +2,7 @@
 // parameter in bfloat16 has an exact remainder, or is rounded to the nearest, or stochastically (Gupta et al. 2015,
 // section 3.1), which preserves updates below half a unit on average.
 
-// Philox4x32-10 (Salmon et al. 2011): the four words of each of W consecutive counters, one after the other. A pure
+// Philox4x32-7 (Salmon et al. 2011): the four words of each of W consecutive counters, one after the other. A pure
 // function of key, step, stream and counter, so that it depends on neither threads nor slices.
 MEGAGAP_INLINE void random_words(uint64_t key, uint32_t step, uint32_t stream, uint64_t first_counter,
                                  uint32_t* words) {
@@ -10,7 +10,7 @@ MEGAGAP_INLINE void random_words(uint64_t key, uint32_t step, uint32_t stream, u
   UVec c0 = interleaved_lanes() + low, c2 = UVec{} + step, c3 = UVec{} + stream;
   UVec c1 = high - bits_as<UVec>(c0 < low);  // a comparison that holds is -1: the carry
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const Product first = product(c0, 0xD2511F53u), second = product(c2, 0xCD9E8D57u);
     c0 = second.high ^ c1 ^ k0;
     c1 = second.low;
@@ -22,11 +22,11 @@ MEGAGAP_INLINE void random_words(uint64_t key, uint32_t step, uint32_t stream, u
   store_interleaved(words, c0, c1, c2, c3);
 }
 
-// Up or down with probabilities such that the mean is the value itself; values that are not finite are unchanged.
-MEGAGAP_INLINE Vec stochastically_rounded(Vec value, UVec random) {
-  const UVec bits = bits_as<UVec>(value);
-  const UVec is_finite = bits_as<UVec>((bits & 0x7f800000) != 0x7f800000);
-  return bits_as<Vec>((((bits + (random & 0xffff)) & is_finite) | (bits & ~is_finite)) & 0xffff0000);
+// Up or down to a bfloat16 with probabilities such that the mean is the value itself. random: 16 bits each.
+template <typename Count>
+MEGAGAP_INLINE void store_at_random(BFloat16* to, Vec value, UVec random, Count count) {
+  const UVec bits = (bits_as<UVec>(value) + random) >> 16;  // an infinity stays what it is
+  store_bits(&to->bits, value == value ? bits : UVec{} + 0x7fc0, count);
 }
 
 // ---- how the elements of a run are kept
@@ -55,7 +55,7 @@ struct Stochastic {
   }
   template <typename Count>
   MEGAGAP_INLINE void set(int64_t i, Vec value, Count count) const {
-    store(elements + i, stochastically_rounded(value, load_bits(random + i, Full{})), count);
+    store_at_random(elements + i, value, load_bits(random + i, Full{}), count);
   }
 };
 
@@ -88,8 +88,8 @@ struct Moments {
     if constexpr (std::is_same_v<M, BFloat16>) {
       UVec random;
       std::memcpy(&random, words + i, sizeof(random));
-      store(exp_avg + i, stochastically_rounded(first, random), count);
-      store(exp_avg_sq + i, stochastically_rounded(second, random >> 16), count);
+      store_at_random(exp_avg + i, first, random & 0xffff, count);
+      store_at_random(exp_avg_sq + i, second, random >> 16, count);
     } else {
       store(exp_avg + i, first, count);
       store(exp_avg_sq + i, second, count);

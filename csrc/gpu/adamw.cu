@@ -30,12 +30,12 @@ struct Words {
   uint32_t word0, word1, word2, word3;
 };
 
-// Philox4x32-10 (Salmon et al. 2011): a pure function of key, step, stream and counter.
+// Philox4x32-7 (Salmon et al. 2011): a pure function of key, step, stream and counter.
 MEGAGAP_DEVICE Words philox(uint64_t key, uint32_t step, uint32_t stream, uint64_t counter) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = step, c3 = stream;
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
     const uint32_t high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
     c0 = high1 ^ c1 ^ key0;

@@ -392,6 +392,7 @@ class GradientStore:
         ``blocks``: of each virtual stage, in the order of its forward pass, which waits at each for its parameters. At
         stage 3 they are gathered there, so that all parameters must be in one.
         """
+        assert dtype in (torch.float32, torch.float64, torch.bfloat16), dtype
         self.mesh, self.sharding = mesh, Sharding.of(zero, mesh)
         kinds = [kind_of(parameter.shard, decay_embeddings) for parameter in parameters]
         sizes = [parameter.numel() for parameter in parameters]

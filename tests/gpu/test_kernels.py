@@ -193,6 +193,19 @@ def test_stochastic_rounding_has_the_bits_of_the_cpus(device: torch.device):
     assert (parameter.cpu() != on_cpu[0]).float().mean() < 1e-2
 
 
+def test_moments_in_bf16_have_the_bits_of_the_cpus(device: torch.device):
+    """With decay rates of 0 they are the gradient and its square, the same on both before they are rounded."""
+    parameter = random(device, 10_001)
+    state = [parameter, *(torch.zeros_like(parameter).bfloat16() for _ in range(2)), random(device, 10_001, seed=1)]
+    scalars = [torch.tensor(value, device=device) for value in (1.0, 0.0, 3.0)]
+    settings = (1e-2, 0.0, 0.0, 1e-8, 0.0, (2**40 + 5, 3, 700, 1000, 11))
+    on_cpu = [tensor.cpu() for tensor in (*state, *scalars)]
+    torch.ops.megagap.adamw_(*state, *scalars, *settings)
+    torch.ops.megagap.adamw_(*on_cpu, *settings)
+    for mine, other in zip(state[1:3], on_cpu[1:3], strict=True):
+        assert torch.equal(mine.cpu(), other)
+
+
 @pytest.mark.parametrize("size", [1 << 22, 100_003, 1, 0])
 def test_a_parameter_with_a_remainder_is_updated_as_its_master_bit_for_bit(device: torch.device, size: int):
     master, grad = random(device, size), random(device, size, seed=1)

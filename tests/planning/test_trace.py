@@ -88,6 +88,13 @@ def test_kernels_and_peak_memory_are_the_measured_ones(gaperon):
     assert gaperon.peak_memory_bytes == pytest.approx(MEASURED_PEAK_BYTES[1], rel=0.02)
 
 
+@needs_kernels
+def test_an_update_moves_28_bytes_per_parameter_in_one_kernel_per_bucket_and_one_for_its_norm(gaperon):
+    updates = [operation for operation in gaperon.operations if operation.name == "adamw_"]
+    assert sum(update.bytes for update in updates) == pytest.approx(28 * 1_498_482_688, rel=1e-3)
+    assert gaperon.by_kind()["optimizer"].kernels < 2 * len(updates) + 12
+
+
 def test_a_step_on_a_gpu_never_waits_for_the_device(gaperon):
     assert gaperon.host_syncs == []
 

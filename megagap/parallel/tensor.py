@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagap.ops.adjacent import as_one
+from megagap.ops.wide import wide_dtype
 from megagap.parallel.collectives import Pending, all_gather_async, all_reduce_async, reduce_scatter_async
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Axis, Mesh
@@ -244,8 +245,14 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | Non
         length = first.region.whole_length(x)
         products = torch.ops.megagap_parallel.column_products(x, numbers, length, widths)
     else:
-        products = _ColumnProducts.apply(x, first.region, first.queue, again, True, *weights)
+        products = _ColumnProducts.apply(x, first.region, first.queue, again, _packing_pays(x), *weights)
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True))
+
+
+def _packing_pays(x: Tensor) -> bool:
+    """Whether packed weights are multiplied as one. Not in half precision on a CPU: a step took up to 2 % longer by
+    measurement (docs/performance.md), as weight gradients are computed one by one there in any case."""
+    return x.is_cuda or x.dtype == wide_dtype(x.dtype)
 
 
 class _ColumnProducts(torch.autograd.Function):

@@ -47,6 +47,15 @@ def test_values_and_gradients_equal_float64(gpu, dtype, heads, packed):
         assert error(ours, wanted) < ERRORS[dtype]
 
 
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_parts_of_one_projection_give_what_copies_give(gpu, dtype):
+    parts = torch.randn(2, 256, 12, 64, device=gpu).to(dtype).split([8, 2, 2], 2)
+    grad = torch.randn(2, 256, 8, 64, device=gpu).to(dtype)
+    views, copies = (both_passes(attention, given, grad) for given in (parts, [x.contiguous() for x in parts]))
+    for one, other in zip(views, copies, strict=True):
+        assert error(one, other.double().cpu()) < ERRORS[dtype]
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 def test_gradients_repeat_bit_for_bit_where_they_must(gpu, dtype, packed):

@@ -104,6 +104,8 @@ def test_rotary(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
         wanted = x * cos + (turned if interleaved else torch.cat((-second, first), -1)) * sin
         assert (ours.double() - wanted).abs().max() <= (rounding + 1e-6) * wanted.abs().max()
     untouched = packed[:, :, q_heads + k_heads :].clone()
+    arguments = (angles.cos(), angles.sin(), positions, interleaved, False)
+    assert torch.equal(torch.ops.megagap.rotary_pack(q, k, untouched, *arguments), torch.cat((*got, untouched), 2))
     torch.ops.megagap.rotary_(packed, angles.cos(), angles.sin(), positions, q_heads + k_heads, interleaved, False)
     assert torch.equal(packed, torch.cat((*got, untouched), 2))
 

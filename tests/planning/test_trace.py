@@ -305,12 +305,10 @@ def test_q_k_v_are_one_product_and_gate_and_up_are_without_more_memory(tmp_path,
     apart = trace(recipe, device=device)
     for file, number in (("model/attention.py", 4), ("model/feed_forward.py", 3)):
         few, many = (
-            sum(
-                x.work.product is not None and file in x.files and x.kind == "matrix products" for x in found.operations
-            )
-            for found in (packed, apart)
+            sum(x.kind == "matrix products" and file in x.files for x in found.operations) for found in (packed, apart)
         )
-        assert many == number * few // 2 > 0
+        pays = (device, precision) != ("cpu", "bf16-mixed")
+        assert many == (number * few // 2 if pays else few) > 0
     assert packed.peak_memory_bytes <= apart.peak_memory_bytes
 
 

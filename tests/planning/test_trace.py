@@ -315,7 +315,7 @@ def test_the_loss_reads_and_writes_each_logit_once_in_a_kernel_per_chunk(gaperon
     loss = gaperon.by_kind()["loss"]
     assert loss.bytes == pytest.approx(2 * 16384 * 128256 * 2, rel=0.01)
     (chunks,) = (part.kernels for key, part in gaperon.by_call_site().items() if key[2] == "cross_entropy_")
-    assert loss.kernels < 3 * chunks
+    assert loss.kernels < 4 * chunks
 
 
 def test_a_trace_leaves_nothing_behind(tmp_path):

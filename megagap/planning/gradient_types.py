@@ -125,7 +125,8 @@ def gradient_types(settings: Settings, world_size: int) -> GradientTypes:
 
 def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     """A small model with the structure of a recipe's, and the layout with at most three stages, four parts of a
-    sequence and two copies (two parts of two copies, if copies are in parts).
+    sequence (the smallest divisor of cp, if that is more) and two copies (two parts of two copies, if copies are in
+    parts).
 
     Kept: tp, the heads and how ranks share them, the remainder of the vocabulary, ties, biases, which virtual stages
     have which layers' neighbours (first, middle, last; empty ends), sequence parallelism, the schedule, masks, the mode
@@ -135,7 +136,10 @@ def reduced(settings: Settings, layout: Layout) -> tuple[Settings, Layout]:
     pp = min(layout.pp, 3 if layout.tp <= MANY else 2)
     parts = min(layout.dp_replicate, 2)
     dp = parts * min(layout.dp // layout.dp_replicate, 2)
-    cp = min(layout.cp, 4 if layout.tp * pp * dp <= 4 else 2)
+    most_parts = 4 if layout.tp * pp * dp <= 4 else 2
+    # A divisor, which divides what cp does: heads, where they are exchanged for tokens.
+    divisors = [size for size in range(2, layout.cp + 1) if layout.cp % size == 0]
+    cp = max([size for size in divisors if size <= most_parts], default=min(divisors, default=1))
     given = [len(stage.layers) for stage in settings.placement.stages]
     most = 2 if layout.tp * pp * dp * cp <= 8 else 1
     layers = [

@@ -73,6 +73,15 @@ def test_tp_ranks_that_have_no_row_of_the_vocabulary_share_none():
     assert gradient_types(settings, 4).findings == []
 
 
+@pytest.mark.parametrize(("heads", "cp", "parts"), [(6, 6, 3), (8, 8, 4), (5, 5, 5)])
+def test_a_sequence_is_examined_in_parts_that_divide_the_heads_as_cp_does(heads, cp, parts):
+    changes = [f"model.num_attention_heads={heads}", "model.num_key_value_heads=1", "model.head_dim=8"]
+    changes += [f"parallel.cp={cp}", "parallel.context_mode=alltoall", "train.sequence_length=240"]
+    settings = load_recipe(RECIPES / "code.toml", changes, cp, needs_data=False)
+    found = gradient_types(settings, cp)
+    assert found.findings == [] and found.layout.cp == parts
+
+
 @pytest.mark.parametrize(
     ("changes", "device", "nearest"),
     [

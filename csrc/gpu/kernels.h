@@ -41,8 +41,8 @@ int megagap_gpu_rotary(int type, const MegagapRotated* q, const MegagapRotated* 
                        const int64_t* positions, int64_t table_rows, int64_t batch, int64_t length, int64_t size,
                        int interleaved, int backward, void* stream);
 
-// y = silu(gate) * up over rows [rows, size]; the inputs' rows may be strided, y is contiguous; so may the gradients',
-// which have one stride.
+// y = silu(gate) * up over rows [rows, size]; the inputs' rows may be strided, y is contiguous. The
+// rows of both gradients begin to_stride apart.
 int megagap_gpu_swiglu(int type, const void* gate, const void* up, void* y, int64_t rows, int64_t size,
                        int64_t gate_stride, int64_t up_stride, void* stream);
 int megagap_gpu_swiglu_backward(int type, const void* grad, const void* gate, const void* up, void* grad_gate,

@@ -83,7 +83,8 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kSwigluBlock)
     swiglu_backward_kernel(const T* __restrict__ grad, const T* __restrict__ gate, const T* __restrict__ up,
                            T* __restrict__ grad_gate, T* __restrict__ grad_up, int64_t rows, int64_t splits,
-                           int64_t size, int64_t grad_stride, int64_t gate_stride, int64_t up_stride, int64_t to_stride) {
+                           int64_t size, int64_t grad_stride, int64_t gate_stride, int64_t up_stride,
+                           int64_t to_stride) {
   constexpr int64_t kStep = int64_t{kSwigluBlock} * kWidth;
   for (int64_t block = blockIdx.x; block < rows * splits; block += gridDim.x) {
     const Portion portion = portion_of<kWidth>(block, splits, size);

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import resource
@@ -16,6 +17,8 @@ from weakref import WeakSet
 from megagap.errors import DataError, MegagapError, library_errors, system_reason
 
 log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
 
 
 def partial_name(path: str | Path) -> Path:
@@ -384,3 +387,13 @@ def _abandon_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+def sources_digest(package: Path = PACKAGE) -> str:
+    """A hash of all Python and TOML files of the package."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for ending in ("*.py", "*.toml") for path in package.rglob(ending)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()

@@ -21,6 +21,7 @@ from megagap.files import (
     reading,
     require_writable,
     require_writable_folder,
+    sources_digest,
     write_bytes,
     write_text,
     writing,
@@ -251,3 +252,10 @@ def test_a_file_that_git_lfs_has_not_fetched_is_told(tmp_path, name, read):
     (tmp_path / name).write_text(pointer)
     with pytest.raises(MegagapError, match=rf"{name} is a Git LFS pointer(.|\n)*git lfs pull"):
         read(tmp_path / name)
+
+
+def test_a_changed_source_file_is_another_version(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = sources_digest(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert sources_digest(tmp_path) != before

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megagap.errors import CompileError
+from megagap.files import sources_digest
 from megagap.model.attention import KeyValueCache
 from megagap.model.llama import Layer, LlamaStage
 from megagap.ops.document_mask import Documents
@@ -36,6 +37,9 @@ def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1, backend: str 
     Raises :class:`CompileError` if this machine lacks what torch.compile needs.
     """
     stages = list(stages)
+    if hasattr(torch.compiler.config, "cache_key_tag"):  # from torch 2.7 on
+        # Torch keeps code on disk, and would find it by a graph that names operations of ours which have changed.
+        torch.compiler.config.cache_key_tag = f"megagap {sources_digest()}"
     if backend == "inductor" and stages:
         require_compiler(stages[0].tensor_parallel.mesh.device)
     for stage in stages:

@@ -4,7 +4,6 @@ Ranks that differ would hang in groups of different members, or train one model 
 before the groups of a mesh are made, by way of the store at which the ranks have met.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megagap.config import Settings
 from megagap.errors import OPS_SWITCH, DistributedError, counted, library_errors, ranks_named
+from megagap.files import sources_digest
 from megagap.ops import compiled
 from megagap.process.rendezvous import Process
 
@@ -32,7 +32,6 @@ WAIT = timedelta(minutes=5)
 LINGER = timedelta(seconds=3)
 """How long a rank that found a difference waits for the others to read of it."""
 
-PACKAGE = Path(__file__).parents[1]
 
 ENVIRONMENT = (
     OPS_SWITCH,
@@ -86,16 +85,6 @@ def version() -> Facts:
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{f"environment {name}": os.environ.get(name) for name in ENVIRONMENT},
     }
-
-
-def sources_digest(package: Path = PACKAGE) -> str:
-    """A hash of all Python and TOML files of the package."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for ending in ("*.py", "*.toml") for path in package.rglob(ending)):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def _flatten(name: str, value: Any, into: Facts) -> None:

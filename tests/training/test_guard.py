@@ -51,8 +51,8 @@ def damaging(at: int, microbatch: int, damage: Callable[[torch.Tensor], None], p
         made.append(state.step)
         calls = []
 
-        def adding(place, left, right):
-            add(place, left, right)
+        def adding(place, left, right, *following):
+            add(place, left, right, *following)
             if place.parameter.shard.name == WEIGHT:
                 calls.append(place)
                 if len(calls) == microbatch:

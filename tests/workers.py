@@ -25,6 +25,10 @@ class Workers:
         # Imported once in the server; every worker is a fork of it.
         self._context.set_forkserver_preload(["torch", "torch.distributed", "megagap.training.trainer"])
         self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory()
+        """Of the files by which ranks find each other. It outlives them: the end of a group whose file's folder is gone
+        waits for it, for minutes."""
+        self._runs = 0
 
     def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = SECONDS) -> list[Any]:
         """``function(rank, world_size, *arguments)`` on each rank; a module-level function.
@@ -32,21 +36,22 @@ class Workers:
         Raises AssertionError with the traceback of the first rank that fails.
         """
         self._start(ranks)
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(ranks):
-                self._workers[rank][1].send((os.path.join(folder, "store"), rank, ranks, function, arguments))
-            results, failures = [], []
-            for rank in range(ranks):
-                connection = self._workers[rank][1]
-                # Once one rank has failed, the others wait for it in vain.
-                if not connection.poll(3 if failures else timeout):
-                    failures.append(f"rank {rank}: no answer")
-                    continue
-                try:
-                    succeeded, value = connection.recv()
-                except EOFError:
-                    succeeded, value = False, "process died"
-                (results if succeeded else failures).append(value if succeeded else f"rank {rank}:\n{value}")
+        self._runs += 1
+        store = os.path.join(self._folder.name, str(self._runs))
+        for rank in range(ranks):
+            self._workers[rank][1].send((store, rank, ranks, function, arguments))
+        results, failures = [], []
+        for rank in range(ranks):
+            connection = self._workers[rank][1]
+            # Once one rank has failed, the others wait for it in vain.
+            if not connection.poll(3 if failures else timeout):
+                failures.append(f"rank {rank}: no answer")
+                continue
+            try:
+                succeeded, value = connection.recv()
+            except EOFError:
+                succeeded, value = False, "process died"
+            (results if succeeded else failures).append(value if succeeded else f"rank {rank}:\n{value}")
         if failures:
             self.close()
             raise AssertionError("\n".join(sorted(failures, key=lambda text: "no answer" in text)))
@@ -84,7 +89,8 @@ def _serve(connection: Connection) -> None:
                 dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
+        if answer[0]:
+            gc.collect()  # a run's process groups, which its reference cycles keep: their threads poll
         connection.send(answer)
         if not answer[0]:
             os._exit(1)  # its group is in an unknown state
-        gc.collect()  # a run's process groups, which its reference cycles keep: their threads poll

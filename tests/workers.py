@@ -87,10 +87,9 @@ def _serve(connection: Connection) -> None:
             if ranks > 1:
                 dist.barrier()
                 dist.destroy_process_group()
+            gc.collect()  # a run's process groups, which its reference cycles keep: their threads poll
         except BaseException:
             answer = (False, traceback.format_exc())
-        if answer[0]:
-            gc.collect()  # a run's process groups, which its reference cycles keep: their threads poll
         connection.send(answer)
         if not answer[0]:
             os._exit(1)  # its group is in an unknown state

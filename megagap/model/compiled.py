@@ -8,7 +8,7 @@ before and after it. Passes without gradients (evaluation, generation) are not c
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,14 +29,13 @@ GRAPHS_PER_LENGTH = 2
 """The first layer of a stage has no update of a layer before to add."""
 
 
-def compile_layers(stages: Iterable[LlamaStage], lengths: int = 1, backend: str = "inductor") -> None:
+def compile_layers(stages: Sequence[LlamaStage], lengths: int = 1, backend: str = "inductor") -> None:
     """Compile the stages' layers when they are first used in training. ``lengths``: different lengths of sequences
     that they will be used with, each of which is compiled once. ``backend``: of torch.compile; ``aot_eager`` makes the
     same graphs, and runs them as they are.
 
     Raises :class:`CompileError` if this machine lacks what torch.compile needs.
     """
-    stages = list(stages)
     if hasattr(torch.compiler.config, "cache_key_tag"):  # from torch 2.7 on
         # Torch keeps code on disk, and would find it by a graph that names operations of ours which have changed.
         torch.compiler.config.cache_key_tag = f"megagap {sources_digest()}"

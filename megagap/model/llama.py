@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from megagap.config import Model
+from megagap.config import Model, Settings
 from megagap.model.attention import Attention, KeyValueCache
 from megagap.model.feed_forward import FeedForward
 from megagap.model.norm import RMSNorm
@@ -227,6 +227,19 @@ def build_stages(
         LlamaStage(model, stage, tensor_parallel, tied if stage.has_embedding or stage.has_head else None, recompute)
         for stage in stages
     ]
+
+
+def stages_of_recipe(settings: Settings, mesh: Mesh, dtype: torch.dtype = torch.float32) -> list[LlamaStage]:
+    """:func:`build_stages` as ``settings`` ask for them."""
+    return build_stages(
+        settings.model,
+        settings.placement,
+        mesh,
+        sequence_parallel=bool(settings.parallel.sequence_parallel),
+        dtype=dtype,
+        recompute=settings.train.recompute,
+        context_mode=settings.parallel.context_mode,
+    )
 
 
 def build_whole(model: Model, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> LlamaStage:

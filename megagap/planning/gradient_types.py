@@ -23,7 +23,7 @@ from torch import Tensor
 from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.data.loader import Batch
 from megagap.model.init import initialise
-from megagap.model.llama import LlamaStage, build_stages, sharded_parameters
+from megagap.model.llama import LlamaStage, sharded_parameters, stages_of_recipe
 from megagap.ops.document_mask import Documents
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.gradient_store import Bucket
@@ -229,15 +229,7 @@ def _batch(settings: Settings, part: int, parts: int) -> Batch:
 
 def _step(settings: Settings, layout: Layout, rank: int, mesh: Mesh) -> Examined:
     """One rank's gradients."""
-    stages = build_stages(
-        settings.model,
-        settings.placement,
-        mesh,
-        sequence_parallel=bool(settings.parallel.sequence_parallel),
-        dtype=torch.float64,
-        recompute=settings.train.recompute,
-        context_mode=settings.parallel.context_mode,
-    )
+    stages = stages_of_recipe(settings, mesh, torch.float64)
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
     for parameter in parameters:
@@ -355,7 +347,7 @@ def _first_wrong_activation(ranks: Sequence[Examined], expected: Examined, simul
     right = {(name, call, what): values for name, call, what, values in expected.activations}
     order = list(dict.fromkeys(name for name, *_ in expected.activations))
     layout = simulation.layout
-    calls_of_rank = (1 + max(call for _, call, _, _ in expected.activations)) // layout.dp
+    calls_of_rank = (1 + max((call for _, call, _, _ in expected.activations), default=-1)) // layout.dp
     wrong: dict[str, set[tuple[str, int]]] = {"output": set(), "gradient of the output": set()}
     for examined in ranks:
         mesh = simulation.mesh(examined.rank)

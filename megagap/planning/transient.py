@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from megagap.config import Settings
-from megagap.model.llama import LlamaStage, build_stages, sharded_parameters
+from megagap.model.llama import LlamaStage, sharded_parameters, stages_of_recipe
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
 from megagap.optim.gradient_store import arrangement, kind_of
 from megagap.optim.sharding import Sharding
@@ -40,13 +40,7 @@ class StoredParameters:
     @classmethod
     def of_rank(cls, settings: Settings, layout: Layout, rank: int) -> "StoredParameters":
         mesh = Mesh.without_groups(layout, rank, torch.device("meta"))
-        stages = build_stages(
-            settings.model,
-            settings.placement,
-            mesh,
-            sequence_parallel=bool(settings.parallel.sequence_parallel),
-            dtype=torch.float32,
-        )
+        stages = stages_of_recipe(settings, mesh)
         parameters, sharding = sharded_parameters(stages), Sharding.of(settings.optim.zero, mesh)
         kinds = [kind_of(parameter.shard, settings.optim.decay_embeddings) for parameter in parameters]
         sizes = [(kind, parameter.numel()) for kind, parameter in zip(kinds, parameters, strict=True)]

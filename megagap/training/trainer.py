@@ -3,8 +3,6 @@
 import logging
 from contextlib import closing
 
-import torch
-
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
@@ -12,7 +10,7 @@ from megagap.data.validation import ValidationData
 from megagap.errors import DivergedError, counted
 from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
-from megagap.model.llama import build_stages, sharded_parameters
+from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.model.shapes import parameter_count
 from megagap.observe.evidence import Evidence
 from megagap.observe.run_directory import RunDirectory
@@ -173,16 +171,7 @@ def log_phase_start(state: TrainState, run: RunDirectory) -> None:
 
 def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None) -> TrainState:
     """This rank's stages with their initial weights, and their optimizer. ``timeline``: by default the settings'."""
-    placement = settings.placement
-    stages = build_stages(
-        settings.model,
-        placement,
-        mesh,
-        sequence_parallel=bool(settings.parallel.sequence_parallel),
-        dtype=torch.float32,
-        recompute=settings.train.recompute,
-        context_mode=settings.parallel.context_mode,
-    )
+    stages = stages_of_recipe(settings, mesh)
     timeline = timeline or timeline_of(settings)
     if settings.train.compile:
         compile_layers(stages, len({phase.sequence_length for phase in timeline.phases}))
@@ -190,7 +179,7 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
     initialise(parameters, settings.model, settings.train.seed)
     dtype, blocks = COMPUTE_DTYPES[settings.train.precision], [stage.blocks() for stage in stages]
     optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, blocks=blocks, seed=settings.train.seed)
-    return TrainState(settings, mesh, placement, stages, optimizer, timeline)
+    return TrainState(settings, mesh, settings.placement, stages, optimizer, timeline)
 
 
 def log_start(start: Start, state: TrainState) -> None:

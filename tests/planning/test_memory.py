@@ -12,7 +12,7 @@ import torch
 
 from megagap.config import Settings, load_recipe
 from megagap.errors import ConfigError
-from megagap.model.llama import build_stages, sharded_parameters
+from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.model.shapes import parameter_count
 from megagap.ops import compiled
 from megagap.optim.distributed import DistributedOptimizer
@@ -225,13 +225,7 @@ def require_static_memory_of_buckets(settings: Settings, tp: int, pp: int, dp: i
             shard=Axis("shard", tuple(range(dp)), 0),
             embedding=Axis("embedding", (0, pp - 1), min(stage, 1)),
         )
-        stages = build_stages(
-            settings.model,
-            settings.placement,
-            mesh,
-            sequence_parallel=bool(settings.parallel.sequence_parallel),
-            dtype=torch.float32,
-        )
+        stages = stages_of_recipe(settings, mesh)
         dtype = COMPUTE_DTYPES[settings.train.precision]
         optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, dtype)
         buckets = optimizer.store.buckets

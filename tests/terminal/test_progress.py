@@ -33,13 +33,8 @@ def test_a_log_gets_a_line_whenever_the_interval_has_passed(monkeypatch):
     with ProgressBar(total=3, miniters=1) as bar:
         for _ in range(3):
             bar.update()
-    assert [line.split("|")[2].split()[0] for line in log.getvalue().splitlines()] == [
-        "0/3",
-        "1/3",
-        "2/3",
-        "3/3",
-        "3/3",
-    ]
+    shown = [line.split("|")[2].split()[0] for line in log.getvalue().splitlines()]
+    assert shown == ["0/3", "1/3", "2/3", "3/3", "3/3"]
 
 
 def test_a_terminal_has_one_line_that_is_redrawn(monkeypatch):

@@ -29,7 +29,7 @@ LAYOUTS = {
     "cp2": ["parallel.cp=2"],
 }
 
-WEIGHT = "model.layers.1.mlp.up_proj.weight"
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
 """Of the second of two layers, which the second rank has in each layout."""
 
 

@@ -23,6 +23,12 @@ def vocabulary_tensors(model: Model) -> tuple[str, ...]:
     return ("model.embed_tokens.weight", *(() if model.tie_word_embeddings else ("lm_head.weight",)))
 
 
+def layer_of(name: str) -> str:
+    """What the parameter belongs to: a layer (``layers.3``), ``embed_tokens``, the last ``norm`` or ``lm_head``."""
+    kind, number = name.removeprefix("model.").split(".")[:2]
+    return f"layers.{number}" if kind == "layers" else kind
+
+
 def model_tensors(model: Model) -> dict[str, tuple[int, ...]]:
     """Global shape of every parameter by name, in the order of the forward pass: those of the model itself, which is
     built without storage."""

@@ -6,7 +6,6 @@ a parameter is counted by the one rank that owns it, so the sums over the world 
 every layout. Nothing here waits for the device: the numbers travel with the step's others.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagap.config import Model
+from megagap.model.shapes import is_norm_gain, layer_of, model_tensors
 from megagap.optim.clipping import squared_norm
 from megagap.optim.gradient_store import Bucket
 from megagap.parallel.collectives import all_reduce
@@ -23,19 +24,15 @@ NORMS = ("weight_norm", "gradient_norm", "update_norm")
 CHANGED, LARGEST = "changed", "activation_max"
 
 
-def model_parts(layers: int) -> list[str]:
-    """The parts of a model of so many layers, in the order of the model."""
-    of_layers = [name for i in range(layers) for name in (f"layers.{i}", f"layers.{i}.norms")]
-    return ["embed_tokens", *of_layers, "norm", "lm_head"]
+def model_parts(model: Model) -> list[str]:
+    """In the order of the forward pass."""
+    return list(dict.fromkeys(map(part_of, model_tensors(model))))
 
 
 def part_of(parameter: str) -> str:
     """The part that a parameter, by its Hugging Face name, belongs to."""
-    kind, *rest = parameter.removeprefix("model.").split(".")
-    if kind != "layers":
-        return kind
-    number, *modules = rest
-    return f"layers.{number}.norms" if any("norm" in module for module in modules) else f"layers.{number}"
+    layer = layer_of(parameter)
+    return f"{layer}.norms" if layer.startswith("layers.") and is_norm_gain(parameter) else layer
 
 
 class Insight:
@@ -44,11 +41,11 @@ class Insight:
     Meanwhile there are two fp32 copies of the slice of the bucket that is being updated.
     """
 
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self._numbers = {part: i for i, part in enumerate(model_parts(layers))}
+    def __init__(self, model: Model, device: torch.device) -> None:
+        self._numbers = {part: i for i, part in enumerate(model_parts(model))}
         self._sums = torch.zeros(len(NORMS) + 2, len(self._numbers), device=device)
         """[5, parts] Of this rank's elements: squares of weights, gradients and updates, how many changed, how many."""
-        self._largest = torch.zeros(layers, device=device)
+        self._largest = torch.zeros(model.num_hidden_layers, device=device)
 
     def layer_output(self, layer: int, output: Tensor) -> None:
         """``output``: the residual stream behind a layer, for one microbatch."""
@@ -82,16 +79,8 @@ class Insight:
         return torch.cat([sums[:3].sqrt().flatten(), sums[3] / sums[4], largest])
 
 
-def insight_record(numbers: Sequence[float], layers: int) -> dict[str, float]:
-    """What metrics.jsonl has of ``numbers``, those of :meth:`Insight.over_world`: ``weight_norm/layers.0`` and so on.
-
-    A tied output projection, which is the embedding, is left out.
-    """
-    parts = model_parts(layers)
-    keys = [f"{name}/{part}" for name in (*NORMS, CHANGED) for part in parts]
-    keys += [f"{LARGEST}/layers.{i}" for i in range(layers)]
-    record = dict(zip(keys, numbers, strict=True))
-    if math.isnan(record[f"{CHANGED}/lm_head"]):  # 0 / 0: there is none
-        for name in (*NORMS, CHANGED):
-            del record[f"{name}/lm_head"]
-    return record
+def insight_record(numbers: Sequence[float], model: Model) -> dict[str, float]:
+    """What metrics.jsonl has of ``numbers``, those of :meth:`Insight.over_world`: ``weight_norm/layers.0``, …"""
+    keys = [f"{name}/{part}" for name in (*NORMS, CHANGED) for part in model_parts(model)]
+    keys += [f"{LARGEST}/layers.{i}" for i in range(model.num_hidden_layers)]
+    return dict(zip(keys, numbers, strict=True))

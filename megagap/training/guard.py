@@ -5,7 +5,6 @@ computed twice gave two results, and, with ``guard.spikes = "skip"``, where the 
 it is a function of numbers that are the same on every rank; the host reads the verdict later.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from megagap.config import Guard, Model, Settings
 from megagap.errors import ConfigError
-from megagap.model.shapes import model_tensors
+from megagap.model.shapes import layer_of, model_tensors
 from megagap.optim.clipping import squared_norm
 from megagap.optim.gradient_store import GradientStore
 from megagap.timeline import due
@@ -102,7 +101,7 @@ class StepGuard:
         self.settings = settings
         watches = settings.spikes != "off"
         self.history = History(settings.window, device) if watches else None
-        self.layers = layers_of(model) if watches else []
+        self.layers = list(dict.fromkeys(map(layer_of, model_tensors(model)))) if watches else []
         """Names of the layers whose norms :meth:`squared_norms` tells apart."""
 
     def is_repeated(self, step: int) -> bool:
@@ -156,14 +155,3 @@ def require_repeatable(settings: Settings, device: torch.device) -> None:
             f"guard.replay_every = {every} compares steps bit for bit, which on GPUs need not repeat\n"
             "  set train.deterministic = true, or guard.replay_every = 0."
         )
-
-
-def layer_of(parameter: str) -> str:
-    """The layer, embedding, norm or output projection that a parameter of this name belongs to."""
-    found = re.match(r"model\.layers\.\d+", parameter)
-    return found[0] if found else parameter.rpartition(".")[0]
-
-
-def layers_of(model: Model) -> list[str]:
-    """:func:`layer_of` all parameters, in the order of the forward pass."""
-    return list(dict.fromkeys(map(layer_of, model_tensors(model))))

@@ -119,7 +119,7 @@ class Recorder:
         record |= guard_record(numbers)
         insight = numbers.get("insight")
         if insight is not None:
-            record |= insight_record(insight, self.settings.model.num_hidden_layers)
+            record |= insight_record(insight, self.settings.model)
         self._report(step, accepted, numbers)
         steps = self.settings.train.steps
         shown = step == 1 or due(self.settings.run.log_every, step, step == steps)

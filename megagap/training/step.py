@@ -198,7 +198,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     program, nothing = state.program(len(batch.tokens)), torch.zeros(0, device=mesh.device)
     insight = None
     if due(state.settings.run.insight_every, state.step):
-        insight = Insight(state.settings.model.num_hidden_layers, mesh.device)
+        insight = Insight(state.settings.model, mesh.device)
     watch = insight.layer_output if insight else None
     if guard.is_repeated(state.step):
         work, differs = compute_gradients_twice(state, batch, program, watch)

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megagap.config import Model
+from megagap.model import compiled as compiled_module
 from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import build_whole
@@ -188,6 +189,17 @@ def test_bf16_layers_compile(workers, tmp_path):
     (plain,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'plain'}"])
     (ours,) = workers.run(1, train_recipe, recipe, ["train.compile=true", f"run.dir={tmp_path / 'compiled'}"])
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in plain], rel=2e-3)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler.config, "cache_key_tag"), reason="before torch 2.7")
+def test_code_that_torch_keeps_on_disk_is_that_of_the_same_sources(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    tags = set()
+    for digest in ("one", "one", "other"):
+        monkeypatch.setattr(compiled_module, "sources_digest", lambda digest=digest: digest)
+        compile_layers([])
+        tags.add(torch.compiler.config.cache_key_tag)
+    assert len(tags) == 2 and all("megagap" in tag for tag in tags)
 
 
 COMPILERS = {

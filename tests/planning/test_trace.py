@@ -29,7 +29,6 @@ GAPERON = ROOT / "examples/recipes/gaperon-1b-one-gpu.toml"
 # Measured 2026-11-26 on one NVIDIA H200, torch 2.11.0+cu130, 4 x 4,096 tokens per microbatch, by tools/benchmark_mfu.py
 # --profile 3; kernels as torch's profiler lists them, memsets included. The H200's rates were not taken from it. Since
 # then the step has changed: FEWER_KERNELS, WHOLE_MASTERS.
-# copy of the values' gradient per layer more.
 MEASURED_SECONDS = {1: 0.252, 8: 1.967}
 MEASURED_MILLISECONDS = {
     "matrix products": 165.58,
@@ -97,6 +96,16 @@ def test_an_update_moves_28_bytes_per_parameter_in_one_kernel_per_bucket_and_one
 
 def test_a_step_on_a_gpu_never_waits_for_the_device(gaperon):
     assert gaperon.host_syncs == []
+
+
+@needs_kernels
+@pytest.mark.parametrize(("microbatches", "mfu"), [(1, 0.53), (8, 0.56)])
+def test_at_rates_that_large_products_and_copies_reach_on_an_h100_most_of_the_peak_is_predicted(microbatches, mfu):
+    """docs/performance.md has the whole table."""
+    settings = settings_of(GAPERON, f"--train.global_batch_size={4 * microbatches}")
+    report = trace_step(settings, load_device("h100").with_rates(640, 2.7)).as_dict()
+    assert report["mfu"]["full"] >= mfu
+    assert report["host_syncs"] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- FLOPs

@@ -260,8 +260,8 @@ def largest_layer(rank, ranks, recipe, folder, at):
         if state.step == at and not norms:
             for bucket in state.optimizer.store.buckets:
                 for part in bucket.slices("gradient", bucket.own_gradient):
-                    name = part.shard.name.removesuffix(".weight")
-                    layer = ".".join(name.split(".")[:3]) if ".layers." in name else name
+                    name = part.shard.name.removeprefix("model.").removesuffix(".weight")
+                    layer = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
                     norms[layer] = norms.get(layer, 0.0) + part.tensor.double().square().sum().item()
         return work
 

@@ -77,15 +77,15 @@ struct WithRemainder {
   }
 };
 
-// Both moments. words: null, or random bits of each element, and of a vector more: the lower half for the first.
-template <typename M>
+// Both moments. words: of each element, and of a vector more, random bits: the lower half for the first moment.
+template <typename M, bool kStochastic>
 struct Moments {
   M *exp_avg, *exp_avg_sq;
   const uint32_t* words;
 
   template <typename Count>
   MEGAGAP_INLINE void set(int64_t i, Vec first, Vec second, Count count) const {
-    if constexpr (std::is_same_v<M, BFloat16>) {
+    if constexpr (std::is_same_v<M, BFloat16> && kStochastic) {
       UVec random;
       std::memcpy(&random, words + i, sizeof(random));
       store_at_random(exp_avg + i, first, random & 0xffff, count);
@@ -97,8 +97,8 @@ struct Moments {
   }
 };
 
-template <typename Parameter, typename M>
-MEGAGAP_INLINE void adamw_run(const Parameter& parameter, const Moments<M>& moments, const float* grad, int64_t size,
+template <typename Parameter, typename Moments, typename G>
+MEGAGAP_INLINE void adamw_run(const Parameter& parameter, const Moments& moments, const G* grad, int64_t size,
                               const AdamW form) {
   const float step_size = form.lr / form.first_correction, second_root = std::sqrt(form.second_correction);
   const float kept = 1.0f - form.lr * form.weight_decay;
@@ -132,8 +132,8 @@ struct RandomBits {
 };
 
 // The update of elements [first, first + size) in runs, where some of what they are kept in is rounded stochastically.
-template <typename T, typename M>
-MEGAGAP_INLINE void adamw_stochastic(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const float* grad,
+template <typename T, typename M, typename G>
+MEGAGAP_INLINE void adamw_stochastic(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const G* grad,
                                      int64_t first, int64_t size, const AdamW form) {
   RandomBits<8> of_parameter = {};  // stream 0
   RandomBits<4> of_moments = {};    // stream 1
@@ -143,7 +143,7 @@ MEGAGAP_INLINE void adamw_stochastic(T* parameter, uint16_t* remainder, M* exp_a
     const int64_t element = place.offset + row * place.pitch + column;
     const int64_t left_in_row = place.columns == place.pitch ? kRun : place.columns - column;
     size_of_run = std::min({first + size - i, left_in_row, kRun});
-    Moments<M> moments{exp_avg + i, exp_avg_sq + i, nullptr};
+    Moments<M, true> moments{exp_avg + i, exp_avg_sq + i, nullptr};
     if constexpr (std::is_same_v<M, BFloat16>) {
       moments.words = of_moments.words + of_moments.fill(form, 1, element, size_of_run);
     }
@@ -161,21 +161,18 @@ MEGAGAP_INLINE void adamw_stochastic(T* parameter, uint16_t* remainder, M* exp_a
   }
 }
 
-// Moments in bfloat16 are rounded stochastically.
-template <typename T, typename M>
-void adamw(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const float* grad, int64_t first,
-           int64_t size, const AdamW& given) {
+template <typename T, typename M, typename G>
+void adamw(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const G* grad, int64_t first, int64_t size,
+           const AdamW& given) {
   const AdamW form = given;  // a copy: as far as the compiler knows, stores to the buffers might change the one given
   if (form.stochastic) {
     return adamw_stochastic(parameter, remainder, exp_avg, exp_avg_sq, grad, first, size, form);
   }
-  if constexpr (std::is_same_v<M, float>) {
-    const Moments<M> moments{exp_avg + first, exp_avg_sq + first, nullptr};
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (remainder != nullptr) {
-        return adamw_run(WithRemainder{parameter + first, remainder + first}, moments, grad + first, size, form);
-      }
+  const Moments<M, false> moments{exp_avg + first, exp_avg_sq + first, nullptr};
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (remainder != nullptr) {
+      return adamw_run(WithRemainder{parameter + first, remainder + first}, moments, grad + first, size, form);
     }
-    adamw_run(Nearest<T>{parameter + first}, moments, grad + first, size, form);
   }
+  adamw_run(Nearest<T>{parameter + first}, moments, grad + first, size, form);
 }

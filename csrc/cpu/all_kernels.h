@@ -19,7 +19,8 @@ const Kernels<T>& kernels() {
   static constexpr Kernels<T> all = {
       rms_norm<T>,      rms_norm_backward<T>, rotary<T>,
       swiglu<T>,        swiglu_backward<T>,   cross_entropy<T>,
-      cross_entropy_gradient<T>, adamw<T, float>, adamw<T, BFloat16>,
+      cross_entropy_gradient<T>,
+      adamw<T, float, float>, adamw<T, float, BFloat16>, adamw<T, BFloat16, float>, adamw<T, BFloat16, BFloat16>,
   };
   return all;
 }

@@ -76,6 +76,12 @@ struct RotaryRows {
   bool interleaved, backward, streaming;
 };
 
+// Elements [first, first + size) of flat buffers, which start at the pointers. remainder: null, or that of a parameter in
+// bfloat16.
+template <typename T, typename M, typename G>
+using AdamWUpdate = void (*)(T* parameter, uint16_t* remainder, M* exp_avg, M* exp_avg_sq, const G* grad, int64_t first,
+                             int64_t size, const AdamW& form);
+
 // Every kernel for elements of type T. Rows are contiguous; strides are between rows, in elements. streaming: the results
 // are too large to stay in the caches.
 template <typename T>
@@ -97,12 +103,11 @@ struct Kernels {
   void (*cross_entropy)(const T* logits, int64_t target, int64_t size, float* maximum, float* sum, float* at_target);
   void (*cross_entropy_gradient)(T* logits, int64_t target, int64_t size, float log_sum_exp, float factor,
                                  float scale);
-  // adamw.h: elements [first, first + size) of flat buffers, which start at the pointers. remainder: null, or that of a
-  // parameter in bfloat16. Moments in bfloat16 are rounded stochastically.
-  void (*adamw)(T* parameter, uint16_t* remainder, float* exp_avg, float* exp_avg_sq, const float* grad, int64_t first,
-                int64_t size, const AdamW& form);
-  void (*adamw_bfloat16)(T* parameter, uint16_t* remainder, BFloat16* exp_avg, BFloat16* exp_avg_sq, const float* grad,
-                         int64_t first, int64_t size, const AdamW& form);
+  // adamw.h, by the types of moments and gradient.
+  AdamWUpdate<T, float, float> adamw;
+  AdamWUpdate<T, float, BFloat16> adamw_of_bfloat16;
+  AdamWUpdate<T, BFloat16, float> adamw_in_bfloat16;
+  AdamWUpdate<T, BFloat16, BFloat16> adamw_in_and_of_bfloat16;
 };
 
 // Those for the instruction set that torch has chosen (ATEN_CPU_CAPABILITY overrides it, as for torch's own).

@@ -451,8 +451,8 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   }
   const bool wide_moments = exp_avg.scalar_type() == at::kFloat;
   TORCH_CHECK_TYPE(exp_avg.scalar_type() == exp_avg_sq.scalar_type() &&
-                       (wide_moments || (exp_avg.scalar_type() == at::kBFloat16 && rounding)),
-                   "adamw_: the moments must be float32, or bfloat16 with the place of an element");
+                       (wide_moments || exp_avg.scalar_type() == at::kBFloat16),
+                   "adamw_: the moments must both be float32, or bfloat16");
   TORCH_CHECK_TYPE(parameter.scalar_type() != at::kHalf, "adamw_: parameters are float32 or bfloat16");
   TORCH_CHECK_TYPE(!remainder || (parameter.scalar_type() == at::kBFloat16 && remainder->scalar_type() == at::kShort),
                    "adamw_: a remainder is in int16, of a parameter in bfloat16");
@@ -462,7 +462,8 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   if (found_inf.item<float>() != 0) {
     return;
   }
-  const Tensor grad = grad_given.to(at::kFloat);
+  const bool wide_grad = grad_given.scalar_type() != at::kBFloat16;
+  const Tensor grad = wide_grad ? grad_given.to(at::kFloat) : grad_given;
   const double updates = step.item<double>();
   const AdamW form{static_cast<float>(lr),
                    static_cast<float>(beta1),
@@ -480,12 +481,17 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
     using T = decltype(element);
     at::parallel_for(0, parameter.numel(), kGrain, [&](int64_t begin, int64_t end) {
       uint16_t* rest = remainder ? data<uint16_t>(*remainder) : nullptr;
+      const auto update = [&](auto kernel, auto moment, auto gradient) {
+        using M = decltype(moment);
+        using G = decltype(gradient);
+        kernel(data<T>(parameter), rest, data<M>(exp_avg), data<M>(exp_avg_sq), data<G>(grad), begin, end - begin, form);
+      };
+      const Kernels<T>& all = kernels<T>();
       if (wide_moments) {
-        kernels<T>().adamw(data<T>(parameter), rest, data<float>(exp_avg), data<float>(exp_avg_sq), data<float>(grad),
-                           begin, end - begin, form);
+        wide_grad ? update(all.adamw, float{}, float{}) : update(all.adamw_of_bfloat16, float{}, BFloat16{});
       } else {
-        kernels<T>().adamw_bfloat16(data<T>(parameter), rest, data<BFloat16>(exp_avg), data<BFloat16>(exp_avg_sq),
-                                    data<float>(grad), begin, end - begin, form);
+        wide_grad ? update(all.adamw_in_bfloat16, BFloat16{}, float{})
+                  : update(all.adamw_in_and_of_bfloat16, BFloat16{}, BFloat16{});
       }
     });
   });

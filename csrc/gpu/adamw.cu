@@ -271,6 +271,9 @@ extern "C" int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_t
     if (types(kMegagapBFloat16, kMegagapFloat, kMegagapBFloat16)) {
       return run(gpu::adamw<BFloat16, float, BFloat16, false>);
     }
+    if (types(kMegagapBFloat16, kMegagapBFloat16, kMegagapBFloat16)) {
+      return run(gpu::adamw<BFloat16, BFloat16, BFloat16, false>);
+    }
   } else {
     if (types(kMegagapFloat, kMegagapBFloat16, kMegagapFloat)) return run(gpu::adamw<float, BFloat16, float, true>);
     if (types(kMegagapBFloat16, kMegagapFloat, kMegagapFloat)) return run(gpu::adamw<BFloat16, float, float, true>);

@@ -368,8 +368,8 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
                       parameter.sizes(), " and ", tensor.sizes());
   }
   TORCH_CHECK_TYPE(exp_avg.scalar_type() == exp_avg_sq.scalar_type() &&
-                       (exp_avg.scalar_type() == at::kFloat || (exp_avg.scalar_type() == at::kBFloat16 && rounding)),
-                   "adamw_: the moments must be float32, or bfloat16 with the place of an element");
+                       (exp_avg.scalar_type() == at::kFloat || exp_avg.scalar_type() == at::kBFloat16),
+                   "adamw_: the moments must both be float32, or bfloat16");
   TORCH_CHECK_TYPE(!remainder || (parameter.scalar_type() == at::kBFloat16 && remainder->scalar_type() == at::kShort),
                    "adamw_: a remainder is in int16, of a parameter in bfloat16");
   const bool rounded =

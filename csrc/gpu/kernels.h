@@ -68,8 +68,7 @@ int megagap_gpu_cross_entropy(int type, void* logits, const int64_t* targets, co
 
 // AdamW over flat [size]. grad_scale, found_inf, step: one float each on the device. `remainder`, unless null: 16 bits
 // [size] that make a parameter in bfloat16 a float (ops/remainder.py). `rounding`, unless null: what else is in bfloat16,
-// parameter or moments, is rounded up or down at random, with the bits of this place, else to the nearest. Moments in
-// bfloat16 need it.
+// parameter or moments, is rounded up or down at random, with the bits of this place, else to the nearest.
 int megagap_gpu_adamw(int parameter_type, int moment_type, int grad_type, void* parameter, void* exp_avg,
                       void* exp_avg_sq, const void* grad, const float* grad_scale, const float* found_inf,
                       const float* step, int64_t size, double lr, double beta1, double beta2, double eps,

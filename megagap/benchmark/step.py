@@ -21,7 +21,7 @@ from megagap.model.flops import flops_per_token
 from megagap.observe.profile import Profile, profile_steps
 from megagap.observe.run_directory import RunDirectory, environment
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.terminal.progress import ProgressBar
 from megagap.timeline import Moment
@@ -82,7 +82,7 @@ class Report:
         flops = flops_per_token(self.settings.model, self.first.sequence_length)
         per_device = self.tokens_per_second / self.mesh.world.size / 1e12
         achieved = {"full": self.tflops_per_device, "causal": flops.causal * per_device}
-        dtype = COMPUTE_DTYPES[self.settings.train.precision]
+        dtype = PRECISIONS[self.settings.train.precision].compute
         peaks = {"datasheet": peak_tflops(self.mesh.device, dtype), "measured": self.measured_peak}
         return {
             "tokens_per_second": self.tokens_per_second,
@@ -257,7 +257,7 @@ def random_batch(settings: Settings, mesh: Mesh, moment: Moment) -> Batch:
 def measure_peak(settings: Settings, mesh: Mesh, repeats: int = 4) -> float:
     """TFLOP/s of the fastest of several large square matrix products, on all ranks at the same time."""
     size = 8192 if mesh.device.type == "cuda" else 2048
-    dtype = COMPUTE_DTYPES[settings.train.precision]
+    dtype = PRECISIONS[settings.train.precision].compute
     a, b = (torch.randn(size, size, device=mesh.device).to(dtype) for _ in range(2))
     best = float("inf")
     if mesh.world.group is not None:

@@ -256,6 +256,7 @@ def _all_sources(settings: Settings) -> list[SourceSettings]:
 def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
     """Fill in what depends on other settings, and make paths absolute."""
     model, parallel, data, train = settings.model, settings.parallel, settings.data, settings.train
+    optim, is_pure = settings.optim, settings.train.precision == "bf16-pure"
     steps = run_length(timeline_of_data(data, train), train.steps, train.tokens)
     schedule, chunks = choose(parallel.schedule, parallel.vpp)
     return _with(
@@ -276,6 +277,11 @@ def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
             validation=[_resolve_source(source, folder) for source in data.validation],
         ),
         train=_with(train, steps=steps, tokens=0),
+        optim=_with(
+            optim,
+            moments_dtype=optim.moments_dtype or ("bf16" if is_pure else "fp32"),
+            rounding=optim.rounding or ("stochastic" if is_pure else None),
+        ),
         run=_with(settings.run, dir=str(run_directory(settings.run.dir, recipe))),
     )
 

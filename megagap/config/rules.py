@@ -338,6 +338,12 @@ def _spikes_are_looked_for(v: Lookup) -> Iterator[Fault]:
             yield Fault(f"guard.{key}", value, 'applies only to guard.spikes = "report" or "skip"')
 
 
+def _rounding_is_needed(v: Lookup) -> Iterator[Fault]:
+    if v("optim.rounding") and v("train.precision") != "bf16-pure":
+        message = 'applies only to train.precision = "bf16-pure"; others keep what an update would lose'
+        yield Fault("optim.rounding", v("optim.rounding"), message)
+
+
 def _ascends(ramp: Sequence[tuple[int, int]]) -> bool:
     return all(tokens < later for (tokens, _), (later, _) in pairwise(ramp))
 
@@ -409,6 +415,7 @@ RULES: tuple[Rule, ...] = (
     _cooldown_decays,
     _compiler_chooses,
     _spikes_are_looked_for,
+    _rounding_is_needed,
     _ramp_ascends,
     _batch_divides,
 )

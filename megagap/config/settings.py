@@ -158,8 +158,9 @@ class Train(Section):
     """Sequences that one rank computes at a time."""
     sequence_length: Positive
     """Tokens per sequence."""
-    precision: Literal["fp32", "bf16-mixed"] = "fp32"
-    """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32."""
+    precision: Literal["fp32", "bf16-mixed", "bf16-pure"] = "fp32"
+    """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32; `bf16-pure` keeps
+    parameters, gradients and moments in bf16 alone, and rounds updates as `optim.rounding` says."""
     z_loss: NonNegative = 0.0
     """Times logsumexp(logits)², this is added to each token's loss, so that logits do not drift (PaLM: 1e-4)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -203,8 +204,12 @@ class Optim(Section):
     """AdamW's decay rates of the moments."""
     eps: AboveZero = 1e-8
     """AdamW's epsilon."""
-    moments_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What AdamW's moments are kept in; `bf16`, rounded stochastically, saves 4 bytes per parameter."""
+    moments_dtype: Literal["fp32", "bf16"] | None = None
+    """What AdamW's moments are kept in; `bf16`, rounded stochastically, saves 4 bytes per parameter. By default fp32,
+    with `bf16-pure` bf16."""
+    rounding: Literal["nearest", "stochastic", "kahan"] | None = None
+    """How `bf16-pure` rounds: `stochastic`, the default, is exact on average; `kahan` keeps what an update loses, in 2
+    bytes more per parameter; `nearest`, in moments too, loses small updates, as Gaperon did."""
     clip_grad: NonNegative = 1.0
     """Maximum global gradient norm; 0: no clipping."""
     zero: Literal[0, 1, 2, 3] = 1
@@ -338,7 +343,6 @@ class FlopParts:
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "optim": {"rounding": "nearest"},
     "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},
 }

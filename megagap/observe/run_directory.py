@@ -45,7 +45,7 @@ from megagap.files import (
 from megagap.model.flops import flops_per_token
 from megagap.observe.logs import log_file
 from megagap.observe.utilisation import peak_tflops
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 
@@ -302,7 +302,7 @@ def layout(mesh: Mesh) -> dict[str, Any]:
 def mfu_formula(settings: Settings, mesh: Mesh) -> dict[str, Any]:
     """What the ``mfu`` and ``tflops_per_device`` of metrics.jsonl mean in this run."""
     lengths = timeline_of(settings).sequence_lengths
-    dtype = COMPUTE_DTYPES[settings.train.precision]
+    dtype = PRECISIONS[settings.train.precision].compute
     peak = peak_tflops(mesh.device, dtype)
     device = torch.cuda.get_device_name(mesh.device) if peak is not None else None
     return {

@@ -30,12 +30,11 @@ def adamw_(
     """One update in place, with ``grad / divisor``; all flat, contiguous and of one size.
 
     parameter: fp32; or bf16 with the ``remainder``, int16, of an fp32 master (``remainder.py``); or bf16 without.
-    Moments: both fp32, or both bf16. What is bf16, but for a parameter with a remainder, is rounded to the nearest or,
-    in the segments of ``stochastic``, up or down at random (Gupta et al. 2015, section 3.1). What is in none of them is
-    padding, and stays as it is. Moments in bf16 need them. ``divisor``, ``reject`` and ``updates`` (their number, this
+    Moments: both fp32, or both bf16. grad: fp32 or bf16. What is bf16, but for a parameter with a remainder, is rounded
+    to the nearest or, in the segments of ``stochastic``, up or down at random (Gupta et al. 2015, section 3.1). What is
+    in none of them is padding, and stays as it is. ``divisor``, ``reject`` and ``updates`` (their number, this
     one included) are fp32 device scalars; where ``reject`` is 1 nothing changes, without a host sync on GPU.
     """
-    assert stochastic is not None or exp_avg.dtype != torch.bfloat16, "small changes of a moment would be lost"
     if compiled.supports(parameter) and parameter.dtype != torch.float16:
         numbers = (divisor, reject, updates, lr, *betas, eps, weight_decay)
         if stochastic is None:
@@ -47,7 +46,7 @@ def adamw_(
             rest = None if remainder is None else remainder[part]
             torch.ops.megagap.adamw_(*state, *numbers, segment.place, rest)
         return
-    master, average, square = (wide(x) for x in (join(parameter, remainder), exp_avg, exp_avg_sq))
+    master, average, square, grad = (wide(x) for x in (join(parameter, remainder), exp_avg, exp_avg_sq, grad))
     torch._fused_adamw_(
         [master],
         [grad],
@@ -68,6 +67,9 @@ def adamw_(
     is_rounded = remainder is None and parameter is not master
     if remainder is not None or (is_rounded and stochastic is None):
         split_(master, parameter, remainder)
+    if stochastic is None and exp_avg is not average:
+        exp_avg.copy_(average)
+        exp_avg_sq.copy_(square)
     for segment in stochastic or ():
         part = slice(segment.begin, segment.end)
         if is_rounded:

@@ -1,18 +1,21 @@
-"""Gradients of matrices that are accumulated in fp32, whatever the dtype of what they are computed from."""
+"""Gradients of matrices, accumulated in the dtype of the sum, whatever the dtype of what they are computed from."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from megagap.ops.wide import wide_dtype
+from megagap.ops.wide import wide, wide_dtype
 
 
 def set_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Set ``total`` to leftᵀ right; total: fp32 [r, c], left: [n, r], right: [n, c], both of one dtype."""
+    """Set ``total`` to leftᵀ right.
+
+    total: [r, c] in fp32, or in the dtype of left [n, r] and right [n, c].
+    """
     if left.dtype == total.dtype:
         torch.mm(left.T, right, out=total)
-    elif adds_inside(left.dtype, left.device):
+    elif adds_inside(left, total.dtype):
         torch.mm(left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.copy_(left.T @ right)
@@ -26,29 +29,39 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if left.dtype == total.dtype:
         torch.addmm(total, left.T, right, out=total)
-    elif adds_inside(left.dtype, left.device):
+    elif adds_inside(left, total.dtype):
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left.T @ right)
 
 
-def adds_inside(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether :func:`add_product` of operands in ``dtype`` adds inside of the matrix product, so that the product takes
-    no memory of its own."""
-    return dtype == wide_dtype(dtype) or (device.type == "cuda" and _sums_in_fp32(dtype))
+def adds_inside(left: Tensor, total_dtype: torch.dtype) -> bool:
+    """Whether :func:`add_product` of ``left`` to a sum in ``total_dtype`` adds inside of the matrix product, which then
+    takes no memory of its own."""
+    return left.dtype == total_dtype or (left.is_cuda and _sums_in_fp32(left.dtype))
 
 
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Add rows[i] to total[ids[i]] for each i; total: fp32 [r, c], ids: [n], in which an id may recur, rows: [n, c].
+    """Add rows[i] to total[ids[i]] for each i; total: [r, c], ids: [n], in which an id may recur, rows: [n, c].
 
-    Always in the same order, so that it repeats bit for bit: ``index_add_`` does so on a CPU only, ``index_put_`` on
-    a GPU only, where it sorts the ids.
+    Rows of one id are summed in fp32 at least. Always in the same order, so that it repeats bit for bit: ``index_add_``
+    does so on a CPU only, ``index_put_`` on a GPU only, where it sorts the ids and sums in fp32.
     """
-    rows = rows.to(total.dtype)
     if total.is_cuda:
-        total.index_put_((ids,), rows, accumulate=True)
-    else:
-        total.index_add_(0, ids, rows)
+        total.index_put_((ids,), rows.to(total.dtype), accumulate=True)
+        return
+    if total.dtype != wide_dtype(total.dtype):
+        ids, rows = _summed(ids, rows)
+    total.index_add_(0, ids, rows.to(total.dtype))
+
+
+def _summed(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As many ids and rows, in fp32 at least, of which each id has one that is the sum of its rows; others are 0."""
+    ids, order = ids.sort(stable=True)
+    places = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    ordered = wide(rows[order])
+    sums = torch.zeros_like(ordered).index_add_(0, places, ordered)
+    return ids[0].repeat(len(ids)).scatter_(0, places, ids), sums
 
 
 @cache

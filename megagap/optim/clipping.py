@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megagap.ops.wide import wide, wide_dtype
+
+PIECE = 1 << 20
+"""Elements that are copied to be squared in a wider type."""
+
 
 def clip_divisor(norm: Tensor, limit: float) -> Tensor:
     """What gradients of global ``norm`` are divided by so that it does not exceed ``limit`` (0: no clipping).
@@ -15,10 +20,13 @@ def clip_divisor(norm: Tensor, limit: float) -> Tensor:
 
 
 def squared_norm(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of flat fp32 tensors, at least one, in one pass over memory on a GPU; fp32 scalar.
+    """The sum of squares of flat tensors, at least one, in one pass over memory on a GPU; scalar, fp32 at least.
 
     Not on CPU: there ``vector_norm`` uses so few accumulators that over millions of elements it loses four digits.
     """
+    dtype = wide_dtype(parts[0].dtype)
     if parts[0].is_cuda:
-        return torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
-    return torch.stack([part.square().sum() for part in parts]).sum()
+        return torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in parts]).square().sum()
+    if parts[0].dtype != dtype:
+        parts = [piece for part in parts for piece in part.split(PIECE)]
+    return torch.stack([wide(part).square().sum() for part in parts]).sum()

@@ -9,6 +9,7 @@ from torch import Tensor
 from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
 from megagap.optim.gradient_store import Bucket, GradientStore
+from megagap.optim.precision import has_masters
 from megagap.optim.rules import RULES
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter, Slice
@@ -33,12 +34,15 @@ class DistributedOptimizer:
         bucket_elements: int = BUCKET_ELEMENTS,
         blocks: Sequence[Sequence[Block]] = (),
         seed: int = 0,
+        gradient_dtype: torch.dtype | None = None,
     ) -> None:
-        """``parameters``, ``blocks``: see :class:`GradientStore`. ``seed``: of rounding stochastically."""
+        """``seed``: of rounding stochastically. The others: see :class:`GradientStore`."""
         self.store = GradientStore(
             parameters,
             mesh,
             dtype,
+            gradient_dtype,
+            exact=has_masters(optim),
             zero=optim.zero,
             decay_embeddings=optim.decay_embeddings,
             bucket_elements=bucket_elements,

@@ -24,7 +24,7 @@ WIDTH = 4096
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
 """2^64 divided by the golden ratio, as a signed number (Knuth, The Art of Computer Programming 3, section 6.4)."""
 
-_BITS = {4: torch.int32, 8: torch.int64}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size, by bytes."""
 
 
@@ -49,7 +49,7 @@ def gradient_hash(store: GradientStore) -> Tensor:
 
 
 def hash_of(values: Tensor, key: int = 0) -> Tensor:
-    """The hash of a flat tensor [n] of 32- or 64-bit elements, int64 scalar, in rows of :data:`WIDTH`.
+    """The hash of a flat tensor [n] of 16-, 32- or 64-bit elements, int64 scalar, in rows of :data:`WIDTH`.
 
     ``key``, below 2^31, tells several tensors apart.
     """

@@ -97,7 +97,7 @@ class _Place:
         where they are apart, or not all of this step, or where the product would take memory of its own."""
         alike = all(place.written == self.written for place in places)
         apart = self.whole is None and any(place.bucket is not self.bucket for place in places)
-        if apart or not alike or not adds_inside(left.dtype, left.device):
+        if apart or not alike or not adds_inside(left, self.bucket.own_gradient.dtype):
             return None
         return as_one([place.gradient for place in places], 0)
 
@@ -135,9 +135,9 @@ def _collect(parameter: Tensor) -> None:
 class Bucket:
     """A range of a kind's flat buffers, of which this data rank owns a slice, or all of it.
 
-    values: [n] in the parameters' dtype, which are views of it. gradients: [n] in fp32; None where only the slice is
-    kept. own_values: this rank's slice of the values: the masters or, where these are fp32 and the values bf16, the
-    masters rounded to nearest. remainder: then the rest of these masters, int16 (``ops/remainder.py``), else None.
+    values: [n] in the parameters' dtype, which are views of it. gradients: [n]; None where only the slice is kept.
+    own_values: this rank's slice of the values: the masters or, where these are fp32 and the values bf16, the masters
+    rounded to nearest. remainder: then the rest of these masters, int16 (``ops/remainder.py``), else None.
     """
 
     def __init__(
@@ -146,11 +146,14 @@ class Bucket:
         places: list[_Place],
         values: Tensor,
         gradients: Tensor | None,
+        gradient_dtype: torch.dtype,
+        exact: bool,
         sharding: Sharding,
         replicas: Axis | None,
         opening: Callable[[], None],
     ) -> None:
-        """``opening`` is called before a full-size gradient is made, where none is kept."""
+        """``exact``: bf16 values have fp32 masters. ``opening`` is called before a full-size gradient is made, where
+        none is kept."""
         self._opening = opening
         self.kind, self.start, self.places, self.replicas = place.kind, place.start, places, replicas
         self.watch: Callable[[Tensor], None] | None = None
@@ -163,8 +166,8 @@ class Bucket:
         if gradients is not None and self.shard.size == 1:
             self.own_gradient = gradients
         else:
-            self.own_gradient = values.new_zeros(length, dtype=wide_dtype(values.dtype))
-        self.remainder = self._fill()
+            self.own_gradient = values.new_zeros(length, dtype=gradient_dtype)
+        self.remainder = self._fill(exact)
         self.microbatches_reduced = 0
         """Those that have reported for all of its parameters, of this step."""
         self.holds_sum = False
@@ -177,10 +180,10 @@ class Bucket:
         self._reduction: dist.Work | Pending | None = None
         self._gathering: dist.Work | None = None
 
-    def _fill(self) -> Tensor | None:
+    def _fill(self, exact: bool) -> Tensor | None:
         """Take over the parameters' initial values; the remainder of this rank's masters, if they have one."""
         initial = self.values
-        if self.values.dtype == torch.bfloat16:
+        if exact and self.values.dtype == torch.bfloat16:
             initial = torch.zeros_like(self.values, dtype=torch.float32)
         for place, here, there in self._parts(slice(0, self.values.numel())):
             initial[here].copy_(place.parameter.detach().reshape(-1)[there])
@@ -380,14 +383,17 @@ class GradientStore:
         parameters: Sequence[ShardedParameter],
         mesh: Mesh,
         dtype: torch.dtype,
+        gradient_dtype: torch.dtype | None = None,
         *,
+        exact: bool = True,
         zero: int = 1,
         decay_embeddings: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
         blocks: Sequence[Sequence[Block]] = (),
     ) -> None:
         """``parameters``: in the order in which the forward pass uses them, with their initial values in fp32; they are
-        in ``dtype`` afterwards: fp32, float64, or bf16 with fp32 masters.
+        in ``dtype`` afterwards: fp32, float64 or bf16, with fp32 masters where that is to be ``exact``.
+        ``gradient_dtype``: by default fp32, of float64 parameters float64.
 
         ``blocks``: of each virtual stage, in the order of its forward pass, which waits at each for its parameters. At
         stage 3 they are gathered there, so that all parameters must be in one.
@@ -400,7 +406,7 @@ class GradientStore:
         self._places = [
             _Place(parameter, start, self._reported) for parameter, start in zip(parameters, layout.starts, strict=True)
         ]
-        self.buckets = list(self._make_buckets(layout, dtype))
+        self.buckets = list(self._make_buckets(layout, dtype, gradient_dtype or wide_dtype(dtype), exact))
         for place in self._places:
             place.parameter.sink = place
             place.parameter.register_post_accumulate_grad_hook(_collect)
@@ -419,7 +425,9 @@ class GradientStore:
             for chunk in blocks:
                 self.wait_as_used(chunk)
 
-    def _make_buckets(self, layout: Arrangement, dtype: torch.dtype) -> Iterator[Bucket]:
+    def _make_buckets(
+        self, layout: Arrangement, dtype: torch.dtype, gradient_dtype: torch.dtype, exact: bool
+    ) -> Iterator[Bucket]:
         device, mesh = self.mesh.device, self.mesh
         lengths = {kind: layout.buffer_elements(kind) for kind in {place.kind for place in layout.buckets}}
         values: dict[Kind, Tensor] = {}
@@ -427,7 +435,7 @@ class GradientStore:
         if not self.sharding.parameters:
             values = {k: torch.zeros(n, dtype=dtype, device=device) for k, n in lengths.items()}
         if not self.sharding.gradients:
-            gradients = {k: torch.zeros(n, dtype=wide_dtype(dtype), device=device) for k, n in lengths.items()}
+            gradients = {k: torch.zeros(n, dtype=gradient_dtype, device=device) for k, n in lengths.items()}
         for place in layout.buckets:
             kind, places = place.kind, [self._places[number] for number in place.parameters]
             within = slice(place.start, place.stop)
@@ -439,6 +447,8 @@ class GradientStore:
                 places,
                 values[kind][within] if own is None else own,
                 gradients[kind][within] if gradients else None,
+                gradient_dtype,
+                exact,
                 self.sharding,
                 replicas,
                 self._opening,
@@ -472,7 +482,7 @@ class GradientStore:
 
     @contextmanager
     def watched(self, watch: Callable[[Tensor], None]) -> Iterator[None]:
-        """Within the block ``watch`` is given each gradient of this rank alone, fp32 [n], before it is reduced."""
+        """Within the block ``watch`` is given each gradient of this rank alone, [n], before it is reduced."""
         for bucket in self.buckets:
             bucket.watch = watch
         try:

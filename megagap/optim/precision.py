@@ -1,11 +1,33 @@
-"""What the precisions of ``train.precision`` mean."""
+"""What the precisions of ``train.precision`` mean. docs/precision.md compares them."""
+
+from dataclasses import dataclass
 
 import torch
 
-COMPUTE_DTYPES = {
-    "fp32": torch.float32,
-    "bf16-mixed": torch.bfloat16,
+from megagap.config import Optim
+
+
+@dataclass(frozen=True)
+class Precision:
+    compute: torch.dtype
+    """Of parameters and activations."""
+    gradients: torch.dtype
+    """In which gradients are accumulated over microbatches, and summed over ranks."""
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, torch.float32),
+    # Micikevicius et al. 2018, section 3.1; bf16 has fp32's range, so that the loss needs no scaling.
+    "bf16-mixed": Precision(torch.bfloat16, torch.float32),
+    # Godey et al. 2025 (Gaperon).
+    "bf16-pure": Precision(torch.bfloat16, torch.bfloat16),
 }
-"""Dtype of parameters and activations. Masters, gradient sums and their reduction are fp32 in all of these
-(Micikevicius et al. 2018, section 3.1; bf16 has fp32's range, so that the loss needs no scaling), moments too unless
-``optim.moments_dtype`` asks for bf16."""
+
+
+def has_masters(optim: Optim) -> bool:
+    """Whether parameters in bf16 are those of fp32 masters, rounded, of which the rest is kept beside them.
+
+    Always but for ``bf16-pure``, and there as Kahan's compensation: what it keeps in bf16 of each update is lost anyway
+    to rounding, while 16 bits are enough to lose nothing.
+    """
+    return optim.rounding in (None, "kahan")

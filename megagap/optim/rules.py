@@ -17,7 +17,7 @@ class UpdateRule(Protocol):
     """Whether it needs whole matrices; else any flat slice of parameters will do."""
 
     def new_state(self, gradient: Tensor) -> dict[str, Tensor]:
-        """The state of a slice that was never updated, by kind as checkpoints name it; shaped like the slice's fp32
+        """The state of a slice that was never updated, by kind as checkpoints name it; shaped like its
         ``gradient``, on its device."""
         ...
 

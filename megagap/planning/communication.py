@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megagap.config import Settings, most_microbatches
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.planning.memory import stored_parameters
-from megagap.planning.transient import FP32, StoredParameters, transient
+from megagap.planning.transient import StoredParameters, transient
 from megagap.training.mesh import make_layout
 
 Collective = Literal["reduce-scatter", "all-gather", "all-reduce"]
@@ -56,9 +56,9 @@ _Entry = tuple[str, Collective, Literal["gradients", "parameters"], int, int]
 
 def _over_data(settings: Settings, world_size: int, stage: int, stored: StoredParameters) -> Iterator[_Entry]:
     sharding, buckets = stored.sharding, stored.buckets.buckets
-    itemsize, count = COMPUTE_DTYPES[settings.train.precision].itemsize, len(buckets)
+    itemsize, count = PRECISIONS[settings.train.precision].compute.itemsize, len(buckets)
     if settings.optim.zero == 0:
-        yield "data", "all-reduce", "gradients", count, FP32 * stored.elements
+        yield "data", "all-reduce", "gradients", count, stored.gradient_bytes * stored.elements
         return
     reductions, gathers = dict.fromkeys(buckets, 1), dict.fromkeys(buckets, 1)
     if sharding.gradients:
@@ -69,8 +69,8 @@ def _over_data(settings: Settings, world_size: int, stage: int, stored: StoredPa
         reductions = dict(held.reductions)
         gathers = dict(held.gathers) if sharding.parameters else gathers
     size = lambda counts: sum((bucket.stop - bucket.start) * times for bucket, times in counts.items())  # noqa: E731
-    yield "shard", "reduce-scatter", "gradients", sum(reductions.values()), FP32 * size(reductions)
-    yield "replicate", "all-reduce", "gradients", count, FP32 * stored.elements // sharding.shard.size
+    yield "shard", "reduce-scatter", "gradients", sum(reductions.values()), stored.gradient_bytes * size(reductions)
+    yield "replicate", "all-reduce", "gradients", count, stored.gradient_bytes * stored.elements // sharding.shard.size
     yield "shard", "all-gather", "parameters", sum(gathers.values()), itemsize * size(gathers)
 
 
@@ -85,4 +85,4 @@ def _over_replicas(stored: StoredParameters) -> Iterator[_Entry]:
             for bucket in stored.buckets.buckets
             if bucket.kind.replica_axis == axis and bucket.kind.partial_gradient
         ]
-        yield axis, "all-reduce", "gradients", len(sizes), FP32 * sum(sizes)
+        yield axis, "all-reduce", "gradients", len(sizes), stored.gradient_bytes * sum(sizes)

@@ -21,7 +21,8 @@ from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.clipping import PIECE
+from megagap.optim.precision import PRECISIONS, has_masters
 from megagap.optim.rules import RULES
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
 from megagap.parallel.cross_entropy import chunk_tokens
@@ -240,8 +241,9 @@ def _rank_memory(
         for stage in [stages[occasion.chunk]]
         for moment in stage.moments(occasion.kind, others, _Held(held, occasion, stage.has_embedding))
     ]
-    if not any_stage.is_gpu:  # squares of a bucket
-        moments.append(_Moment("norm of the gradients", 0, max(buckets) // ranks * FP32))
+    if not any_stage.is_gpu:  # squares of a bucket; of a narrow one, of pieces
+        squares = max(buckets) // ranks if stored.gradient_bytes == FP32 else 2 * PIECE
+        moments.append(_Moment("norm of the gradients", 0, squares * FP32))
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
     processes = any_stage.tp * dp * any_stage.cp
     tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim
@@ -253,9 +255,9 @@ def _rank_memory(
         stage=rank,
         ranks=range(rank * processes, (rank + 1) * processes),
         parameters=(slices if sharding.parameters else elements) * itemsize,
-        masters=slices * (FP32 - itemsize),
+        masters=slices * (FP32 - itemsize) if has_masters(settings.optim) else 0,
         moments=slices * _state_bytes(settings),
-        gradients=(0 if sharding.gradients else elements * FP32) + (slices * FP32 if ranks > 1 else 0),
+        gradients=stored.gradient_bytes * ((0 if sharding.gradients else elements) + (slices if ranks > 1 else 0)),
         activations=peak.activations,
         workspace=peak.workspace,
         inputs=tokens + tables,
@@ -326,8 +328,9 @@ class _Stage:
         self.has_embedding, self.has_head, self.layers = stage.has_embedding, stage.has_head, len(stage.layers)
         self.shares_input = shares_input
         self.recompute = train.recompute
-        self.dtype = COMPUTE_DTYPES[train.precision]
+        self.dtype = PRECISIONS[train.precision].compute
         self.itemsize = self.dtype.itemsize
+        self.gradient_bytes = PRECISIONS[train.precision].gradients.itemsize
 
         self.batch = train.micro_batch_size
         self.length = _longest_sequence(settings)
@@ -470,10 +473,14 @@ class _Stage:
     def _embedding_backward(self, others: int, held: _Held) -> _Moment:
         border = 0 if self.has_head else 2 * self.R  # the stage's output and its gradient
         incoming = self.R if self.tp == 1 else self.A
-        rows = self.tokens * self.model.hidden_size * FP32 if self.itemsize != FP32 else 0
+        rows = 0
+        if self.gradient_bytes != FP32:  # on CPU those of a token are summed in fp32 first
+            rows = 0 if self.is_gpu else 2 * self.tokens * self.model.hidden_size * FP32
+        elif self.itemsize != FP32:
+            rows = self.tokens * self.model.hidden_size * FP32
         return _Moment("backward of the embedding", others, border + incoming + rows + held.in_embedding_backward)
 
     def _product_copy(self, rows: int) -> int:
         """On CPU a weight's gradient in bf16 is computed before it is added to the fp32 sum."""
-        copies = not self.is_gpu and self.itemsize != FP32
+        copies = not self.is_gpu and self.itemsize != self.gradient_bytes
         return rows * self.model.hidden_size * self.itemsize if copies else 0

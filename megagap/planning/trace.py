@@ -19,7 +19,7 @@ from megagap.files import write_bytes, writing
 from megagap.model.flops import flops_per_token
 from megagap.ops import compiled
 from megagap.ops.arithmetic import deterministic_kernels
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.planning.devices import DTYPES, Device
 from megagap.planning.pretend import PinnedMemory, pretending
@@ -82,7 +82,7 @@ class Trace:
     @property
     def mfu(self) -> dict[str, float] | None:
         """Of the data sheet's peak for the dtype; None where the file names none."""
-        peak = self.device.peak_tflops.get(DTYPES[COMPUTE_DTYPES[self.settings.train.precision]])
+        peak = self.device.peak_tflops.get(DTYPES[PRECISIONS[self.settings.train.precision].compute])
         if peak is None:
             return None
         flops = flops_per_token(self.settings.model, self.moment.sequence_length)

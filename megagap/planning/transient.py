@@ -15,6 +15,7 @@ from megagap.config import Settings
 from megagap.model.llama import LlamaStage, sharded_parameters, stages_of_recipe
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
 from megagap.optim.gradient_store import arrangement, kind_of
+from megagap.optim.precision import PRECISIONS
 from megagap.optim.sharding import Sharding
 from megagap.parallel.actions import BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.layout import Layout
@@ -22,7 +23,7 @@ from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter
 
 FP32 = 4
-"""Bytes of an element of gradients and, together with the parameters, of masters, in every precision."""
+"""Bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class StoredParameters:
     kinds: Sequence[Kind]
     """Of each parameter."""
     buckets: Arrangement
+    gradient_bytes: int
+    """Of an element."""
 
     @classmethod
     def of_rank(cls, settings: Settings, layout: Layout, rank: int) -> "StoredParameters":
@@ -46,7 +49,8 @@ class StoredParameters:
         sizes = [(kind, parameter.numel()) for kind, parameter in zip(kinds, parameters, strict=True)]
         blocks = [stage.blocks() for stage in stages]
         buckets = arrangement(sizes, sharding, BUCKET_ELEMENTS, parameters, blocks)
-        return cls(stages, sharding, parameters, kinds, buckets)
+        gradient_bytes = PRECISIONS[settings.train.precision].gradients.itemsize
+        return cls(stages, sharding, parameters, kinds, buckets, gradient_bytes)
 
     @property
     def elements(self) -> int:
@@ -118,7 +122,7 @@ class _Gradients:
         size = lambda bucket: bucket.stop - bucket.start  # noqa: E731
         whole = sum(map(size, self._open)) + sum(size(bucket) for bucket, _, _ in self._in_flight.values())
         arriving = sum(size(bucket) // ranks for bucket, _, adds in self._in_flight.values() if adds)
-        return FP32 * (whole + arriving)
+        return self._stored.gradient_bytes * (whole + arriving)
 
     def add(self, number: int) -> None:
         bucket = self._bucket_of[number]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from megagap.config import Settings, most_microbatches, timeline_of
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.layout import Layout
 from megagap.planning.communication import Traffic, data_parallel_traffic
 from megagap.planning.transient import FP32
@@ -69,7 +69,7 @@ def _sizes(settings: Settings, layout: Layout) -> tuple[int, int, int]:
     train = settings.train
     tokens = train.micro_batch_size * timeline_of(settings).sequence_lengths[-1] // layout.cp
     microbatches = most_microbatches(settings, layout.dp)
-    return microbatches, tokens, tokens * settings.model.hidden_size * COMPUTE_DTYPES[train.precision].itemsize
+    return microbatches, tokens, tokens * settings.model.hidden_size * PRECISIONS[train.precision].compute.itemsize
 
 
 def _tensor_parallel(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) -> None:
@@ -90,7 +90,7 @@ def _tensor_parallel(ledger: _Ledger, settings: Settings, layout: Layout, stage:
             crossings = (4 + again) * layers + virtual.has_embedding + virtual.has_head
             ledger.reduce("tp", activation, crossings * microbatches)
         if virtual.has_head:  # maximum, sum and target of every token
-            wide = max(FP32, COMPUTE_DTYPES[settings.train.precision].itemsize)
+            wide = max(FP32, PRECISIONS[settings.train.precision].compute.itemsize)
             ledger.reduce("tp", 3 * tokens * wide, microbatches)
 
 
@@ -100,7 +100,7 @@ def _context(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) ->
         return
     model, mode, cp = settings.model, settings.parallel.context_mode, layout.cp
     microbatches, tokens, _ = _sizes(settings, layout)
-    itemsize = COMPUTE_DTYPES[settings.train.precision].itemsize
+    itemsize = PRECISIONS[settings.train.precision].compute.itemsize
     key_heads = max(1, model.num_key_value_heads // layout.tp)
     queries = tokens * model.num_attention_heads // layout.tp * model.head_dim
     keys = 2 * tokens * key_heads * model.head_dim  # and values

@@ -157,9 +157,8 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     has_moments = mode != "model+data"
     slices = state.optimizer.slices(owned_only=False)
     may_grow = vocabulary_tensors(state.settings.model)
-    load_slices(folder, index, [part for part in slices if part.kind == "weight"], may_grow=may_grow)
-    if has_moments:  # in the dtype that optim.moments_dtype asks for now
-        load_slices(folder, index, [part for part in slices if part.kind != "weight"], cast=True, may_grow=may_grow)
+    needed = [part for part in slices if has_moments or part.kind == "weight"]
+    load_slices(folder, index, needed, cast=True, may_grow=may_grow)  # optim.rounding and moments_dtype may change
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates if has_moments else 0
     if state.guard.history is not None:

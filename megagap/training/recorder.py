@@ -17,7 +17,7 @@ from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.gradient_hash import as_text
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.timeline import Timeline, due
 from megagap.training.divergence import SkippedSteps, diverged
@@ -54,7 +54,7 @@ class Recorder:
             if settings.run.tensorboard:
                 self.tensorboard = TensorBoard(run.path / "tensorboard", step)
         self.sources = [source.name for source in timeline.sources]
-        self.peak = peak_tflops(mesh.device, COMPUTE_DTYPES[settings.train.precision])
+        self.peak = peak_tflops(mesh.device, PRECISIONS[settings.train.precision].compute)
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
         self.skipped = skipped or SkippedSteps()
         self.last_end = time.perf_counter()

@@ -16,7 +16,7 @@ from megagap.observe.evidence import Evidence
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
 from megagap.resume.persistence import find_source, load, require_loadable
@@ -177,8 +177,15 @@ def build_state(settings: Settings, mesh: Mesh, timeline: Timeline | None = None
         compile_layers(stages, len({phase.sequence_length for phase in timeline.phases}))
     parameters = sharded_parameters(stages)
     initialise(parameters, settings.model, settings.train.seed)
-    dtype, blocks = COMPUTE_DTYPES[settings.train.precision], [stage.blocks() for stage in stages]
-    optimizer = DistributedOptimizer(parameters, settings.optim, mesh, dtype, blocks=blocks, seed=settings.train.seed)
+    optimizer = DistributedOptimizer(
+        parameters,
+        settings.optim,
+        mesh,
+        PRECISIONS[settings.train.precision].compute,
+        blocks=[stage.blocks() for stage in stages],
+        seed=settings.train.seed,
+        gradient_dtype=PRECISIONS[settings.train.precision].gradients,
+    )
     return TrainState(settings, mesh, settings.placement, stages, optimizer, timeline)
 
 

@@ -16,7 +16,7 @@ from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.model.shapes import parameter_count
 from megagap.ops import compiled
 from megagap.optim.distributed import DistributedOptimizer
-from megagap.optim.precision import COMPUTE_DTYPES
+from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Axis, Mesh
 from megagap.parallel.placement import Placement
 from megagap.planning.devices import load_device
@@ -226,7 +226,7 @@ def require_static_memory_of_buckets(settings: Settings, tp: int, pp: int, dp: i
             embedding=Axis("embedding", (0, pp - 1), min(stage, 1)),
         )
         stages = stages_of_recipe(settings, mesh)
-        dtype = COMPUTE_DTYPES[settings.train.precision]
+        dtype = PRECISIONS[settings.train.precision].compute
         optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, dtype)
         buckets = optimizer.store.buckets
         sizes = {

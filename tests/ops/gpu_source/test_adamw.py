@@ -61,7 +61,7 @@ def philox(words: list[int], key: tuple[int, int]) -> list[int]:
 def test_update_equals_float64_within_rounding(shim: Shim, size, types):
     state = inputs(size, types)
     expected = exact_update(state, step=3, grad_scale=4.0)
-    shim.adamw_(*state, step=3, grad_scale=4.0, rounding=PLACE if types[1] == HALF else None)
+    shim.adamw_(*state, step=3, grad_scale=4.0, rounding=PLACE if types[1] == HALF and types != (HALF,) * 3 else None)
     for got, wanted in zip(state, expected, strict=False):
         unit = 2**-7 if got.dtype == HALF else 0
         torch.testing.assert_close(got.double(), wanted, rtol=unit + 1e-6, atol=1e-7)

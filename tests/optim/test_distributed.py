@@ -55,15 +55,24 @@ MODES = {"zero 0": (0, 1), "zero 1": (1, 1), "zero 2": (2, 1), "zero 3": (3, 1),
 
 
 def train_in_mode(
-    rank: int, ranks: int, mode: str, dtype: torch.dtype, accept: bool = True, moments: str = "fp32"
+    rank: int,
+    ranks: int,
+    mode: str,
+    dtype: torch.dtype,
+    accept: bool = True,
+    moments: str = "fp32",
+    rounding: str | None = None,
 ) -> dict[tuple[str, str], torch.Tensor]:
     """One step of the same gradients; the parts that this rank owns, by kind and name: elements elsewhere are NaN."""
     zero, replicate = MODES[mode]
     mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank, dp_replicate=replicate)
     made = parameters()
     blocks = [[Block(torch.nn.Identity(), made[:2], made[:2]), Block(torch.nn.Identity(), made[2:], made[2:])]]
-    optim = OPTIM.model_copy(update={"zero": zero, "moments_dtype": moments})
-    optimizer = DistributedOptimizer(made, optim, mesh, dtype, bucket_elements=20, blocks=blocks)
+    optim = OPTIM.model_copy(update={"zero": zero, "moments_dtype": moments, "rounding": rounding})
+    gradients = dtype if rounding else None
+    optimizer = DistributedOptimizer(
+        made, optim, mesh, dtype, bucket_elements=20, blocks=blocks, gradient_dtype=gradients
+    )
     optimizer.store.begin(1)
     # Multiples of 1/8, whose sums are exact: in whatever order.
     torch.autograd.backward(made, [(8 * gradient(0, rank, 0, p.shape)).round().to(dtype) / 8 for p in made])
@@ -79,14 +88,21 @@ def train_in_mode(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "moments"), [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "bf16")]
+    ("dtype", "moments", "rounding"),
+    [
+        (torch.float32, "fp32", None),
+        (torch.bfloat16, "fp32", None),
+        (torch.bfloat16, "bf16", None),
+        (torch.bfloat16, "bf16", "stochastic"),
+        (torch.bfloat16, "bf16", "kahan"),
+    ],
 )
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "zero 1"])
 def test_masters_and_moments_are_the_same_bits_in_every_mode_and_every_element_has_one_owner(
-    workers, mode, dtype, moments
+    workers, mode, dtype, moments, rounding
 ):
     found, expected = (
-        assembled(workers.run(4, train_in_mode, each, dtype, True, moments)) for each in (mode, "zero 1")
+        assembled(workers.run(4, train_in_mode, each, dtype, True, moments, rounding)) for each in (mode, "zero 1")
     )
     assert found.keys() == expected.keys()
     for key, value in found.items():

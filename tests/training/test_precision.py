@@ -1,4 +1,4 @@
-"""bf16 training follows fp32 training."""
+"""bf16 training follows fp32 training, where its updates are not lost."""
 
 import pytest
 
@@ -28,3 +28,23 @@ def test_the_loss_curves_of_bf16_mixed_are_within_1_percent_of_fp32s_with_moment
     for curve in others:
         for step, (a, b) in enumerate(zip(fp32, curve, strict=True), 1):
             assert b == pytest.approx(a, rel=0.01), step
+
+
+@pytest.mark.slow
+def test_pure_bf16_follows_fp32_within_1_percent_over_500_steps_unless_it_is_rounded_to_the_nearest(workers, tmp_path):
+    """At a rate at which most updates of a matrix are smaller than the distance of its numbers."""
+    for seed, name in enumerate(("fr", "en")):
+        write_tokens(tmp_path / f"{name}_text_document", seed, documents=900)
+    recipe = write_recipe(
+        tmp_path,
+        train=dict(steps=500, micro_batch_size=8),
+        optim=dict(lr=3e-4, schedule="constant"),
+        model=dict(num_hidden_layers=2),
+    )
+    curves = {}
+    for name in ("fp32", "stochastic", "nearest"):
+        pure = [] if name == "fp32" else ["train.precision=bf16-pure", f"optim.rounding={name}"]
+        (metrics,) = workers.run(1, train_recipe, recipe, [*pure, f"run.dir={tmp_path / name}"])
+        curves[name] = sum(m["loss"] for m in metrics[-20:]) / 20
+    assert curves["stochastic"] == pytest.approx(curves["fp32"], rel=0.01)
+    assert curves["nearest"] > 1.02 * curves["fp32"], "visibly behind"

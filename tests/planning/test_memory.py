@@ -60,6 +60,7 @@ LAYOUTS = {
     "cp 2, ring, most in attention": (2, {"parallel.cp": 2, **NARROW}),
     "cp 2, allgather, most in attention": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather", **NARROW}),
     "cp 2, alltoall": (2, {"parallel.cp": 2, "parallel.context_mode": "alltoall"}),
+    "pure bf16, zero 3": (2, {"train.precision": "bf16-pure", "optim.zero": 3}),
 }
 
 
@@ -147,6 +148,7 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (8, {"parallel.tp": 8, "train.micro_batch_size": 1}),  # more ranks than key/value heads
         (8, {"parallel.tp": 2, "train.micro_batch_size": 1}),
         (1, {"train.precision": "fp32"}),
+        (1, {"train.precision": "bf16-pure"}),
         (1, {"train.recompute": "selective"}),
         (1, {"train.recompute": "full"}),
         (2, {"parallel.tp": 2, "train.recompute": "selective"}),
@@ -194,6 +196,8 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
         (4, 1, 2, {"optim.decay_embeddings": True, "train.precision": "fp32"}),
         (16, 1, 1, {"model.attention_bias": True, "model.mlp_bias": True, "model.vocab_size": 128001}),
         (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),
+        (1, 1, 4, {"train.precision": "bf16-pure"}),
+        (1, 1, 1, {"train.precision": "bf16-pure", "optim.rounding": "kahan"}),
     ],
     ids=str,
 )
@@ -226,8 +230,10 @@ def require_static_memory_of_buckets(settings: Settings, tp: int, pp: int, dp: i
             embedding=Axis("embedding", (0, pp - 1), min(stage, 1)),
         )
         stages = stages_of_recipe(settings, mesh)
-        dtype = PRECISIONS[settings.train.precision].compute
-        optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, dtype)
+        precision, parameters = PRECISIONS[settings.train.precision], sharded_parameters(stages)
+        optimizer = DistributedOptimizer(
+            parameters, settings.optim, mesh, precision.compute, gradient_dtype=precision.gradients
+        )
         buckets = optimizer.store.buckets
         sizes = {
             "parameters": [bucket.values for bucket in buckets],

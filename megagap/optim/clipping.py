@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from megagap.ops.wide import wide, wide_dtype
+from megagap.ops.wide import wide_dtype
 
-PIECE = 1 << 20
-"""Elements that are copied to be squared in a wider type."""
+ROW = 1024
+"""Elements whose norm is computed at once on CPU."""
 
 
 def clip_divisor(norm: Tensor, limit: float) -> Tensor:
@@ -20,13 +21,16 @@ def clip_divisor(norm: Tensor, limit: float) -> Tensor:
 
 
 def squared_norm(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of flat tensors, at least one, in one pass over memory on a GPU; scalar, fp32 at least.
+    """The sum of squares of flat tensors, at least one, in one pass over memory; scalar, fp32 at least."""
+    return torch.cat([_norms(part) for part in parts]).square().sum()
 
-    Not on CPU: there ``vector_norm`` uses so few accumulators that over millions of elements it loses four digits.
-    """
-    dtype = wide_dtype(parts[0].dtype)
-    if parts[0].is_cuda:
-        return torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in parts]).square().sum()
-    if parts[0].dtype != dtype:
-        parts = [piece for part in parts for piece in part.split(PIECE)]
-    return torch.stack([wide(part).square().sum() for part in parts]).sum()
+
+def _norms(part: Tensor) -> Tensor:
+    """Of the whole of [n] on a GPU; on CPU of its rows, since there a norm has so few accumulators that over millions
+    of elements it loses four digits."""
+    dtype = wide_dtype(part.dtype)
+    if part.is_cuda:
+        return vector_norm(part, dtype=dtype)[None]
+    whole = part.numel() // ROW * ROW
+    rows = vector_norm(part[:whole].view(-1, ROW), dim=1, dtype=dtype)
+    return torch.cat([rows, vector_norm(part[whole:], dtype=dtype)[None]])

@@ -21,7 +21,6 @@ from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
-from megagap.optim.clipping import PIECE
 from megagap.optim.precision import PRECISIONS, has_masters
 from megagap.optim.rules import RULES
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
@@ -227,8 +226,7 @@ def _rank_memory(
     any_stage = stages[0]
     microbatches, itemsize, dp = any_stage.microbatches, any_stage.itemsize, any_stage.dp
     actions = [action for action in program if not isinstance(action, Transfer)]
-    sharding, buckets = stored.sharding, [bucket.stop - bucket.start for bucket in stored.buckets.buckets]
-    elements, ranks = stored.elements, sharding.shard.size
+    sharding, elements, ranks = stored.sharding, stored.elements, stored.sharding.shard.size
     slices = elements // ranks
     most_batches = MOST_BATCHES if any_stage.is_gpu else 1
     beside = most_beside(program, rank, placement, [stage.memory for stage in stages], any_stage.R, most_batches)
@@ -241,9 +239,6 @@ def _rank_memory(
         for stage in [stages[occasion.chunk]]
         for moment in stage.moments(occasion.kind, others, _Held(held, occasion, stage.has_embedding))
     ]
-    if not any_stage.is_gpu:  # squares of a bucket; of a narrow one, of pieces
-        squares = max(buckets) // ranks if stored.gradient_bytes == FP32 else 2 * PIECE
-        moments.append(_Moment("norm of the gradients", 0, squares * FP32))
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
     processes = any_stage.tp * dp * any_stage.cp
     tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim

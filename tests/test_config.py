@@ -437,7 +437,7 @@ def test_phases_that_are_no_plan_are_refused(recipe, phases, more, complaint):
         ("parallel.layers_per_stage", "2,2", "write '[2, 2]'"),
         ("train.skip_samples", "1:2", """write '["1:2"]'"""),
         ("model.rope_scaling", "llama3", """must be a table, such as '{rope_type = "llama3", factor = 8.0, """),
-        ("train.precision", "bf16", "must be one of fp32, bf16-mixed, bf16-pure; did you mean bf16-mixed?"),
+        ("train.precision", "bf16", "must be one of fp32, bf16-mixed, bf16-pure, fp16-mixed; did you mean bf16-mixed?"),
         ("data.split", "[98, 2, 0]", "three shares"),
         ("run.dir", "a\0b", "has a NUL character"),
         ("run.dir", "a\udcff", "is not valid UTF-8"),

@@ -40,8 +40,8 @@ def train_with_a_flip(rank, ranks, recipe, overrides, at):
     """At step ``at`` the last bit of one element of the last rank's reduced gradients is another."""
     compute = training_step.compute_gradients
 
-    def computing(state, *rest):
-        work = compute(state, *rest)
+    def computing(state, *rest, **others):
+        work = compute(state, *rest, **others)
         if state.step == at and rank == ranks - 1:
             bucket = next(bucket for bucket in state.optimizer.store.buckets if bucket.is_owned)
             part = next(bucket.slices("gradient", bucket.own_gradient)).tensor
@@ -117,8 +117,8 @@ def train_skipping(rank, ranks, run, at):
     """Trains again from the start, with a NaN in one gradient of step ``at``."""
     compute = training_step.compute_gradients
 
-    def computing(state, *rest):
-        work = compute(state, *rest)
+    def computing(state, *rest, **others):
+        work = compute(state, *rest, **others)
         if state.step == at:
             state.optimizer.store.buckets[0].own_gradient[0] = torch.nan
         return work

@@ -79,6 +79,9 @@ class RunState(ModelState, Progress):
     """[loss, gradient norm] of the last accepted steps that spikes are told from, oldest first; none where they were
     not looked for."""
 
+    loss_scale: Annotated[list[_Finite], Field(max_length=2)] = []
+    """Of `fp16-mixed`: the factor, and how many steps it has fitted."""
+
     @model_validator(mode="after")
     def _counts_steps(self) -> Self:
         for fault in check_rules({"train.skip_samples": self.train.skip_samples}, None):

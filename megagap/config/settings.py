@@ -158,9 +158,10 @@ class Train(Section):
     """Sequences that one rank computes at a time."""
     sequence_length: Positive
     """Tokens per sequence."""
-    precision: Literal["fp32", "bf16-mixed", "bf16-pure"] = "fp32"
+    precision: Literal["fp32", "bf16-mixed", "bf16-pure", "fp16-mixed"] = "fp32"
     """Arithmetic of the model; `bf16-mixed` keeps fp32 masters, sums gradients and updates in fp32; `bf16-pure` keeps
-    parameters, gradients and moments in bf16 alone, and rounds updates as `optim.rounding` says."""
+    parameters, gradients and moments in bf16 alone, and rounds updates as `optim.rounding` says; `fp16-mixed` scales
+    the loss, for devices without bf16."""
     z_loss: NonNegative = 0.0
     """Times logsumexp(logits)², this is added to each token's loss, so that logits do not drift (PaLM: 1e-4)."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     """Why a step is reported or skipped, as events name it."""
 
     NOT_FINITE = "loss or gradient norm not finite"
+    OVERFLOW = "gradients overflowed fp16; the loss scale is halved"
     NO_GRADIENT = "no gradient"
     NOT_REPEATED = "two computations of the step differ"
     SPIKE = "spike in loss or gradient norm"
@@ -32,6 +33,8 @@ class Reason(StrEnum):
 def reason_of(numbers: Numbers) -> Reason | None:
     """Why a step is to be reported or was skipped; None where there is nothing to say."""
     (loss,), (norm,) = numbers["loss"], numbers["grad_norm"]
+    if not math.isfinite(norm) and math.isfinite(loss) and numbers["loss_scale"]:
+        return Reason.OVERFLOW
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return Reason.NOT_FINITE
     if norm == 0 and loss != 0:

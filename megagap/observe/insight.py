@@ -17,6 +17,7 @@ from megagap.config import Model
 from megagap.model.shapes import is_norm_gain, layer_of, model_tensors
 from megagap.optim.clipping import squared_norm
 from megagap.optim.gradient_store import Bucket
+from megagap.optim.loss_scale import NoLossScale
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.mesh import Mesh
 
@@ -41,7 +42,9 @@ class Insight:
     Meanwhile there are two fp32 copies of the slice of the bucket that is being updated.
     """
 
-    def __init__(self, model: Model, device: torch.device) -> None:
+    def __init__(self, model: Model, device: torch.device, loss_scale: NoLossScale) -> None:
+        """``loss_scale``: of the gradients that it sees."""
+        self._loss_scale = loss_scale
         self._numbers = {part: i for i, part in enumerate(model_parts(model))}
         self._sums = torch.zeros(len(NORMS) + 2, len(self._numbers), device=device)
         """[5, parts] Of this rank's elements: squares of weights, gradients and updates, how many changed, how many."""
@@ -76,7 +79,8 @@ class Insight:
         """All numbers of the step, the same on every rank, fp32 on the device; :func:`insight_record` names them."""
         sums = all_reduce(self._sums, mesh.world)
         largest = all_reduce(self._largest, mesh.world, dist.ReduceOp.MAX)
-        return torch.cat([sums[:3].sqrt().flatten(), sums[3] / sums[4], largest])
+        weights, gradients, updates = sums[:3].sqrt()
+        return torch.cat([weights, self._loss_scale.unscaled(gradients), updates, sums[3] / sums[4], largest])
 
 
 def insight_record(numbers: Sequence[float], model: Model) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
 from megagap.optim.gradient_store import Bucket, GradientStore
+from megagap.optim.loss_scale import LossScale, NoLossScale
 from megagap.optim.precision import has_masters
 from megagap.optim.rules import RULES
 from megagap.parallel.mesh import Mesh
@@ -53,6 +54,7 @@ class DistributedOptimizer:
         self.states = [self._rule.new_state(bucket.own_gradient) for bucket in self.store.buckets]
         """The rule's state of each bucket's slice, by kind."""
         self._segments = [bucket.segments(seed) for bucket in self.store.buckets]
+        self.loss_scale = LossScale(mesh.device) if dtype == torch.float16 else NoLossScale()
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         """Updates made, counted on the device."""
 

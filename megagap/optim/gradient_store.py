@@ -137,7 +137,8 @@ class Bucket:
 
     values: [n] in the parameters' dtype, which are views of it. gradients: [n]; None where only the slice is kept.
     own_values: this rank's slice of the values: the masters or, where these are fp32 and the values bf16, the masters
-    rounded to nearest. remainder: then the rest of these masters, int16 (``ops/remainder.py``), else None.
+    rounded to nearest. remainder: then the rest of these masters, int16 (``ops/remainder.py``), else None. Masters of
+    values in fp16 are whole, and no part of them.
     """
 
     def __init__(
@@ -183,11 +184,15 @@ class Bucket:
     def _fill(self, exact: bool) -> Tensor | None:
         """Take over the parameters' initial values; the remainder of this rank's masters, if they have one."""
         initial = self.values
-        if exact and self.values.dtype == torch.bfloat16:
+        if self.values.dtype == torch.float16 or (exact and self.values.dtype == torch.bfloat16):
             initial = torch.zeros_like(self.values, dtype=torch.float32)
         for place, here, there in self._parts(slice(0, self.values.numel())):
             initial[here].copy_(place.parameter.detach().reshape(-1)[there])
         remainder = None
+        if self.values.dtype == torch.float16:
+            self.values.copy_(initial)
+            self.own_values = initial[self.own].clone()
+            return None
         if initial is not self.values:
             whole = torch.empty_like(self.values, dtype=torch.int16)
             split_(initial, self.values, whole)
@@ -308,8 +313,10 @@ class Bucket:
         """This rank's slice has changed: start gathering, or forget what was gathered before."""
         if self.sharding.parameters:
             self.free_values()
-        else:
-            self.start_gather()
+            return
+        if self.own_values.dtype != self.values.dtype:
+            self.values[self.own].copy_(self.own_values)
+        self.start_gather()
 
     def start_gather(self) -> None:
         """Start collecting all ranks' slices, if they are not there."""
@@ -318,7 +325,7 @@ class Bucket:
                 return
             self.values.untyped_storage().resize_(self.values.numel() * self.values.itemsize)
         if self.shard.size > 1:
-            self._gathering = all_gather_flat_async(self.values, self.own_values, self.shard)
+            self._gathering = all_gather_flat_async(self.values, self.own_values.to(self.values.dtype), self.shard)
 
     def finish_gather(self) -> None:
         if self._gathering is not None:
@@ -392,13 +399,13 @@ class GradientStore:
         blocks: Sequence[Sequence[Block]] = (),
     ) -> None:
         """``parameters``: in the order in which the forward pass uses them, with their initial values in fp32; they are
-        in ``dtype`` afterwards: fp32, float64 or bf16, with fp32 masters where that is to be ``exact``.
+        in ``dtype`` afterwards: fp32, float64, fp16 with fp32 masters, or bf16, which has some if it is ``exact``.
         ``gradient_dtype``: by default fp32, of float64 parameters float64.
 
         ``blocks``: of each virtual stage, in the order of its forward pass, which waits at each for its parameters. At
         stage 3 they are gathered there, so that all parameters must be in one.
         """
-        assert dtype in (torch.float32, torch.float64, torch.bfloat16), dtype
+        assert dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16), dtype
         self.mesh, self.sharding = mesh, Sharding.of(zero, mesh)
         kinds = [kind_of(parameter.shard, decay_embeddings) for parameter in parameters]
         sizes = [parameter.numel() for parameter in parameters]

@@ -21,7 +21,7 @@ from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
-from megagap.optim.precision import PRECISIONS, has_masters
+from megagap.optim.precision import PRECISIONS, master_bytes
 from megagap.optim.rules import RULES
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
 from megagap.parallel.cross_entropy import chunk_tokens
@@ -250,7 +250,7 @@ def _rank_memory(
         stage=rank,
         ranks=range(rank * processes, (rank + 1) * processes),
         parameters=(slices if sharding.parameters else elements) * itemsize,
-        masters=slices * (FP32 - itemsize) if has_masters(settings.optim) else 0,
+        masters=slices * master_bytes(any_stage.dtype, settings.optim),
         moments=slices * _state_bytes(settings),
         gradients=stored.gradient_bytes * ((0 if sharding.gradients else elements) + (slices if ranks > 1 else 0)),
         activations=peak.activations,

@@ -46,6 +46,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["recipe_rope_theta"] = settings.model.rope_theta
+    saved["loss_scale"] = state.optimizer.loss_scale.state()
     if state.guard.history is not None:
         saved["guard_history"] = state.guard.history.state()
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
@@ -161,6 +162,8 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     load_slices(folder, index, needed, cast=True, may_grow=may_grow)  # optim.rounding and moments_dtype may change
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates if has_moments else 0
+    if has_moments:
+        state.optimizer.loss_scale.load_state(saved.loss_scale)
     if state.guard.history is not None:
         state.guard.history.load_state(saved.guard_history)
     state.optimizer.store.gather_parameters()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from megagap.data.validation import ValidationData
 from megagap.ops.document_mask import Documents
+from megagap.optim.loss_scale import NoLossScale
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import own_documents, own_tokens
 from megagap.parallel.cross_entropy import IGNORED_TARGET
@@ -72,7 +73,9 @@ def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Call
     for begin in range(0, microbatches, MICROBATCHES_PER_STAGE * mesh.pp.size):
         pause()
         part = slice(begin, begin + MICROBATCHES_PER_STAGE * mesh.pp.size)
-        work = BoundStages(state.stages, inputs[part], targets[part], scale, documents[part] if documents else None)
+        work = BoundStages(
+            state.stages, inputs[part], targets[part], scale, NoLossScale(), documents[part] if documents else None
+        )
         program = programs_of(EVALUATION, state.placement, len(work.inputs))[mesh.pp.rank]
         execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
         losses.append(work.sequence_losses)

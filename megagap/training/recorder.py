@@ -116,6 +116,8 @@ class Recorder:
         z_loss = {"z_loss": numbers["z_loss"][0]} if self.settings.train.z_loss else {}
         losses = {"loss": loss, **by_source, **z_loss}
         record = {"step": step, **losses, "grad_norm": norm, **rest, "skipped": not accepted}
+        if numbers["loss_scale"]:
+            (record["loss_scale"],) = numbers["loss_scale"]
         record |= guard_record(numbers)
         insight = numbers.get("insight")
         if insight is not None:
@@ -134,7 +136,7 @@ class Recorder:
         """Count a step, and record an event if it is a bad one."""
         reason = reason_of(numbers)
         details: dict[str, Any] = {}
-        if self.evidence is not None and (reason is not None or not accepted):
+        if self.evidence is not None and reason is not Reason.OVERFLOW and (reason is not None or not accepted):
             details = self.evidence.of_step(step, numbers)
         if reason is Reason.SPIKE and accepted:
             self.run.event("spike", step=step, **details)

@@ -15,6 +15,7 @@ from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer, unobserved
 from megagap.optim.gradient_hash import LocalHash, gradient_hash, hash_of, in_parts
+from megagap.optim.loss_scale import NoLossScale
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
@@ -116,6 +117,8 @@ class StepResult:
     """In parts of 16 bits [4]; empty where it was not computed."""
     requests: Tensor
     """How many ranks made each request."""
+    loss_scale: Tensor
+    """What the loss was multiplied by for the backward pass; empty where it was not."""
     lr: float
     insight: Tensor | None = None
     """What :meth:`Insight.over_world` returned, if it was this step's turn."""
@@ -133,6 +136,7 @@ class StepResult:
             differing=self.differing,
             gradient_hash=self.gradient_hash,
             requests=self.requests,
+            loss_scale=self.loss_scale,
         )
         object.__setattr__(self, "host", copy)
 
@@ -146,13 +150,15 @@ class BoundStages:
         inputs: Tensor,
         targets: Tensor,
         scale: Tensor,
+        loss_scale: NoLossScale,
         documents: Sequence[Documents] | Sequence[OwnDocuments] | None = None,
         z_loss: float = 0.0,
         watch: Watch | None = None,
     ) -> None:
         """inputs, targets: [m, b, s / cp] of this rank's tokens; scale: factor that turns a sum over tokens into a
-        share of the loss; z_loss: coefficient of each token's logsumexp²."""
+        share of the loss; loss_scale: of the backward pass; z_loss: coefficient of each token's logsumexp²."""
         self.stages, self.inputs, self.targets, self.scale = stages, inputs, targets, scale
+        self.backward_scale = loss_scale.scaled(scale)
         self.documents, self.z_loss, self.watch = documents, z_loss, watch
         self.queue = stages[0].queue
         self.length = inputs.shape[-1] * stages[0].tensor_parallel.mesh.cp.size
@@ -170,7 +176,7 @@ class BoundStages:
         y: Tensor = stage(x, self.length, documents=documents, watch=self.watch)
         if not stage.has_head:
             return y
-        loss, losses, z_losses = stage.loss(y, self.targets[microbatch], self.scale, self.z_loss)
+        loss, losses, z_losses = stage.loss(y, self.targets[microbatch], self.backward_scale, self.z_loss)
         self.sequence_losses[microbatch] = losses.sum(-1)
         self.z_losses[microbatch] = z_losses.sum()
         return loss
@@ -188,6 +194,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     at no extra cost.
     """
     mesh, optimizer, optim, guard = state.mesh, state.optimizer, state.settings.optim, state.guard
+    loss_scale = optimizer.loss_scale
     state.step += 1
     moment = state.moment
     for stage in state.stages:
@@ -198,7 +205,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     program, nothing = state.program(len(batch.tokens)), torch.zeros(0, device=mesh.device)
     insight = None
     if due(state.settings.run.insight_every, state.step):
-        insight = Insight(state.settings.model, mesh.device)
+        insight = Insight(state.settings.model, mesh.device, loss_scale)
     watch = insight.layer_output if insight else None
     if guard.is_repeated(state.step):
         work, differs = compute_gradients_twice(state, batch, program, watch)
@@ -211,15 +218,29 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     (loss, z_loss), squared_norms, by_source, requests, differing = _sum_over_world(
         mesh, work.own_losses(), own_norms, by_source, own_requests, differs
     )
-    norm = squared_norms.sum().sqrt()
+    norm = loss_scale.unscaled(squared_norms.sum().sqrt())
     verdict = guard.judge(loss, norm, differing)
     hashed = guard.is_hashed(state.step)
     digest = in_parts(all_reduce(gradient_hash(optimizer.store), mesh.world)) if hashed else nothing
     updating = insight.updating if insight else unobserved
-    optimizer.step(moment.lr, clip_divisor(norm, optim.clip_grad), verdict.accepted, updating)
-    numbers = insight.over_world(mesh) if insight else None
-    by_layer, by_source = squared_norms[: len(guard.layers)].sqrt(), by_source[0] / by_source[1]
-    return StepResult(loss, by_source, z_loss, norm, verdict, by_layer, differing, digest, requests, moment.lr, numbers)
+    divisor = loss_scale.scaled(clip_divisor(norm, optim.clip_grad))
+    optimizer.step(moment.lr, divisor, verdict.accepted, updating)
+    result = StepResult(
+        loss=loss,
+        source_losses=by_source[0] / by_source[1],
+        z_loss=z_loss,
+        grad_norm=norm,
+        verdict=verdict,
+        layer_norms=loss_scale.unscaled(squared_norms[: len(guard.layers)].sqrt()),
+        differing=differing,
+        gradient_hash=digest,
+        requests=requests,
+        loss_scale=nothing if loss_scale.value is None else loss_scale.value.clone(),
+        lr=moment.lr,
+        insight=insight.over_world(mesh) if insight else None,
+    )
+    loss_scale.update(norm)
+    return result
 
 
 def compute_gradients(
@@ -228,14 +249,17 @@ def compute_gradients(
     program: list[Action],
     span: OpenSpan = no_span,
     watch: Watch | None = None,
+    loss_scale: NoLossScale | None = None,
 ) -> BoundStages:
-    """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks."""
+    """Fill the optimizer's gradients, of the mean loss over the batch's targets on all data ranks, times
+    ``loss_scale``: by default the optimizer's."""
     mesh, store = state.mesh, state.optimizer.store
     inputs, targets = batch.tokens[..., :-1], targets_of(batch.tokens, batch.positions)
     inputs, targets = (own_tokens(part, mesh.cp) for part in (inputs, targets))
     scale = 1 / count_targets(targets, mesh, all_count=batch.positions is None)
     documents = own_documents(batch.documents, mesh.cp)
-    work = BoundStages(state.stages, inputs, targets, scale, documents, state.settings.train.z_loss, watch)
+    z_loss, loss_scale = state.settings.train.z_loss, loss_scale or state.optimizer.loss_scale
+    work = BoundStages(state.stages, inputs, targets, scale, loss_scale, documents, z_loss, watch)
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
@@ -294,7 +318,8 @@ def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
         None if batch.positions is None else batch.positions[:1],
         batch.documents[:1] if batch.documents else None,
     )
-    work = compute_gradients(state, part, state.program(1))
+    # Not scaled: a factor that is too large for the next step says nothing about the weights.
+    work = compute_gradients(state, part, state.program(1), loss_scale=NoLossScale())
     (loss, _), squared_norm = _sum_over_world(state.mesh, work.own_losses(), state.optimizer.store.squared_norm())
     return bool(accept_update(loss, squared_norm.sqrt()))
 

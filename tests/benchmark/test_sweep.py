@@ -208,7 +208,10 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes(text, val
         (["nothing.at_all=1"], "unknown"),
         (["parallel.tp=1,two"], "parallel.tp = two  must be a whole number"),
         (["parallel.tp=0"], "parallel.tp = 0  must be at least 1"),
-        (["train.precision=fp32,fp8"], 'train.precision = fp8  must be one of "fp32", "bf16-mixed", "bf16-pure"'),
+        (
+            ["train.precision=fp32,fp8"],
+            'train.precision = fp8  must be one of "fp32", "bf16-mixed", "bf16-pure", "fp16-mixed"',
+        ),
         (["run.wandb=false,true"], "run.wandb = true  not yet supported"),
     ],
 )

@@ -17,7 +17,7 @@ class Run:
 
 
 def numbers(**changes):
-    good = {"loss": [2.0], "grad_norm": [1.0], "spike": [0.0], "differing": []}
+    good = {"loss": [2.0], "grad_norm": [1.0], "spike": [0.0], "differing": [], "loss_scale": []}
     return good | {name: [value] for name, value in changes.items()}
 
 
@@ -27,6 +27,8 @@ def numbers(**changes):
         (numbers(), None),
         (numbers(loss=float("nan")), Reason.NOT_FINITE),
         (numbers(grad_norm=float("inf"), differing=1.0), Reason.NOT_FINITE),
+        (numbers(grad_norm=float("inf"), loss_scale=2.0), Reason.OVERFLOW),
+        (numbers(loss=float("nan"), loss_scale=2.0), Reason.NOT_FINITE),
         (numbers(grad_norm=0.0), Reason.NO_GRADIENT),
         (numbers(grad_norm=0.0, loss=0.0), None),
         (numbers(differing=1.0, spike=1.0), Reason.NOT_REPEATED),

@@ -47,7 +47,7 @@ def damaging(at: int, microbatch: int, damage: Callable[[torch.Tensor], None], p
     compute, add = training_step.compute_gradients, _Place.add_product
     made = []
 
-    def computing(state, *rest):
+    def computing(state, *rest, **others):
         made.append(state.step)
         calls = []
 
@@ -61,7 +61,7 @@ def damaging(at: int, microbatch: int, damage: Callable[[torch.Tensor], None], p
         if state.step == at and made.count(at) <= passes:
             _Place.add_product = adding
         try:
-            return compute(state, *rest)
+            return compute(state, *rest, **others)
         finally:
             _Place.add_product = add
 
@@ -97,7 +97,7 @@ def train_refusing(rank, ranks, recipe, overrides, refused):
     judge, step = StepGuard.judge, training_step.compute_gradients
     current = []
 
-    def computing(state, *rest):
+    def computing(state, *rest, **others):
         current[:] = [state.step]
         return step(state, *rest)
 
@@ -255,8 +255,8 @@ def test_the_layer_with_the_largest_gradient_is_that_of_the_norms_by_layer(worke
 def largest_layer(rank, ranks, recipe, folder, at):
     compute, norms = training_step.compute_gradients, {}
 
-    def computing(state, *rest):
-        work = compute(state, *rest)
+    def computing(state, *rest, **others):
+        work = compute(state, *rest, **others)
         if state.step == at and not norms:
             for bucket in state.optimizer.store.buckets:
                 for part in bucket.slices("gradient", bucket.own_gradient):

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from megagap.checkpoint import resolve_checkpoint
+from megagap.checkpoint import find_model, resolve_checkpoint
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import step_folders, step_of
 from megagap.config import Guard, Model, Settings, load_recipe, timeline_of
@@ -145,7 +145,7 @@ def settings_of_run(run: Path, step: int, world_size: int) -> Settings:
             f"step {step} of {run} was made by {counted(made_by, 'process', 'processes')}, not by {world_size}: in "
             f"another layout its sums are rounded otherwise\n  start it with {start}…"
         )
-    return load_recipe(config_of(run, step), [f"run.dir={run}"], world_size)
+    return load_recipe(config_of(run, step), [f"run.dir={run}"], world_size, find_model=find_model)
 
 
 def config_of(run: Path, step: int) -> Path:

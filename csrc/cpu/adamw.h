@@ -1,4 +1,4 @@
-// AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat buffers in one pass, as torch.optim.AdamW orders it. A
+// AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat buffers in one pass, with the roundings of torch's fused form. A
 // parameter in bfloat16 has an exact remainder, or is rounded to the nearest, or stochastically (Gupta et al. 2015,
 // section 3.1), which preserves updates below half a unit on average.
 
@@ -100,16 +100,17 @@ struct Moments {
 template <typename Parameter, typename Moments, typename G>
 MEGAGAP_INLINE void adamw_run(const Parameter& parameter, const Moments& moments, const G* grad, int64_t size,
                               const AdamW form) {
-  const float step_size = form.lr / form.first_correction, second_root = std::sqrt(form.second_correction);
-  const float kept = 1.0f - form.lr * form.weight_decay;
+  // As torch's lerp: from the nearer end.
+  const bool near = form.take1 < 0.5f;
+  const Vec weight = broadcast(near ? form.take1 : form.take1 - 1.0f);
   for_each_vector(size, [&](int64_t i, auto count) {
     const Vec g = load(grad + i, count) / form.grad_divisor;
     const Vec m_before = load(moments.exp_avg + i, count);
-    const Vec m = m_before + (g - m_before) * (1.0f - form.beta1);
-    const Vec v = load(moments.exp_avg_sq + i, count) * form.beta2 + (1.0f - form.beta2) * (g * g);
-    const Vec decayed = parameter.get(i, count) * kept;
+    const Vec m = fma(weight, g - m_before, near ? m_before : g);
+    const Vec v = fma(form.take2 * g, g, load(moments.exp_avg_sq + i, count) * form.keep2);
+    const Vec decayed = parameter.get(i, count) * form.kept;
     moments.set(i, m, v, count);
-    parameter.set(i, decayed - step_size * (m / (sqrt(v) / second_root + form.eps)), count);
+    parameter.set(i, decayed + -form.step_size * m / (sqrt(v) / form.root2 + form.eps), count);
   });
 }
 

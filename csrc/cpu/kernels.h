@@ -61,9 +61,10 @@ struct Rounding {
 
 // The scalars of an AdamW update; adamw.h has the formula.
 struct AdamW {
-  float lr, beta1, beta2, eps, weight_decay;
-  float first_correction, second_correction;  // 1 - beta^step
-  float grad_divisor;
+  float keep2, take1, take2;  // beta2, 1 - beta1, 1 - beta2
+  float kept;                 // 1 - lr * weight_decay
+  float step_size, root2;     // lr / (1 - beta1^step), sqrt(1 - beta2^step)
+  float eps, grad_divisor;
   bool stochastic;
   Rounding rounding;
   uint32_t step;

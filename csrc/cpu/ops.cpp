@@ -465,13 +465,13 @@ void adamw_(const Tensor& parameter, const Tensor& exp_avg, const Tensor& exp_av
   const bool wide_grad = grad_given.scalar_type() != at::kBFloat16;
   const Tensor grad = wide_grad ? grad_given.to(at::kFloat) : grad_given;
   const double updates = step.item<double>();
-  const AdamW form{static_cast<float>(lr),
-                   static_cast<float>(beta1),
-                   static_cast<float>(beta2),
+  const AdamW form{static_cast<float>(beta2),
+                   static_cast<float>(1 - beta1),
+                   static_cast<float>(1 - beta2),
+                   static_cast<float>(1 - lr * weight_decay),
+                   static_cast<float>(lr / (1 - std::pow(beta1, updates))),
+                   static_cast<float>(std::sqrt(1 - std::pow(beta2, updates))),
                    static_cast<float>(eps),
-                   static_cast<float>(weight_decay),
-                   static_cast<float>(1 - std::pow(beta1, updates)),
-                   static_cast<float>(1 - std::pow(beta2, updates)),
                    grad_scale.item<float>(),
                    rounding.has_value(),
                    rounding ? Rounding{(*rounding)[0], (*rounding)[1], (*rounding)[2], (*rounding)[3], (*rounding)[4]}

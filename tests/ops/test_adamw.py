@@ -44,6 +44,30 @@ def test_updates_equal_torch_adamw_on_divided_gradients(size):
     torch.testing.assert_close(state[0].double(), theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.4, 0.999)])
+def test_updates_equal_torchs_fused_adamw_bit_for_bit(monkeypatch, kernels, betas):
+    """Of whole vectors: what remains at the end torch computes without them, and rounds otherwise."""
+    monkeypatch.setattr(compiled, "supports", lambda *tensors: kernels and compiled.AVAILABLE)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1024, generator=generator)
+    numbers = NUMBERS | dict(betas=betas)
+    (ours, first, second, updates), theirs = fresh(start), torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, fused=True, **numbers)
+    for _ in range(50):
+        theirs.grad = torch.randn(1024, generator=generator)
+        grad = theirs.grad.clone()
+        optimizer.step()
+        updates += 1
+        adamw_(
+            ours, first, second, grad, divisor=torch.ones(()), reject=torch.zeros(()), updates=updates, lr=1e-2,
+            **numbers,
+        )  # fmt: skip
+    moments = optimizer.state[theirs]
+    assert torch.equal(ours, theirs)
+    assert torch.equal(first, moments["exp_avg"]) and torch.equal(second, moments["exp_avg_sq"])
+
+
 def test_a_rejected_update_changes_nothing():
     state = fresh(torch.randn(40))
     update(state, torch.randn(40))

@@ -19,6 +19,9 @@ SHAPES = {"model.embed_tokens.weight": (7, 5), "a.weight": (3, 5), "norm.weight"
 OPTIM = Optim(lr=0.05, weight_decay=0.3, clip_grad=1.5)
 
 
+MODES = {"zero 0": (0, 1), "zero 1": (1, 1), "zero 2": (2, 1), "zero 3": (3, 1), "2 replicas, zero 1": (1, 2)}
+
+
 def parameters() -> list[ShardedParameter]:
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -34,11 +37,14 @@ def gradient(step: int, rank: int, microbatch: int, shape: tuple[int, ...]) -> t
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + 10 * rank + microbatch))
 
 
-def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[str, torch.Tensor]:
+def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3, mode: str = "zero 1") -> dict[str, torch.Tensor]:
     """Two microbatches of made-up gradients per step and rank; returns the final parameters by name."""
-    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
+    zero, replicate = MODES[mode]
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank, dp_replicate=replicate)
     made = parameters()
-    optimizer = DistributedOptimizer(made, OPTIM, mesh, bucket_elements=bucket_elements)
+    optim = OPTIM.model_copy(update={"zero": zero})
+    blocks = [[Block(torch.nn.Identity(), made, made)]]
+    optimizer = DistributedOptimizer(made, optim, mesh, bucket_elements=bucket_elements, blocks=blocks)
     for step in range(steps):
         optimizer.store.begin(2)
         optimizer.store.wait_for_parameters()
@@ -47,11 +53,10 @@ def train(rank: int, ranks: int, bucket_elements: int, steps: int = 3) -> dict[s
         optimizer.store.finish()
         norm = all_reduce(optimizer.store.squared_norm(), mesh.world).sqrt()
         optimizer.step(OPTIM.lr, clip_divisor(norm, OPTIM.clip_grad), torch.tensor(True))
+    for bucket in optimizer.store.buckets:
+        bucket.start_gather()
     optimizer.store.wait_for_parameters()
     return {p.shard.name: p.detach().clone() for p in made}
-
-
-MODES = {"zero 0": (0, 1), "zero 1": (1, 1), "zero 2": (2, 1), "zero 3": (3, 1), "2 replicas, zero 1": (1, 2)}
 
 
 def train_in_mode(
@@ -151,6 +156,14 @@ def test_updates_equal_torch_adamw_with_clipping(workers, ranks, bucket_elements
     for values in workers.run(ranks, train, bucket_elements):
         for name, value in values.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_after_50_updates_every_mode_is_within_1e_6_of_torch_adamw(workers, mode):
+    expected = reference(4, steps=50)
+    for values in workers.run(4, train, 20, 50, mode):
+        for name, value in values.items():
+            assert (value - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max(), name
 
 
 def test_a_rejected_step_changes_nothing():

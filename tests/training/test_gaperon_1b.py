@@ -1,6 +1,7 @@
 """Gaperon's smallest model, whole, on a machine of 24 GB without a GPU."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def run(*command: object) -> int:
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads how much memory is free as Linux tells it")
-def test_it_trains_in_less_than_18_gb_and_transformers_reads_what_it_learnt(tmp_path):
+def test_it_trains_in_less_than_18_gb_and_transformers_reads_the_export(tmp_path):
     if available_bytes() < NEEDED:
         pytest.skip(f"less than {NEEDED >> 30} GiB of memory are free")
     transformers = pytest.importorskip("transformers")
@@ -57,7 +58,7 @@ def test_it_trains_in_less_than_18_gb_and_transformers_reads_what_it_learnt(tmp_
     peak = run("-m", "megagap.train", tmp_path / "recipe.toml", "--run.dir", tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     print(f"peak of training: {peak / 2**30:.2f} GiB; losses {losses}")
-    assert len(losses) == 3 and losses[2] < losses[0]
+    assert losses == pytest.approx([math.log(128_256)] * 3, abs=1)  # other tokens in each step: nothing is learnt yet
     assert peak < 18e9
 
     folder, data = tmp_path / "hf", tmp_path / "some_text_document"

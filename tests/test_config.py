@@ -206,7 +206,7 @@ def test_settings_that_do_not_fit_together_are_refused(recipe, changes, world_si
 
 def test_a_headless_model_has_no_use_for_an_output_projection_or_a_z_loss(recipe):
     message = faults_of(recipe(model__headless=True, train__z_loss=1e-4))
-    assert "model.tie_word_embeddings = false" in message and "must be true with model.headless" in message
+    assert "model.tie_word_embeddings = False" in message and "must be true with model.headless" in message
     assert "train.z_loss = 0.0001" in message and "must be 0 with model.headless" in message
 
 

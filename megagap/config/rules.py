@@ -77,18 +77,6 @@ def _matrices_can_be_counted(v: Lookup) -> Iterator[Fault]:
             yield Fault(setting, v(setting), f"makes a matrix of more than 2^58 elements with hidden_size = {hidden}")
 
 
-def _headless_is_tied(v: Lookup) -> Iterator[Fault]:
-    if v("model.headless") and not v("model.tie_word_embeddings"):
-        message = "must be true with model.headless = true, whose outputs are compared with the token embedding"
-        yield Fault("model.tie_word_embeddings", False, message)
-
-
-def _z_loss_needs_a_vocabulary(v: Lookup) -> Iterator[Fault]:
-    if v("model.headless") and v("train.z_loss"):
-        message = "must be 0 with model.headless = true: no softmax over the vocabulary is made"
-        yield Fault("train.z_loss", v("train.z_loss"), message)
-
-
 def _tp_divides_heads(v: Lookup) -> Iterator[Fault]:
     tp, heads = v("parallel.tp"), v("model.num_attention_heads")
     if heads % tp:
@@ -213,6 +201,18 @@ def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
     scaling = v("model.rope_scaling")
     if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
         yield Fault("model.rope_scaling.high_freq_factor", scaling.high_freq_factor, "must be above low_freq_factor")
+
+
+def _headless_is_tied(v: Lookup) -> Iterator[Fault]:
+    if v("model.headless") and not v("model.tie_word_embeddings"):
+        message = "must be true with model.headless = true, whose outputs are compared with the token embedding"
+        yield Fault("model.tie_word_embeddings", False, message)
+
+
+def _z_loss_needs_a_vocabulary(v: Lookup) -> Iterator[Fault]:
+    if v("model.headless") and v("train.z_loss"):
+        message = "must be 0 with model.headless = true: no softmax over the vocabulary is made"
+        yield Fault("train.z_loss", v("train.z_loss"), message)
 
 
 def _one_length(v: Lookup) -> Iterator[Fault]:
@@ -396,8 +396,6 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
 RULES: tuple[Rule, ...] = (
     _heads_share_keys,
     _heads_have_a_width,
-    _headless_is_tied,
-    _z_loss_needs_a_vocabulary,
     _tp_divides_heads,
     _tp_fits_key_values,
     _tp_divides_feed_forward,
@@ -410,6 +408,8 @@ RULES: tuple[Rule, ...] = (
     _stages_have_layers,
     _sequence_fits_model,
     _scaling_is_a_band,
+    _headless_is_tied,
+    _z_loss_needs_a_vocabulary,
     _one_length,
     _schedule_fits,
     _rates_are_ordered,

@@ -203,6 +203,12 @@ def test_settings_that_do_not_fit_together_are_refused(recipe, changes, world_si
     assert complaint in faults_of(recipe(**changes), world_size=world_size)
 
 
+def test_a_headless_model_has_no_use_for_an_output_projection_or_a_z_loss(recipe):
+    message = faults_of(recipe(model__headless=True, train__z_loss=1e-4))
+    assert "model.tie_word_embeddings = False" in message and "must be true with model.headless" in message
+    assert "train.z_loss = 0.0001" in message and "must be 0 with model.headless" in message
+
+
 def test_broken_toml_and_a_missing_recipe_are_config_errors(tmp_path):
     (tmp_path / "bad.toml").write_text("[model\n")
     assert "not valid TOML" in faults_of(tmp_path / "bad.toml")
@@ -329,6 +335,12 @@ def test_flops_per_token_follow_the_formula_by_hand(recipe):
     matrices = 6 * (4 * (64 * (64 + 64) + 64 * 64 + 3 * 64 * 176) + 64 * 512)
     assert flops.full == matrices + 12 * 4 * 64 * 64
     assert flops.causal == matrices + 6 * 4 * 64 * 64
+
+
+def test_a_headless_model_computes_a_score_for_each_token_of_the_sequence_and_no_logits(recipe):
+    overrides = ["model.tie_word_embeddings=true", "model.headless=true"]
+    whole, headless = (flops_per_token(load_recipe(recipe(), given).model, 48) for given in ([], overrides))
+    assert whole.full - headless.full == whole.causal - headless.causal == 6 * 64 * (512 - 48)
 
 
 def test_help_describes_every_setting():

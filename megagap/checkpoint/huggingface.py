@@ -22,7 +22,7 @@ from megagap.checkpoint.companions import (
     warn_of_other_ids,
     write_json,
 )
-from megagap.checkpoint.huggingface_config import hugging_face_config
+from megagap.checkpoint.huggingface_config import hugging_face_config, hugging_face_name
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
 from megagap.checkpoint.model import stored_dtype
@@ -97,17 +97,19 @@ def export(
         for file, members in shards.items():
             tensors = {}
             for name in members:
-                tensors[name] = _convert(checkpoint, index, name, DTYPES[dtype], model.norm_gain_scale)
+                tensor = _convert(checkpoint, index, name, DTYPES[dtype], model.norm_gain_scale)
+                tensors[hugging_face_name(name, model)] = tensor
                 done += prod(names[name]) * DTYPES[dtype].itemsize
                 progress(done, total)
             with written_by_library(partial / file, CheckpointError, shown=output / file) as path:
                 save_file(tensors, path, metadata={"format": "pt"})
         if len(shards) > 1:
-            weight_map = {name: file for file, members in shards.items() for name in members}
+            weight_map = {hugging_face_name(name, model): file for file, members in shards.items() for name in members}
             listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(partial / "model.safetensors.index.json", listing)
         write_json(partial / CONFIG, hugging_face_config(model, dtype, companions))
-        write_json(partial / GENERATION_CONFIG, companions.generation)
+        if not model.headless:  # which generates nothing
+            write_json(partial / GENERATION_CONFIG, companions.generation)
         if source and loaded is not None:
             copy_tokenizer(source, loaded, model.max_position_embeddings, partial)
     return Exported(dtype, total // DTYPES[dtype].itemsize, tuple(shards), total, source)

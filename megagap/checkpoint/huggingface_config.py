@@ -1,6 +1,7 @@
 """A model's settings as ``config.json`` has them, both ways: all that a new architecture has to say to Hugging Face.
 
-The tensors need nothing: they have Hugging Face's names and layout.
+The tensors need nothing: they have Hugging Face's names and layout. A headless model leaves as ``LlamaModel``, whose
+config ties nothing, so that who adds an output projection gets a new one and not, without a word, the embedding.
 """
 
 import json
@@ -36,7 +37,7 @@ def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dic
     """``config.json``, with the rotary settings and the dtype where transformers 4 and 5 look for them."""
     scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
     return {
-        "architectures": [ARCHITECTURES[_model_type(model)]],
+        "architectures": [_architecture(model)],
         "model_type": _model_type(model),
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
@@ -51,7 +52,7 @@ def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dic
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})},
         "rms_norm_eps": model.rms_norm_eps,
-        "tie_word_embeddings": model.tie_word_embeddings,
+        "tie_word_embeddings": model.tie_word_embeddings and not model.headless,
         "attention_bias": model.attention_bias,
         "attention_dropout": 0.0,
         "mlp_bias": model.mlp_bias,
@@ -66,6 +67,17 @@ def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dic
 def _model_type(model: Model) -> str:
     """The key of :data:`ARCHITECTURES` that computes what ``model`` does."""
     return "llama"
+
+
+def _architecture(model: Model) -> str:
+    """The class that transformers computes ``model`` with; of a headless one, that without output projection."""
+    whole = ARCHITECTURES[_model_type(model)]
+    return whole.replace("ForCausalLM", "Model") if model.headless else whole
+
+
+def hugging_face_name(name: str, model: Model) -> str:
+    """What the class of :func:`hugging_face_config` calls one of our tensors."""
+    return name.removeprefix("model.") if model.headless else name
 
 
 def read_settings(folder: Path) -> Model:

@@ -43,17 +43,30 @@ class SingleProcessModel(nn.Module):
 def load_model(path: str | Path, device: torch.device | None = None) -> SingleProcessModel:
     """The model of a checkpoint written in any layout, in eval mode and in the dtype stored.
 
-    ``path``: a checkpoint folder, or a run directory (its latest). Raises :class:`CheckpointError` if it is damaged.
+    ``path``: a checkpoint folder, or a run directory (its latest). Raises :class:`CheckpointError` if it is damaged, or
+    its model has no output projection.
     """
     folder = resolve_checkpoint(Path(path))
     index = Index.read(folder)
-    model = build_model(read_model(folder, index), stored_dtype(folder, index), device)
+    settings = read_model(folder, index)
+    require_output_projection(folder, settings)
+    model = build_model(settings, stored_dtype(folder, index), device)
     wanted = [
         Slice("weight", parameter.shard, 0, parameter.numel(), parameter.detach().view(-1))
         for parameter in model.stage.sharded_parameters()
     ]
     load_slices(folder, index, wanted, cast=True)
     return model
+
+
+def require_output_projection(folder: Path, model: Model) -> None:
+    """Raises :class:`CheckpointError` for a headless model, which gives tokens no probabilities."""
+    if model.headless:
+        raise CheckpointError(
+            f"{folder} is a headless model: without an output projection it gives tokens no probabilities\n"
+            "  train it on as a model that predicts tokens with its embedding: --checkpoint.load_mode model "
+            "--model.headless false; or export it for its hidden states."
+        )
 
 
 def build_model(settings: Model, dtype: torch.dtype, device: torch.device | None = None) -> SingleProcessModel:

@@ -203,6 +203,18 @@ def _scaling_is_a_band(v: Lookup) -> Iterator[Fault]:
         yield Fault("model.rope_scaling.high_freq_factor", scaling.high_freq_factor, "must be above low_freq_factor")
 
 
+def _headless_is_tied(v: Lookup) -> Iterator[Fault]:
+    if v("model.headless") and not v("model.tie_word_embeddings"):
+        message = "must be true with model.headless = true, whose outputs are compared with the token embedding"
+        yield Fault("model.tie_word_embeddings", False, message)
+
+
+def _z_loss_needs_a_vocabulary(v: Lookup) -> Iterator[Fault]:
+    if v("model.headless") and v("train.z_loss"):
+        message = "must be 0 with model.headless = true: no softmax over the vocabulary is made"
+        yield Fault("train.z_loss", v("train.z_loss"), message)
+
+
 def _one_length(v: Lookup) -> Iterator[Fault]:
     steps, tokens = v("train.steps"), v("train.tokens")
     if bool(steps) == bool(tokens) and (steps or not v("data.phases")):
@@ -402,6 +414,8 @@ RULES: tuple[Rule, ...] = (
     _stages_have_layers,
     _sequence_fits_model,
     _scaling_is_a_band,
+    _headless_is_tied,
+    _z_loss_needs_a_vocabulary,
     _one_length,
     _schedule_fits,
     _rates_are_ordered,

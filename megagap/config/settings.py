@@ -68,6 +68,9 @@ class Model(Section):
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = False
     """Use the token embedding as the output projection too."""
+    headless: bool = False
+    """No output projection: outputs are to resemble the embedding of the next token more than those of others in the
+    sequence (contrastive weight tying). Needs tie_word_embeddings."""
     attention_bias: bool = False
     """Biases on the q, k, v and o projections."""
     mlp_bias: bool = False
@@ -306,10 +309,9 @@ class Settings(Section):
         return self.schedule.place(counts, chunks)
 
     def _head_in_layers(self) -> float:
-        """What the output projection costs per token, in FLOPs of a layer."""
-        part = FlopParts.of(self.model)
-        layer = 6 * part.layer_weights + part.layer_square(self.train.sequence_length)
-        return 6 * part.head_weights / layer
+        """What the output projection, or a headless model's loss, costs per token, in FLOPs of a layer."""
+        part, length = FlopParts.of(self.model), self.train.sequence_length
+        return part.head(length) / (6 * part.layer_weights + part.layer_square(length))
 
     def with_notes(self, notes: Sequence[str]) -> Self:
         noted = self.model_copy()
@@ -323,8 +325,9 @@ class FlopParts:
 
     layer_weights: int
     """Elements of the matrices of a layer."""
-    head_weights: int
-    """Elements of the output projection."""
+    hidden_size: int
+    head_columns: int | None
+    """Of the output projection; None where a model is headless."""
     query_width: int
     """Query heads times their width."""
 
@@ -334,7 +337,13 @@ class FlopParts:
         query, key_value = model.num_attention_heads * width, model.num_key_value_heads * width
         attention = model.hidden_size * (query + 2 * key_value) + query * model.hidden_size
         feed_forward = 3 * model.hidden_size * model.intermediate_size
-        return cls(attention + feed_forward, model.hidden_size * model.vocab_size, query)
+        columns = None if model.headless else model.vocab_size
+        return cls(attention + feed_forward, model.hidden_size, columns, query)
+
+    def head(self, sequence_length: int) -> int:
+        """Operations per token, forward and backward: the output projection's, or the scores' with all targets of a
+        sequence."""
+        return 6 * self.hidden_size * (sequence_length if self.head_columns is None else self.head_columns)
 
     def layer_square(self, sequence_length: int) -> int:
         """Operations per token and layer on the whole attention matrix (Narayanan et al. 2021, appendix)."""

@@ -19,7 +19,7 @@ from megagap.checkpoint.huggingface_config import read_settings
 from megagap.checkpoint.huggingface_import import is_hugging_face, load_hugging_face_model
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import resolve_checkpoint
-from megagap.checkpoint.model import SingleProcessModel, load_model
+from megagap.checkpoint.model import SingleProcessModel, load_model, require_output_projection
 from megagap.checkpoint.state import read_ids, read_model, read_run
 from megagap.config import Model
 from megagap.data.agreement import Ids
@@ -70,8 +70,8 @@ def find_model_files(path: Path, tokenizer: str | None = None) -> ModelFiles:
     """A checkpoint of any layout, a run (its latest), or a Hugging Face folder.
 
     ``tokenizer``: None means the one beside a Hugging Face model, or the one that the run was trained with, if it can
-    be read. Raises :class:`CheckpointError` if there is no such model, :class:`DataError` for a ``tokenizer`` that
-    cannot be read.
+    be read. Raises :class:`CheckpointError` if there is no such model, or it is headless, :class:`DataError` for
+    a ``tokenizer`` that cannot be read.
     """
     if is_hugging_face(path.parent) and path.is_file():
         raise CheckpointError(f"{path} is a file of a Hugging Face model\n  give its folder: {path.parent}")
@@ -82,6 +82,7 @@ def find_model_files(path: Path, tokenizer: str | None = None) -> ModelFiles:
     path = resolve_checkpoint(path)
     index = Index.read(path)
     settings, ids = read_model(path, index), read_ids(path, index)
+    require_output_projection(path, settings)
     own = load_tokenizer(tokenizer) if tokenizer else _readable_tokenizer(recorded_tokenizer(index))
     if "train" not in index.state:
         return ModelFiles(path, settings, ids, own)

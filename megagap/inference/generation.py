@@ -19,8 +19,8 @@ from megagap.checkpoint.huggingface_config import read_settings
 from megagap.checkpoint.huggingface_import import is_hugging_face, load_hugging_face_model
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import resolve_checkpoint
-from megagap.checkpoint.model import SingleProcessModel, load_model
-from megagap.checkpoint.state import read_ids
+from megagap.checkpoint.model import SingleProcessModel, load_model, require_output_projection
+from megagap.checkpoint.state import read_ids, read_model
 from megagap.errors import CheckpointError, DataError, library_errors
 from megagap.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -152,7 +152,8 @@ def load_text_model(path: Path, tokenizer: str | None = None, device: torch.devi
     """A checkpoint of any layout, a run (its latest), or a Hugging Face folder.
 
     ``tokenizer``: None means the one beside a Hugging Face model, or the one that the run was trained with.
-    Raises :class:`CheckpointError` if there is no such model, :class:`DataError` if no tokenizer is known.
+    Raises :class:`CheckpointError` if there is no such model, or it is headless, :class:`DataError` if no tokenizer is
+    known.
     """
     index = None
     if is_hugging_face(path):
@@ -161,6 +162,7 @@ def load_text_model(path: Path, tokenizer: str | None = None, device: torch.devi
     else:
         path = resolve_checkpoint(path)
         index = Index.read(path)
+        require_output_projection(path, read_model(path, index))
         source = tokenizer or recorded_tokenizer(index)
     if source is None:
         raise DataError(f"{path} does not name a tokenizer that still exists\n  name it with --tokenizer.")

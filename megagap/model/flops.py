@@ -18,8 +18,9 @@ class FlopsPerToken:
 
 def flops_per_token(model: Model, sequence_length: int) -> FlopsPerToken:
     """6 operations for each matrix weight (2 forward, 4 backward; Kaplan et al. 2020, section 2.1) and attention's
-    12 · layers · query width · sequence (Narayanan et al. 2021, appendix), halved where the causal half is counted."""
+    12 · layers · query width · sequence (Narayanan et al. 2021, appendix), halved where the causal half is counted. A
+    headless model has, in place of the output projection, products of each token with all targets of its sequence."""
     parts = FlopParts.of(model)
-    matrices = 6 * (model.num_hidden_layers * parts.layer_weights + parts.head_weights)
+    matrices = 6 * model.num_hidden_layers * parts.layer_weights + parts.head(sequence_length)
     square = model.num_hidden_layers * parts.layer_square(sequence_length)
     return FlopsPerToken(full=matrices + square, causal=matrices + square // 2)

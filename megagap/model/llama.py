@@ -16,6 +16,7 @@ from megagap.model.recompute import Recompute, run_again_in_backward
 from megagap.model.rotary import rotary_tables
 from megagap.ops.document_mask import Documents
 from megagap.parallel.context import OwnDocuments, own_places
+from megagap.parallel.contrastive_loss import contrastive_loss
 from megagap.parallel.cross_entropy import linear_cross_entropy
 from megagap.parallel.embedding import VocabParallelEmbedding, vocab_logits, vocab_shard
 from megagap.parallel.layout import ContextMode
@@ -154,9 +155,14 @@ class LlamaStage(nn.Module):
         token's cross-entropy and z-loss, fp32 [b, s].
 
         y: the last virtual stage's output. z_loss: the coefficient of logsumexp². Ignored targets have losses of 0;
-        only the sum has a gradient.
+        only the sum has a gradient. A headless model has its contrastive loss in place of the cross-entropy.
         """
         region = self.tensor_parallel.region
+        if self.model.headless:
+            assert not z_loss, "nothing is normalised over a vocabulary"
+            cp = self.tensor_parallel.mesh.cp
+            loss, losses = contrastive_loss(y, self.output, targets, scale, region.tp, cp, region.sequence_parallel)
+            return loss, losses, torch.zeros_like(losses)
         return linear_cross_entropy(y, self.output, targets, scale, region.tp, region.sequence_parallel, z_loss)
 
     def logits(self, y: Tensor) -> Tensor:

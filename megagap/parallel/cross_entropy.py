@@ -13,6 +13,7 @@ own sink if it has one, during the forward pass. The input enters the region her
 tp in the forward pass too: under sequence parallelism only this rank's part is kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,14 +121,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        if ctx.sink is not None:
-            _require_one(grad)
-            ctx.sink.finished()
-        # A loss is usually the root, with a gradient of 1. Skipped on GPU: ``item()`` would synchronise.
-        elif grad.is_cuda or grad.item() != 1:
-            gradients = [None if part is None else part * grad.to(part.dtype) for part in gradients]
-        return *gradients, None, None, None, None, None, None, None
+        return *saved_gradients(ctx, grad), *[None] * 7
+
+
+def saved_gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+    """What the forward pass of a loss has saved: the gradients of its input and, without a sink, of its weight."""
+    gradients: Sequence[Tensor | None] = ctx.saved_tensors
+    if ctx.sink is not None:
+        _require_one(grad)
+        ctx.sink.finished()
+    # A loss is usually the root, with a gradient of 1. Skipped on GPU: ``item()`` would synchronise.
+    elif grad.is_cuda or grad.item() != 1:
+        gradients = [None if part is None else part * grad.to(part.dtype) for part in gradients]
+    return gradients
 
 
 class _ProductSum:

@@ -26,16 +26,21 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tensor_parallel.mesh.tp.size == 1:
             return lookup(tokens, self.weight)
-        rows = tokens - self.weight.shard.offsets[0]
-        mine = (rows >= 0) & (rows < self.weight.shard.sizes[0])
-        x = lookup(rows.remainder(len(self.weight)), self.weight)
-        return self.tensor_parallel.leave(x.where(mine.unsqueeze(-1), 0))
+        rows, is_own = own_rows(tokens, self.weight.shard)
+        return self.tensor_parallel.leave(lookup(rows, self.weight).where(is_own, 0))
 
 
 def vocab_shard(name: str, vocab_size: int, hidden_size: int, tp: Axis, tied_across_stages: bool = False) -> Shard:
     """The record of an embedding or output projection, its rows split over tp and padded to equal parts."""
     replicas: dict[str, Any] = dict(replica_axis="embedding", partial_gradient=True) if tied_across_stages else {}
     return split(name, (vocab_size, hidden_size), dim=0, rank=tp.rank, size=tp.size, **replicas)
+
+
+def own_rows(ids: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The rows of global ids [..] in this rank's part of a table: [..]; and whether it has them, [.., 1]: the row of
+    another id is any."""
+    rows = ids - shard.offsets[0]
+    return rows.remainder(shard.local_shape[0]), ((rows >= 0) & (rows < shard.sizes[0])).unsqueeze(-1)
 
 
 def vocab_logits(x: Tensor, weight: ShardedParameter) -> Tensor:

@@ -24,6 +24,7 @@ from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.precision import PRECISIONS, master_bytes
 from megagap.optim.rules import RULES
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
+from megagap.parallel.contrastive_loss import COLUMN_MULTIPLE
 from megagap.parallel.cross_entropy import chunk_tokens
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.pipeline import MOST_BATCHES
@@ -439,12 +440,31 @@ class _Stage:
                 work += 3 * self.R + 3 * self.layer.F
             yield _Moment("forward", kept, work + held.most_in_forward)
         if self.has_head:
-            device = "cuda" if self.is_gpu else "cpu"
-            chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, device))
-            logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
-            # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
-            output = self.R + (2 * self.A - self.R if self.splits_sequence else 0)
-            yield _Moment("loss", others + self.saved, output + logits + self._product_copy(self.rows) + held.in_loss)
+            work = self._contrastive_loss() if self.model.headless else self._output_and_loss()
+            yield _Moment("loss", others + self.saved, self.R + work + held.in_loss)
+
+    def _output_and_loss(self) -> int:
+        """Beside the output, whose gradient is kept."""
+        chunk = min(self.tokens, chunk_tokens(self.rows, self.itemsize, self._device_type))
+        logits = chunk * min(self.rows, self.model.vocab_size) * self.itemsize
+        # Under sequence parallelism, the output gathered, and its whole gradient instead of this rank's part.
+        output = 2 * self.A - self.R if self.splits_sequence else 0
+        return output + logits + self._product_copy(self.rows)
+
+    def _contrastive_loss(self) -> int:
+        """Likewise: the embeddings of the targets of whole sequences, their gradients, and a chunk's scores."""
+        columns, width = self.length, self.model.hidden_size
+        embeddings = self.batch * columns * width
+        chunk = min(ceil(columns / self.cp / self.tp), chunk_tokens(columns, FP32, self._device_type))
+        scores = chunk * ceil((columns + 1) / COLUMN_MULTIPLE) * COLUMN_MULTIPLE * FP32
+        if self.itemsize != FP32:
+            gradient = chunk * columns * self.itemsize + self._product_copy(columns)
+            scores += gradient if self.is_gpu else max(gradient, (chunk + columns) * width * FP32)
+        return (self.itemsize + FP32) * embeddings + scores
+
+    @property
+    def _device_type(self) -> str:
+        return "cuda" if self.is_gpu else "cpu"
 
     def _backward(self, others: int, deferring: bool, held: _Held) -> Iterator[_Moment]:
         """Layer by layer, from the last; a gradient that comes in stays until all of it ends."""

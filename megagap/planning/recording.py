@@ -51,6 +51,7 @@ _KIND_OF_FILE = {
     "ops/document_mask.py": "attention",
     "ops/softmax.py": "loss",
     "parallel/cross_entropy.py": "loss",
+    "parallel/contrastive_loss.py": "loss",
     "ops/rms_norm.py": "norms and rotary",
     "ops/rotary.py": "norms and rotary",
     "ops/swiglu.py": "norms and rotary",

@@ -31,7 +31,7 @@ from megagap.training.mesh import make_mesh
 from megagap.training.step import train_step
 from megagap.training.trainer import build_state
 
-OUTPUT_AND_LOSS = "parallel/cross_entropy.py"
+OUTPUT_AND_LOSS = {"parallel/cross_entropy.py", "parallel/contrastive_loss.py"}
 
 
 @dataclass
@@ -99,9 +99,9 @@ class Trace:
         totals = self._totals(lambda x: (x.kind, x.site, x.name, x.shapes))
         return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
 
-    def within(self, file: str) -> Total:
-        """All that a file of megagap calls, such as ``parallel/cross_entropy.py``: the output and its loss."""
-        return self._totals(lambda operation: file in operation.files).get(True, Total())
+    def within(self, files: set[str]) -> Total:
+        """All that some files of megagap call, such as :data:`OUTPUT_AND_LOSS`."""
+        return self._totals(lambda operation: not files.isdisjoint(operation.files)).get(True, Total())
 
     def assumptions(self) -> list[str]:
         lines = [f"{self.device.key}: {line}" for line in self.device.assumptions()]

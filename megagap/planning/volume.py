@@ -11,6 +11,9 @@ from megagap.parallel.layout import Layout
 from megagap.planning.communication import Traffic, data_parallel_traffic
 from megagap.planning.transient import FP32
 
+ID = 4
+"""Bytes of a token's id that ranks exchange."""
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -78,24 +81,28 @@ def _tensor_parallel(ledger: _Ledger, settings: Settings, layout: Layout, stage:
         return
     microbatches, tokens, activation = _sizes(settings, layout)
     splits, again = bool(settings.parallel.sequence_parallel), settings.train.recompute == "full"
+    headless = settings.model.headless
     for virtual in settings.placement.stages_of(stage):
         layers = len(virtual.layers)
         if splits:
             # Forward: gather and scatter. Backward: gather the input again and scatter its gradient; gather. A layer
             # that runs again leaves out its last product.
             regions = layers * (2 * 5 + (3 if again else 0))
-            crossings = regions + 2 * virtual.has_embedding + 2 * virtual.has_head
+            crossings = regions + 2 * virtual.has_embedding + (0 if headless else 2 * virtual.has_head)
             ledger.gather_or_scatter("tp", activation, crossings * microbatches)
         else:
             crossings = (4 + again) * layers + virtual.has_embedding + virtual.has_head
             ledger.reduce("tp", activation, crossings * microbatches)
-        if virtual.has_head:  # maximum, sum and target of every token
+        if virtual.has_head:  # maximum, sum and target of every token, or its loss
             wide = max(FP32, PRECISIONS[settings.train.precision].compute.itemsize)
-            ledger.reduce("tp", 3 * tokens * wide, microbatches)
+            ledger.reduce("tp", (1 if headless else 3) * tokens * wide, microbatches)
+            if headless:  # the embeddings of the targets of whole sequences, and their gradients
+                embeddings = layout.cp * tokens * settings.model.hidden_size
+                ledger.reduce("tp", layout.cp * activation + embeddings * wide, microbatches)
 
 
 def _context(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) -> None:
-    """Attention of every layer (docs/context_parallelism.md)."""
+    """Attention of every layer (docs/context_parallelism.md), and the targets of a headless model."""
     if layout.cp == 1:
         return
     model, mode, cp = settings.model, settings.parallel.context_mode, layout.cp
@@ -105,7 +112,10 @@ def _context(ledger: _Ledger, settings: Settings, layout: Layout, stage: int) ->
     queries = tokens * model.num_attention_heads // layout.tp * model.head_dim
     keys = 2 * tokens * key_heads * model.head_dim  # and values
     forwards = 2 if settings.train.recompute == "full" else 1
-    layers = sum(len(virtual.layers) for virtual in settings.placement.stages_of(stage))
+    stages = settings.placement.stages_of(stage)
+    if model.headless and any(virtual.has_head for virtual in stages):  # ids of targets
+        ledger.gather_or_scatter("cp", cp * tokens * ID, microbatches)
+    layers = sum(len(virtual.layers) for virtual in stages)
     times = layers * microbatches
     if mode == "alltoall":
         repeats = cp // gcd(cp, key_heads)

@@ -78,7 +78,7 @@ def _refused_model_differences(saved: Model, now: Model) -> list[str]:
 def model_changes(saved: Model, now: Model, theta: bool = False) -> list[Change]:
     """What is changed of a checkpoint's model from here on. ``theta``: ``rope_theta`` too, which the phases determine
     where a run resumes."""
-    names = [name for name in _FROM_HERE_ON if theta or name != "rope_theta"]
+    names = [name for name in (*_FROM_HERE_ON, "headless") if theta or name != "rope_theta"]
     before, after = saved.model_dump(mode="json"), now.model_dump(mode="json")
     changes = [Change(f"model.{name}", before[name], after[name]) for name in names if before[name] != after[name]]
     if now.vocab_size > saved.vocab_size:
@@ -203,7 +203,12 @@ def _described(phase: Phase) -> dict[str, Any]:
 
 
 def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:
-    """Raises :class:`CheckpointError` listing what differs between a checkpoint's model and the recipe's."""
+    """Raises :class:`CheckpointError` listing what differs between a checkpoint's model and the recipe's.
+
+    The recipe may ask for a headless model, or for one that no longer is: the weights are the same.
+    """
+    if "headless" in settings.model.model_fields_set:
+        model = model.model_copy(update={"headless": settings.model.headless})
     _refuse(
         _refused_model_differences(model, settings.model),
         folder,

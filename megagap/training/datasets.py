@@ -75,8 +75,11 @@ def validation_data(settings: Settings) -> ValidationData:
 def validation_texts(settings: Settings, held_out: ValidationData) -> dict[str, PredictedText]:
     """What the predicted tokens of each validation source stand for; the log says of which sources that is not known.
 
-    Raises :class:`DataError` if a file is damaged or was rebuilt since it was opened.
+    None of a headless model, whose loss does not say how many bits a text takes. Raises :class:`DataError` if a file is
+    damaged or was rebuilt since it was opened.
     """
+    if settings.model.headless:
+        return {}
     known, spec = {}, settings.data.tokenizer
     tokenizer = load_tokenizer(spec) if spec and held_out.windows else None
     for name, source in held_out.sources.items():

@@ -39,8 +39,10 @@ def train(recipe: Path, overrides: list[str], device: torch.device) -> list[dict
 
 @pytest.mark.parametrize("mask", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
-def test_losses_and_norms_are_those_of_the_cpu(tmp_path, gpu, precision, mask):
-    recipe = write_recipe(tmp_path, model=MODEL, data=dict(document_mask=mask))
+@pytest.mark.parametrize("headless", [False, True], ids=["", "headless"])
+def test_losses_and_norms_are_those_of_the_cpu(tmp_path, gpu, headless, precision, mask):
+    model = MODEL | dict(headless=headless, tie_word_embeddings=headless)
+    recipe = write_recipe(tmp_path, model=model, data=dict(document_mask=mask))
     overrides = [f"train.precision={precision}", "checkpoint.every=0"]
     on_gpu = train(recipe, [*overrides, f"run.dir={tmp_path / 'gpu'}"], gpu)
     on_cpu = train(recipe, [*overrides, f"run.dir={tmp_path / 'cpu'}"], torch.device("cpu"))

@@ -67,6 +67,7 @@ _MODEL = (
     Dimension("model.head_dim", (8, 0, 6)),
     Dimension("model.intermediate_size", (16, 24, 52)),
     Dimension("model.tie_word_embeddings", (False, True)),
+    Dimension("model.headless", (False, True), share=0.3),
     Dimension("model.attention_bias", (False, True)),
     Dimension("model.mlp_bias", (False, True)),
     Dimension("model.norm_gain_scale", (1.0, 20.0)),

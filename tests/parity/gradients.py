@@ -22,6 +22,7 @@ from torch import Tensor
 
 import megagap.optim.gradient_store
 import megagap.parallel.context
+import megagap.parallel.contrastive_loss
 import megagap.parallel.cross_entropy
 import megagap.parallel.tensor
 import megagap.training.step
@@ -44,6 +45,7 @@ from megagap.training.trainer import make_loader
 MODULES = {
     "tensor": megagap.parallel.tensor,
     "context": megagap.parallel.context,
+    "contrastive_loss": megagap.parallel.contrastive_loss,
     "cross_entropy": megagap.parallel.cross_entropy,
     "gradient_store": megagap.optim.gradient_store,
     "step": megagap.training.step,

@@ -31,6 +31,15 @@ ROOT = Path(__file__).parents[2]
 
 needs_kernels = pytest.mark.skipif(not compiled.AVAILABLE, reason="the formula counts what megagap's kernels keep")
 
+HEADLESS = {
+    "model.headless": True,
+    "model.tie_word_embeddings": True,
+    "model.num_hidden_layers": 2,
+    "model.hidden_size": 512,
+    "model.intermediate_size": 64,
+}
+"""What the loss needs is more than what layers do."""
+
 NARROW = {"model.intermediate_size": 64, "model.vocab_size": 64, "model.num_hidden_layers": 2}
 """What the feed-forward and the loss need is less than what attention does."""
 
@@ -61,6 +70,10 @@ LAYOUTS = {
     "cp 2, allgather, most in attention": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather", **NARROW}),
     "cp 2, alltoall": (2, {"parallel.cp": 2, "parallel.context_mode": "alltoall"}),
     "pure bf16, zero 3": (2, {"train.precision": "bf16-pure", "optim.zero": 3}),
+    "headless": (1, HEADLESS),
+    "headless, bf16-mixed": (1, {"train.precision": "bf16-mixed", **HEADLESS}),
+    "headless, tp 2, sequence parallel": (2, {"parallel.tp": 2, **HEADLESS}),
+    "headless, cp 2 tp 2": (4, {"parallel.cp": 2, "parallel.tp": 2, "parallel.sequence_parallel": False, **HEADLESS}),
 }
 
 
@@ -154,6 +167,8 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (2, {"parallel.tp": 2, "train.recompute": "selective"}),
         (2, {"parallel.tp": 2, "train.recompute": "full"}),
         (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
+        (1, HEADLESS),
+        (2, {"parallel.tp": 2, **HEADLESS}),
     ],
     ids=str,
 )

@@ -113,9 +113,11 @@ def test_at_rates_that_large_products_and_copies_reach_on_an_h100_most_of_the_pe
 
 @pytest.mark.parametrize("device", known_devices())
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
-def test_flops_are_those_of_the_formula(tmp_path, device, precision):
+@pytest.mark.parametrize("headless", [False, True])
+def test_flops_are_those_of_the_formula(tmp_path, device, precision, headless):
     """On a GPU always, and on CPU where attention computes the whole square."""
-    traced = trace(write_recipe(tmp_path, train={"precision": precision}), device=device)
+    model = {"headless": headless, "tie_word_embeddings": headless}
+    traced = trace(write_recipe(tmp_path, model=model, train={"precision": precision}), device=device)
     tokens = traced.settings.train.global_batch_size * traced.moment.sequence_length
     formula = flops_per_token(traced.settings.model, traced.moment.sequence_length).full
     assert traced.total.flops == pytest.approx(formula * tokens, rel=1e-9)
@@ -204,6 +206,7 @@ def test_every_preset_can_be_traced(tmp_path, preset, device):
     [
         ("--model.attention_bias", "true", "--model.mlp_bias", "true"),
         ("--model.tie_word_embeddings", "true"),
+        ("--model.headless", "true", "--model.tie_word_embeddings", "true"),
         ("--model.norm_gain_scale", "20"),
         ("--optim.clip_grad", "0"),
         ("--optim.decay_embeddings", "true"),

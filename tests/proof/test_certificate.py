@@ -131,6 +131,8 @@ def test_every_element_of_the_large_recipes_has_one_owner(name, ranks):
     assert list(coverage_faults(settings, layout, holdings(settings, layout))) == []
 
 
+HEADLESS = {"model.tie_word_embeddings": True, "model.headless": True}
+
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"parallel.tp": 2}),
     (4, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
@@ -153,6 +155,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"parallel.tp": 2, "parallel.sequence_parallel": False, "train.recompute": "full"}),
     (2, {"parallel.tp": 2, "train.recompute": "selective"}),
     (2, {"train.compile": True}),
+    (4, {"parallel.tp": 2, "parallel.pp": 2, **HEADLESS}),
+    (4, {"parallel.tp": 2, "parallel.sequence_parallel": False, "data.document_mask": True, **HEADLESS}),
+    (4, {"parallel.cp": 2, "parallel.tp": 2, **HEADLESS}),
 ]
 
 

@@ -104,6 +104,17 @@ def test_logits_of_minus_infinity_do_not_contribute_and_rows_of_them_give_no_nan
     assert maximum.tolist() == [2.0, -torch.inf] and total.tolist() == [1.0, 0.0]
 
 
+def test_columns_of_minus_infinity_get_no_gradient_in_one_pass(shim: Shim):
+    """Whole vectors of them, as headless models have where targets are ignored, and at the end of a row."""
+    logits, targets = inputs(4099, torch.float32)
+    targets = targets.where(targets < 0, 2000)
+    logits[:, 100:1900] = logits[:, 4090:] = -torch.inf
+    exact = exact_gradient(logits, targets, targets >= 0)
+    shim.cross_entropy_(logits, targets, SCALE, Z_LOSS)
+    assert not logits[:, 100:1900].any() and not logits[:, 4090:].any()
+    assert_rounded(logits, exact)
+
+
 def test_nan_is_not_hidden(shim: Shim):
     logits, targets = torch.randn(2, 700), torch.zeros(2, dtype=torch.int64)
     logits[1, 500] = torch.nan

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megagap.ops import compiled
+from tests.warm_start import python
 from tests.worked_examples import PAGES, ROOT, Example, apply, read_examples, record
 
 EXAMPLES = read_examples()
@@ -33,7 +34,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_in(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
+    command = [python(), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.warm_start import python
 from tools.processes import descendants, kill_tree
 
-__all__ = ["descendants", "finish", "free_port", "is_alive", "kill_all", "launch", "wait_until"]
+__all__ = ["descendants", "finish", "free_port", "is_alive", "kill_all", "launch", "start_ranks", "wait_until"]
 
 SECONDS = 900.0
 """Upper bound of every wait, only to end what hangs: a busy machine takes many times as long as a free one."""
@@ -32,15 +33,35 @@ def launch(
         if ranks > 1
         else [sys.executable]
     )
-    module = ["-m", "tests.stalling_train", str(stall_after)] if stall_after else ["-m", "megagap.train"]
+    return _start([*launcher, *_program(stall_after, dies), str(recipe), *overrides])
+
+
+def start_ranks(
+    recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0, dies: tuple[int, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """The processes that :func:`launch` starts, without torchrun, which takes seconds: by rank, each with its own end.
+
+    They are forks of a Python that has torch (:mod:`tests.warm_start`).
+    """
+    command = [python(), *_program(stall_after, dies), str(recipe), *overrides]
+    run = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    places = [run | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
+    return [_start(command, **{name: str(value) for name, value in place.items()}) for place in places]
+
+
+def _program(stall_after: int | str, dies: tuple[int, str] | None) -> list[str]:
     if dies is not None:
-        module = ["-m", "tests.dying_train", *map(str, dies)]
+        return ["-m", "tests.dying_train", *map(str, dies)]
+    return ["-m", "tests.stalling_train", str(stall_after)] if stall_after else ["-m", "megagap.train"]
+
+
+def _start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [*launcher, *module, str(recipe), *overrides],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         cwd=Path(__file__).parents[1],
     )
     _launched.append(process)

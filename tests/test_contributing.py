@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megagap.ops import compiled
+from tests.warm_start import python
 from tests.worked_examples import PAGES, ROOT, Example, apply, read_examples, record
 
 EXAMPLES = read_examples()
@@ -33,7 +34,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_in(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
+    command = [python(), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
@@ -76,8 +77,13 @@ def test_the_tests_of_an_example_pass_with_its_change(name: str, tree: Path):
 
 
 def build(tree: Path) -> None:
+    """Without optimisation, which takes most of a compiler's time."""
+    compiler = tree / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    compiler.chmod(0o700)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, env=os.environ | {"MEGAGAP_BUILD": "cpu"}, capture_output=True, text=True)
+    environment = os.environ | {"MEGAGAP_BUILD": "cpu", "CXX": str(compiler)}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -18,6 +18,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.parallel import schedule
 from megagap.parallel.program import actions_of, bubble_fraction, peak_live_activations, timeline
 from megagap.terminal.programs import CalledAs
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[1]
 README, RUNNING = ROOT / "README.md", ROOT / "docs/running.md"
@@ -30,7 +31,8 @@ def blocks(page: Path) -> dict[str, str]:
 
 
 def run(script: str, folder: Path) -> str:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    folders = (Path(python()).parent, Path(sys.executable).parent, os.environ["PATH"])
+    environment = os.environ | {"PATH": ":".join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -40,11 +42,11 @@ def run(script: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """A folder in which the README's main job has been done."""
+    """A folder in which the README's main job has been done, with a quarter of the text."""
     folder = tmp_path_factory.mktemp("example")
     for name in ("examples", "tools"):
         shutil.copytree(ROOT / name, folder / name)
-    run(blocks(README)["the main job"], folder)
+    run(blocks(README)["the main job"].replace("--megabytes 2", "--megabytes 0.5"), folder)
     return folder
 
 

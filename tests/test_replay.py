@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megagap.training.mesh import make_mesh
 from tests.launching import SECONDS
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = {1: [], 2: ["parallel.tp=2"], 4: ["parallel.pp=2", "optim.zero=2"]}
@@ -154,7 +154,7 @@ def test_the_command_prints_json_and_ends_with_2_where_the_step_differs(made, tm
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, ROOT / "tools/replay_step.py", *arguments]
+    line = [python(), ROOT / "tools/replay_step.py", *arguments]
     return subprocess.run([str(part) for part in line], capture_output=True, text=True, timeout=SECONDS)
 
 

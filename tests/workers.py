@@ -75,6 +75,7 @@ class Workers:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the modules of torch and megagap: looking through them after each run takes longer than most runs
     while True:
         try:
             store, rank, ranks, function, arguments = connection.recv()

@@ -22,6 +22,7 @@ from megagap.preprocess import job as job_module
 from megagap.preprocess.merge import merge_datasets
 from megagap.timeline import Source
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -123,7 +124,7 @@ def run_limited(tool: str, *arguments: object, **limits: int) -> subprocess.Comp
         for name, value in limits.items():
             resource.setrlimit(getattr(resource, name), (value, value))
 
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    command = [python(), str(TOOLS / tool), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=limit)
 
 
@@ -158,7 +159,7 @@ def test_a_standard_output_that_cannot_be_written_is_reported(
     }[tool]
     arguments += ["--tokenizer", finished["tokenizer"]] if tool == "preprocess_data.py" else []
     with open("/dev/full", "w") as full:
-        command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+        command = [python(), str(TOOLS / tool), *map(str, arguments)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     assert done.returncode == 2 and "cannot write to standard output: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr

@@ -53,7 +53,7 @@ class Machines:
     machines: tuple[Machine, Machine]
     started: list[Started] = field(default_factory=list)
 
-    def launch(self, folder: Path, recipe: Path, *overrides: str) -> tuple[Started, Started]:
+    def launch(self, folder: Path, recipe: Path, *overrides: str, **environment: str) -> tuple[Started, Started]:
         """``examples/multi_node/launch.sh``, the same on both, with two processes each; output in ``folder``."""
         first, second = self.machines
         script = str(ROOT / "examples/multi_node/launch.sh")
@@ -63,6 +63,7 @@ class Machines:
             return self.start(
                 [*machine.enter, script, *arguments, *machine.options, str(recipe), *overrides],
                 folder / f"output_of_{machine.address}.log",
+                **environment,
             )
 
         return on(first), on(second)

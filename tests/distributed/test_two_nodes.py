@@ -1,6 +1,8 @@
 """Two machines train as one, and neither waits for the other when it is gone."""
 
 import json
+import shlex
+import sys
 import time
 
 import pytest
@@ -16,6 +18,12 @@ SECONDS_TO_END = 180
 """For the survivors of a lost machine: five to speak, the rest for busy cores; far below a collective's time-out."""
 
 
+PYTHON = """#!/usr/bin/env bash
+exec {python} "${{@/#megagap.train/tests.distributed.several}}"
+"""
+"""For ``launch.sh``: another program in the place of the trainer."""
+
+
 def numbers(metrics):
     return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics]
 
@@ -26,7 +34,6 @@ def our_tracebacks(text: str) -> list[str]:
 
 
 LAYOUTS = {
-    "tp within, pp across": dict(tp=2, pp=2),
     "tp within, dp across": dict(tp=2),
     "dp within, pp across": dict(pp=2),
     "tp within, cp across": dict(tp=2, cp=2),
@@ -36,9 +43,9 @@ LAYOUTS = {
 """Of two processes on each machine; ranks next to each other are on one."""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path, layout):
-    recipe, overrides = write_recipe(tmp_path), layout_overrides(LAYOUTS[layout])
+def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path):
+    """With tp within, pp across."""
+    recipe, overrides = write_recipe(tmp_path), layout_overrides(dict(tp=2, pp=2))
     expected = workers.run(4, train_recipe, recipe, [*overrides, f"run.dir={tmp_path / 'one'}"])[0]
 
     started = machines.launch(tmp_path, recipe, *(f"--{override}" for override in overrides))
@@ -47,6 +54,22 @@ def test_two_machines_train_like_one_to_the_last_bit(machines, workers, tmp_path
     assert len(metrics) == 10
     assert numbers(metrics) == numbers(expected)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+
+
+def test_every_kind_of_parallelism_across_two_machines_is_that_of_one_to_the_last_bit(machines, workers, tmp_path):
+    """One launch, which starts ten processes, trains all layouts, in the place of ``megagap.train``."""
+    recipe, layouts = write_recipe(tmp_path), {name: layout_overrides(layout) for name, layout in LAYOUTS.items()}
+    (tmp_path / "layouts.json").write_text(json.dumps(layouts))
+    python = tmp_path / "python"
+    python.write_text(PYTHON.format(python=shlex.quote(sys.executable)))
+    python.chmod(0o700)
+    started = machines.launch(tmp_path, recipe, MEGAGAP_PYTHON=str(python))
+    assert finish(started) == [0, 0], "\n".join(one.output for one in started)
+    for name, overrides in layouts.items():
+        expected = workers.run(4, train_recipe, recipe, [*overrides, f"run.dir={tmp_path / 'one' / name}"])[0]
+        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert len(metrics) == 10
+        assert numbers(metrics) == numbers(expected), name
 
 
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])

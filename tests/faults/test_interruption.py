@@ -12,7 +12,7 @@ from megagap.config import load_recipe
 from megagap.errors import ConfigError
 from megagap.observe import run_directory
 from megagap.observe.metrics import read_metrics
-from tests.launching import SECONDS, descendants, finish, is_alive, kill_all, launch, wait_until
+from tests.launching import SECONDS, descendants, finish, is_alive, kill_all, launch, start_ranks, wait_until
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -32,10 +32,11 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, pr
     recipe = write_recipe(tmp_path, train=train, checkpoint=dict(every=8), parallel=parallel)
     expected = workers.run(ranks, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
 
-    killed = launch(recipe, ranks, stall_after=19)
+    killed = start_ranks(recipe, ranks, stall_after=19)
     metrics = tmp_path / "run/metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) == 18, killed)  # written one step late
-    kill_all(killed)
+    wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) == 18, killed[0])  # written one step late
+    for process in killed:
+        kill_all(process)
     workers.run(ranks, train_recipe, recipe, [])  # in processes that have torch already: launching takes long
 
     assert same_numbers(read_metrics(tmp_path / "run/metrics.jsonl")) == same_numbers(expected)

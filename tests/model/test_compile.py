@@ -32,7 +32,7 @@ LAYOUTS = {
     "tp2": (2, dict(tp=2)),
     "tp2 without sequence parallelism": (2, dict(tp=2, sequence_parallel=False)),
     "tp4, more ranks than key/value heads": (4, dict(tp=4)),
-    "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
+    "tp2 pp2": (4, dict(tp=2, pp=2)),
     "tp2 dp2, document mask": (4, dict(tp=2)),
     "tp2, full recomputation": (2, dict(tp=2, recompute="full")),
     "dp2 zero 3": (2, dict(zero=3)),

@@ -124,10 +124,10 @@ class Comparison:
     ) -> None:
         self.workers, self.mutation, self.seconds, self.in_fp32_too = workers, mutation, seconds, in_fp32_too
 
-    def check(self, recipe: Path, ranks: int, trains: bool = True) -> Finding | None:
+    def check(self, recipe: Path, ranks: int, trains: bool = True, differentiates: bool = True) -> Finding | None:
         """What is wrong with ``recipe`` on so many ranks; None: nothing. Writes runs and a recipe beside it."""
         try:
-            finding = self._check_gradients(recipe, ranks)
+            finding = self._check_gradients(recipe, ranks) if differentiates else None
             return finding or (self._check_training(recipe, ranks) if trains else None)
         except _NoResultError as stop:
             return stop.finding

@@ -1,7 +1,6 @@
 """What leaves as a Hugging Face model computes what was trained."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from megagap.checkpoint import load_model
 from tests.recipes import VOCABULARY, write_recipe
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_model_trained_in_tp2_pp2_gives_the_same_logits_in_transformers(workers, tmp_path, changes):
     recipe = write_recipe(tmp_path, model=changes, train=dict(steps=3))
     workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2"])
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "to-hf"]
+    command = [python(), ROOT / "tools/convert_checkpoint.py", "to-hf"]
     command += ["--checkpoint", tmp_path / "run/checkpoints/step_00000003", "--output", tmp_path / "hf"]
     subprocess.run(command, check=True)
 

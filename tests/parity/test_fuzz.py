@@ -3,7 +3,6 @@
 import json
 import runpy
 import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tests.parity.cases import DIMENSIONS, is_valid, ranks_of, simplest, write_c
 from tests.parity.comparison import Comparison, Finding
 from tests.parity.fuzz import Fuzzer, Outcome, save
 from tests.parity.gradients import Mutation
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ LARGE = {
 @pytest.mark.slow
 def test_a_short_run_finds_nothing(workers):
     fuzzer = Fuzzer(Comparison(workers), seed=14)
-    outcomes = list(fuzzer.outcomes(20, count()))
+    outcomes = list(fuzzer.outcomes(10, count()))
     assert not [(outcome.number, outcome.case, outcome.finding) for outcome in outcomes if outcome.finding]
     assert fuzzer.refused > 0
 
@@ -109,7 +109,7 @@ def fails(*_):
 
 @pytest.mark.slow
 def test_the_tool_replays_a_case_and_says_what_it_did(tmp_path):
-    command = [sys.executable, ROOT / "tools/fuzz_layouts.py", "--seed", "1", "--case", "0", "--json"]
+    command = [python(), ROOT / "tools/fuzz_layouts.py", "--seed", "1", "--case", "0", "--json"]
     done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

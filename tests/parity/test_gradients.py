@@ -1,5 +1,7 @@
 """In every layout, every parameter's gradient is that of one process; one wrong reduction, anywhere, is seen."""
 
+from functools import cache
+
 import pytest
 
 from megagap.parallel.context import places_of
@@ -70,9 +72,15 @@ PIPELINES = {
 
 
 @pytest.fixture(scope="module")
-def model(request, workers, tmp_path_factory):
-    """A recipe, and the gradients of one process with and without a document mask."""
-    return reference(workers, tmp_path_factory.mktemp("gradients"), MODELS[request.param])
+def models(workers, tmp_path_factory):
+    """By name, a recipe, and the gradients of one process with and without a document mask. Made once: pytest would
+    make a fixture with a parameter anew for each test that has another parameter, too."""
+    return cache(lambda name: reference(workers, tmp_path_factory.mktemp("gradients"), MODELS[name]))
+
+
+@pytest.fixture
+def model(request, models):
+    return models(request.param)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -104,6 +112,7 @@ def test_every_gradient_equals_that_of_one_process(layout, model, workers):
     assert largest_difference(run(workers, recipe, layout), expected["mask" in layout]) < TOLERANCE
 
 
+@pytest.mark.long  # the sample of the grid pairs recomputation with every other mechanism
 @pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize(

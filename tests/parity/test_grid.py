@@ -25,14 +25,16 @@ def test_gradients_of_a_sample_of_all_pairs_equal_those_of_one_process(case, wor
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SAMPLE[::3], ids=layout_name)
 def test_a_part_of_the_sample_trains_like_one_process(case, workers, tmp_path):
-    assert Comparison(workers).check(write_case(tmp_path, case | {"train.steps": 6}), ranks_of(case)) is None
+    """Its gradients are compared above."""
+    recipe = write_case(tmp_path, case | {"train.steps": 6})
+    assert Comparison(workers).check(recipe, ranks_of(case), differentiates=False) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SAMPLE[1::6], ids=layout_name)
 def test_mixed_precision_stays_within_its_envelope(case, workers, tmp_path):
     recipe = write_case(tmp_path, case | {"train.steps": 6, "train.precision": "bf16-mixed"})
-    assert Comparison(workers).check(recipe, ranks_of(case)) is None
+    assert Comparison(workers).check(recipe, ranks_of(case), differentiates=False) is None
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from megagap.errors import OPS_SWITCH
 from megagap.observe.metrics import read_metrics
 from megagap.ops import compiled
 from tests.recipes import write_recipe
+from tests.warm_start import python
 
 pytestmark = pytest.mark.skipif(not compiled.AVAILABLE, reason="the compiled kernels were not built")
 
@@ -20,7 +21,7 @@ def test_losses_with_kernels_and_with_plain_torch_are_the_same_within_rounding(t
     recipe = write_recipe(tmp_path, train=dict(steps=20, precision=precision))
     losses = {}
     for choice in ("auto", "plain"):
-        command = [sys.executable, "-m", "megagap.train", recipe, "--run.dir", tmp_path / choice]
+        command = [python(), "-m", "megagap.train", recipe, "--run.dir", tmp_path / choice]
         done = subprocess.run(command, env={**os.environ, OPS_SWITCH: choice}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         losses[choice] = [record["loss"] for record in read_metrics(tmp_path / choice / "metrics.jsonl")]
@@ -40,7 +41,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_wrong_switch_is_refused(program):
-    command = [sys.executable, *program.split()]
+    command = [python(), *program.split()]
     environment = {**os.environ, OPS_SWITCH: "fast"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)

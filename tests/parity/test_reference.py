@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from megagap.training.trainer import build_state
 from tests.huggingface import reference_model
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
 
 
 def printed_samples(recipe: Path, step: int) -> list[list[int]]:
-    command = [sys.executable, ROOT / "tools/inspect_data.py", recipe, "--step", str(step), "--json"]
+    command = [python(), ROOT / "tools/inspect_data.py", recipe, "--step", str(step), "--json"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [sample["tokens"] for sample in json.loads(printed)]
 
@@ -88,7 +88,7 @@ def test_ten_steps_from_an_imported_hugging_face_model_equal_a_plain_loop(worker
     settings = load_recipe(recipe)
     model = reference_model(settings.model)
     model.save_pretrained(tmp_path / "hf")
-    command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "from-hf"]
+    command = [python(), ROOT / "tools/convert_checkpoint.py", "from-hf"]
     subprocess.run([*command, "--input", tmp_path / "hf", "--output", tmp_path / "start"], check=True)
     start = [f"checkpoint.load={tmp_path / 'start'}", "checkpoint.load_mode=model"]
     metrics = workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2", *start])[0]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.parity.pairwise import pairwise
 from tests.planning import activation_table, memory_table
 from tests.planning.measured import SMALL, Compared, compare, measure_graphs, settings_of
 from tests.planning.test_trace import GAPERON, MEASURED_PEAK_BYTES
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -342,7 +342,7 @@ def test_the_tables_in_the_pages_are_those_of_the_formula(tmp_path, page):
 def test_the_tool_prints_the_memory_of_every_stage(tmp_path):
     settings_of(tmp_path, 1, {})
     layout = ["--memory", "--world-size", "4", "--parallel.pp", "2", "--parallel.tp", "2", "--device", "mi250x"]
-    command = [sys.executable, ROOT / "tools/trace_step.py", tmp_path / "recipe.toml", *layout]
+    command = [python(), ROOT / "tools/trace_step.py", tmp_path / "recipe.toml", *layout]
     done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

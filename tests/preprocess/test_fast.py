@@ -4,7 +4,6 @@ import builtins
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megagap.preprocess import preprocess
 from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megagap.tokenizer.fast import FastEncoder, FastSource
 from megagap.tokenizer.tiktoken import json_of_ranks
+from tests.warm_start import python
 
 pytest.importorskip("gigatoken")
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_makes_gigatoken_panic_falls_back(
 def test_the_tool_uses_it_by_default(tmp_path: Path, corpus: Path, bpe_of_lines: Path) -> None:
     tool = Path(__file__).parents[2] / "tools/preprocess_data.py"
     command = [
-        sys.executable,
+        python(),
         tool,
         "--input",
         corpus,

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from megagap.preprocess.listing import list_inputs
 from megagap.preprocess.merge import merge_datasets
 from megagap.timeline import Source
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -52,7 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    command = [python(), str(TOOLS / tool), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, timeout=SECONDS)
     assert b"Traceback" not in done.stderr, done.stderr
     return done

@@ -4,7 +4,6 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megagap.preprocess import preprocess
 from megagap.preprocess.arrange import document_keys
 from megagap.preprocess.merge import merge_datasets
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 Write = Callable[..., str]
 
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_what_was_there(made: Write, tmp_path: Path, limit: i
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     tool = Path(__file__).parents[2] / "tools/merge_datasets.py"
-    command = [sys.executable, str(tool), "--input", one, one, "--output-prefix", str(tmp_path / "merged"), *options]
+    command = [python(), str(tool), "--input", one, one, "--output-prefix", str(tmp_path / "merged"), *options]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=SECONDS)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "File too large" in done.stderr and str(tmp_path / "merged") in done.stderr

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ from megagap.config import load_recipe
 from megagap.process.agreement import compare, exchange, explain, facts
 from tests.launching import SECONDS, free_port
 from tests.recipes import write_recipe
+from tests.warm_start import python
 
 
 def agree(*ranks: dict[str, Any]) -> list[list[Any]]:
@@ -66,7 +66,7 @@ def test_data_in_another_place_under_the_same_name_is_no_difference(tmp_path):
 def start(recipe: Path, rank: int, port: int, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
     place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     return subprocess.Popen(
-        [sys.executable, "-m", "megagap.train", str(recipe), *overrides],
+        [python(), "-m", "megagap.train", str(recipe), *overrides],
         env=os.environ
         | {name: str(value) for name, value in place.items()}
         | {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}

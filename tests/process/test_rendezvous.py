@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megagap.process import rendezvous
 from megagap.process.rendezvous import Meeting, Process, call_roll
 from tests.launching import free_port
 from tests.recipes import write_recipe
+from tests.warm_start import python
 
 WHOLE = {
     "RANK": "1",
@@ -178,7 +178,7 @@ def test_an_address_that_leads_nowhere_is_told(port, monkeypatch, address):
 @pytest.mark.parametrize("program", [["-m", "megagap.train"], ["tools/benchmark_mfu.py"]], ids=["train", "benchmark"])
 def test_a_launch_that_is_no_run_ends_with_exit_code_2_and_no_traceback(tmp_path, program):
     environment = os.environ | WHOLE | {"WORLD_SIZE": "0"}
-    command = [sys.executable, *program, str(write_recipe(tmp_path))]
+    command = [python(), *program, str(write_recipe(tmp_path))]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and "WORLD_SIZE=0" in done.stderr and "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megagap.training.mesh import make_layout
 from tests.parity.cases import ranks_of, write_case
 from tests.parity.grid import cases
 from tests.recipes import write_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/recipes"
@@ -31,7 +31,7 @@ LARGE = [("gaperon-1b-256", 256), ("llama3-8b-256", 256), ("llama3-70b-1024", 10
 
 
 def dry_run(recipe: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "megagap.train", str(recipe), "--dry-run", *arguments]
+    command = [python(), "-m", "megagap.train", str(recipe), "--dry-run", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, env=os.environ | environment)
 
 
@@ -119,7 +119,7 @@ def test_a_recipe_that_is_not_there_is_told_without_a_traceback(tmp_path):
 
 
 def test_options_of_a_dry_run_are_refused_without_it(tmp_path):
-    command = [sys.executable, "-m", "megagap.train", str(write_recipe(tmp_path)), "--json"]
+    command = [python(), "-m", "megagap.train", str(write_recipe(tmp_path)), "--json"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2 and "--json applies to --dry-run only" in ran.stderr
 

@@ -1,19 +1,19 @@
 """The command line of averaging; what it writes is tested in tests/checkpoint/test_average.py."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.test_average import saved
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 TOOL = Path(__file__).parents[2] / "tools" / "average_checkpoints.py"
 
 
 def average(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    command = [python(), str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 

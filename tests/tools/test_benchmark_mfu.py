@@ -20,12 +20,13 @@ from megagap.training.trainer import build_state
 from tests.huggingface import reference_model
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools/benchmark_mfu.py", *arguments]
+    command = [python(), ROOT / "tools/benchmark_mfu.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 

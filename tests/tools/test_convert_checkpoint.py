@@ -1,7 +1,6 @@
 import json
 import math
 import subprocess
-import sys
 import tomllib
 from math import prod
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.launching import SECONDS
 from tests.models import SHAPE
 from tests.recipes import write_tokens
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), "to-hf", *map(str, arguments)]
+    command = [python(), str(TOOL), "to-hf", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
@@ -66,7 +66,7 @@ def test_a_users_mistake_ends_with_2_and_a_message_without_traceback(tmp_path: P
 
 def test_a_hugging_face_model_becomes_a_checkpoint_with_a_warning_of_the_missing_tokenizer(run: Path) -> None:
     assert convert("--checkpoint", run, "--output", run / "hf").returncode == 0
-    command = [sys.executable, str(TOOL), "from-hf", "--input", str(run / "hf"), "--output", str(run / "back")]
+    command = [python(), str(TOOL), "from-hf", "--input", str(run / "hf"), "--output", str(run / "back")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert "has no tokenizer" in done.stderr
@@ -77,7 +77,7 @@ def test_a_hugging_face_model_becomes_a_checkpoint_with_a_warning_of_the_missing
 
 
 def from_hf(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), "from-hf", *map(str, arguments)]
+    command = [python(), str(TOOL), "from-hf", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from megagap.data.samples import TrainingData
 from megagap.timeline import Phase, Source, Timeline
 from megagap.tokenizer import load_tokenizer
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -35,7 +35,7 @@ seed = 5
 
 
 def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    command = [python(), str(TOOLS / tool), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
 
 
@@ -274,7 +274,7 @@ def test_a_reader_that_has_seen_enough_ends_a_tool_quietly(folder: Path, argumen
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [
-        sys.executable,
+        python(),
         str(TOOLS / "inspect_data.py"),
         str(folder / str(arguments[0])),
         *map(str, arguments[1:]),

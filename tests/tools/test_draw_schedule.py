@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,14 @@ from megagap.parallel.schedule import SCHEDULES
 from tests.launching import SECONDS
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools/draw_schedule.py", *arguments]
+    command = [python(), ROOT / "tools/draw_schedule.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=SECONDS)
 
 

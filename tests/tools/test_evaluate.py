@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from megagap.preprocess import preprocess
 from megagap.preprocess.bpe import train_tokenizer
 from tests.huggingface import reference_model
 from tests.models import tiny_model
+from tests.warm_start import python
 from tools.evaluate import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
@@ -92,7 +92,7 @@ def test_folder_and_checkpoint_give_the_numbers_of_transformers_and_of_the_raw_t
 
 def test_only_json_is_on_standard_output_and_progress_on_standard_error(made, fr):
     done = subprocess.run(
-        [sys.executable, TOOL, made / "checkpoint", "--data", fr, "--json"], capture_output=True, text=True, check=True
+        [python(), TOOL, made / "checkpoint", "--data", fr, "--json"], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout)["sources"].keys() == {"fr"}
     assert "token/s" in done.stderr
@@ -168,7 +168,7 @@ def test_weights_without_finite_losses_give_valid_json_a_message_and_exit_code_2
     weights["model.norm.weight"].fill_(math.nan)
     save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     done = subprocess.run(
-        [sys.executable, TOOL, tmp_path / "hf", "--data", fr, "--json"], capture_output=True, text=True, check=False
+        [python(), TOOL, tmp_path / "hf", "--data", fr, "--json"], capture_output=True, text=True, check=False
     )
     source = json.loads(done.stdout, parse_constant=pytest.fail)["sources"]["fr"]
     assert source["loss"] is source["perplexity"] is source["bits_per_byte"] is None

@@ -4,20 +4,20 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megagap.gather import markup
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def gather(*arguments: object, path: str = "/nowhere") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(TOOLS / "gather_text.py"), *map(str, arguments)],
+        [python(), str(TOOLS / "gather_text.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=SECONDS,

@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from megagap.preprocess.bpe import train_tokenizer
 from tests.huggingface import reference_model
 from tests.launching import SECONDS
 from tests.models import tiny_model
+from tests.warm_start import python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -51,7 +51,7 @@ def run_tool(tool, *arguments, text=""):
 
 
 def start_tool(tool, *arguments, text=""):
-    command = [sys.executable, TOOLS / tool, *map(str, arguments)]
+    command = [python(), TOOLS / tool, *map(str, arguments)]
     return subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS, check=False)
 
 
@@ -97,7 +97,7 @@ def test_a_prompt_of_standard_input_samples_the_same_text_for_the_same_seed(hugg
     ],
 )
 def test_a_users_mistake_ends_with_2_and_a_message_without_traceback(hugging_face, arguments, message):
-    command = [sys.executable, TOOLS / "generate.py", "--checkpoint", hugging_face, "--prompt", "x", *arguments]
+    command = [python(), TOOLS / "generate.py", "--checkpoint", hugging_face, "--prompt", "x", *arguments]
     done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
     assert done.returncode == 2
     assert message in done.stderr.decode() and "Traceback" not in done.stderr.decode()

@@ -5,7 +5,6 @@ import resource
 import runpy
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megagap.parallel.shard import Slice, whole
 from tests.launching import SECONDS
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
+from tests.warm_start import python
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -71,8 +71,8 @@ def run_limited(name, trained, out, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     script, *arguments = [part.format(trained=trained, out=out) for part in COMMANDS[name]]
-    command = [sys.executable, str(TOOLS / script), *arguments]
-    environment = os.environ | {"MPLCONFIGDIR": str(trained / "mpl"), "OMP_NUM_THREADS": "1"}
+    command = [python(), str(TOOLS / script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment, timeout=SECONDS)
 
 
@@ -133,7 +133,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path, trained, name, place
 
 def test_a_training_run_writes_all_files_by_the_umask(tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 2}, model={"num_hidden_layers": 1}, run={"tensorboard": True})
-    command = [sys.executable, "-m", "megagap.train", str(recipe)]
+    command = [python(), "-m", "megagap.train", str(recipe)]
     done = subprocess.run(command, umask=0o027, capture_output=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in files_of(tmp_path / "run").values()}

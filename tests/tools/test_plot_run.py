@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,14 @@ from matplotlib.colors import to_rgb
 from megagap.commands import plot as plot_run
 from megagap.observe.curves import Curve, Difference
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def plot(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS
-    )
+    return subprocess.run([python(), str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS)
 
 
 def write_run(folder: Path, records: list[dict[str, object]]) -> Path:

@@ -2,20 +2,20 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.launching import SECONDS
 from tests.recipes import write_recipe
+from tests.warm_start import python
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools/trace_step.py", *arguments]
+    command = [python(), ROOT / "tools/trace_step.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=SECONDS)
 
 

@@ -124,7 +124,8 @@ def test_a_run_whose_settings_were_mended_starts_a_new_count(workers, tmp_path, 
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2}], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_a_diverged_run_ends_as_failed_on_every_rank(workers, tmp_path, parallel, precision):
-    recipe = write_recipe(tmp_path, checkpoint={"every": 2, "keep": 1}, parallel=parallel, train={"steps": 4})
+    checkpoint, model = {"every": 2, "keep": 1}, {"num_hidden_layers": 2}
+    recipe = write_recipe(tmp_path, checkpoint=checkpoint, model=model, parallel=parallel, train={"steps": 4})
     layout = [f"train.precision={precision}"]
     workers.run(2, train_with_skipped, recipe, [*layout, "optim.schedule=constant"], set())
     ends = workers.run(2, train_with_skipped, recipe, [*layout, *RUINOUS, "train.steps=90"], set())

@@ -1,0 +1,51 @@
+"""``tests.warm_start`` starts programs as Python does, but for the time that it takes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.launching import is_alive, wait_until
+from tests.warm_start import python
+
+PROGRAM = """
+import json, os, sys
+print(json.dumps([sys.argv, sys.path, __name__, os.getcwd(), os.environ["GIVEN"], os.umask(0), sys.stdin.read()]))
+print("torch" in sys.modules, "megagap" in sys.modules, file=sys.stderr)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["program.py", "a b", ""], ["-m", "program", "x"]], ids=["script", "module"])
+def test_a_program_sees_what_it_would_see_without_but_torch_is_imported(arguments, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"GIVEN": "caf\udce9", "PYTHONPATH": str(tmp_path / "more")}
+    options = dict(cwd=tmp_path, env=environment, umask=0o27, input="in", text=True)
+    warm, cold = (
+        subprocess.run([start, *arguments], capture_output=True, **options) for start in (python(), sys.executable)
+    )
+    assert cold.stderr == "False False\n" and warm.stderr == "True False\n"
+    assert (warm.stdout, warm.returncode) == (cold.stdout, cold.returncode) and warm.returncode == 7
+
+
+@pytest.mark.parametrize("environment", [{"OMP_NUM_THREADS": "3"}, {"PYTHONUTF8": "1"}], ids=str)
+def test_what_libraries_read_as_they_are_imported_makes_a_program_start_without(environment, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"GIVEN": ""} | environment
+    done = subprocess.run([python(), "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == "False False\n" and done.returncode == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("receiver", ["starter", "program"])
+def test_a_program_and_its_starter_end_together(number, receiver, tmp_path):
+    program = "import os, time\nopen('pid', 'w').write(f'{os.getpid()}\\n')\ntime.sleep(900)"
+    (tmp_path / "program.py").write_text(program)
+    process = subprocess.Popen([python(), "program.py"], cwd=tmp_path)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(process.pid if receiver == "starter" else pid, number)
+    assert process.wait() == -number
+    wait_until(lambda: not is_alive(pid))

@@ -181,8 +181,8 @@ class Train(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer; `muon` orthogonalises the updates of the layers' matrices, and leaves all else to AdamW."""
     lr: AboveZero = 3e-4
     """Peak learning rate."""
     min_lr: NonNegative = 0.0
@@ -196,15 +196,17 @@ class Optim(Section):
     cooldown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of that decay; `sqrt` is 1 - sqrt(progress)."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay."""
     decay_embeddings: bool = False
     """Apply weight decay to the token embedding too."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     eps: AboveZero = 1e-8
     """AdamW's epsilon."""
+    momentum: Fraction = 0.95
+    """Muon's decay rate of the momentum."""
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What AdamW's moments are kept in; `bf16`, rounded stochastically, saves 4 bytes per parameter."""
+    """What moments are kept in; `bf16`, rounded stochastically, saves half: with AdamW 4 bytes per parameter."""
     clip_grad: NonNegative = 1.0
     """Maximum global gradient norm; 0: no clipping."""
     zero: Literal[0, 1, 2, 3] = 1

@@ -17,8 +17,6 @@ class AdamW:
     would be rounded back to what it was.
     """
 
-    wants_matrices = False
-
     def __init__(self, optim: Optim) -> None:
         self._optim = optim
         self._are_small = optim.moments_dtype == "bf16"

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
+from megagap.optim.dealing import Grid, deal
 from megagap.optim.gradient_store import Bucket, GradientStore
-from megagap.optim.rules import RULES
+from megagap.optim.matrix_updates import MatrixUpdates
+from megagap.optim.rules import MatrixRule, UpdateRule, rules_of
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter, Slice
 
@@ -35,22 +37,33 @@ class DistributedOptimizer:
         seed: int = 0,
     ) -> None:
         """``parameters``, ``blocks``: see :class:`GradientStore`. ``seed``: of rounding stochastically."""
+        self._rule, self._matrix_rule = rules_of(optim)
         self.store = GradientStore(
             parameters,
             mesh,
             dtype,
             zero=optim.zero,
             decay_embeddings=optim.decay_embeddings,
+            matrices_apart=self._matrix_rule is not None,
             bucket_elements=bucket_elements,
             blocks=blocks,
         )
-        self._rule = RULES[optim.name](optim)
-        assert not self._rule.wants_matrices, "the store hands out slices of any shape"
-        self.states = [self._rule.new_state(bucket.own_gradient) for bucket in self.store.buckets]
+        self.states = [self._rule_of(bucket).new_state(bucket.own_gradient) for bucket in self.store.buckets]
         """The rule's state of each bucket's slice, by kind."""
         self._segments = [bucket.segments(seed) for bucket in self.store.buckets]
+        self._rounds: dict[int, MatrixUpdates] = {}
+        """By the number of the bucket after which all of a round have had their turn."""
+        if self._matrix_rule is not None:
+            replicate, shard = self.store.sharding.replicate, self.store.sharding.shard
+            ranks = Grid(replicate.size, shard.size, mesh.tp.size)
+            shards = [parameter.shard for parameter in parameters]
+            for round_ in deal(shards, self.store.arrangement, ranks, bucket_elements, self._matrix_rule.work):
+                self._rounds[round_.buckets[-1]] = MatrixUpdates(round_, replicate, shard, mesh.tp)
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         """Updates made, counted on the device."""
+
+    def _rule_of(self, bucket: Bucket) -> UpdateRule | MatrixRule:
+        return self._matrix_rule if self._matrix_rule is not None and bucket.kind.is_matrix else self._rule
 
     def step(self, lr: float, divisor: Tensor, accept: Tensor, updating: Updating = unobserved) -> None:
         """Update this rank's slices with gradients / ``divisor``, where ``accept`` (a device bool); start gathering.
@@ -60,21 +73,52 @@ class DistributedOptimizer:
         reject = (~accept).float()
         self._updates += accept
         # What the next forward pass needs first is updated first, and on its way while the rest is updated.
-        owned = list(zip(self.store.buckets, self.states, self._segments, strict=True))
-        for bucket, state, segments in reversed(owned):
+        for number, bucket in reversed(list(enumerate(self.store.buckets))):
+            if bucket.kind.is_matrix:
+                if number in self._rounds:
+                    self._update_matrices(self._rounds[number], lr, divisor, reject, updating)
+                continue
             with updating(bucket):
                 self._rule.update(
                     bucket.own_values,
                     bucket.remainder,
                     bucket.own_gradient,
-                    state,
+                    self.states[number],
                     self._updates,
-                    segments,
+                    self._segments[number],
                     lr=lr,
                     divisor=divisor,
                     reject=reject,
                     decayed=bucket.kind.decayed,
                 )
+            bucket.publish()
+
+    def _update_matrices(
+        self, round_: MatrixUpdates, lr: float, divisor: Tensor, reject: Tensor, updating: Updating
+    ) -> None:
+        rule, buckets = self._matrix_rule, self.store.buckets
+        assert rule is not None
+        prepared = {
+            number: rule.prepare(
+                buckets[number].own_gradient,
+                self.states[number],
+                self._updates,
+                self._segments[number],
+                divisor=divisor,
+                reject=reject,
+            )
+            for number in round_.buckets
+        }
+        updates = round_.of(prepared, rule.compute)
+        for number in round_.buckets:
+            bucket = buckets[number]
+            with updating(bucket):
+                for piece, update in updates.items():
+                    if piece.bucket == number:
+                        part = slice(piece.first, piece.first + piece.size)
+                        rest = None if bucket.remainder is None else bucket.remainder[part]
+                        values, decayed = bucket.own_values[part], bucket.kind.decayed
+                        rule.apply(values, rest, update, lr=lr, reject=reject, decayed=decayed)
             bucket.publish()
 
     @property

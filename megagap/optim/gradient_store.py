@@ -383,20 +383,25 @@ class GradientStore:
         *,
         zero: int = 1,
         decay_embeddings: bool = False,
+        matrices_apart: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
         blocks: Sequence[Sequence[Block]] = (),
     ) -> None:
         """``parameters``: in the order in which the forward pass uses them, with their initial values in fp32; they are
         in ``dtype`` afterwards: fp32, float64, or bf16 with fp32 masters.
 
+        ``matrices_apart``: keep the matrices of layers in buckets of their own.
+
         ``blocks``: of each virtual stage, in the order of its forward pass, which waits at each for its parameters. At
         stage 3 they are gathered there, so that all parameters must be in one.
         """
         assert dtype in (torch.float32, torch.float64, torch.bfloat16), dtype
         self.mesh, self.sharding = mesh, Sharding.of(zero, mesh)
-        kinds = [kind_of(parameter.shard, decay_embeddings) for parameter in parameters]
+        kinds = [kind_of(parameter.shard, decay_embeddings, matrices_apart) for parameter in parameters]
         sizes = [parameter.numel() for parameter in parameters]
         layout = arrangement(list(zip(kinds, sizes, strict=True)), self.sharding, bucket_elements, parameters, blocks)
+        self.arrangement = layout
+        """Of the parameters, in the order given; its buckets are :attr:`buckets`."""
         self._places = [
             _Place(parameter, start, self._reported) for parameter, start in zip(parameters, layout.starts, strict=True)
         ]
@@ -598,6 +603,7 @@ def arrangement(
     return arrange(sizes, sharding.shard.size, bucket_elements, cuts=cuts, blocks=of_blocks, packs=packs)
 
 
-def kind_of(shard: Shard, decay_embeddings: bool) -> Kind:
+def kind_of(shard: Shard, decay_embeddings: bool, matrices_apart: bool) -> Kind:
     """The kind of bucket that a parameter lies in."""
-    return Kind(decay_embeddings or not shard.is_embedding, shard.replica_axis, shard.partial_gradient)
+    is_matrix = matrices_apart and shard.is_layer_matrix
+    return Kind(decay_embeddings or not shard.is_embedding, shard.replica_axis, shard.partial_gradient, is_matrix)

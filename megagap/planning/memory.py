@@ -21,8 +21,10 @@ from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
+from megagap.optim.buckets import BUCKET_ELEMENTS
+from megagap.optim.dealing import Grid, rounds_of
 from megagap.optim.precision import COMPUTE_DTYPES
-from megagap.optim.rules import RULES
+from megagap.optim.rules import rules_of
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
 from megagap.parallel.cross_entropy import chunk_tokens
 from megagap.parallel.layout import ContextMode
@@ -33,7 +35,7 @@ from megagap.planning.context import ContextMemory
 from megagap.planning.devices import Device
 from megagap.planning.layer_memory import AttentionMemory, LayerMemory
 from megagap.planning.program_memory import ChunkMemory, Occasion, most_beside
-from megagap.planning.transient import FP32, StoredParameters, Transient, transient
+from megagap.planning.transient import BF16, FP32, StoredParameters, Transient, transient
 from megagap.training.mesh import make_layout
 
 GIB = 2**30
@@ -56,7 +58,7 @@ class RankMemory:
     masters: int
     """What this data rank's slice of the fp32 masters has beyond the parameters; 0 where these are fp32."""
     moments: int
-    """AdamW's, of the slice."""
+    """The optimizer's state, of the slice."""
     gradients: int
     """fp32 sums of all local parameters (``optim.zero`` below 2) and, where they are sharded, of the slice after the
     reduction."""
@@ -242,6 +244,7 @@ def _rank_memory(
     ]
     if not any_stage.is_gpu:  # squares of a bucket
         moments.append(_Moment("norm of the gradients", 0, max(buckets) // ranks * FP32))
+    moments += _matrix_updates(stored, any_stage.tp, any_stage.is_gpu)
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
     processes = any_stage.tp * dp * any_stage.cp
     tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim
@@ -254,7 +257,7 @@ def _rank_memory(
         ranks=range(rank * processes, (rank + 1) * processes),
         parameters=(slices if sharding.parameters else elements) * itemsize,
         masters=slices * (FP32 - itemsize),
-        moments=slices * _state_bytes(settings),
+        moments=_state_bytes(settings, stored),
         gradients=(0 if sharding.gradients else elements * FP32) + (slices * FP32 if ranks > 1 else 0),
         activations=peak.activations,
         workspace=peak.workspace,
@@ -264,10 +267,30 @@ def _rank_memory(
     )
 
 
-def _state_bytes(settings: Settings) -> int:
-    """Of the update rule's state, per element."""
+def _state_bytes(settings: Settings, stored: StoredParameters) -> int:
+    """Of the update rules' state, of a rank's slices."""
+    rule, matrix_rule = rules_of(settings.optim)
     one = torch.empty(1, device="meta")
-    return sum(tensor.nbytes for tensor in RULES[settings.optim.name](settings.optim).new_state(one).values())
+    total = 0
+    for bucket in stored.buckets.buckets:
+        own = matrix_rule if matrix_rule is not None and bucket.kind.is_matrix else rule
+        elements = (bucket.stop - bucket.start) // stored.sharding.shard.size
+        total += elements * sum(tensor.nbytes for tensor in own.new_state(one).values())
+    return total
+
+
+def _matrix_updates(stored: StoredParameters, tp: int, is_gpu: bool) -> Iterator[_Moment]:
+    """The fullest round of updates of whole matrices, if there are any: nothing else is live then, but for what is
+    kept between steps. An estimate from above."""
+    sharding, buckets, itemsize = stored.sharding, stored.buckets.buckets, BF16 if is_gpu else FP32
+    ranks = Grid(sharding.replicate.size, sharding.shard.size, tp)
+    for numbers in rounds_of(stored.buckets, ranks, BUCKET_ELEMENTS):
+        slices = [(buckets[number].stop - buckets[number].start) // ranks.shard for number in numbers]
+        shapes = [stored.parameters[p].shard.shape for number in numbers for p in buckets[number].parameters]
+        products = max(2 * rows * columns + 2 * min(rows, columns) ** 2 for rows, columns in shapes)
+        # What was prepared, and the updates; over each axis, what has arrived and what it is put together to.
+        exchanged = itemsize * sum(slices) * (2 + 2 * (ranks.shard > 1) + 2 * (tp > 1))
+        yield _Moment("update of matrices", 0, exchanged + max(3 * FP32 * max(slices), itemsize * products))
 
 
 def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:

@@ -202,6 +202,17 @@ def _described(phase: Phase) -> dict[str, Any]:
     return {"sequence_length": phase.sequence_length, "rope_theta": phase.rope_theta, "sources": sources}
 
 
+def refuse_another_optimizer(saved: RunState, settings: Settings, folder: Path) -> None:
+    """Raises :class:`CheckpointError` where a checkpoint's moments are those of another optimizer."""
+    before, now = saved.optim.name, settings.optim.name
+    if before not in (None, now):
+        raise CheckpointError(
+            f'{folder} has the moments of optim.name = "{before}", and the recipe asks for "{now}"\n'
+            f'  set optim.name = "{before}"; or start a new run from its weights, with new moments: '
+            f"--checkpoint.load {folder} --checkpoint.load_mode model+data, and another run.dir."
+        )
+
+
 def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:
     """Raises :class:`CheckpointError` listing what differs between a checkpoint's model and the recipe's."""
     _refuse(

@@ -19,7 +19,13 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
-from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
+from megagap.resume.changes import (
+    model_changes,
+    past_changes,
+    refuse_another_model,
+    refuse_another_optimizer,
+    refuse_changes,
+)
 from megagap.resume.differences import Change
 from megagap.resume.start import Start
 from megagap.tokenizer import load_tokenizer
@@ -111,6 +117,8 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
         return 0
     saved = read_run(source, index)
     refuse_changes(saved, settings, source)
+    if mode != "model+data":
+        refuse_another_optimizer(saved, settings, source)
     if mode == "continue":
         return saved.schedule_origin
     refuse_short_branch(saved, settings, source)

@@ -38,7 +38,8 @@ class Part(NamedTuple):
 
     matrix: int
     """The number of the parameter."""
-    index: int
+    place: int
+    """Among the parts."""
     size: int
     """Elements."""
 
@@ -174,7 +175,7 @@ def _matrix(number: int, shard: Shard, pieces: Sequence[Piece], worker: Grid) ->
         number,
         shard.shape,
         counts.index(parts),
-        tuple(Part(number, index, shard.numel) for index in range(parts)),
+        tuple(Part(number, place, shard.numel) for place in range(parts)),
         tuple(sorted(pieces, key=lambda piece: piece.start)),
         worker,
     )

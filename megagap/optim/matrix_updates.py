@@ -51,8 +51,8 @@ class Route(Generic[Key]):
         if self.axis.size == 1:
             return tensors
         sent = torch.cat([like.new_empty(0), *(tensors[key] for keys in self.given for key in keys)])
-        sizes = [[sum(key.size for key in keys) for keys in side] for side in (self.given, self.taken)]
-        received = all_to_all_uneven(sent, *sizes, self.axis)
+        given, taken = ([sum(key.size for key in keys) for keys in side] for side in (self.given, self.taken))
+        received = all_to_all_uneven(sent, given, taken, self.axis)
         keys = [key for keys in self.taken for key in keys]
         return dict(zip(keys, received.split([key.size for key in keys]), strict=True))
 

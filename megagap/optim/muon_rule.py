@@ -46,14 +46,12 @@ class Muon:
         after = before.lerp(gradient, 1 - beta)
         ahead = gradient.lerp_(after, beta)  # Nesterov's: where the next gradient like this one would take it
         # Where the step is rejected everything stays as it is, which the host need not know.
-        after = torch.where(reject == 0, after, before)
-        if self._is_small:
+        torch.where(reject == 0, after, before, out=before)
+        if before is not momentum:
             for segment in segments:
                 part = slice(segment.begin, segment.end)
                 random = segment.random_bits(updates, MOMENTS) & 0xFFFF
-                round_stochastically_(after[part], random, momentum[part])
-        else:
-            momentum.copy_(after)
+                round_stochastically_(before[part], random, momentum[part])
         # Products in bf16 are as good here (Jordan et al.), and on a GPU many times as fast.
         return ahead.bfloat16() if ahead.is_cuda else ahead
 
@@ -74,7 +72,7 @@ class Muon:
         reject: Tensor,
         decayed: bool,
     ) -> None:
-        master = wide(join(values, remainder))
-        kept = 1 - lr * self._optim.weight_decay if decayed else 1.0
-        changed = torch.sub(master * kept, update, alpha=lr)
-        split_(torch.where(reject == 0, changed, master), values, remainder)
+        accept = reject == 0
+        kept = 1 - lr * self._optim.weight_decay * accept if decayed else 1.0
+        master = wide(join(values, remainder)) * kept
+        split_(master.sub_(torch.where(accept, update, 0), alpha=lr), values, remainder)

@@ -194,6 +194,8 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
         (4, 1, 2, {"optim.decay_embeddings": True, "train.precision": "fp32"}),
         (16, 1, 1, {"model.attention_bias": True, "model.mlp_bias": True, "model.vocab_size": 128001}),
         (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),
+        (2, 2, 2, {"optim.name": "muon", "optim.moments_dtype": "bf16"}),
+        (1, 1, 2, {"optim.name": "muon"}),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ activation [b, s, intermediate / tp]. Under context parallelism s counts the tok
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -281,16 +281,19 @@ def _state_bytes(settings: Settings, stored: StoredParameters) -> int:
 
 def _matrix_updates(stored: StoredParameters, tp: int, is_gpu: bool) -> Iterator[_Moment]:
     """The fullest round of updates of whole matrices, if there are any: nothing else is live then, but for what is
-    kept between steps. An estimate from above."""
+    kept between steps. Exact on one rank, an estimate on several."""
     sharding, buckets, itemsize = stored.sharding, stored.buckets.buckets, BF16 if is_gpu else FP32
     ranks = Grid(sharding.replicate.size, sharding.shard.size, tp)
     for numbers in rounds_of(stored.buckets, ranks, BUCKET_ELEMENTS):
         slices = [(buckets[number].stop - buckets[number].start) // ranks.shard for number in numbers]
         shapes = [stored.parameters[p].shard.shape for number in numbers for p in buckets[number].parameters]
         products = max(2 * rows * columns + 2 * min(rows, columns) ** 2 for rows, columns in shapes)
+        piece = max(prod(shape) for shape in shapes) // tp // ranks.shard
         # What was prepared, and the updates; over each axis, what has arrived and what it is put together to.
-        exchanged = itemsize * sum(slices) * (2 + 2 * (ranks.shard > 1) + 2 * (tp > 1))
-        yield _Moment("update of matrices", 0, exchanged + max(3 * FP32 * max(slices), itemsize * products))
+        kept = itemsize * sum(slices) * (2 + 2 * (ranks.shard > 1) + 2 * (tp > 1))
+        preparing = itemsize * sum(slices) + 2 * FP32 * max(slices)
+        applying = kept + (5 if is_gpu else 3) * FP32 * piece
+        yield _Moment("update of matrices", 0, max(preparing, kept + itemsize * products, applying))
 
 
 def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:

@@ -109,15 +109,9 @@ def test_what_is_exchanged_for_whole_matrices_is_the_mean_of_what_each_rank_give
             blocks = [each.blocks() for each in stages]
             optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, blocks=blocks)
             for updates in optimizer._rounds.values():
-                for route in (
-                    updates._slices,
-                    updates._slices.back,
-                    updates._gather,
-                    updates._scatter,
-                    updates._copies,
-                ):
-                    axis = "data" if route.axis.name == "replicate" and settings.optim.zero == 0 else route.axis.name
-                    given[axis] += sum(key.size for keys in route.given for key in keys)
+                there, back = (updates._slices, updates._gather), (updates._scatter, updates._slices.back)
+                for route in (*there, *back, updates._copies):
+                    given[route.axis.name] += sum(key.size for keys in route.given for key in keys)
         found = {t.axis: t for t in data_parallel_traffic(settings, ranks, stage) if t.tensors == "updates"}
         assert found and all(t.calls == (1 if t.axis in ("data", "replicate") else 2) for t in found.values())
         for axis, traffic in found.items():

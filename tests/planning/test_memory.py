@@ -152,6 +152,8 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (2, {"parallel.tp": 2, "train.recompute": "selective"}),
         (2, {"parallel.tp": 2, "train.recompute": "full"}),
         (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
+        (1, {"optim.name": "muon"}),
+        (8, {"optim.name": "muon", "parallel.tp": 2, "train.micro_batch_size": 1}),
     ],
     ids=str,
 )

@@ -23,9 +23,3 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if rows <= columns else x.T.contiguous()
-
-
-def orthogonalising_flops(rows: int, columns: int) -> int:
-    """Floating-point operations of :func:`orthogonalised`, a multiplication and an addition counted as two."""
-    shorter, longer = sorted((rows, columns))
-    return ITERATIONS * (4 * shorter**2 * longer + 2 * shorter**3)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
-from megagap.optim.dealing import Grid, deal
 from megagap.optim.gradient_store import Bucket, GradientStore
-from megagap.optim.matrix_updates import MatrixUpdates
+from megagap.optim.matrix_updates import MatrixRound, matrix_rounds
 from megagap.optim.rules import MatrixRule, UpdateRule, rules_of
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter, Slice
@@ -51,14 +50,9 @@ class DistributedOptimizer:
         self.states = [self._rule_of(bucket).new_state(bucket.own_gradient) for bucket in self.store.buckets]
         """The rule's state of each bucket's slice, by kind."""
         self._segments = [bucket.segments(seed) for bucket in self.store.buckets]
-        self._rounds: dict[int, MatrixUpdates] = {}
-        """By the number of the bucket after which all of a round have had their turn."""
-        if self._matrix_rule is not None:
-            replicate, shard = self.store.sharding.replicate, self.store.sharding.shard
-            ranks = Grid(replicate.size, shard.size, mesh.tp.size)
-            shards = [parameter.shard for parameter in parameters]
-            for round_ in deal(shards, self.store.arrangement, ranks, bucket_elements, self._matrix_rule.work):
-                self._rounds[round_.buckets[-1]] = MatrixUpdates(round_, replicate, shard, mesh.tp)
+        rounds = matrix_rounds(self.store, bucket_elements) if self._matrix_rule else ()
+        self.rounds = {each.numbers[-1]: each for each in rounds}
+        """Updates of whole matrices, by the last bucket of each."""
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         """Updates made, counted on the device."""
 
@@ -74,9 +68,9 @@ class DistributedOptimizer:
         self._updates += accept
         # What the next forward pass needs first is updated first, and on its way while the rest is updated.
         for number, bucket in reversed(list(enumerate(self.store.buckets))):
+            if number in self.rounds:
+                self._update_matrices(self.rounds[number], lr, divisor, reject, updating)
             if bucket.kind.is_matrix:
-                if number in self._rounds:
-                    self._update_matrices(self._rounds[number], lr, divisor, reject, updating)
                 continue
             with updating(bucket):
                 self._rule.update(
@@ -94,31 +88,19 @@ class DistributedOptimizer:
             bucket.publish()
 
     def _update_matrices(
-        self, round_: MatrixUpdates, lr: float, divisor: Tensor, reject: Tensor, updating: Updating
+        self, round_: MatrixRound, lr: float, divisor: Tensor, reject: Tensor, updating: Updating
     ) -> None:
-        rule, buckets = self._matrix_rule, self.store.buckets
+        rule, numbers, states, segments = self._matrix_rule, round_.numbers, self.states, self._segments
         assert rule is not None
-        prepared = {
-            number: rule.prepare(
-                buckets[number].own_gradient,
-                self.states[number],
-                self._updates,
-                self._segments[number],
-                divisor=divisor,
-                reject=reject,
-            )
-            for number in round_.buckets
-        }
-        updates = round_.of(prepared, rule.compute)
-        for number in round_.buckets:
-            bucket = buckets[number]
+        prepared = [
+            rule.prepare(bucket.own_gradient, states[n], self._updates, segments[n], divisor, reject)
+            for n, bucket in zip(numbers, round_.buckets, strict=True)
+        ]
+        update_of = round_.updates(prepared, rule.compute)
+        for bucket in round_.buckets:
             with updating(bucket):
-                for piece, update in updates.items():
-                    if piece.bucket == number:
-                        part = slice(piece.first, piece.first + piece.size)
-                        rest = None if bucket.remainder is None else bucket.remainder[part]
-                        values, decayed = bucket.own_values[part], bucket.kind.decayed
-                        rule.apply(values, rest, update, lr=lr, reject=reject, decayed=decayed)
+                for part in bucket.slices("weight", bucket.own_values, bucket.remainder):
+                    rule.apply(part.tensor, part.remainder, update_of(part), lr, reject, bucket.kind.decayed)
             bucket.publish()
 
     @property

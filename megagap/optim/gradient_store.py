@@ -337,6 +337,12 @@ class Bucket:
         """The parts of parameters, without padding, that this rank's slice ``tensor`` covers, with its remainder."""
         return self._slices(kind, tensor, self.own, remainder)
 
+    def pieces(self, rank: int) -> Iterator[tuple[Shard, int, int]]:
+        """What the slice of a rank of the ``shard`` axis has of parameters: record, first element there, elements."""
+        length = len(self.own_values)
+        for shard, first, part in self._real_parts(slice(rank * length, (rank + 1) * length)):
+            yield shard, first, part.stop - part.start
+
     def parts_of(self, full: Tensor) -> Iterator[Slice]:
         """The parts of parameters in a full-size gradient [n]."""
         return self._slices("gradient", full, slice(0, self.values.numel()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megagap.config import Optim
-from megagap.ops.orthogonal import orthogonalised, orthogonalising_flops
+from megagap.ops.orthogonal import orthogonalised
 from megagap.ops.random_bits import MOMENTS, Segment, round_stochastically_
 from megagap.ops.remainder import join, split_
 from megagap.ops.wide import wide, wide_dtype
@@ -37,7 +37,6 @@ class Muon:
         state: dict[str, Tensor],
         updates: Tensor,
         segments: Sequence[Segment],
-        *,
         divisor: Tensor,
         reject: Tensor,
     ) -> Tensor:
@@ -59,18 +58,8 @@ class Muon:
         """All singular values 1 make a root mean square of 1 / sqrt(longer side)."""
         return orthogonalised(matrix).mul_(RMS * sqrt(max(matrix.shape)))
 
-    def work(self, rows: int, columns: int) -> int:
-        return orthogonalising_flops(rows, columns)
-
     def apply(
-        self,
-        values: Tensor,
-        remainder: Tensor | None,
-        update: Tensor,
-        *,
-        lr: float,
-        reject: Tensor,
-        decayed: bool,
+        self, values: Tensor, remainder: Tensor | None, update: Tensor, lr: float, reject: Tensor, decayed: bool
     ) -> None:
         accept = reject == 0
         kept = 1 - lr * self._optim.weight_decay * accept if decayed else 1.0

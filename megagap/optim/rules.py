@@ -45,14 +45,11 @@ class UpdateRule(Protocol):
 class MatrixRule(Protocol):
     """How the matrices of the layers are updated by a rule that needs each of them whole; AdamW updates the rest.
 
-    In a step each rank prepares its slices; of each matrix one rank gets all that was prepared, and computes its
-    update; each rank applies its parts of it to its slices (``matrix_updates.py``). Arguments as of
-    :class:`UpdateRule`.
+    Each rank prepares its slices; of each matrix one rank gets all that was prepared, and computes its update, parts of
+    which each rank applies to its slices (``matrix_updates.py``). Arguments as of :class:`UpdateRule`.
     """
 
-    def new_state(self, gradient: Tensor) -> dict[str, Tensor]:
-        """As :meth:`UpdateRule.new_state`."""
-        ...
+    def new_state(self, gradient: Tensor) -> dict[str, Tensor]: ...
 
     def prepare(
         self,
@@ -60,34 +57,21 @@ class MatrixRule(Protocol):
         state: dict[str, Tensor],
         updates: Tensor,
         segments: Sequence[Segment],
-        *,
         divisor: Tensor,
         reject: Tensor,
     ) -> Tensor:
         """Take ``gradient / divisor`` into the state of a slice, unless ``reject`` is 1. Returns what the update is
-        computed from, of the slice's shape, in the dtype in which it travels. Leaves ``gradient`` as it is."""
+        computed from, of the slice's shape, in the dtype in which it travels."""
         ...
 
     def compute(self, matrix: Tensor) -> Tensor:
-        """The update of a matrix [rows, columns], before the learning rate, from what its slices were prepared to:
-        of the same shape and dtype. It may be of anything where the step is rejected."""
-        ...
-
-    def work(self, rows: int, columns: int) -> int:
-        """What :meth:`compute` costs, in any unit, so that ranks have equal shares."""
+        """The update of a matrix [rows, columns], of its shape and dtype, from what its slices were prepared to."""
         ...
 
     def apply(
-        self,
-        values: Tensor,
-        remainder: Tensor | None,
-        update: Tensor,
-        *,
-        lr: float,
-        reject: Tensor,
-        decayed: bool,
+        self, values: Tensor, remainder: Tensor | None, update: Tensor, lr: float, reject: Tensor, decayed: bool
     ) -> None:
-        """Change a part of a slice in place by its part of an ``update``, unless ``reject`` is 1."""
+        """Change a part of a slice in place by its part of an update, unless ``reject`` is 1."""
         ...
 
 

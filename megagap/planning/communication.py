@@ -12,7 +12,7 @@ from typing import Literal
 
 from megagap.config import Settings, most_microbatches
 from megagap.optim.buckets import BUCKET_ELEMENTS
-from megagap.optim.dealing import Grid, rounds_of
+from megagap.optim.matrix_updates import rounds_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.parallel.layout import Layout
 from megagap.planning.memory import stored_parameters
@@ -101,14 +101,13 @@ def _over_replicas(stored: StoredParameters) -> Iterator[_Entry]:
 def _of_matrices(settings: Settings, layout: Layout, stored: StoredParameters) -> Iterator[_Entry]:
     """What updates are computed from, and the updates: in bf16, as on a GPU, and on average over the ranks."""
     sharding = stored.sharding
-    ranks = Grid(sharding.replicate.size, sharding.shard.size, layout.tp)
-    shards = [p.shard for p, kind in zip(stored.parameters, stored.kinds, strict=True) if kind.is_matrix]
-    rounds = len(list(rounds_of(stored.buckets, ranks, BUCKET_ELEMENTS)))
-    parts = BF16 * sum(shard.numel for shard in shards)
-    wholes = BF16 * sum(prod(shard.shape) for shard in shards)
-    groups = ranks.replicate * ranks.shard
-    yield "shard", "all-to-all", "updates", 2 * rounds if ranks.shard > 1 else 0, 2 * parts // groups
+    shards, data = sharding.shard.size, sharding.shard.size * sharding.replicate.size
+    matrices = [p.shard for p, kind in zip(stored.parameters, stored.kinds, strict=True) if kind.is_matrix]
+    rounds = len(list(rounds_of(stored.buckets, data * BUCKET_ELEMENTS)))
+    parts = BF16 * sum(shard.numel for shard in matrices)
+    wholes = BF16 * sum(prod(shard.shape) for shard in matrices)
+    yield "shard", "all-to-all", "updates", 2 * rounds if shards > 1 else 0, 2 * parts // data
     # Of ranks that have the same part, one gives it and all take it.
-    yield "tp", "all-to-all", "updates", 2 * rounds, (wholes // ranks.tp + parts) // groups
+    yield "tp", "all-to-all", "updates", 2 * rounds, (wholes // layout.tp + parts) // data
     copies = "replicate" if settings.optim.zero else "data"
-    yield copies, "all-to-all", "updates", rounds, parts // ranks.shard
+    yield copies, "all-to-all", "updates", rounds, parts // shards

@@ -22,7 +22,7 @@ from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
 from megagap.optim.buckets import BUCKET_ELEMENTS
-from megagap.optim.dealing import Grid, rounds_of
+from megagap.optim.matrix_updates import rounds_of
 from megagap.optim.precision import COMPUTE_DTYPES
 from megagap.optim.rules import rules_of
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
@@ -283,14 +283,14 @@ def _matrix_updates(stored: StoredParameters, tp: int, is_gpu: bool) -> Iterator
     """The fullest round of updates of whole matrices, if there are any: nothing else is live then, but for what is
     kept between steps. Exact on one rank, an estimate on several."""
     sharding, buckets, itemsize = stored.sharding, stored.buckets.buckets, BF16 if is_gpu else FP32
-    ranks = Grid(sharding.replicate.size, sharding.shard.size, tp)
-    for numbers in rounds_of(stored.buckets, ranks, BUCKET_ELEMENTS):
-        slices = [(buckets[number].stop - buckets[number].start) // ranks.shard for number in numbers]
+    shards = sharding.shard.size
+    for numbers in rounds_of(stored.buckets, shards * sharding.replicate.size * BUCKET_ELEMENTS):
+        slices = [(buckets[number].stop - buckets[number].start) // shards for number in numbers]
         shapes = [stored.parameters[p].shard.shape for number in numbers for p in buckets[number].parameters]
         products = max(2 * rows * columns + 2 * min(rows, columns) ** 2 for rows, columns in shapes)
-        piece = max(prod(shape) for shape in shapes) // tp // ranks.shard
+        piece = max(prod(shape) for shape in shapes) // tp // shards
         # What was prepared, and the updates; over each axis, what has arrived and what it is put together to.
-        kept = itemsize * sum(slices) * (2 + 2 * (ranks.shard > 1) + 2 * (tp > 1))
+        kept = itemsize * sum(slices) * (2 + 2 * (shards > 1) + 2 * (tp > 1))
         preparing = itemsize * sum(slices) + 2 * FP32 * max(slices)
         applying = kept + (5 if is_gpu else 3) * FP32 * piece
         yield _Moment("update of matrices", 0, max(preparing, kept + itemsize * products, applying))

@@ -108,10 +108,8 @@ def test_what_is_exchanged_for_whole_matrices_is_the_mean_of_what_each_rank_give
             stages = stages_of_recipe(settings, mesh)
             blocks = [each.blocks() for each in stages]
             optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, blocks=blocks)
-            for updates in optimizer._rounds.values():
-                there, back = (updates._slices, updates._gather), (updates._scatter, updates._slices.back)
-                for route in (*there, *back, updates._copies):
-                    given[route.axis.name] += sum(key.size for keys in route.given for key in keys)
+            for exchange in (each for round_ in optimizer.rounds.values() for each in round_.exchanges):
+                given[exchange.axis.name] += sum(piece.size for _, _, piece in exchange.given)
         found = {t.axis: t for t in data_parallel_traffic(settings, ranks, stage) if t.tensors == "updates"}
         assert found and all(t.calls == (1 if t.axis in ("data", "replicate") else 2) for t in found.values())
         for axis, traffic in found.items():

@@ -71,7 +71,7 @@ class Progress(_Part):
 class OptimState(_Part):
     """What the moments are those of."""
 
-    name: str | None = None
+    name: str = "adamw"
 
 
 class RunState(ModelState, Progress):

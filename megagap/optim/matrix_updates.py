@@ -6,7 +6,7 @@ rank, which computes the update. It goes back the same way, and to replicas that
 computed once, from the same numbers whatever the layout: updates are the same bits in all of them.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
@@ -59,20 +59,17 @@ def matrix_rounds(store: GradientStore, bucket_elements: int) -> "Iterator[Matri
 
 def rounds_of(arrangement: Arrangement, elements: int) -> Iterator[list[int]]:
     """The numbers of the buckets of each round: as few as have so many elements, and their matrices whole."""
-    touching: dict[int, set[int]] = defaultdict(set)
-    for number, bucket in enumerate(arrangement.buckets):
-        for parameter in bucket.parameters:
-            touching[parameter].add(number)
+    buckets = arrangement.buckets
+    missing_pieces = Counter(parameter for bucket in buckets for parameter in bucket.parameters)
     opened: list[int] = []
-    missing, needed = elements, set[int]()
-    for number, bucket in reversed(list(enumerate(arrangement.buckets))):
+    for number, bucket in reversed(list(enumerate(buckets))):
         if bucket.kind.is_matrix:
             opened.append(number)
-            missing -= bucket.stop - bucket.start
-            needed |= set[int]().union(*(touching[parameter] for parameter in bucket.parameters))
-            if missing <= 0 and len(needed) == len(opened):
+            missing_pieces.subtract(bucket.parameters)
+            is_whole = not any(missing_pieces[parameter] for n in opened for parameter in buckets[n].parameters)
+            if is_whole and sum(buckets[n].stop - buckets[n].start for n in opened) >= elements:
                 yield opened
-                opened, missing, needed = [], elements, set()
+                opened = []
     if opened:
         yield opened
 
@@ -115,7 +112,7 @@ class MatrixRound:
         self._copy = Exchange(replicate, ((here, r, piece) for here, piece in own for r in range(replicate.size)))
 
     @property
-    def exchanges(self) -> "tuple[Exchange, ...]":
+    def exchanges(self) -> tuple["Exchange", ...]:
         """In the order in which they are made."""
         return self._gather_slices, self._gather_parts, self._return_parts, self._return_slices, self._copy
 
@@ -152,10 +149,8 @@ class MatrixRound:
         """All that a tensor-parallel rank, by default this one, has of a matrix: neighbours share a part where there
         are fewer parts than ranks."""
         assert record.sizes == record.local_shape, f"{record.name} has padding"
-        rank = self._tp.rank if rank is None else rank
-        return Piece(
-            record.name, rank * prod(record.shape) // record.numel // self._tp.size * record.numel, record.numel
-        )
+        parts, rank = prod(record.shape) // record.numel, self._tp.rank if rank is None else rank
+        return Piece(record.name, rank * parts // self._tp.size * record.numel, record.numel)
 
     def _piece(self, record: Shard, start: int, size: int) -> Piece:
         return Piece(record.name, self._part(record).start + start, size)

@@ -18,10 +18,12 @@ from megagap.resume.differences import Change, differences
 from megagap.timeline import Phase, Timeline
 from megagap.training.datasets import skipped_ranges
 
-# Beside the model, the settings that say which samples are trained on: they may not change when a run resumes.
+# Beside the model, the settings that say which samples are trained on, and whose moments there are: they may not change
+# when a run resumes.
 _FIXED: dict[str, tuple[str, ...]] = {
     "data": ("split", "order"),
     "train": ("seed", "precision"),
+    "optim": ("name",),
 }
 _FREE = {"preset", "initializer_range"}
 
@@ -200,17 +202,6 @@ def _described(phase: Phase) -> dict[str, Any]:
     """What determines a phase's samples, and its wavelengths. Files may move: sources have no paths."""
     sources = [{"weight": source.weight, "name": source.name} for source in phase.sources]
     return {"sequence_length": phase.sequence_length, "rope_theta": phase.rope_theta, "sources": sources}
-
-
-def refuse_another_optimizer(saved: RunState, settings: Settings, folder: Path) -> None:
-    """Raises :class:`CheckpointError` where a checkpoint's moments are those of another optimizer."""
-    before, now = saved.optim.name, settings.optim.name
-    if before not in (None, now):
-        raise CheckpointError(
-            f'{folder} has the moments of optim.name = "{before}", and the recipe asks for "{now}"\n'
-            f'  set optim.name = "{before}"; or start a new run from its weights, with new moments: '
-            f"--checkpoint.load {folder} --checkpoint.load_mode model+data, and another run.dir."
-        )
 
 
 def refuse_another_model(model: Model, settings: Settings, folder: Path) -> None:

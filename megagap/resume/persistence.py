@@ -19,13 +19,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
-from megagap.resume.changes import (
-    model_changes,
-    past_changes,
-    refuse_another_model,
-    refuse_another_optimizer,
-    refuse_changes,
-)
+from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
 from megagap.resume.differences import Change
 from megagap.resume.start import Start
 from megagap.tokenizer import load_tokenizer
@@ -116,9 +110,9 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
         refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
         return 0
     saved = read_run(source, index)
+    if mode == "model+data":  # whose moments are new
+        saved = saved.model_copy(update={"optim": saved.optim.model_copy(update={"name": settings.optim.name})})
     refuse_changes(saved, settings, source)
-    if mode != "model+data":
-        refuse_another_optimizer(saved, settings, source)
     if mode == "continue":
         return saved.schedule_origin
     refuse_short_branch(saved, settings, source)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from megagap.observe.curves import Curve, read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
-RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
+RATES = ("1e-3", "3e-3", "5e-3", "1e-2", "3e-2")
 COLOURS = {"adamw": "tab:blue", "muon": "tab:orange"}
 HELD_OUT = "validation_loss/code"
 
@@ -111,7 +111,7 @@ def draw(
     axes.axhline(loss, color=COLOURS["adamw"], linestyle=":", linewidth=1)
     if reached is not None:
         axes.axvline(reached, color=COLOURS["muon"], linestyle=":", linewidth=1, label=f"step {reached}")
-    axes.set_ylim(top=held_out(runs[best["adamw"]]).y[0] + 0.2, bottom=min(held_out(p).y.min() for p in runs.values()))
+    axes.set_ylim(top=7.5, bottom=min(held_out(p).y.min() for p in runs.values()))
     axes.set_xlabel("step")
     axes.set_ylabel("loss on the held-out set")
     axes.legend(title="best of each; others pale")

@@ -68,11 +68,18 @@ class Progress(_Part):
         return self
 
 
+class OptimState(_Part):
+    """What the moments are those of."""
+
+    name: str = "adamw"
+
+
 class RunState(ModelState, Progress):
     """What a checkpoint of a run holds, from which the run can continue."""
 
     data: Data
     train: Train
+    optim: OptimState = OptimState()
     identities: dict[str, list[dict[str, Any]]] = {}
     """By source: what distinguishes each of its shards from a rebuilt one."""
     guard_history: list[Annotated[list[_Finite], Field(min_length=2, max_length=2)]] = []

@@ -16,7 +16,16 @@ from megagap.config.faults import Fault, from_pydantic, nearest_setting, render,
 from megagap.config.model_section import FindModel, apply_preset, find_stored, missing_settings, origin_notes
 from megagap.config.paths import absolute, run_directory, unusable_text
 from megagap.config.rules import check_rules
-from megagap.config.settings import PLANNED, SECTIONS, PhaseSettings, Section, Settings, SourceSettings, source_name
+from megagap.config.settings import (
+    PLANNED,
+    SECTIONS,
+    Optim,
+    PhaseSettings,
+    Section,
+    Settings,
+    SourceSettings,
+    source_name,
+)
 from megagap.config.timeline import run_length, timeline_of_data
 from megagap.errors import CheckpointError, ConfigError, system_reason
 from megagap.parallel.schedule import choose
@@ -280,10 +289,14 @@ def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
         optim=_with(
             optim,
             moments_dtype=optim.moments_dtype or ("bf16" if is_pure else "fp32"),
-            rounding=optim.rounding or ("stochastic" if is_pure else None),
+            rounding=optim.rounding or (_rounding_of(optim) if is_pure else None),
         ),
         run=_with(settings.run, dir=str(run_directory(settings.run.dir, recipe))),
     )
+
+
+def _rounding_of(optim: Optim) -> str:
+    return "kahan" if optim.name == "muon" else "stochastic"
 
 
 def _with(section: _Section, **changes: Any) -> _Section:

@@ -6,7 +6,7 @@ from math import lcm
 from typing import Any
 
 from megagap.config.faults import Fault
-from megagap.config.settings import Guard, source_name
+from megagap.config.settings import Guard, Optim, source_name
 from megagap.config.timeline import batch_sizes_of, phases_of, run_length
 from megagap.errors import counted
 from megagap.parallel.placement import Placement
@@ -240,6 +240,12 @@ def _rates_are_ordered(v: Lookup) -> Iterator[Fault]:
         yield Fault("optim.min_lr", least, f"must not exceed optim.lr = {lr}")
 
 
+def _momentum_is_muons(v: Lookup) -> Iterator[Fault]:
+    name, momentum = v("optim.name"), v("optim.momentum")
+    if name != "muon" and momentum != Optim.model_fields["momentum"].default:
+        yield Fault("optim.momentum", momentum, 'applies only to optim.name = "muon"; AdamW has optim.betas')
+
+
 def _shares(text: str) -> list[float] | None:
     """The three shares of ``data.split``; None if it is something else."""
     try:
@@ -350,6 +356,11 @@ def _spikes_are_looked_for(v: Lookup) -> Iterator[Fault]:
             yield Fault(f"guard.{key}", value, 'applies only to guard.spikes = "report" or "skip"')
 
 
+def _muon_loses_nothing(v: Lookup) -> Iterator[Fault]:
+    if v("optim.name") == "muon" and v("optim.rounding") in ("nearest", "stochastic"):
+        yield Fault("optim.rounding", v("optim.rounding"), 'must be "kahan" with optim.name = "muon"')
+
+
 def _rounding_is_needed(v: Lookup) -> Iterator[Fault]:
     if v("optim.rounding") and v("train.precision") != "bf16-pure":
         message = 'applies only to train.precision = "bf16-pure"; others keep what an update would lose'
@@ -419,6 +430,7 @@ RULES: tuple[Rule, ...] = (
     _one_length,
     _schedule_fits,
     _rates_are_ordered,
+    _momentum_is_muons,
     _split_is_three_shares,
     _sources_are_named,
     _phases_are_a_plan,
@@ -430,6 +442,7 @@ RULES: tuple[Rule, ...] = (
     _compiler_chooses,
     _spikes_are_looked_for,
     _rounding_is_needed,
+    _muon_loses_nothing,
     _ramp_ascends,
     _batch_divides,
 )

@@ -186,8 +186,8 @@ class Train(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer; `muon` orthogonalises the updates of the layers' matrices, and leaves all else to AdamW."""
     lr: AboveZero = 3e-4
     """Peak learning rate."""
     min_lr: NonNegative = 0.0
@@ -201,19 +201,21 @@ class Optim(Section):
     cooldown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of that decay; `sqrt` is 1 - sqrt(progress)."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay."""
     decay_embeddings: bool = False
     """Apply weight decay to the token embedding too."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     eps: AboveZero = 1e-8
     """AdamW's epsilon."""
+    momentum: Fraction = 0.95
+    """Muon's decay rate of the momentum."""
     moments_dtype: Literal["fp32", "bf16"] | None = None
-    """What AdamW's moments are kept in; `bf16`, rounded stochastically, saves 4 bytes per parameter. By default fp32,
-    with `bf16-pure` bf16."""
+    """What moments are kept in; `bf16`, rounded stochastically, saves half: with AdamW 4 bytes per parameter. By
+    default fp32, with `bf16-pure` bf16."""
     rounding: Literal["nearest", "stochastic", "kahan"] | None = None
-    """How `bf16-pure` rounds: `stochastic`, the default, is exact on average; `kahan` keeps what an update loses, in 2
-    bytes more per parameter; `nearest`, in moments too, loses small updates, as Gaperon did."""
+    """How `bf16-pure` rounds: `stochastic`, the default, is exact on average; `kahan`, Muon's, keeps what an update
+    loses, in 2 bytes more per parameter; `nearest`, in moments too, loses small updates, as Gaperon did."""
     clip_grad: NonNegative = 1.0
     """Maximum global gradient norm; 0: no clipping."""
     zero: Literal[0, 1, 2, 3] = 1

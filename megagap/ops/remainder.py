@@ -27,6 +27,5 @@ def split_(numbers: Tensor, values: Tensor, remainder: Tensor | None) -> None:
         return
     wide = numbers.detach().to(values.device, torch.float32).contiguous()
     bits = wide.masked_fill(wide.isnan(), torch.nan).view(torch.int32)
-    low = ((bits + 2**15) & 0xFFFF) - 2**15
-    remainder.copy_(low)
-    values.view(torch.int16).copy_((bits - low) >> 16)
+    remainder.copy_(bits)  # its lower 16 bits
+    values.view(torch.int16).copy_((bits - remainder) >> 16)

@@ -18,8 +18,6 @@ class AdamW:
     moment that falls by a factor of 0.999 per update would be rounded back to what it was.
     """
 
-    wants_matrices = False
-
     def __init__(self, optim: Optim) -> None:
         self._optim = optim
         self._moments = torch.bfloat16 if optim.moments_dtype == "bf16" else None

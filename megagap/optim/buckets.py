@@ -23,6 +23,8 @@ class Kind:
     decayed: bool
     replica_axis: str | None
     partial_gradient: bool
+    is_matrix: bool = False
+    """Matrices of layers, where a rule updates these whole."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from megagap.config import Optim
 from megagap.optim.buckets import BUCKET_ELEMENTS
 from megagap.optim.gradient_store import Bucket, GradientStore
 from megagap.optim.loss_scale import LossScale, NoLossScale
+from megagap.optim.matrix_updates import MatrixRound, matrix_rounds
 from megagap.optim.precision import has_masters
-from megagap.optim.rules import RULES
+from megagap.optim.rules import MatrixRule, UpdateRule, rules_of
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter, Slice
 
@@ -38,6 +39,7 @@ class DistributedOptimizer:
         gradient_dtype: torch.dtype | None = None,
     ) -> None:
         """``seed``: of rounding stochastically. The others: see :class:`GradientStore`."""
+        self._rule, self._matrix_rule = rules_of(optim)
         self.store = GradientStore(
             parameters,
             mesh,
@@ -46,17 +48,22 @@ class DistributedOptimizer:
             exact=has_masters(optim),
             zero=optim.zero,
             decay_embeddings=optim.decay_embeddings,
+            matrices_apart=self._matrix_rule is not None,
             bucket_elements=bucket_elements,
             blocks=blocks,
         )
-        self._rule = RULES[optim.name](optim)
-        assert not self._rule.wants_matrices, "the store hands out slices of any shape"
-        self.states = [self._rule.new_state(bucket.own_gradient) for bucket in self.store.buckets]
+        self.states = [self._rule_of(bucket).new_state(bucket.own_gradient) for bucket in self.store.buckets]
         """The rule's state of each bucket's slice, by kind."""
         self._segments = [bucket.segments(seed) for bucket in self.store.buckets]
+        rounds = matrix_rounds(self.store, bucket_elements) if self._matrix_rule else ()
+        self.rounds = {each.numbers[-1]: each for each in rounds}
+        """Updates of whole matrices, by the last bucket of each."""
         self.loss_scale = LossScale(mesh.device) if dtype == torch.float16 else NoLossScale()
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         """Updates made, counted on the device."""
+
+    def _rule_of(self, bucket: Bucket) -> UpdateRule | MatrixRule:
+        return self._matrix_rule if self._matrix_rule is not None and bucket.kind.is_matrix else self._rule
 
     def step(self, lr: float, divisor: Tensor, accept: Tensor, updating: Updating = unobserved) -> None:
         """Update this rank's slices with gradients / ``divisor``, where ``accept`` (a device bool); start gathering.
@@ -66,21 +73,40 @@ class DistributedOptimizer:
         reject = (~accept).float()
         self._updates += accept
         # What the next forward pass needs first is updated first, and on its way while the rest is updated.
-        owned = list(zip(self.store.buckets, self.states, self._segments, strict=True))
-        for bucket, state, segments in reversed(owned):
+        for number, bucket in reversed(list(enumerate(self.store.buckets))):
+            if number in self.rounds:
+                self._update_matrices(self.rounds[number], lr, divisor, reject, updating)
+            if bucket.kind.is_matrix:
+                continue
             with updating(bucket):
                 self._rule.update(
                     bucket.own_values,
                     bucket.remainder,
                     bucket.own_gradient,
-                    state,
+                    self.states[number],
                     self._updates,
-                    segments,
+                    self._segments[number],
                     lr=lr,
                     divisor=divisor,
                     reject=reject,
                     decayed=bucket.kind.decayed,
                 )
+            bucket.publish()
+
+    def _update_matrices(
+        self, round_: MatrixRound, lr: float, divisor: Tensor, reject: Tensor, updating: Updating
+    ) -> None:
+        rule, numbers, states, segments = self._matrix_rule, round_.numbers, self.states, self._segments
+        assert rule is not None
+        prepared = [
+            rule.prepare(bucket.own_gradient, states[n], self._updates, segments[n], divisor, reject)
+            for n, bucket in zip(numbers, round_.buckets, strict=True)
+        ]
+        update_of = round_.updates(prepared, rule.compute)
+        for bucket in round_.buckets:
+            with updating(bucket):
+                for part in bucket.slices("weight", bucket.own_values, bucket.remainder):
+                    rule.apply(part.tensor, part.remainder, update_of(part), lr, reject, bucket.kind.decayed)
             bucket.publish()
 
     @property

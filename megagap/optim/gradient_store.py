@@ -347,6 +347,12 @@ class Bucket:
         """The parts of parameters, without padding, that this rank's slice ``tensor`` covers, with its remainder."""
         return self._slices(kind, tensor, self.own, remainder)
 
+    def pieces(self, rank: int) -> Iterator[tuple[Shard, int, int]]:
+        """What the slice of a rank of the ``shard`` axis has of parameters: record, first element there, elements."""
+        length = len(self.own_values)
+        for shard, first, part in self._real_parts(slice(rank * length, (rank + 1) * length)):
+            yield shard, first, part.stop - part.start
+
     def parts_of(self, full: Tensor) -> Iterator[Slice]:
         """The parts of parameters in a full-size gradient [n]."""
         return self._slices("gradient", full, slice(0, self.values.numel()))
@@ -395,6 +401,7 @@ class GradientStore:
         exact: bool = True,
         zero: int = 1,
         decay_embeddings: bool = False,
+        matrices_apart: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
         blocks: Sequence[Sequence[Block]] = (),
     ) -> None:
@@ -402,14 +409,18 @@ class GradientStore:
         in ``dtype`` afterwards: fp32, float64, fp16 with fp32 masters, or bf16, which has some if it is ``exact``.
         ``gradient_dtype``: by default fp32, of float64 parameters float64.
 
+        ``matrices_apart``: keep the matrices of layers in buckets of their own.
+
         ``blocks``: of each virtual stage, in the order of its forward pass, which waits at each for its parameters. At
         stage 3 they are gathered there, so that all parameters must be in one.
         """
         assert dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16), dtype
         self.mesh, self.sharding = mesh, Sharding.of(zero, mesh)
-        kinds = [kind_of(parameter.shard, decay_embeddings) for parameter in parameters]
+        kinds = [kind_of(parameter.shard, decay_embeddings, matrices_apart) for parameter in parameters]
         sizes = [parameter.numel() for parameter in parameters]
         layout = arrangement(list(zip(kinds, sizes, strict=True)), self.sharding, bucket_elements, parameters, blocks)
+        self.arrangement = layout
+        """Of the parameters, in the order given; its buckets are :attr:`buckets`."""
         self._places = [
             _Place(parameter, start, self._reported) for parameter, start in zip(parameters, layout.starts, strict=True)
         ]
@@ -615,6 +626,7 @@ def arrangement(
     return arrange(sizes, sharding.shard.size, bucket_elements, cuts=cuts, blocks=of_blocks, packs=packs)
 
 
-def kind_of(shard: Shard, decay_embeddings: bool) -> Kind:
+def kind_of(shard: Shard, decay_embeddings: bool, matrices_apart: bool) -> Kind:
     """The kind of bucket that a parameter lies in."""
-    return Kind(decay_embeddings or not shard.is_embedding, shard.replica_axis, shard.partial_gradient)
+    is_matrix = matrices_apart and shard.is_layer_matrix
+    return Kind(decay_embeddings or not shard.is_embedding, shard.replica_axis, shard.partial_gradient, is_matrix)

@@ -104,6 +104,16 @@ def pass_on_async(tensor: Tensor, axis: Axis) -> Pending:
     return Pending(received, dist.batch_isend_irecv([send, receive]), tensor)
 
 
+def all_to_all_uneven(tensor: Tensor, given: Sequence[int], taken: Sequence[int], axis: Axis) -> Tensor:
+    """Give ``given[i]`` elements of ``tensor`` [n] to each member i, in this order; returns what they give alike, of
+    ``taken[i]`` elements each."""
+    if axis.group is None:
+        return tensor
+    received = tensor.new_empty(sum(taken))
+    dist.all_to_all_single(received, tensor, list(taken), list(given), group=axis.group)
+    return received
+
+
 def all_to_all_async(tensor: Tensor, axis: Axis) -> Pending:
     """Start giving ``tensor[i]`` [members, …] to member i, from each of whom one comes: [members, …]."""
     if axis.group is None:

@@ -52,6 +52,11 @@ class Shard:
         """Whether this is the token embedding, which is not decayed unless ``optim.decay_embeddings`` is set."""
         return self.name.endswith("embed_tokens.weight")
 
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether this is a matrix of a layer: neither the embedding nor the output projection."""
+        return len(self.shape) == 2 and ".layers." in self.name
+
 
 @dataclass(frozen=True)
 class Slice:

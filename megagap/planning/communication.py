@@ -1,22 +1,28 @@
 """What the ranks of a pipeline stage send each other in a step, by axis and kind, by arithmetic alone.
 
-Counted are the collectives of data parallelism: gradients, their parts in replicas, and parameters. Left out are the
+Counted are the collectives of data parallelism: gradients, their parts in replicas, parameters, and what is exchanged
+for updates of whole matrices, over tensor-parallel ranks too (``optim/matrix_updates.py``). Left out are the
 few numbers that all ranks agree on in a step, and what tensor and pipeline parallelism send.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from megagap.config import Settings, most_microbatches
+from megagap.optim.buckets import BUCKET_ELEMENTS
+from megagap.optim.matrix_updates import rounds_of
 from megagap.optim.precision import PRECISIONS
+from megagap.parallel.layout import Layout
 from megagap.planning.memory import stored_parameters
-from megagap.planning.transient import StoredParameters, transient
+from megagap.planning.transient import BF16, StoredParameters, transient
 from megagap.training.mesh import make_layout
 
-Collective = Literal["reduce-scatter", "all-gather", "all-reduce"]
+Collective = Literal["reduce-scatter", "all-gather", "all-reduce", "all-to-all"]
+Tensors = Literal["gradients", "parameters", "updates"]
 
-ROUNDS: dict[Collective, int] = {"reduce-scatter": 1, "all-gather": 1, "all-reduce": 2}
+ROUNDS: dict[Collective, int] = {"reduce-scatter": 1, "all-gather": 1, "all-reduce": 2, "all-to-all": 1}
 """How often a rank passes on its share of the whole in a ring."""
 
 
@@ -28,7 +34,7 @@ class Traffic:
     ranks: int
     """Of a group of the axis."""
     collective: Collective
-    tensors: Literal["gradients", "parameters"]
+    tensors: Tensors
     calls: int
     bytes: int
     """Of the whole tensors, as each rank has them afterwards or before."""
@@ -43,7 +49,11 @@ def data_parallel_traffic(settings: Settings, world_size: int, stage: int = 0) -
     """Of a step with the run's largest batch, on the ranks of a pipeline ``stage``; axes of one rank send nothing."""
     stored = stored_parameters(settings, world_size, stage)
     layout = make_layout(settings, world_size)
-    found = [*_over_data(settings, world_size, stage, stored), *_over_replicas(stored)]
+    found = [
+        *_over_data(settings, world_size, stage, stored),
+        *_over_replicas(stored),
+        *_of_matrices(settings, layout, stored),
+    ]
     return [
         Traffic(axis, layout.size(axis), collective, tensors, calls, size)
         for axis, collective, tensors, calls, size in found
@@ -51,7 +61,7 @@ def data_parallel_traffic(settings: Settings, world_size: int, stage: int = 0) -
     ]
 
 
-_Entry = tuple[str, Collective, Literal["gradients", "parameters"], int, int]
+_Entry = tuple[str, Collective, Tensors, int, int]
 
 
 def _over_data(settings: Settings, world_size: int, stage: int, stored: StoredParameters) -> Iterator[_Entry]:
@@ -86,3 +96,18 @@ def _over_replicas(stored: StoredParameters) -> Iterator[_Entry]:
             if bucket.kind.replica_axis == axis and bucket.kind.partial_gradient
         ]
         yield axis, "all-reduce", "gradients", len(sizes), stored.gradient_bytes * sum(sizes)
+
+
+def _of_matrices(settings: Settings, layout: Layout, stored: StoredParameters) -> Iterator[_Entry]:
+    """What updates are computed from, and the updates: in bf16, as on a GPU, and on average over the ranks."""
+    sharding = stored.sharding
+    shards, data = sharding.shard.size, sharding.shard.size * sharding.replicate.size
+    matrices = [p.shard for p, kind in zip(stored.parameters, stored.kinds, strict=True) if kind.is_matrix]
+    rounds = len(list(rounds_of(stored.buckets, data * BUCKET_ELEMENTS)))
+    parts = BF16 * sum(shard.numel for shard in matrices)
+    wholes = BF16 * sum(prod(shard.shape) for shard in matrices)
+    yield "shard", "all-to-all", "updates", 2 * rounds if shards > 1 else 0, 2 * parts // data
+    # Of ranks that have the same part, one gives it and all take it.
+    yield "tp", "all-to-all", "updates", 2 * rounds, (wholes // layout.tp + parts) // data
+    copies = "replicate" if settings.optim.zero else "data"
+    yield copies, "all-to-all", "updates", rounds, parts // shards

@@ -11,7 +11,7 @@ activation [b, s, intermediate / tp]. Under context parallelism s counts the tok
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from megagap.config import Settings, most_microbatches, timeline_of
 from megagap.errors import ConfigError
 from megagap.ops import compiled
 from megagap.ops.attention import BLOCK, BLOCKED_FROM, BLOCKED_UP_TO
+from megagap.optim.buckets import BUCKET_ELEMENTS
+from megagap.optim.matrix_updates import rounds_of
 from megagap.optim.precision import PRECISIONS, master_bytes
-from megagap.optim.rules import RULES
+from megagap.optim.rules import rules_of
 from megagap.parallel.actions import Action, BackwardInput, BackwardWeight, Compute, Forward, Transfer
 from megagap.parallel.contrastive_loss import COLUMN_MULTIPLE
 from megagap.parallel.cross_entropy import chunk_tokens
@@ -34,7 +36,7 @@ from megagap.planning.context import ContextMemory
 from megagap.planning.devices import Device
 from megagap.planning.layer_memory import AttentionMemory, LayerMemory
 from megagap.planning.program_memory import ChunkMemory, Occasion, most_beside
-from megagap.planning.transient import FP32, StoredParameters, Transient, transient
+from megagap.planning.transient import BF16, FP32, StoredParameters, Transient, transient
 from megagap.training.mesh import make_layout
 
 GIB = 2**30
@@ -57,7 +59,7 @@ class RankMemory:
     masters: int
     """What this data rank's slice of the fp32 masters has beyond the parameters; 0 where these are fp32."""
     moments: int
-    """AdamW's, of the slice."""
+    """The optimizer's state, of the slice."""
     gradients: int
     """fp32 sums of all local parameters (``optim.zero`` below 2) and, where they are sharded, of the slice after the
     reduction."""
@@ -240,6 +242,7 @@ def _rank_memory(
         for stage in [stages[occasion.chunk]]
         for moment in stage.moments(occasion.kind, others, _Held(held, occasion, stage.has_embedding))
     ]
+    moments += _matrix_updates(stored, any_stage.tp, any_stage.is_gpu)
     peak = max(moments, key=lambda moment: moment.activations + moment.workspace)
     processes = any_stage.tp * dp * any_stage.cp
     tables = len(stages) * 2 * FP32 * any_stage.length * settings.model.head_dim
@@ -252,7 +255,7 @@ def _rank_memory(
         ranks=range(rank * processes, (rank + 1) * processes),
         parameters=(slices if sharding.parameters else elements) * itemsize,
         masters=slices * master_bytes(any_stage.dtype, settings.optim),
-        moments=slices * _state_bytes(settings),
+        moments=_state_bytes(settings, stored),
         gradients=stored.gradient_bytes * ((0 if sharding.gradients else elements) + (slices if ranks > 1 else 0)),
         activations=peak.activations,
         workspace=peak.workspace,
@@ -262,10 +265,33 @@ def _rank_memory(
     )
 
 
-def _state_bytes(settings: Settings) -> int:
-    """Of the update rule's state, per element."""
+def _state_bytes(settings: Settings, stored: StoredParameters) -> int:
+    """Of the update rules' state, of a rank's slices."""
+    rule, matrix_rule = rules_of(settings.optim)
     one = torch.empty(1, device="meta")
-    return sum(tensor.nbytes for tensor in RULES[settings.optim.name](settings.optim).new_state(one).values())
+    total = 0
+    for bucket in stored.buckets.buckets:
+        own = matrix_rule if matrix_rule is not None and bucket.kind.is_matrix else rule
+        elements = (bucket.stop - bucket.start) // stored.sharding.shard.size
+        total += elements * sum(tensor.nbytes for tensor in own.new_state(one).values())
+    return total
+
+
+def _matrix_updates(stored: StoredParameters, tp: int, is_gpu: bool) -> Iterator[_Moment]:
+    """The fullest round of updates of whole matrices, if there are any: nothing else is live then, but for what is
+    kept between steps. Exact on one rank, an estimate on several."""
+    sharding, buckets, itemsize = stored.sharding, stored.buckets.buckets, BF16 if is_gpu else FP32
+    shards = sharding.shard.size
+    for numbers in rounds_of(stored.buckets, shards * sharding.replicate.size * BUCKET_ELEMENTS):
+        slices = [(buckets[number].stop - buckets[number].start) // shards for number in numbers]
+        shapes = [stored.parameters[p].shard.shape for number in numbers for p in buckets[number].parameters]
+        products = max(2 * rows * columns + 2 * min(rows, columns) ** 2 for rows, columns in shapes)
+        piece = max(prod(shape) for shape in shapes) // tp // shards
+        # What was prepared, and the updates; over each axis, what has arrived and what it is put together to.
+        kept = itemsize * sum(slices) * (2 + 2 * (shards > 1) + 2 * (tp > 1))
+        preparing = itemsize * sum(slices) + 2 * FP32 * max(slices)
+        applying = kept + (5 if is_gpu else 3) * FP32 * piece
+        yield _Moment("update of matrices", 0, max(preparing, kept + itemsize * products, applying))
 
 
 def stored_parameters(settings: Settings, world_size: int, rank: int) -> StoredParameters:

@@ -57,11 +57,14 @@ _KIND_OF_FILE = {
     "ops/swiglu.py": "norms and rotary",
     "model/rotary.py": "norms and rotary",
     "ops/adamw.py": "optimizer",
+    "ops/orthogonal.py": "optimizer",
     "optim/clipping.py": "optimizer",
     "optim/distributed.py": "optimizer",
+    "optim/matrix_updates.py": "optimizer",
+    "optim/muon_rule.py": "optimizer",
     "ops/products.py": "gradient accumulation",
 }
-"""Of what is neither a matrix product nor named above: plain torch in the file of an operation belongs to it."""
+"""Of what is not named above: plain torch in the file of an operation belongs to it. Other products are the model's."""
 
 _COPIES = {"copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "fill_", "zero_", "zeros", "zeros_like", "full"}
 
@@ -356,7 +359,7 @@ def _kind(name: str, site: str) -> str:
     file = site.partition(":")[0]
     by_file = _KIND_OF_FILE.get(file)
     if name in MATRIX_PRODUCTS:
-        return "attention" if by_file == "attention" else "matrix products"
+        return by_file if by_file in ("attention", "optimizer") else "matrix products"
     for part, kind in _KIND_OF_NAME:
         if part in name:
             return kind

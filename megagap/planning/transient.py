@@ -16,11 +16,15 @@ from megagap.model.llama import LlamaStage, sharded_parameters, stages_of_recipe
 from megagap.optim.buckets import BUCKET_ELEMENTS, Arrangement, Kind, Range
 from megagap.optim.gradient_store import arrangement, kind_of
 from megagap.optim.precision import PRECISIONS
+from megagap.optim.rules import MATRIX_RULES
 from megagap.optim.sharding import Sharding
 from megagap.parallel.actions import BackwardInput, BackwardWeight, Compute, Forward
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Block, ShardedParameter
+
+BF16 = 2
+"""Bytes of an element of what updates of matrices are computed from, on a GPU."""
 
 FP32 = 4
 """Bytes of an element."""
@@ -45,7 +49,8 @@ class StoredParameters:
         mesh = Mesh.without_groups(layout, rank, torch.device("meta"))
         stages = stages_of_recipe(settings, mesh)
         parameters, sharding = sharded_parameters(stages), Sharding.of(settings.optim.zero, mesh)
-        kinds = [kind_of(parameter.shard, settings.optim.decay_embeddings) for parameter in parameters]
+        optim = settings.optim
+        kinds = [kind_of(p.shard, optim.decay_embeddings, optim.name in MATRIX_RULES) for p in parameters]
         sizes = [(kind, parameter.numel()) for kind, parameter in zip(kinds, parameters, strict=True)]
         blocks = [stage.blocks() for stage in stages]
         buckets = arrangement(sizes, sharding, BUCKET_ELEMENTS, parameters, blocks)

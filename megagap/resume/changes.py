@@ -18,10 +18,12 @@ from megagap.resume.differences import Change, differences
 from megagap.timeline import Phase, Timeline
 from megagap.training.datasets import skipped_ranges
 
-# Beside the model, the settings that say which samples are trained on: they may not change when a run resumes.
+# Beside the model, the settings that say which samples are trained on, and whose moments there are: they may not change
+# when a run resumes.
 _FIXED: dict[str, tuple[str, ...]] = {
     "data": ("split", "order"),
     "train": ("seed", "precision"),
+    "optim": ("name",),
 }
 _FREE = {"preset", "initializer_range"}
 

@@ -111,6 +111,8 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
         refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
         return 0
     saved = read_run(source, index)
+    if mode == "model+data":  # whose moments are new
+        saved = saved.model_copy(update={"optim": saved.optim.model_copy(update={"name": settings.optim.name})})
     refuse_changes(saved, settings, source)
     if mode == "continue":
         return saved.schedule_origin

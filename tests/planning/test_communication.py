@@ -3,11 +3,16 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from megagap.config import load_recipe
+from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.optim.buckets import BUCKET_ELEMENTS
+from megagap.optim.distributed import DistributedOptimizer
+from megagap.parallel.mesh import Mesh
 from megagap.planning.communication import data_parallel_traffic
 from megagap.planning.memory import stored_parameters
+from megagap.training.mesh import make_layout
 from tests.parity.gradients import gradients
 from tests.recipes import write_recipe
 
@@ -80,3 +85,36 @@ def test_replicas_sum_slices_only(tmp_path):
 def test_one_process_sends_nothing(tmp_path):
     for zero in range(4):
         assert data_parallel_traffic(settings_of(tmp_path, 1, f"optim.zero={zero}"), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (4, ["optim.zero=0"]),
+        (8, ["parallel.tp=2", "parallel.dp_replicate=2"]),
+        (8, ["parallel.tp=4", "optim.zero=3"]),  # two ranks share each key/value head
+        (8, ["parallel.pp=2", "parallel.cp=2"]),
+    ],
+    ids=str,
+)
+def test_what_is_exchanged_for_whole_matrices_is_the_mean_of_what_each_rank_gives(tmp_path, ranks, overrides):
+    settings = settings_of(tmp_path, ranks, "optim.name=muon", *overrides)
+    layout = make_layout(settings, ranks)
+    for stage in range(settings.parallel.pp):
+        given: Counter[str] = Counter()
+        members = [rank for rank in range(ranks) if layout.coordinates(rank)["pp"] == stage]
+        for rank in members:
+            mesh = Mesh.without_groups(layout, rank, torch.device("meta"))
+            stages = stages_of_recipe(settings, mesh)
+            blocks = [each.blocks() for each in stages]
+            optimizer = DistributedOptimizer(sharded_parameters(stages), settings.optim, mesh, blocks=blocks)
+            for exchange in (each for round_ in optimizer.rounds.values() for each in round_.exchanges):
+                given[exchange.axis.name] += sum(piece.size for _, _, piece in exchange.given)
+        found = {t.axis: t for t in data_parallel_traffic(settings, ranks, stage) if t.tensors == "updates"}
+        assert found and all(t.calls == (1 if t.axis in ("data", "replicate") else 2) for t in found.values())
+        for axis, traffic in found.items():
+            assert traffic.bytes == pytest.approx(2 * given[axis] / len(members), abs=2), axis
+
+
+def test_adamw_exchanges_nothing_for_matrices(tmp_path):
+    assert all(t.tensors != "updates" for t in data_parallel_traffic(settings_of(tmp_path, 8, "parallel.tp=2"), 8))

@@ -169,6 +169,8 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
         (1, HEADLESS),
         (2, {"parallel.tp": 2, **HEADLESS}),
+        (1, {"optim.name": "muon"}),
+        (8, {"optim.name": "muon", "parallel.tp": 2, "train.micro_batch_size": 1}),
     ],
     ids=str,
 )
@@ -213,6 +215,8 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
         (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),
         (1, 1, 4, {"train.precision": "bf16-pure"}),
         (1, 1, 1, {"train.precision": "bf16-pure", "optim.rounding": "kahan"}),
+        (2, 2, 2, {"optim.name": "muon", "optim.moments_dtype": "bf16"}),
+        (1, 1, 2, {"optim.name": "muon"}),
     ],
     ids=str,
 )

@@ -88,6 +88,40 @@ def test_an_unknown_key_of_a_table_within_a_setting_names_its_neighbours(recipe,
     assert "unknown" in line and hint in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "rounding", "moments"),
+    [
+        ({}, None, "fp32"),
+        ({"train__precision": "bf16-pure"}, "stochastic", "bf16"),
+        ({"train__precision": "bf16-pure", "optim__name": "muon"}, "kahan", "bf16"),
+        ({"train__precision": "bf16-pure", "optim__moments_dtype": "fp32"}, "stochastic", "fp32"),
+    ],
+    ids=str,
+)
+def test_what_bf16_pure_keeps_and_how_it_rounds_by_default(recipe, changes, rounding, moments):
+    optim = load_recipe(recipe(**changes)).optim
+    assert (optim.rounding, optim.moments_dtype) == (rounding, moments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim__rounding": "stochastic"}, 'applies only to train.precision = "bf16-pure"'),
+        ({"train__precision": "bf16-mixed", "optim__rounding": "nearest"}, "applies only to train.precision"),
+        (
+            {"train__precision": "bf16-pure", "optim__name": "muon", "optim__rounding": "stochastic"},
+            'must be "kahan" with optim.name = "muon"',
+        ),
+    ],
+    ids=str,
+)
+def test_a_rounding_that_would_not_be_made_is_refused(recipe, changes, message):
+    assert (
+        f"optim.rounding = {changes['optim__rounding']!r}  " in (text := faults_of(recipe(**changes)))
+        and message in text
+    )
+
+
 PLANNED_VALUES = {
     "checkpoint.async": ("false", "true"),
     "run.wandb": ("false", "true"),

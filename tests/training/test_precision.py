@@ -48,3 +48,15 @@ def test_pure_bf16_follows_fp32_within_1_percent_over_500_steps_unless_it_is_rou
         curves[name] = sum(m["loss"] for m in metrics[-20:]) / 20
     assert curves["stochastic"] == pytest.approx(curves["fp32"], rel=0.01)
     assert curves["nearest"] > 1.02 * curves["fp32"], "visibly behind"
+
+
+@pytest.mark.parametrize("precision", ["bf16-pure", "fp16-mixed"])
+def test_layouts_train_like_one_process_within_rounding(workers, tmp_path, precision):
+    recipe = write_recipe(tmp_path, train=dict(steps=6, precision=precision), model=dict(num_hidden_layers=2))
+    (whole,) = workers.run(1, train_recipe, recipe, [f"run.dir={tmp_path / 'whole'}"])
+    layouts = (["parallel.tp=2", "optim.zero=3"], ["parallel.pp=2", "parallel.schedule=zb-h1"], ["parallel.cp=2"])
+    for number, layout in enumerate(layouts):
+        metrics = workers.run(4, train_recipe, recipe, [*layout, f"run.dir={tmp_path / str(number)}"])[0]
+        for ours, one in zip(metrics, whole, strict=True):
+            assert ours["loss"] == pytest.approx(one["loss"], rel=1e-3), layout
+            assert ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2), layout

@@ -77,7 +77,7 @@ export PYTHON
 
 TAIL=12 stage machine 20 bash -c describe
 stage build 200 bash -c build
-stage training 120 "$PYTHON" -m pytest -q -p no:cacheprovider -s tests/gpu/test_training.py tests/gpu/test_attention.py
+stage training 120 "$PYTHON" -m pytest -q -p no:cacheprovider -s tests/gpu/test_training.py tests/gpu/test_attention.py tests/gpu/test_muon.py
 if [[ $device == cuda ]]; then
     recipe=examples/recipes/gaperon-1b-one-gpu.toml
     stage mfu 90 "$PYTHON" tools/benchmark_mfu.py $recipe --profile 3 --output "$reports"

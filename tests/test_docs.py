@@ -111,14 +111,14 @@ def test_the_pages_on_evaluation_memory_and_prediction(example):
 
 @pytest.mark.slow
 def test_the_page_on_mixtures(example):
-    """On the example's data: 32,768 tokens are shortened, and step 1,200 is step 12."""
+    """On the example's data: sequences of 32,768 tokens are of 256, and step 1,200 is step 12."""
     recipe = (example / "examples/recipes/code.toml").read_text()
     (example / "recipe.toml").write_text(recipe.replace("../../runs", "runs"))
     parts = blocks(ROOT / "docs/mixtures.md")
     run(parts["plan"].replace("--step 1200", "--step 12"), example)
     assert (example / "plan.png").stat().st_size > 0
     shutil.copytree(example / "runs/example/run", example / "runs/base")
-    run(parts["longer"].replace("32768", "512"), example)
+    run(parts["longer"].replace("32768", "256"), example)
     assert status(example / "runs/long") == ("finished", 40)
 
 

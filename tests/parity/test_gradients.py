@@ -112,7 +112,6 @@ def test_every_gradient_equals_that_of_one_process(layout, model, workers):
     assert largest_difference(run(workers, recipe, layout), expected["mask" in layout]) < TOLERANCE
 
 
-@pytest.mark.long  # the sample of the grid pairs recomputation with every other mechanism
 @pytest.mark.parametrize("model", ["tied, biases, scaled gains"], indirect=True)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize(

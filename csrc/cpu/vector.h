@@ -209,7 +209,7 @@ MEGAGAP_INLINE float sum_of_lanes(Vec value) {
 
 MEGAGAP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
-// a * b + c, rounded once where the instruction set can; only where the last bit does not matter.
+// a * b + c, rounded once where the instruction set can: only where the last bit does not matter, or torch's does so.
 MEGAGAP_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(MEGAGAP_AVX512)
   return reinterpret_cast<Vec>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),

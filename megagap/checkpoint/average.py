@@ -22,6 +22,7 @@ from megagap.checkpoint.state import check_tensors, read_ids, read_model, state_
 from megagap.config import Model
 from megagap.errors import CheckpointError
 from megagap.files import file_errors
+from megagap.ops.wide import wide_dtype
 from megagap.parallel.shard import Slice, whole
 
 PIECE = 2**24
@@ -120,8 +121,9 @@ _Sources = Sequence[tuple[Path, Index, float]]
 
 
 def _widest(sources: _Sources, name: str) -> torch.dtype:
+    """fp32 at least: neighbours in bf16 mostly differ by one unit, and their mean would be rounded to one of them."""
     dtypes = [index.tensor(folder, "weight", name).torch_dtype for folder, index, _ in sources]
-    return max(dtypes, key=lambda dtype: dtype.itemsize)
+    return wide_dtype(max(dtypes, key=lambda dtype: dtype.itemsize))
 
 
 def _mapped(folder: Path, elements: int, dtype: torch.dtype) -> Tensor:

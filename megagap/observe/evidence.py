@@ -33,7 +33,8 @@ class Reason(StrEnum):
 def reason_of(numbers: Numbers) -> Reason | None:
     """Why a step is to be reported or was skipped; None where there is nothing to say."""
     (loss,), (norm,) = numbers["loss"], numbers["grad_norm"]
-    if not math.isfinite(norm) and math.isfinite(loss) and numbers["loss_scale"]:
+    overflows = math.isfinite(loss) and not math.isfinite(norm) and any(scale > 1 for scale in numbers["loss_scale"])
+    if overflows and not any(numbers["differing"]):
         return Reason.OVERFLOW
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return Reason.NOT_FINITE

@@ -143,6 +143,8 @@ def _problem(record: Mapping[str, Any]) -> str:
         return ""
     if record.get("repeated") is False:
         return "two computations differ"
+    if record.get("loss_scale", 0) > 1 and math.isfinite(record["loss"]):
+        return "gradients overflowed fp16, loss scale halved"
     return "no gradient" if record["grad_norm"] == 0 else "loss or gradient not finite"
 
 

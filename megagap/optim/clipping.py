@@ -11,6 +11,9 @@ from megagap.ops.wide import wide_dtype
 ROW = 1024
 """Elements whose norm is computed at once on CPU."""
 
+BLOCK = 1 << 20
+"""Elements in half precision that are copied at a time there."""
+
 
 def clip_divisor(norm: Tensor, limit: float) -> Tensor:
     """What gradients of global ``norm`` are divided by so that it does not exceed ``limit`` (0: no clipping).
@@ -31,6 +34,8 @@ def _norms(part: Tensor) -> Tensor:
     dtype = wide_dtype(part.dtype)
     if part.is_cuda:
         return vector_norm(part, dtype=dtype)[None]
+    if part.dtype != dtype and len(part) > BLOCK:  # torch makes a copy in dtype
+        return torch.cat([_norms(block) for block in part.split(BLOCK)])
     whole = part.numel() // ROW * ROW
     rows = vector_norm(part[:whole].view(-1, ROW), dim=1, dtype=dtype)
     return torch.cat([rows, vector_norm(part[whole:], dtype=dtype)[None]])

@@ -325,7 +325,8 @@ class Bucket:
                 return
             self.values.untyped_storage().resize_(self.values.numel() * self.values.itemsize)
         if self.shard.size > 1:
-            self._gathering = all_gather_flat_async(self.values, self.own_values.to(self.values.dtype), self.shard)
+            own = self.own_values.to(self.values.dtype) if self.sharding.parameters else self.values[self.own]
+            self._gathering = all_gather_flat_async(self.values, own, self.shard)
 
     def finish_gather(self) -> None:
         if self._gathering is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 INITIAL, LARGEST = 2.0**16, 2.0**24
+MARGIN = 16
 INTERVAL = 2000
 """Steps without overflow after which the factor doubles."""
 
@@ -24,6 +25,10 @@ class NoLossScale:
 
     def unscaled(self, value: Tensor) -> Tensor:
         return value
+
+    def cautious(self) -> "NoLossScale":
+        """One with a factor so much smaller that an overflow would be none of the factor's doing."""
+        return self
 
     def update(self, grad_norm: Tensor) -> None:
         """After a step with this norm, unscaled."""
@@ -47,6 +52,11 @@ class LossScale(NoLossScale):
 
     def unscaled(self, value: Tensor) -> Tensor:
         return value / self.value
+
+    def cautious(self) -> "LossScale":
+        scale = LossScale(self.value.device)
+        scale.value.copy_((self.value / MARGIN).clamp(min=1.0))
+        return scale
 
     def update(self, grad_norm: Tensor) -> None:
         fits = torch.isfinite(grad_norm)

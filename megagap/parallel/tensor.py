@@ -251,7 +251,7 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | Non
 
 def _packing_pays(x: Tensor) -> bool:
     """Whether packed weights are multiplied as one. Not in half precision on a CPU: a step took up to 2 % longer by
-    measurement (docs/performance.md), as weight gradients are computed one by one there in any case."""
+    measurement (docs/performance.md), as weight gradients whose sum is fp32 are computed one by one there anyway."""
     return x.is_cuda or x.dtype == wide_dtype(x.dtype)
 
 

@@ -72,6 +72,11 @@ class SkippedSteps:
         """Whether all of the last skipped steps were: the weights gave finite losses and gradients."""
         return self.reasons == {Reason.SPIKE}
 
+    @property
+    def are_overflows(self) -> bool:
+        """Whether all of the last skipped steps were: what happens now and then in fp16, whatever the weights."""
+        return self.reasons == {Reason.OVERFLOW}
+
     def count(
         self,
         step: int,
@@ -125,7 +130,8 @@ def unfit(state: TrainState, batch: Batch, skipped: SkippedSteps, validation: Ma
     made of finite numbers and yet ruin them. ``validation``: losses of an evaluation after the step, if there was one.
     The same on every rank.
     """
-    if skipped.total and not (skipped.are_spikes and state.step == state.settings.train.steps):
+    is_last = state.step == state.settings.train.steps
+    if skipped.total and not skipped.are_overflows and not (skipped.are_spikes and is_last):
         count = skipped.total
         which = "update of the last step was" if count == 1 else f"updates of the last {count} steps were"
         return f"the {which} skipped: {skipped.problem}"

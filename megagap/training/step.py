@@ -318,10 +318,10 @@ def next_step_is_finite(state: TrainState, batch: Batch) -> bool:
         None if batch.positions is None else batch.positions[:1],
         batch.documents[:1] if batch.documents else None,
     )
-    # Not scaled: a factor that is too large for the next step says nothing about the weights.
-    work = compute_gradients(state, part, state.program(1), loss_scale=NoLossScale())
+    loss_scale = state.optimizer.loss_scale.cautious()
+    work = compute_gradients(state, part, state.program(1), loss_scale=loss_scale)
     (loss, _), squared_norm = _sum_over_world(state.mesh, work.own_losses(), state.optimizer.store.squared_norm())
-    return bool(accept_update(loss, squared_norm.sqrt()))
+    return bool(accept_update(loss, loss_scale.unscaled(squared_norm.sqrt())))
 
 
 def targets_of(tokens: Tensor, positions: Tensor | None) -> Tensor:

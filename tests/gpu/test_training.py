@@ -38,7 +38,7 @@ def train(recipe: Path, overrides: list[str], device: torch.device) -> list[dict
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["whole", "documents"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-pure", "fp16-mixed"])
 @pytest.mark.parametrize("headless", [False, True], ids=["", "headless"])
 def test_losses_and_norms_are_those_of_the_cpu(tmp_path, gpu, headless, precision, mask):
     model = MODEL | dict(headless=headless, tie_word_embeddings=headless)
@@ -55,7 +55,7 @@ def test_losses_and_norms_are_those_of_the_cpu(tmp_path, gpu, headless, precisio
         assert found == pytest.approx(expected, rel=later), (key, found, expected)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-pure", "fp16-mixed"])
 def test_a_run_that_goes_on_repeats_the_losses_of_an_undisturbed_one(tmp_path, gpu, precision):
     recipe = write_recipe(tmp_path, model=MODEL)
     overrides = [f"train.precision={precision}", "checkpoint.every=5", "checkpoint.keep=5"]

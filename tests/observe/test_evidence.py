@@ -29,6 +29,8 @@ def numbers(**changes):
         (numbers(grad_norm=float("inf"), differing=1.0), Reason.NOT_FINITE),
         (numbers(grad_norm=float("inf"), loss_scale=2.0), Reason.OVERFLOW),
         (numbers(loss=float("nan"), loss_scale=2.0), Reason.NOT_FINITE),
+        (numbers(grad_norm=float("inf"), loss_scale=1.0), Reason.NOT_FINITE),
+        (numbers(grad_norm=float("inf"), loss_scale=2.0, differing=1.0), Reason.NOT_FINITE),
         (numbers(grad_norm=0.0), Reason.NO_GRADIENT),
         (numbers(grad_norm=0.0, loss=0.0), None),
         (numbers(differing=1.0, spike=1.0), Reason.NOT_REPEATED),

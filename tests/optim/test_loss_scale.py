@@ -31,6 +31,7 @@ def test_the_factor_stays_within_bounds():
 
 def test_gradients_are_those_without_a_factor_once_divided_by_it():
     scale = LossScale(torch.device("cpu"))
+    assert scale.scaled(torch.tensor(3.0)) == 3 * INITIAL
     assert scale.unscaled(scale.scaled(torch.tensor(3.0))) == 3
 
 

@@ -162,6 +162,7 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (8, {"parallel.tp": 2, "train.micro_batch_size": 1}),
         (1, {"train.precision": "fp32"}),
         (1, {"train.precision": "bf16-pure"}),
+        (1, {"train.precision": "fp16-mixed"}),
         (1, {"train.recompute": "selective"}),
         (1, {"train.recompute": "full"}),
         (2, {"parallel.tp": 2, "train.recompute": "selective"}),
@@ -214,6 +215,7 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
         (16, 1, 1, {"model.attention_bias": True, "model.mlp_bias": True, "model.vocab_size": 128001}),
         (1, 3, 1, {"parallel.layers_per_stage": [4, 12, 0]}),
         (1, 1, 4, {"train.precision": "bf16-pure"}),
+        (1, 1, 2, {"train.precision": "fp16-mixed"}),
         (1, 1, 1, {"train.precision": "bf16-pure", "optim.rounding": "kahan"}),
         (2, 2, 2, {"optim.name": "muon", "optim.moments_dtype": "bf16"}),
         (1, 1, 2, {"optim.name": "muon"}),
@@ -256,7 +258,8 @@ def require_static_memory_of_buckets(settings: Settings, tp: int, pp: int, dp: i
         buckets = optimizer.store.buckets
         sizes = {
             "parameters": [bucket.values for bucket in buckets],
-            "masters": [bucket.remainder for bucket in buckets if bucket.remainder is not None],
+            "masters": [bucket.remainder for bucket in buckets if bucket.remainder is not None]
+            + [bucket.own_values for bucket in buckets if bucket.own_values.dtype != bucket.values.dtype],
             "moments": [x for state in optimizer.states for x in state.values()],
             "gradients": [bucket.gradients for bucket in buckets]
             + [bucket.own_gradient for bucket in buckets if bucket.own_gradient is not bucket.gradients],

@@ -99,7 +99,7 @@ def train_refusing(rank, ranks, recipe, overrides, refused):
 
     def computing(state, *rest, **others):
         current[:] = [state.step]
-        return step(state, *rest)
+        return step(state, *rest, **others)
 
     def judging(*arguments):
         verdict = judge(*arguments)

@@ -1,7 +1,11 @@
 """bf16 training follows fp32 training, where its updates are not lost."""
 
+import json
+
 import pytest
 
+from megagap.optim.loss_scale import LARGEST
+from megagap.training import step as training_step
 from tests.recipes import write_recipe, write_tokens
 from tests.training_run import train_recipe
 
@@ -60,3 +64,30 @@ def test_layouts_train_like_one_process_within_rounding(workers, tmp_path, preci
         for ours, one in zip(metrics, whole, strict=True):
             assert ours["loss"] == pytest.approx(one["loss"], rel=1e-3), layout
             assert ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2), layout
+
+
+def train_and_overflow(rank, ranks, recipe, overrides, at):
+    """With a factor at step ``at`` that is too large."""
+    begin = training_step.compute_gradients
+
+    def computing(state, *rest, **others):
+        if state.step == at and not others:
+            state.optimizer.loss_scale.value.fill_(LARGEST)
+        return begin(state, *rest, **others)
+
+    training_step.compute_gradients = computing
+    try:
+        return train_recipe(rank, ranks, recipe, overrides)
+    finally:
+        training_step.compute_gradients = begin
+
+
+@pytest.mark.parametrize("stops", [["run.stop_after=4"], ["train.steps=4"]], ids=["a stop", "the end"])
+def test_an_overflow_of_fp16_in_the_last_step_neither_fails_a_run_nor_costs_its_checkpoint(workers, tmp_path, stops):
+    recipe = write_recipe(tmp_path, train=dict(precision="fp16-mixed"), model=dict(num_hidden_layers=2))
+    (metrics,) = workers.run(1, train_and_overflow, recipe, stops, 4)
+    assert [m["skipped"] for m in metrics] == [False, False, False, True]
+    assert (tmp_path / "run/checkpoints/step_00000004/index.json").exists()
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (skipped,) = [event for event in events if event["event"] == "skipped_step"]
+    assert "overflowed fp16" in skipped["reason"]

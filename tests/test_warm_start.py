@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.launching import is_alive, wait_until
-from tests.warm_start import python
+from tests.warm_start import ENVIRONMENT, python
 
 PROGRAM = """
 import json, os, sys
@@ -21,7 +21,7 @@ sys.exit(7)
 @pytest.mark.parametrize("arguments", [["program.py", "a b", ""], ["-m", "program", "x"]], ids=["script", "module"])
 def test_a_program_sees_what_it_would_see_without_but_torch_is_imported(arguments, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {"GIVEN": "caf\udce9", "PYTHONPATH": str(tmp_path / "more")}
+    environment = ENVIRONMENT | {"GIVEN": "caf\udce9", "PYTHONPATH": str(tmp_path / "more")}
     options = dict(cwd=tmp_path, env=environment, umask=0o27, input="in", text=True)
     warm, cold = (
         subprocess.run([start, *arguments], capture_output=True, **options) for start in (python(), sys.executable)
@@ -33,7 +33,7 @@ def test_a_program_sees_what_it_would_see_without_but_torch_is_imported(argument
 @pytest.mark.parametrize("environment", [{"OMP_NUM_THREADS": "3"}, {"PYTHONUTF8": "1"}], ids=str)
 def test_what_libraries_read_as_they_are_imported_makes_a_program_start_without(environment, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {"GIVEN": ""} | environment
+    environment = ENVIRONMENT | {"GIVEN": ""} | environment
     done = subprocess.run([python(), "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stderr == "False False\n" and done.returncode == 7
 

@@ -40,6 +40,7 @@ def test_every_step_has_the_keys_of_the_contract(workers, tmp_path):
 
 def test_the_page_on_metrics_lists_every_key_and_no_other(workers, tmp_path, tokenizer_folder):
     train = {"steps": 2, "evaluate_every": 2, "evaluate_samples": 2, "evaluate_first": True, "z_loss": 1e-4}
+    train |= {"precision": "fp16-mixed"}
     guard = {"spikes": "report", "hash_every": 1, "replay_every": 2}
     # Of a byte-level BPE, so that the bytes of its tokens are known.
     data = {"tokenizer": str(tokenizer_folder)}

@@ -14,7 +14,8 @@ import time
 
 SETTINGS = ("OMP_", "MKL_", "KMP_", "ATEN_", "TORCH", "PYTORCH", "CUDA", "HF_", "TRANSFORMERS_", "MPL", "XDG_", "HOME")
 SETTINGS += ("PYTHON", "LD_", "LC_", "LANG", "TZ")
-CHANGEABLE = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # the second is set by torch itself
+CHANGEABLE = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "TORCH_WARM_POOL")
+"""Taken on by each program: the first by the server, the others by torch, which sets them itself where it compiles."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -163,7 +163,8 @@ def faults() -> Iterator[tuple[str, tuple, type[Exception]]]:
     yield name, (*bf16[:-1], remainder[1:]), ValueError
     yield name, (*bf16[:-2], place, remainder), ValueError
     yield name, (update[0], update[1].bfloat16(), *update[2:]), TypeError
-    yield name, (update[0], update[1].bfloat16(), update[2].bfloat16(), *update[3:]), TypeError
+    yield name, (update[0], update[1].half(), update[2].half(), *update[3:]), TypeError
+    yield name, (update[0], update[1].bfloat16(), update[2].bfloat16(), *update[3:]), NotImplementedError  # to nearest
     yield name, (update[0].half(), *update[1:]), NotImplementedError
 
 

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagap.ops.adjacent import as_one
-from megagap.ops.wide import wide_dtype
 from megagap.parallel.collectives import Pending, all_gather_async, all_reduce_async, reduce_scatter_async
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Axis, Mesh
@@ -250,9 +249,9 @@ def column_parallel(x: Tensor, *layers: ColumnParallelLinear, again: Again | Non
 
 
 def _packing_pays(x: Tensor) -> bool:
-    """Whether packed weights are multiplied as one. Not in half precision on a CPU: a step took up to 2 % longer by
-    measurement (docs/performance.md), as weight gradients whose sum is fp32 are computed one by one there anyway."""
-    return x.is_cuda or x.dtype == wide_dtype(x.dtype)
+    """Whether packed weights are multiplied as one. Not on a CPU, where a step took 1 to 2 % longer by measurement
+    (docs/performance.md), but for float64: so what layouts are compared in there is what GPUs do."""
+    return x.is_cuda or x.dtype == torch.float64
 
 
 class _ColumnProducts(torch.autograd.Function):

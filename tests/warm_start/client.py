@@ -24,6 +24,11 @@ def settings_of(environment):
     return {name: value for name, value in environment.items() if name.startswith(SETTINGS) and name not in CHANGEABLE}
 
 
+def ignored():
+    """Signals that a program would ignore from the start, such as SIGHUP under nohup."""
+    return [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
+
+
 def limits():
     return {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
 
@@ -43,11 +48,11 @@ def connect(path):
 def main():
     python, path, *arguments = sys.argv[1:]
     is_program = arguments and (arguments[0] == "-m" or not arguments[0].startswith("-"))
-    ignores = any(signal.getsignal(number) == signal.SIG_IGN for number in PASSED_ON)
-    if not is_program or ignores or any(map(os.isatty, range(3))):
+    if not is_program or any(map(os.isatty, range(3))):
         os.execv(python, [python, *arguments])
     os.umask(umask := os.umask(0))
     request = dict(arguments=arguments, folder=os.getcwd(), environment=dict(os.environ), umask=umask, limits=limits())
+    request["ignored"] = ignored()
     content = json.dumps(request).encode()
     server = connect(path)
     socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])

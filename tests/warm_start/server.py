@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from client import settings_of
+from client import ignored, settings_of
 
 LIBRARIES = (
     *("numpy", "torch", "torch.distributed", "torch.distributed.run", "torch.profiler", "safetensors.torch"),
@@ -29,7 +29,7 @@ class Server:
     """Forks a program per client, and tells it how that ended."""
 
     def __init__(self, path: str, lifeline: int) -> None:
-        self.settings = settings_of(os.environ)
+        self.settings, self.ignored = settings_of(os.environ), ignored()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
         self.listener.listen(64)
@@ -58,7 +58,7 @@ class Server:
         size, streams, _, _ = socket.recv_fds(client, 8, 3)
         with client.makefile("rb") as sent:
             request: Request = json.loads(sent.read(int.from_bytes(size, "big")))
-        if settings_of(request["environment"]) != self.settings:
+        if settings_of(request["environment"]) != self.settings or request["ignored"] != self.ignored:
             pid = 0
         elif (pid := os.fork()) == 0:
             for number, stream in enumerate(streams):

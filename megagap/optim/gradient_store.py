@@ -163,12 +163,11 @@ class Bucket:
         self.values, self.gradients = values, gradients
         length = self.values.numel() // self.shard.size
         self.own = slice(self.shard.rank * length, (self.shard.rank + 1) * length)
-        self.own_values = values.new_zeros(length) if sharding.parameters else values[self.own]
+        self.own_values, self.remainder = self._fill(exact)
         if gradients is not None and self.shard.size == 1:
             self.own_gradient = gradients
         else:
             self.own_gradient = values.new_zeros(length, dtype=gradient_dtype)
-        self.remainder = self._fill(exact)
         self.microbatches_reduced = 0
         """Those that have reported for all of its parameters, of this step."""
         self.holds_sum = False
@@ -181,25 +180,24 @@ class Bucket:
         self._reduction: dist.Work | Pending | None = None
         self._gathering: dist.Work | None = None
 
-    def _fill(self, exact: bool) -> Tensor | None:
-        """Take over the parameters' initial values; the remainder of this rank's masters, if they have one."""
+    def _fill(self, exact: bool) -> tuple[Tensor, Tensor | None]:
+        """Take over the parameters' initial values. Returns this rank's slice, and the remainder of its masters if they
+        have one."""
         initial = self.values
         if self.values.dtype == torch.float16 or (exact and self.values.dtype == torch.bfloat16):
             initial = torch.zeros_like(self.values, dtype=torch.float32)
         for place, here, there in self._parts(slice(0, self.values.numel())):
             initial[here].copy_(place.parameter.detach().reshape(-1)[there])
-        remainder = None
         if self.values.dtype == torch.float16:
             self.values.copy_(initial)
-            self.own_values = initial[self.own].clone()
-            return None
+            return initial[self.own].clone(), None
+        remainder = None
         if initial is not self.values:
             whole = torch.empty_like(self.values, dtype=torch.int16)
             split_(initial, self.values, whole)
             remainder = whole[self.own].clone()
-        if self.sharding.parameters:
-            self.own_values.copy_(self.values[self.own])
-        return remainder
+        own = self.values[self.own]
+        return own.clone() if self.sharding.parameters else own, remainder
 
     def _parts(self, within: slice) -> Iterator[tuple[_Place, slice, slice]]:
         """For each parameter with elements in a part of the bucket: where they are in the bucket, and in itself."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 INITIAL, LARGEST = 2.0**16, 2.0**24
 MARGIN = 16
+"""Of :meth:`NoLossScale.cautious`."""
 INTERVAL = 2000
 """Steps without overflow after which the factor doubles."""
 

@@ -31,9 +31,10 @@ def test_a_part_of_the_sample_trains_like_one_process(case, workers, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SAMPLE[1::6], ids=layout_name)
-def test_mixed_precision_stays_within_its_envelope(case, workers, tmp_path):
-    recipe = write_case(tmp_path, case | {"train.steps": 6, "train.precision": "bf16-mixed"})
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-pure", "fp16-mixed"])
+@pytest.mark.parametrize("case", SAMPLE[1::12], ids=layout_name)
+def test_sixteen_bits_stay_within_their_envelope(case, precision, workers, tmp_path):
+    recipe = write_case(tmp_path, case | {"train.steps": 6, "train.precision": precision})
     assert Comparison(workers).check(recipe, ranks_of(case), differentiates=False) is None
 
 

@@ -333,6 +333,12 @@ def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
         yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
+def _local_checkpoints_have_a_place(v: Lookup) -> Iterator[Fault]:
+    if v("checkpoint.local_every") and not v("checkpoint.local_dir"):
+        message = "needs a folder on each node's own disk: set checkpoint.local_dir to it"
+        yield Fault("checkpoint.local_every", v("checkpoint.local_every"), message)
+
+
 def _cooldown_decays(v: Lookup) -> Iterator[Fault]:
     if v("checkpoint.load_mode") != "cooldown":
         return
@@ -438,6 +444,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation_has_data,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
+    _local_checkpoints_have_a_place,
     _cooldown_decays,
     _compiler_chooses,
     _spikes_are_looked_for,

@@ -228,6 +228,11 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: Count = 0
     """Newest checkpoints to keep; 0: all."""
+    local_every: Count = 0
+    """Steps between checkpoints on the nodes' own disks, with a copy of each node's part on another node; 0: none."""
+    local_dir: str = ""
+    """Where they are, a folder on each node's own disk; `$NAME` stands for a variable of the node's environment. A
+    start looks here, too, for the newest checkpoint. "": nowhere."""
     load: str = "latest"
     """`latest`: continue from this run's newest checkpoint; a folder: start a new run from it; "": from scratch."""
     load_mode: Literal["continue", "model", "model+data", "model+optimizer+data", "cooldown"] = "continue"

@@ -7,6 +7,7 @@ RUN/
   events.jsonl       append-only              status.json        state, step, message
   spans/             of every rank, where run.spans is set
   guard/             batches of bad steps
+  lineage.json       its id and starts, where checkpoints are on other disks, too
   config_before_step_00000100.toml            config.toml of the starts before, where a restart changed a setting
 """
 
@@ -70,6 +71,8 @@ class RunDirectory:
         self._lock: Lock | None = None
         self._folder: os.stat_result | None = None
         """The directory that was opened; later another one may have its name."""
+        self.local: Path | None = None
+        """This node's folder of checkpoints on its own disk, if the run has such."""
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +89,10 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run."""
+        return checkpoint.parent in (self.checkpoints, self.local)
 
     @property
     def is_open(self) -> bool:

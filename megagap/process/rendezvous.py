@@ -141,6 +141,16 @@ def warn_of_several_runs(environment: Mapping[str, str] = os.environ) -> None:
         log.warning("srun has started %d tasks, this run has the processes of one: was torchrun given --nnodes?", tasks)
 
 
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What the processes of one node have in common: torchrun's number of it; without torchrun, the host."""
+    return environment.get("GROUP_RANK", "").strip() or socket.gethostname()
+
+
+def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this run's processes before, and starts them again after a failure."""
+    return UNDER_TORCHRUN in environment and _count(environment, "TORCHELASTIC_RESTART_COUNT") > 0
+
+
 def _count(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0

@@ -3,10 +3,11 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
-from megagap.checkpoint.save import step_folder_name
+from megagap.checkpoint.local import LocalTier
+from megagap.checkpoint.save import step_folder_name, step_of
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
 from megagap.config import Settings
 from megagap.data.agreement import Ids, differing, is_extension
@@ -19,6 +20,7 @@ from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
+from megagap.process.rendezvous import node_name, was_restarted
 from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
 from megagap.resume.differences import Change
 from megagap.resume.start import Start
@@ -32,9 +34,28 @@ log = logging.getLogger(__name__)
 
 def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
-    settings = state.settings
     folder = run.checkpoints / step_folder_name(state.step)
-    moment = state.moment
+    slices, saved = state.optimizer.slices(owned_only=True), describe(state, data)
+    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+    run.event("checkpoint", folder=folder.name)
+    log.info("checkpoint %s", folder)
+
+
+def save_locally(state: TrainState, run: RunDirectory, data: TrainingData, tier: LocalTier) -> None:
+    """Write the same to the nodes' disks. Where that fails, it is logged and recorded: training goes on."""
+    try:
+        folder = tier.save(state.step, state.optimizer.slices(owned_only=True), describe(state, data))
+    except CheckpointError as error:
+        log.warning("%s", error.args[0])
+        run.event("local_checkpoint_failed", reason=error.args[0])
+    else:
+        run.event("local_checkpoint", folder=str(folder))
+        log.info("local checkpoint %s", folder)
+
+
+def describe(state: TrainState, data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: progress, settings, and what the data are."""
+    settings, moment = state.settings, state.moment
     progress = Progress(
         step=state.step,
         updates=state.optimizer.updates,
@@ -43,7 +64,6 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
         schedule_origin=state.timeline.schedules[-1].origin,
         last_sample=last_sample(settings, moment.consumed_samples),
     )
-    slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["recipe_rope_theta"] = settings.model.rope_theta
     saved["loss_scale"] = state.optimizer.loss_scale.state()
@@ -52,9 +72,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
     if data.ids is not None:
         saved["ids"] = data.ids.record()
-    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
-    run.event("checkpoint", folder=folder.name)
-    log.info("checkpoint %s", folder)
+    return saved
 
 
 def drop_old(settings: Settings, run: RunDirectory) -> None:
@@ -63,8 +81,21 @@ def drop_old(settings: Settings, run: RunDirectory) -> None:
         prune(run.checkpoints, settings.checkpoint.keep)
 
 
-def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:
-    """The checkpoint that the settings ask to load; None for a fresh run. The same on every rank.
+def open_local_tier(settings: Settings, run: RunDirectory, mesh: Mesh) -> LocalTier | None:
+    """The run's checkpoints on the nodes' disks, if ``checkpoint.local_dir`` says where. Collective; raises as
+    :meth:`LocalTier.open`."""
+    if not settings.checkpoint.local_dir:
+        return None
+    tier = LocalTier.open(settings.checkpoint.local_dir, run.path, node_name(), mesh)
+    run.local = tier.folder
+    if settings.checkpoint.local_every:
+        log.log(logging.WARNING if tier.is_shared else logging.INFO, "%s", tier.note())
+    return tier
+
+
+def find_source(settings: Settings, run: RunDirectory, mesh: Mesh, tier: LocalTier | None = None) -> Path | None:
+    """The checkpoint that the settings ask to load; None for a fresh run. Of the same step on every rank: that of the
+    run, in its directory or on the nodes' disks, which is newest.
 
     Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
     """
@@ -77,20 +108,32 @@ def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | Non
         except MegagapError as error:
             found = error
     found = cast("Path | MegagapError | None", communicator.broadcast(found))
+    shared = step_of(found) if isinstance(found, Path) and run.owns(found) else -1
+    # A directory whose checkpoints are all damaged may still go on from the nodes' disks; not one that was refused.
+    if tier is not None and not isinstance(found, ConfigError) and (local := tier.newest(after=shared)) is not None:
+        _refuse_a_start_anew(settings, run)
+        return local
     if isinstance(found, MegagapError):
         raise found
     return found
 
 
-def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
-    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
-    if own is not None and not wanted:
+def _refuse_a_start_anew(settings: Settings, run: RunDirectory) -> None:
+    """Raises :class:`ConfigError` where the run is to start from the beginning and has checkpoints; after a failure,
+    torchrun gives the command that began it again."""
+    if settings.checkpoint.load == "" and not was_restarted():
         raise ConfigError(
             f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
             '  choose another run.dir, or checkpoint.load = "latest" to resume.'
         )
+
+
+def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
+    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
+    if own is not None and not wanted:
+        _refuse_a_start_anew(settings, run)
     if own is not None:
-        if wanted != "latest":
+        if wanted not in ("", "latest"):
             log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
         return own
     return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
@@ -105,7 +148,7 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
     """
     if source is None:
         return 0
-    index, mode = Index.read(source), _mode(settings, run, source)
+    index, mode = _read_index(source, run), _mode(settings, run, source)
     if mode == "model":
         same_gain_scale = {"norm_gain_scale": settings.model.norm_gain_scale}
         refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
@@ -122,7 +165,7 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
 
 def _mode(settings: Settings, run: RunDirectory, source: Path) -> str:
     """``checkpoint.load_mode``, which is about the checkpoints of other runs: a run continues from its own."""
-    return "continue" if source.parent == run.checkpoints else settings.checkpoint.load_mode
+    return "continue" if run.owns(source) else settings.checkpoint.load_mode
 
 
 def refuse_short_branch(saved: RunState, settings: Settings, source: Path) -> None:
@@ -136,8 +179,16 @@ def refuse_short_branch(saved: RunState, settings: Settings, source: Path) -> No
         )
 
 
-def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
-    """Load ``source``, which :func:`require_loadable` accepted, in whatever layout it was written.
+def _read_index(source: Path, run: RunDirectory) -> Index:
+    """On its own disk a node has some of the files, and fetches others that it needs."""
+    return Index.read(source, whole=source.parent != run.local)
+
+
+def load(
+    state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None, tier: LocalTier | None = None
+) -> Start:
+    """Load ``source``, which :func:`require_loadable` accepted, in whatever layout it was written. ``tier``: whose
+    checkpoint it is, if it is on the nodes' disks.
 
     Raises :class:`CheckpointError` if it is damaged, and :class:`DataError` if a data set is not what it was.
     """
@@ -145,18 +196,20 @@ def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path 
         return Start()
     if _mode(state.settings, run, source) == "model":
         return load_weights(state, run, data, source)
+    if tier is not None and source.parent == run.local:
+        tier.fetch(state.optimizer.slices(owned_only=False))
     return resume(state, run, data, source)
 
 
 def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
     """The run continues from the folder's step, with all that ``checkpoint.load_mode`` asks for."""
-    index = Index.read(folder)
+    index = _read_index(folder, run)
     saved = read_run(folder, index)
     refuse_rebuilt_data(saved, data, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings)
     changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
     log_model_changes(changes, run, folder)
-    is_own, mode = folder.parent == run.checkpoints, _mode(state.settings, run, folder)
+    is_own, mode = run.owns(folder), _mode(state.settings, run, folder)
     has_moments = mode != "model+data"
     slices = state.optimizer.slices(owned_only=False)
     may_grow = vocabulary_tensors(state.settings.model)

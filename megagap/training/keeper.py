@@ -4,10 +4,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
+from megagap.checkpoint.lineage import Lineage
+from megagap.checkpoint.local import LocalTier
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.observe.run_directory import RunDirectory
-from megagap.resume.persistence import drop_old, save
+from megagap.resume.persistence import drop_old, save, save_locally
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
 from megagap.training.stop_requests import warn_of_short_grace
@@ -18,8 +20,20 @@ log = logging.getLogger(__name__)
 class CheckpointKeeper:
     """Writes a run's checkpoints and removes old ones; neither while the weights are not fit to be kept."""
 
-    def __init__(self, state: TrainState, run: RunDirectory, data: TrainingData, skipped: SkippedSteps) -> None:
-        self.state, self.run, self.data, self.skipped = state, run, data, skipped
+    def __init__(
+        self,
+        state: TrainState,
+        run: RunDirectory,
+        data: TrainingData,
+        skipped: SkippedSteps,
+        tier: LocalTier | None = None,
+    ) -> None:
+        """``tier``: of checkpoints on the nodes' disks, if the run has such."""
+        self.state, self.run, self.data, self.skipped, self.tier = state, run, data, skipped, tier
+        if run.is_writer:
+            Lineage.record_start(run.path, state.step)
+        if tier is not None:
+            tier.begin(state.step)
         self.withheld: str | None = None
         """Why the last due checkpoint has not been written yet."""
         self._untried: int | None = None
@@ -53,6 +67,17 @@ class CheckpointKeeper:
             log.warning("no checkpoint at step %d: %s", self.state.step, reason)
         self.withheld = reason
         return reason is None
+
+    def save_locally_if_fit(self, batch: Batch) -> None:
+        """Write this step's checkpoint to the nodes' disks unless :func:`unfit`: the next one is soon due. All numbers
+        must be known. Raises :class:`DataError` if the run directory is gone."""
+        assert self.tier is not None
+        self.run.require_in_place()
+        reason = unfit(self.state, batch, self.skipped, {})
+        if reason is None:
+            save_locally(self.state, self.run, self.data, self.tier)
+        else:
+            log.warning("no local checkpoint at step %d: %s", self.state.step, reason)
 
     def drop_old(self) -> None:
         """All but those that the settings keep."""

@@ -3,6 +3,7 @@
 import logging
 from contextlib import closing
 
+from megagap.checkpoint.local import LocalTier
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
@@ -19,7 +20,7 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import find_source, load, require_loadable
+from megagap.resume.persistence import find_source, load, open_local_tier, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
@@ -37,12 +38,13 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
-    source = find_source(settings, run, mesh)
+    tier = open_local_tier(settings, run, mesh)
+    source = find_source(settings, run, mesh, tier)
     schedule_origin = require_loadable(settings, run, source)
     timeline = timeline_of(settings, schedule_origin)
     data, held_out = training_data(settings, timeline), validation_data(settings)
     state = build_state(settings, mesh, timeline)
-    start = load(state, run, data, source)
+    start = load(state, run, data, source, tier)
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
@@ -51,11 +53,16 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
 
     state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
     with make_loader(settings, mesh, data) as loader, closing(state.spans):
-        train_from(start, state, loader, held_out, run)
+        train_from(start, state, loader, held_out, run, tier)
 
 
 def train_from(
-    start: Start, state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory
+    start: Start,
+    state: TrainState,
+    loader: MicrobatchLoader,
+    held_out: ValidationData,
+    run: RunDirectory,
+    tier: LocalTier | None = None,
 ) -> None:
     """Run the remaining steps."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
@@ -72,7 +79,7 @@ def train_from(
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
     stopping = False
-    keeper = CheckpointKeeper(state, run, loader.data, skipped)
+    keeper = CheckpointKeeper(state, run, loader.data, skipped, tier)
 
     if settings.train.evaluate_first and state.step == 0 and held_out.windows:
         stopping = try_to_evaluate(state, held_out, recorder, requests) is None
@@ -103,6 +110,10 @@ def train_from(
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None
                 run.status("running")
+        elif due(settings.checkpoint.local_every, state.step):
+            with recorder.pause():
+                recorder.sync()
+                keeper.save_locally_if_fit(batch)
 
     recorder.close()
     if state.step == steps and keeper.withheld:

@@ -54,6 +54,9 @@ CONFIG, ENVIRONMENT, EVENTS, LOCK, STATUS = "config.toml", "environment.json", "
 LOCK_SECONDS = 10.0
 """How long a second run waits for the first to leave the directory."""
 
+LOST_SECONDS = 1.0
+"""How long another rank waits for the lock of a writer that may have died."""
+
 State = Literal["running", "finished", "preempted", "failed"]
 
 
@@ -264,8 +267,12 @@ class RunDirectory:
     def fail(self, message: str) -> None:
         """Record a failure, in each of its two places that can be written.
 
-        A start that was refused leaves the status of the start before as it is; a run that has ended stays so.
+        A start that was refused leaves the status of the start before as it is; a run that has ended stays so. Another
+        rank than the writer records it if that one is gone without a word.
         """
+        if not self.is_writer:
+            self._fail_for_lost_writer(message)
+            return
         if self._has_ended:
             return
         try:
@@ -273,6 +280,24 @@ class RunDirectory:
                 self.status("failed", message)
         finally:
             self.event("failure", message=message)
+
+    def _fail_for_lost_writer(self, message: str) -> None:
+        """On another rank. The system releases a dead writer's lock."""
+        if not self.has_begun:
+            return
+        with suppress(LockedError):
+            self._lock = Lock(self.path / LOCK, wait=LOST_SECONDS)
+        if self._lock is None:
+            return
+        try:
+            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
+            if self._lock.is_enforced and status["state"] == "running":  # not one that a restart has begun meanwhile
+                self.status("failed", message)
+                self.event("failure", message=message)
+        except (ValueError, LookupError, TypeError):
+            pass  # a status that nobody can read says nothing false
+        finally:
+            self.close()
 
     def _write(self, name: str, text: str) -> None:
         with writing(self.path / name):

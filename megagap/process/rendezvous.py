@@ -151,6 +151,11 @@ def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:
     return UNDER_TORCHRUN in environment and _count(environment, "TORCHELASTIC_RESTART_COUNT") > 0
 
 
+def is_one_of_several_nodes(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this run's processes on several nodes."""
+    return UNDER_TORCHRUN in environment and _count(environment, "GROUP_WORLD_SIZE") > 1
+
+
 def _count(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0

@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from megagap.config import Settings
 from megagap.observe.run_directory import RunDirectory
+from megagap.process.rendezvous import is_one_of_several_nodes
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ ahead of the device, reads the sum over all ranks a step later, and has queued a
 
 GRACE_SECONDS = 30.0
 """What torchrun (and Slurm, by default) leaves between SIGTERM and SIGKILL."""
+
+OWN_SIGNAL_SECONDS = 3.0
+"""How much later than another node torchrun may signal this one: its agents look for each other ten times a second."""
 
 GRACE_SETTING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
@@ -110,6 +114,13 @@ class Requests:
         if is_last:
             self.reason = self.reason or "run.stop_after"
         return is_last
+
+    def await_own(self) -> None:
+        """After a stop that processes of another node asked for: wait for the same signal. torchrun, which restarts all
+        nodes when one joins them, would take the end of a node that it has not signalled yet for the end of the run."""
+        deadline = time.monotonic() + OWN_SIGNAL_SECONDS
+        while is_one_of_several_nodes() and not self.poll()[0] and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def saved(self) -> None:
         """A checkpoint was written. A request that cannot be removed is not answered again at every step."""

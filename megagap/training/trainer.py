@@ -120,6 +120,7 @@ def train_from(
         raise diverged_at_end(recorder, keeper.withheld, state.step)
     if state.step < steps:
         record_stop(run, requests.reason or "a request to another rank", state, keeper.withheld)
+        requests.await_own()
     else:
         keeper.drop_old()
         run.event("finish")

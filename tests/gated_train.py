@@ -1,7 +1,7 @@
-"""``megagap.train`` that waits at gates: ``python -m tests.gated_train STEP,STEP,... RECIPE ...``.
+"""``megagap.train`` that waits at gates: ``GATES=STEP,STEP,... python -m tests.gated_train RECIPE ...``.
 
 Behind each of these steps every rank waits until the file ``gate_STEP`` is beside the run directory; rank 0 leaves
-``waits_STEP`` there meanwhile. So a test does what it does to a run at that step, and not at another one.
+``waits_STEP``, with its process id, there meanwhile. So a test does what it does to a run at that step, and at no other.
 """
 
 if __name__ == "__main__":
@@ -26,7 +26,7 @@ def wait_at(gates: set[int]) -> None:
         folder = self.run.path.parent
         while step in gates and not (folder / f"gate_{step}").exists():
             if os.environ.get("RANK", "0") == "0":
-                (folder / f"waits_{step}").touch()
+                (folder / f"waits_{step}").write_text(str(os.getpid()))
             time.sleep(0.05)
         return step_done(self, step, *rest)
 
@@ -34,5 +34,5 @@ def wait_at(gates: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    wait_at({int(step) for step in sys.argv[1].split(",")})
-    run_tool(lambda: main(sys.argv[2:]))
+    wait_at({int(step) for step in os.environ["GATES"].split(",")})
+    run_tool(lambda: main(sys.argv[1:]))

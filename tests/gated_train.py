@@ -1,7 +1,7 @@
 """``megagap.train`` that waits at gates: ``GATES=STEP,STEP,... python -m tests.gated_train RECIPE ...``.
 
 Behind each of these steps every rank waits until the file ``gate_STEP`` is beside the run directory; rank 0 leaves
-``waits_STEP``, with its process id, there meanwhile. So a test does what it does to a run at that step, and at no other.
+``waits_STEP``, with its process id, there meanwhile. So what a test does to a run is done at that step, at no other.
 """
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megagap.checkpoint import node_folders
+from megagap.checkpoint.file_exchange import Transfer, exchange_files
 from megagap.checkpoint.index import INDEX_NAME, Index, StoredFile
 from megagap.checkpoint.lineage import Lineage
 from megagap.checkpoint.load import files_of
@@ -34,9 +35,8 @@ from megagap.checkpoint.save import (
     step_of,
 )
 from megagap.errors import CheckpointError, ConfigError, MegagapError, system_reason
-from megagap.files import publish, require_writable_folder, write_bytes, write_text
+from megagap.files import partial_name, publish, require_writable_folder, write_bytes, write_text
 from megagap.parallel.communicator import DistributedCommunicator
-from megagap.parallel.file_exchange import Transfer, exchange_files
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Slice
 
@@ -104,6 +104,8 @@ class LocalTier:
     mesh: Mesh
     is_shared: bool = False
     """Whether nodes see each other's folders: copies would be of no use."""
+    marks: set[str] = field(default_factory=set)
+    """What the nodes of this start have written into their folders."""
     found: Found | None = None
     """What :meth:`newest` has chosen."""
     communicator: DistributedCommunicator = field(init=False)
@@ -162,12 +164,16 @@ class LocalTier:
                 f"checkpoint.local_dir {directory} cannot be used {'; '.join(faults)}\n"
                 '  it must be a folder that each node can write; "" for none.'
             )
+        self.marks = {mark for mark, _ in told}
         seen = 0
         if self.is_leader:
-            marks = {mark for mark, _ in told}
-            seen = sum(_text(folder / node_folders.IN_USE) in marks for folder in node_folders.node_folders(self.root))
+            seen = sum(self._is_in_use(folder) for folder in node_folders.node_folders(self.root))
         counts = cast("list[int]", self.communicator.gather(seen) or [])
         self.is_shared = bool(self.communicator.broadcast(max(counts, default=0) > 1))
+
+    def _is_in_use(self, folder: Path) -> bool:
+        """Whether a node of this start writes there, as far as this node sees."""
+        return _text(folder / node_folders.IN_USE) in self.marks
 
     @property
     def copies(self) -> bool:
@@ -213,10 +219,8 @@ class LocalTier:
                 total[part.key] = part.total
         for key in present:
             if len(present[key]) < total[key]:
-                log.warning(
-                    "the local checkpoint of step %d is not used: of its %d files the nodes have %d",
-                    key.step, total[key], len(present[key]),
-                )  # fmt: skip
+                missing = total[key] - len(present[key])
+                log.warning("the local checkpoint of step %d lacks %d of %d files", key.step, missing, total[key])
         whole = [key for key in present if len(present[key]) == total[key]]
         return sorted(whole, key=lambda key: (-key.step, key.index))
 
@@ -287,16 +291,17 @@ class LocalTier:
                     faults.append(f"cannot write {folder / name} on {socket.gethostname()}: {system_reason(error)}")
 
         def path_of(name: str) -> Path:
-            return self.root / own[name] / name if name in own else folder / name
+            return self.root / own[name] / name if name in own else partial_name(folder / name)
 
         faults += filter(None, [exchange_files(transfers, self.mesh, path_of)])
         for transfer in transfers:
             if transfer.receiver == self.rank:
                 try:
-                    node_folders.verify_file(folder, found.index, transfer.name)
-                except CheckpointError as error:
-                    (folder / transfer.name).unlink(missing_ok=True)
-                    faults.append(str(error.args[0]))
+                    node_folders.verify_file(path_of(transfer.name), found.index, transfer.name)
+                    publish(path_of(transfer.name), folder / transfer.name)
+                except (CheckpointError, OSError) as error:
+                    path_of(transfer.name).unlink(missing_ok=True)
+                    faults.append(_describe(error))
         self._raise_everywhere("; ".join(faults) or None)
         if transfers:
             log.info("fetched %d files of the local checkpoint of step %d", len(transfers), found.key.step)
@@ -317,8 +322,8 @@ class LocalTier:
                     if own[name] != in_place:
                         moves.setdefault(node, []).append(name)
                     continue
-                senders = [rank for other, files in sorted(holders.items()) if name in files
-                           for rank in self.nodes.ranks(other)]  # fmt: skip
+                nodes = [other for other, files in sorted(holders.items()) if name in files]
+                senders = [rank for other in nodes for rank in self.nodes.ranks(other)]
                 transfers.append(
                     Transfer(name, sizes[name], senders[number % len(senders)], ranks[number % len(ranks)])
                 )
@@ -402,7 +407,7 @@ class LocalTier:
             for transfer in transfers:
                 if transfer.receiver == self.rank and not faults:
                     try:
-                        node_folders.verify_file(partial, index, transfer.name)
+                        node_folders.verify_file(partial / transfer.name, index, transfer.name)
                     except CheckpointError as error:
                         faults.append(str(error.args[0]))
         return f"rank {self.rank}: {'; '.join(faults)}" if faults else None
@@ -411,13 +416,9 @@ class LocalTier:
         """All but the newest steps; once there are so many, also folders of nodes that no longer write here."""
         steps = step_folders(self.folder)
         doomed = steps[:-KEPT]
-        if len(steps) >= KEPT and not self.is_shared:
-            doomed += [
-                step
-                for other in node_folders.node_folders(self.root)
-                if other != self.folder
-                for step in step_folders(other)
-            ]
+        if len(steps) >= KEPT:
+            others = [other for other in node_folders.node_folders(self.root) if not self._is_in_use(other)]
+            doomed += [step for other in others for step in step_folders(other)]
         self._remove(doomed)
 
     def _remove(self, folders: Iterable[Path]) -> None:
@@ -444,7 +445,7 @@ def _intact(index: Index, name: str, folders: Iterable[Path]) -> Path | None:
     for folder in folders:
         if (folder / name).exists():
             try:
-                node_folders.verify_file(folder, index, name)
+                node_folders.verify_file(folder / name, index, name)
                 return folder
             except CheckpointError as error:
                 log.warning("not used: %s", error.args[0])

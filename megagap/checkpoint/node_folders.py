@@ -102,19 +102,22 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def verify_file(folder: Path, index: Index, name: str) -> None:
-    """Compare every byte of a file with the index. Raises :class:`CheckpointError`."""
+def verify_file(path: Path, index: Index, name: str) -> None:
+    """Compare every byte of ``path`` with what the index says of the file ``name``. Raises :class:`CheckpointError`."""
     try:
-        with open(folder / name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            checksums = list(_checksums(index, name))
+            if len(data) != max(end for _, end, _ in checksums):
+                raise damaged(path.parent, f"{name} has {len(data):,} bytes, which is not what the index promises")
             whole = memoryview(data)
             try:
-                for begin, end, promised in _checksums(index, name):
+                for begin, end, promised in checksums:
                     if checksum(whole[begin:end]) != promised:
-                        raise damaged(folder, f"{name}, bytes {begin:,} on: the checksum does not match")
+                        raise damaged(path.parent, f"{name}, bytes {begin:,} on: the checksum does not match")
             finally:
                 whole.release()
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise damaged(folder, f"{name}: {getattr(error, 'strerror', None) or error}") from None
+        raise damaged(path.parent, f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _checksums(index: Index, name: str) -> Iterator[tuple[int, int, str]]:

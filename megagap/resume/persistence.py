@@ -111,30 +111,31 @@ def find_source(settings: Settings, run: RunDirectory, mesh: Mesh, tier: LocalTi
     shared = step_of(found) if isinstance(found, Path) and run.owns(found) else -1
     # A directory whose checkpoints are all damaged may still go on from the nodes' disks; not one that was refused.
     if tier is not None and not isinstance(found, ConfigError) and (local := tier.newest(after=shared)) is not None:
-        _refuse_a_start_anew(settings, run)
+        if shared < 0:
+            _use_own(local, settings, run)
         return local
     if isinstance(found, MegagapError):
         raise found
     return found
 
 
-def _refuse_a_start_anew(settings: Settings, run: RunDirectory) -> None:
-    """Raises :class:`ConfigError` where the run is to start from the beginning and has checkpoints; after a failure,
-    torchrun gives the command that began it again."""
+def _use_own(own: Path, settings: Settings, run: RunDirectory) -> None:
+    """Warn where the settings name another checkpoint than the run's ``own``. Raises :class:`ConfigError` where the run
+    is to start from the beginning; not after a failure, when torchrun repeats the command that did so."""
     if settings.checkpoint.load == "" and not was_restarted():
         raise ConfigError(
             f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
             '  choose another run.dir, or checkpoint.load = "latest" to resume.'
         )
+    if settings.checkpoint.load not in ("", "latest"):
+        wanted = settings.checkpoint.load
+        log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
 
 
 def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
     own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
-    if own is not None and not wanted:
-        _refuse_a_start_anew(settings, run)
     if own is not None:
-        if wanted not in ("", "latest"):
-            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
+        _use_own(own, settings, run)
         return own
     return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
 

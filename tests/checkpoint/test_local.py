@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megagap.checkpoint.local import Nodes
+from megagap.observe.run_directory import RunDirectory
+from megagap.resume.next_start import next_start
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -152,6 +155,30 @@ def test_a_folder_that_a_node_cannot_write_is_refused_by_all(workers, stopped, r
     with pytest.raises(AssertionError, match=r"ConfigError.*checkpoint\.local_dir \$TEST_DISK cannot be used"):
         go_on(workers, run)
     (run / "disk1").unlink()
+
+
+def test_a_start_from_scratch_is_refused(workers, stopped, run):
+    with pytest.raises(AssertionError, match=r'checkpoint\.load = "" starts from the beginning'):
+        go_on(workers, run, overrides=["checkpoint.load="])
+
+
+def test_what_the_next_start_does_is_said_of_local_checkpoints_too(run):
+    directory = RunDirectory(run / "run", is_writer=False)
+    assert "has no checkpoint yet" in next_start(directory)
+    (directory.local,) = (run / "disk1").glob("*/node_00001")
+    assert next_start(directory).endswith(f"to resume from {directory.local / 'step_00000002'}")
+    (directory.checkpoints / "step_00000003").mkdir(parents=True)
+    (directory.checkpoints / "step_00000003/index.json").touch()
+    assert next_start(directory).endswith(f"to resume from {directory.checkpoints / 'step_00000003'}")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "peers"),
+    [("aabb", [2, 3, 0, 1]), ("aabbc", [2, 3, 4, 4, 0]), ("abab", [1, 0, 3, 2]), ("a", [0])],
+    ids=["two of two ranks", "the last of one", "ranks by turns", "one"],
+)
+def test_each_rank_has_a_peer_on_the_next_node(nodes, peers):
+    assert [Nodes.named(nodes).peer(rank) for rank in range(len(nodes))] == peers
 
 
 def damage(file: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_run_whose_first_rank_is_killed_goes_on_by_itself_and_the_failure_is_r
     expected = workers.run(2, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", *command, "-m", "tests.gated_train", str(recipe)],
+        [sys.executable, "-m", *command, "-m", "tests.gated_train", str(recipe), "--checkpoint.load", ""],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GATES": "3"},
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -182,3 +182,16 @@ def test_a_launch_that_is_no_run_ends_with_exit_code_2_and_no_traceback(tmp_path
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and "WORLD_SIZE=0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_restart_over_several_nodes_that_would_look_for_those_before_is_warned_of(caplog):
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for store, warnings in (("True", 1), ("False", 0)):
+        caplog.clear()
+        rendezvous.warn_of_stale_addresses(torchrun | {"TORCHELASTIC_USE_AGENT_STORE": store})
+        assert len(caplog.records) == warnings
+        assert all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in record.getMessage() for record in caplog.records)
+    rendezvous.warn_of_stale_addresses(
+        torchrun | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    )
+    assert not caplog.records

@@ -68,7 +68,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 echo "launch: $own on ${GLOO_SOCKET_IFNAME:-any interface}, one of $nodes; meeting at $host:$port" >&2
 if [[ $restarts != 0 || $nodes == *:* ]]; then
-    # Else the workers of a restart look for those of the start before, which torchrun's own store still lists.
+    # Else torchrun's agents wait for each other in vain once a machine has joined.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 # exec: torchrun replaces this process, so that whatever ends the script ends it, and with it the workers.

@@ -32,7 +32,7 @@ from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.process.allocator import keep_freed_memory
 from megagap.process.interrupt import watch_interrupts
 from megagap.process.parent import UNDER_TORCHRUN, handle_interrupts
-from megagap.process.rendezvous import Process, join, warn_of_several_runs
+from megagap.process.rendezvous import Process, join, warn_of_several_runs, warn_of_shared_store
 from megagap.resume.next_start import next_start
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -52,6 +52,7 @@ def start(process: Process) -> torch.device:
     threads = chosen_threads()
     if process.rank == 0:
         warn_of_several_runs()
+        warn_of_shared_store()
     if torch.cuda.is_available():
         device = torch.device("cuda", choose_gpu(process, torch.cuda.device_count()))
         torch.cuda.set_device(device)

@@ -142,6 +142,16 @@ def warn_of_several_runs(environment: Mapping[str, str] = os.environ) -> None:
         log.warning("srun has started %d tasks, this run has the processes of one: was torchrun given --nnodes?", tasks)
 
 
+def warn_of_shared_store(environment: Mapping[str, str] = os.environ) -> None:
+    """torchrun's agents read each other's values of the start before where they share one store with the workers."""
+    shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and is_one_of_several_nodes(environment) and _count(environment, "TORCHELASTIC_MAX_RESTARTS"):
+        log.warning(
+            "torchrun may not be able to restart this run over several nodes: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on all of them"
+        )
+
+
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
     """What the processes of one node have in common: torchrun's number of it; without torchrun, the host."""
     return environment.get("GROUP_RANK", "").strip() or socket.gethostname()

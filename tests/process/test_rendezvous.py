@@ -214,3 +214,13 @@ def test_ranks_of_a_restart_meet_in_a_store_that_has_the_keys_of_those_before():
 def test_a_rank_that_never_comes_is_not_waited_for_without_end():
     with pytest.raises(RuntimeError):
         rendezvous.meet_in_used_store(Process(0, 2, 0, 2), HashStore(), timedelta(seconds=0.2))
+
+
+def test_a_store_with_which_torchrun_may_not_restart_several_nodes_is_warned_of(caplog):
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    shared, separate = {"TORCHELASTIC_USE_AGENT_STORE": "True"}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    for environment in (torchrun | separate, torchrun | shared | {"TORCHELASTIC_MAX_RESTARTS": "0"}, shared):
+        rendezvous.warn_of_shared_store(environment)
+    assert not caplog.records
+    rendezvous.warn_of_shared_store(torchrun | shared)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text

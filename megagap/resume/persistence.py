@@ -1,11 +1,13 @@
 """What a checkpoint of a run holds, and which one a run resumes from."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint import Index, find_latest, load_slices, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint.retention import VALIDATION_LOSS
 from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
 from megagap.config import Settings
@@ -30,8 +32,13 @@ from megagap.training.step import TrainState
 log = logging.getLogger(__name__)
 
 
-def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
+def save(
+    state: TrainState, run: RunDirectory, data: TrainingData, validation: Mapping[str, float] | None = None
+) -> None:
+    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates.
+
+    ``validation``: the losses of an evaluation of this step, by source.
+    """
     settings = state.settings
     folder = run.checkpoints / step_folder_name(state.step)
     moment = state.moment
@@ -50,17 +57,13 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     if state.guard.history is not None:
         saved["guard_history"] = state.guard.history.state()
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
+    if validation:
+        saved[VALIDATION_LOSS] = sum(validation.values()) / len(validation)
     if data.ids is not None:
         saved["ids"] = data.ids.record()
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
-
-
-def drop_old(settings: Settings, run: RunDirectory) -> None:
-    """Remove all but the newest ``checkpoint.keep`` checkpoints, once the newest is known to work."""
-    if run.is_writer:
-        prune(run.checkpoints, settings.checkpoint.keep)
 
 
 def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:

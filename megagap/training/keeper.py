@@ -4,10 +4,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
+from megagap.checkpoint import Retention
+from megagap.checkpoint.save import step_folder_name
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.observe.run_directory import RunDirectory
-from megagap.resume.persistence import drop_old, save
+from megagap.resume.persistence import save
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
 from megagap.training.stop_requests import warn_of_short_grace
@@ -25,6 +27,8 @@ class CheckpointKeeper:
         self._untried: int | None = None
         """The step of a checkpoint that no update has followed yet: older ones are kept beside it."""
         self._has_warned = False
+        asked = state.settings.checkpoint
+        self.retention = Retention(run.checkpoints, asked.keep, asked.keep_every, asked.keep_best)
 
     def step_done(self) -> None:
         """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late."""
@@ -44,7 +48,8 @@ class CheckpointKeeper:
         if reason is None:
             if self._untried is not None:
                 self.drop_old()
-            save(self.state, self.run, self.data)
+            save(self.state, self.run, self.data, validation)
+            self.retention.written(self.run.checkpoints / step_folder_name(self.state.step))
             self._untried = self.state.step
             device, seconds = self.state.mesh.device.type, time.monotonic() - start
             self._has_warned = self._has_warned or warn_of_short_grace(step_seconds, seconds, device)
@@ -56,5 +61,6 @@ class CheckpointKeeper:
 
     def drop_old(self) -> None:
         """All but those that the settings keep."""
-        drop_old(self.state.settings, self.run)
+        if self.run.is_writer:
+            self.retention.apply()
         self._untried = None

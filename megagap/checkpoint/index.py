@@ -11,6 +11,7 @@ byte of them is used. Each byte of the folder is covered by an xxh3_64 checksum:
 header, and the index itself.
 """
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -27,6 +28,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megagap.errors import CheckpointError
 
 INDEX_NAME = "index.json"
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Bytes of a checkpoint are missing, or are not those that were written. The one before it may be whole."""
+
+    @property
+    def what(self) -> str:
+        """In one line, what is damaged."""
+        return str(self.args[0]).partition("\n")[0].partition(" is damaged: ")[2]
+
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Element types by their names in safetensors."""
@@ -113,6 +124,8 @@ class Index(_Record):
                 "  give a folder such as RUN/checkpoints/step_00000100."
             ) from None
         except OSError as error:
+            if error.errno == errno.EIO:
+                raise damaged(folder, f"{INDEX_NAME}: {error.strerror}") from None
             raise CheckpointError(f"cannot read {folder / INDEX_NAME}: {error.strerror}") from None
         head = _HEAD.match(raw)
         if head is None or checksum(memoryview(raw)[head.end() :]) != head[1].decode():
@@ -258,8 +271,8 @@ def unusable(folder: Path, error: ValidationError, *within: str) -> CheckpointEr
     )
 
 
-def damaged(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(
+def damaged(folder: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{folder} is damaged: {what}\n"
         "  copy it again, or remove or rename the folder to resume from the checkpoint before it."
     )

@@ -4,9 +4,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
-from megagap.checkpoint import Index, find_latest, load_slices, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint import Index, load_slices, save_checkpoint
 from megagap.checkpoint.retention import VALIDATION_LOSS
 from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
@@ -15,14 +14,14 @@ from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.identity import differences
 from megagap.data.samples import TrainingData
 from megagap.data.skipping import SampleNumbers
-from megagap.errors import CheckpointError, ConfigError, DataError, MegagapError
+from megagap.errors import CheckpointError, ConfigError, DataError
 from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
-from megagap.parallel.mesh import Mesh
 from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
 from megagap.resume.differences import Change
+from megagap.resume.passing_over import raised_by_all
 from megagap.resume.start import Start
 from megagap.tokenizer import load_tokenizer
 from megagap.training.datasets import skipped_ranges
@@ -64,39 +63,6 @@ def save(
     save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
-
-
-def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:
-    """The checkpoint that the settings ask to load; None for a fresh run. The same on every rank.
-
-    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
-    """
-    # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
-    communicator = DistributedCommunicator(mesh)
-    found: Path | MegagapError | None = None
-    if communicator.rank == 0:
-        try:
-            found = _find_source(settings, run)
-        except MegagapError as error:
-            found = error
-    found = cast("Path | MegagapError | None", communicator.broadcast(found))
-    if isinstance(found, MegagapError):
-        raise found
-    return found
-
-
-def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
-    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
-    if own is not None and not wanted:
-        raise ConfigError(
-            f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
-            '  choose another run.dir, or checkpoint.load = "latest" to resume.'
-        )
-    if own is not None:
-        if wanted != "latest":
-            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
-        return own
-    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
 
 
 def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> int:
@@ -164,7 +130,9 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     slices = state.optimizer.slices(owned_only=False)
     may_grow = vocabulary_tensors(state.settings.model)
     needed = [part for part in slices if has_moments or part.kind == "weight"]
-    load_slices(folder, index, needed, cast=True, may_grow=may_grow)  # optim.rounding and moments_dtype may change
+    with raised_by_all(DistributedCommunicator(state.mesh)):
+        # train.precision, optim.rounding and moments_dtype may change.
+        load_slices(folder, index, needed, cast=True, may_grow=may_grow)
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates if has_moments else 0
     if has_moments:
@@ -193,7 +161,8 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     changes = model_changes(saved, state.settings.model, theta=True)
     log_model_changes(changes, run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
-    load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
+    with raised_by_all(DistributedCommunicator(state.mesh)):
+        load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
     if saved.norm_gain_scale != gain_scale:
         for part in weights:
             if is_norm_gain(part.shard.name):

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import closing
+from pathlib import Path
 
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
@@ -17,9 +18,11 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
+from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import find_source, load, require_loadable
+from megagap.resume.passing_over import from_intact, raised_by_all
+from megagap.resume.persistence import load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
@@ -37,12 +40,8 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
-    source = find_source(settings, run, mesh)
-    schedule_origin = require_loadable(settings, run, source)
-    timeline = timeline_of(settings, schedule_origin)
-    data, held_out = training_data(settings, timeline), validation_data(settings)
-    state = build_state(settings, mesh, timeline)
-    start = load(state, run, data, source)
+    held_out = validation_data(settings)
+    state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source))
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
@@ -52,6 +51,17 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
     with make_loader(settings, mesh, data) as loader, closing(state.spans):
         train_from(start, state, loader, held_out, run)
+
+
+def begin(
+    settings: Settings, mesh: Mesh, run: RunDirectory, source: Path | None
+) -> tuple[TrainState, TrainingData, Start]:
+    """The state that a start begins with, loaded from ``source`` or initial, and the data it goes on with."""
+    with raised_by_all(DistributedCommunicator(mesh)):
+        timeline = timeline_of(settings, require_loadable(settings, run, source))
+        data = training_data(settings, timeline)
+    state = build_state(settings, mesh, timeline)
+    return state, data, load(state, run, data, source)
 
 
 def train_from(

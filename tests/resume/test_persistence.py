@@ -9,7 +9,8 @@ from megagap.checkpoint import Index, load_model, load_tensor
 from megagap.config import load_recipe, timeline_of
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.rendezvous import Process
-from megagap.resume.persistence import find_source, load, save
+from megagap.resume.passing_over import find_source
+from megagap.resume.persistence import load, save
 from megagap.training.datasets import training_data
 from megagap.training.mesh import make_mesh
 from megagap.training.trainer import build_state
@@ -55,7 +56,7 @@ def resave(rank, ranks, recipe, overrides):
     run.open()
     data = training_data(settings, timeline_of(settings))
     state = build_state(settings, mesh)
-    load(state, run, data, find_source(settings, run, mesh))
+    load(state, run, data, find_source(settings, run, mesh, {})[0])
     save(state, run, data)
     run.close()
 

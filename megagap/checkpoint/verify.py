@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 import xxhash
@@ -161,6 +162,12 @@ def find_damage(
 
     Raises :class:`CheckpointError` if a file may not be read.
     """
+    lock = Lock()
+
+    def done(size: int) -> None:
+        with lock:
+            progress(size)
+
     chunks: dict[str, list[tuple[Chunk, str]]] = {file.name: [] for file in index.files}
     for tensor in index.tensors:
         for chunk in tensor.chunks:
@@ -171,16 +178,16 @@ def find_damage(
         try:
             opened = Opened(folder, file)
         except DamagedCheckpointError as error:
-            progress(file.size)
+            done(file.size)
             return [Damage(file.name, 0, file.header_size, None, error.what)]
-        progress(file.header_size)
+        done(file.header_size)
         try:
             for chunk, tensor in sorted(chunks[file.name], key=lambda each: each[0].begin):
                 try:
                     opened.verify(chunk.begin, chunk.end, chunk.checksum, tensor)
                 except DamagedCheckpointError as error:
                     found.append(Damage(file.name, chunk.begin, chunk.end, tensor, error.what))
-                progress(chunk.end - chunk.begin)
+                done(chunk.end - chunk.begin)
         finally:
             opened.close()
         return found

@@ -19,7 +19,13 @@ from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
-from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
+from megagap.resume.changes import (
+    model_changes,
+    past_changes,
+    precision_changes,
+    refuse_another_model,
+    refuse_changes,
+)
 from megagap.resume.differences import Change
 from megagap.resume.passing_over import raised_by_all
 from megagap.resume.start import Start
@@ -125,6 +131,10 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     compare_ids(read_ids(folder, index), data.ids, state.settings)
     changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
     log_model_changes(changes, run, folder)
+    stored = index.tensor(folder, "weight", index.names("weight")[0]).torch_dtype
+    precision = precision_changes(saved.train, state.settings.train, stored, state.optimizer.master_dtype)
+    for change in precision:
+        log.info("changed since %s: %s", folder.name, change)
     is_own, mode = folder.parent == run.checkpoints, _mode(state.settings, run, folder)
     has_moments = mode != "model+data"
     slices = state.optimizer.slices(owned_only=False)
@@ -143,7 +153,7 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     state.step = run.step = saved.step
     # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.
     run.event("resume", folder=str(folder), mode=mode, lost_steps=lost_steps(run) if is_own else 0)
-    return Start(saved.step, folder, mode, is_own, saved.step, index.state, tuple(changes))
+    return Start(saved.step, folder, mode, is_own, saved.step, index.state, (*changes, *precision))
 
 
 def lost_steps(run: RunDirectory) -> int:

@@ -126,9 +126,10 @@ def test_files_are_closed_when_a_load_fails_and_when_it_is_given_up(tmp_path: Pa
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_hostile_indexes_are_refused_in_seconds_and_within_a_gigabyte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("many", [20_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_hostile_indexes_are_refused_in_seconds_and_within_a_gigabyte(tmp_path: Path, many: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.hostile", str(tmp_path)],
+        [sys.executable, "-m", "tests.checkpoint.hostile", str(tmp_path), str(many)],
         capture_output=True,
         text=True,
         timeout=SECONDS,

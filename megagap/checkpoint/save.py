@@ -29,7 +29,7 @@ from megagap.checkpoint.index import (
     rectangles,
 )
 from megagap.errors import CheckpointError, system_reason
-from megagap.files import publish, write_text
+from megagap.files import file_errors, publish, write_text
 from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
 
@@ -131,6 +131,12 @@ def step_folders(checkpoints: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def point_latest_at(folder: Path) -> None:
+    """Let ``latest`` name this checkpoint. Raises :class:`CheckpointError` if it cannot be written."""
+    with file_errors(f"cannot write {folder.parent / LATEST}", folder.parent / LATEST, CheckpointError):
+        write_text(folder.parent / LATEST, folder.name + "\n")
 
 
 def read_latest(checkpoints: Path) -> Path | None:

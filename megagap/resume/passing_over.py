@@ -2,42 +2,23 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
+from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.index import DamagedCheckpointError
 from megagap.checkpoint.load import find_intact, resolve_checkpoint
-from megagap.checkpoint.save import LATEST
+from megagap.checkpoint.save import point_latest_at
 from megagap.config import Settings
-from megagap.errors import ConfigError, MegagapError
-from megagap.files import write_text, writing
+from megagap.errors import ConfigError
 from megagap.observe.run_directory import RunDirectory
-from megagap.parallel.communicator import Communicator, DistributedCommunicator
+from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
-
-
-@contextmanager
-def raised_by_all(communicator: Communicator) -> Iterator[None]:
-    """What one rank finds wrong in the block, all ranks raise at its end: none waits for another that has left.
-
-    Of several faults it is the first rank's; what cannot be cured by an older checkpoint goes first.
-    """
-    fault: MegagapError | None = None
-    try:
-        yield
-    except MegagapError as error:
-        fault = error
-    gathered = cast("list[MegagapError | None] | None", communicator.gather(fault))
-    faults = sorted(filter(None, gathered or ()), key=lambda error: isinstance(error, DamagedCheckpointError))
-    first = communicator.broadcast(faults[0] if faults else None)
-    if first is not None:
-        raise cast(MegagapError, first)
 
 
 def from_intact(settings: Settings, run: RunDirectory, mesh: Mesh, begin: Callable[[Path | None], Loaded]) -> Loaded:
@@ -62,8 +43,8 @@ def from_intact(settings: Settings, run: RunDirectory, mesh: Mesh, begin: Callab
             passed_over[source] = error.with_traceback(None)
             _record(run, source, error)
         else:
-            if passed_over and source is not None:
-                _point_latest_at(run, source)
+            if passed_over and source is not None and run.is_writer:
+                point_latest_at(source)  # what is ahead of it is no longer part of the run
             return loaded
         gc.collect()  # the state that was to be loaded, before another takes its place
 
@@ -118,10 +99,3 @@ def _record(run: RunDirectory, folder: Path, error: DamagedCheckpointError) -> N
             error.what,
         )
         run.event("checkpoint_passed_over", folder=str(folder), reason=error.what)
-
-
-def _point_latest_at(run: RunDirectory, folder: Path) -> None:
-    """What is ahead of it is no longer part of the run."""
-    if run.is_writer:
-        with writing(run.checkpoints / LATEST):
-            write_text(run.checkpoints / LATEST, folder.name + "\n")

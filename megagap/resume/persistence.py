@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megagap.checkpoint import Index, load_slices, save_checkpoint
+from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.retention import VALIDATION_LOSS
 from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
@@ -27,7 +28,6 @@ from megagap.resume.changes import (
     refuse_changes,
 )
 from megagap.resume.differences import Change
-from megagap.resume.passing_over import raised_by_all
 from megagap.resume.start import Start
 from megagap.tokenizer import load_tokenizer
 from megagap.training.datasets import skipped_ranges

@@ -4,6 +4,7 @@ import logging
 from contextlib import closing
 from pathlib import Path
 
+from megagap.checkpoint.agreement import raised_by_all
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
@@ -21,7 +22,7 @@ from megagap.optim.precision import PRECISIONS
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.passing_over import from_intact, raised_by_all
+from megagap.resume.passing_over import from_intact
 from megagap.resume.persistence import load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due

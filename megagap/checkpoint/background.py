@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -192,19 +193,17 @@ def _raise_first(fault: str | None, communicator: Communicator) -> None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process's machine, or its control group, has left; None where that cannot be told."""
-    found = []
-    try:
+    """Bytes that this process's machine, or its control group (version 2), has left; None where that cannot be told."""
+    found: list[int] = []
+    with suppress(OSError, ValueError, LookupError):
         lines = (root / "proc/meminfo").read_text().splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
         folder = root / "sys/fs/cgroup"
-        for place in (folder, folder / group):
-            limit = (place / "memory.max").read_text().strip()
-            if limit != "max":
-                # Cached files count as used, but make room.
+        for place in {folder, folder / group}:
+            with suppress(OSError, ValueError, LookupError):  # a limit of "max" is no number
+                limit = int((place / "memory.max").read_text())
                 stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-                found.append(int(limit) - int((place / "memory.current").read_text()) + int(stat["inactive_file"]))
-    except (OSError, ValueError, LookupError):
-        pass
+                used = int((place / "memory.current").read_text())
+                found.append(limit - used + int(stat["inactive_file"]))  # cached files make room
     return max(0, min(found)) if found else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.placement import Placement, balance_layers, spread_layers
@@ -235,6 +235,21 @@ class Checkpoint(Section):
     and step, so data go on; `model+optimizer+data`: moments, too; both with a learning-rate schedule that starts anew.
     `cooldown`: the same for a decay without warmup. `train.steps` then counts the steps before, too."""
 
+    @property
+    def in_background(self) -> bool:
+        """``async``, which is a keyword of Python."""
+        return bool(getattr(self, "async"))
+
+
+if not TYPE_CHECKING:
+    _ASYNC = (
+        "Copy what is saved to host memory and write it while training goes on. The copy takes as much memory as what "
+        "each process saves, 12 bytes per parameter over all of them."
+    )
+    Checkpoint = create_model(
+        "Checkpoint", __base__=Checkpoint, **{"async": (bool, Field(default=False, description=_ASYNC))}
+    )
+
 
 class Guard(Section):
     spikes: Literal["off", "report", "skip"] = "off"
@@ -355,7 +370,6 @@ class FlopParts:
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},
 }
 """Planned settings, each with the one value that it can be given today: what is done without it."""

@@ -75,6 +75,10 @@ class Model(Section):
     """Biases on the q, k, v and o projections."""
     mlp_bias: bool = False
     """Biases on the gate, up and down projections."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Whether each block's RMSNorm is before it, x + block(norm(x)), or after it, x + norm(block(x)) (OLMo 2)."""
+    qk_norm: bool = False
+    """RMSNorm over all queries and over all keys of a token, before the rotary embedding (OLMo 2)."""
     norm_gain_scale: AboveZero = 1.0
     """RMSNorm multiplies its gains by this and stores them as much smaller: with 20, gains in bf16 move (Gaperon)."""
     initializer_range: AboveZero = 0.02

@@ -179,7 +179,7 @@ row_product.register_autograd(_row_backward, setup_context=_row_setup)
     schema="(Tensor[] projections, Tensor[] weights, Tensor[] norms) -> Tensor[]",
 )
 def normalised(projections: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor]:
-    """Projections [b, s, width / tp]; the results, as large, and what :func:`projection_norm.forward` returns with them.
+    """Projections [b, s, width / tp]; the results, as large, and what ``projection_norm.forward`` returns with them.
     Unlike matrices, the gains are inputs of the graph, as those of other norms are."""
     results, rstds = projection_norm.forward(_find(norms), projections, weights)
     return results + rstds

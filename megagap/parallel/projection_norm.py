@@ -99,9 +99,7 @@ def backward(
     With g the gradient of x / rms(x), that of x is rstd · g - x · rstd³ · Σ(g · x) / width, the sum over the whole row.
     Ranks with copies of a part each have their own queries' share of g, and subtract an equal share of the rest.
     """
-    inner = [
-        wide(grad) * _gain(norm, weight) for grad, norm, weight in zip(grads, norms, weights, strict=True)
-    ]
+    inner = [wide(grad) * _gain(norm, weight) for grad, norm, weight in zip(grads, norms, weights, strict=True)]
     dots = torch.stack([(g * wide(x)).sum(-1) for g, x in zip(inner, projections, strict=True)])
     found, of_gains = [], []
     for norm, grad, g, x, weight, rstd, dot in zip(

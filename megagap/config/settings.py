@@ -82,7 +82,8 @@ class Model(Section):
     norm_gain_scale: AboveZero = 1.0
     """RMSNorm multiplies its gains by this and stores them as much smaller: with 20, gains in bf16 move (Gaperon)."""
     initializer_range: AboveZero = 0.02
-    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers)."""
+    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers), unless
+    a norm follows them."""
 
 
 class Parallel(Section):

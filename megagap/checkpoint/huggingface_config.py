@@ -40,9 +40,7 @@ _SWITCHES = {"llama": {"norm_position": "pre", "qk_norm": False}, "olmo2": {"nor
 def require_architecture(model: Model) -> None:
     """Raises :class:`CheckpointError` if no class of transformers computes what ``model`` does."""
     own = {name: getattr(model, name) for name in _SWITCHES["llama"]}
-    known = " or ".join(
-        f"{_toml(switches)} ({ARCHITECTURES[kind]})" for kind, switches in _SWITCHES.items()
-    )
+    known = " or ".join(f"{_toml(switches)} ({ARCHITECTURES[kind]})" for kind, switches in _SWITCHES.items())
     if own not in _SWITCHES.values():
         raise CheckpointError(
             f"the model has {_toml(own)}: transformers has no such class\n  what it has is {known}; such a model can "

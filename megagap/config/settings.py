@@ -115,6 +115,8 @@ class SourceSettings(Section):
     """Share of the samples, relative to the other sources."""
     name: str = ""
     """Name in logs; by default from the path."""
+    role: str = ""
+    """What it is, in a line; told where its files are missing."""
 
     @property
     def paths(self) -> list[str]:

@@ -29,6 +29,7 @@ from megagap.checkpoint.save import (
     _collect,
     _describe,
     _Entry,
+    _Plan,
     _write_rank,
     step_folder_name,
     step_folders,
@@ -347,7 +348,7 @@ class LocalTier:
         partial = folder.with_name(UNFINISHED + folder.name)
         try:
             partial.mkdir(exist_ok=True)
-            outcome = _write_rank(partial / _file_name(self.rank), slices, lambda written: None)
+            outcome = _write_rank(partial / _file_name(self.rank), _Plan.of(slices), lambda written: None)
             written = _Written(outcome.file, outcome.entries)
         # Whatever it is, the other ranks must be told instead of waiting.
         except Exception as error:

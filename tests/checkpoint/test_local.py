@@ -113,6 +113,14 @@ def test_a_newer_checkpoint_of_the_run_directory_is_preferred(workers, stopped, 
     assert [event["step"] for event in events(run / "run", "resume")] == [2, 3]
 
 
+def test_where_the_run_directory_has_only_a_damaged_one_the_disks_are_used(workers, stopped, run):
+    go_on(workers, run, overrides=["run.stop_after=1"])
+    damage(run / "run/checkpoints/step_00000003/rank_00000.safetensors")
+    assert go_on(workers, run, overrides=["checkpoint.async=true", "checkpoint.every=3"]) == stopped[1]
+    assert [event["step"] for event in events(run / "run", "resume")] == [2, 2]
+    assert len(events(run / "run", "checkpoint_passed_over")) == 1
+
+
 def test_what_another_run_of_the_same_name_left_is_not_loaded(workers, stopped, run):
     shutil.rmtree(run / "run")
     assert go_on(workers, run) == stopped[1]

@@ -75,10 +75,15 @@ class Model(Section):
     """Biases on the q, k, v and o projections."""
     mlp_bias: bool = False
     """Biases on the gate, up and down projections."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Whether each block's RMSNorm is before it, x + block(norm(x)), or after it, x + norm(block(x)) (OLMo 2)."""
+    qk_norm: bool = False
+    """RMSNorm over all queries and over all keys of a token, before the rotary embedding (OLMo 2)."""
     norm_gain_scale: AboveZero = 1.0
     """RMSNorm multiplies its gains by this and stores them as much smaller: with 20, gains in bf16 move (Gaperon)."""
     initializer_range: AboveZero = 0.02
-    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers)."""
+    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers), unless
+    a norm follows them."""
 
 
 class Parallel(Section):
@@ -110,6 +115,8 @@ class SourceSettings(Section):
     """Share of the samples, relative to the other sources."""
     name: str = ""
     """Name in logs; by default from the path."""
+    role: str = ""
+    """What it is, in a line; told where its files are missing."""
 
     @property
     def paths(self) -> list[str]:

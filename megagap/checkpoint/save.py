@@ -7,7 +7,6 @@ rank fails, all fail: none waits for it, and nothing is committed.
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from megagap.checkpoint.index import (
     rectangles,
 )
 from megagap.errors import CheckpointError, NotWrittenError, system_reason
-from megagap.files import publish, write_text
+from megagap.files import file_errors, publish, write_text
 from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
 
@@ -43,8 +42,6 @@ STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 
 UNFINISHED = "partial_"
 """Prefix of the name of a folder that is being written or removed."""
-
-log = logging.getLogger(__name__)
 
 
 WRITE_BYTES = 1 << 26
@@ -172,26 +169,7 @@ def save_checkpoint(
     _raise_everywhere(folder, fault, communicator, cause)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints (0: none are removed), and never the one that ``latest`` names.
-
-    What cannot be removed is logged and left.
-    """
-    if keep < 1:
-        return
-    latest = read_latest(checkpoints)
-    for folder in step_folders(checkpoints)[:-keep]:
-        if folder != latest:
-            doomed = folder.with_name(UNFINISHED + folder.name)
-            try:
-                # A half-removed folder must not look like a checkpoint.
-                os.replace(folder, doomed)
-                _remove(doomed)
-            except OSError as error:
-                log.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror or error)
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder with its contents; for a link (a checkpoint moved to another disk, for example) only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -215,6 +193,12 @@ def step_folders(checkpoints: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def point_latest_at(folder: Path) -> None:
+    """Let ``latest`` name this checkpoint. Raises :class:`CheckpointError` if it cannot be written."""
+    with file_errors(f"cannot write {folder.parent / LATEST}", folder.parent / LATEST, CheckpointError):
+        write_text(folder.parent / LATEST, folder.name + "\n")
 
 
 def read_latest(checkpoints: Path) -> Path | None:
@@ -245,7 +229,7 @@ def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for stale in {partial, *partial.parent.glob(f"{UNFINISHED}step_*")}:
-        _remove(stale)
+        remove(stale)
     partial.mkdir()
 
 

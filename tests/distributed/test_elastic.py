@@ -27,6 +27,7 @@ def events(run):
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_whose_first_rank_is_killed_goes_on_by_itself_and_the_failure_is_recorded(workers, tmp_path):
     recipe = write_recipe(tmp_path, model=dict(num_hidden_layers=2), train=dict(steps=5), checkpoint=dict(every=2))
     expected = workers.run(2, train_recipe, recipe, [f"run.dir={tmp_path / 'alone'}"])[0]

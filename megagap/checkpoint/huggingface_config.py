@@ -40,15 +40,15 @@ _SWITCHES: dict[str, dict[str, Any]] = {"olmo2": {"norm_position": "post", "qk_n
 def require_architecture(model: Model) -> None:
     """Raises :class:`CheckpointError` if no class of transformers computes what ``model`` does."""
     is_olmo2 = [getattr(model, name) == value for name, value in _SWITCHES["olmo2"].items()]
+    reason = None
     if any(is_olmo2) and not all(is_olmo2):
+        settings = f'model.norm_position = "{model.norm_position}" with model.qk_norm = {json.dumps(model.qk_norm)}'
+        reason = f"{settings}; OLMo 2 has norms both behind the blocks and of queries and keys, Llama neither"
+    elif model.qk_norm and model.mlp_bias:
+        reason = "model.mlp_bias = true, and OLMo 2 has no such biases"
+    if reason is not None:
         raise CheckpointError(
-            f'the model has model.norm_position = "{model.norm_position}" and model.qk_norm = {str(model.qk_norm).lower()}'
-            "\n  no class of transformers computes that: Llama has neither norms behind the blocks nor of queries and "
-            "keys, OLMo 2 has both. Only megagap can load this model."
-        )
-    if model.qk_norm and model.mlp_bias:
-        raise CheckpointError(
-            "the model has model.mlp_bias = true, which transformers' OLMo 2 lacks\n  only megagap can load this model."
+            f"transformers has no class for this model: {reason}\n  it can be trained on and evaluated by megagap only."
         )
 
 

@@ -219,7 +219,7 @@ def test_every_sum_of_the_norms_of_queries_and_keys_that_is_dropped_or_doubled_i
     recipe, expected = model
     for part in ("forward", "backward"):
         for how in ("drop", "double"):
-            mutation = Mutation(f"projection_norm.{part}: all_reduce over tp", 0, how)
+            mutation = Mutation(f"projection_norm._Summed.{part}: all_reduce over tp", 0, how)
             found = run(workers, recipe, "tp2", mutation)
             assert all(calls[mutation.site] for _, calls in found)
             assert not largest_difference(found, expected[False]) <= 1000 * TOLERANCE, mutation

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.placement import Placement, balance_layers, spread_layers
@@ -235,12 +235,32 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: Count = 0
     """Newest checkpoints to keep; 0: all."""
+    keep_every: Count = 0
+    """Steps whose multiples are kept for ever, beside the newest `keep`; 0: none. A multiple of `every`."""
+    keep_best: Count = 0
+    """Checkpoints of the lowest validation loss to keep, beside the newest `keep`: of those whose step was evaluated,
+    by the mean over the sources."""
     load: str = "latest"
     """`latest`: continue from this run's newest checkpoint; a folder: start a new run from it; "": from scratch."""
     load_mode: Literal["continue", "model", "model+data", "model+optimizer+data", "cooldown"] = "continue"
     """What to take from that folder; `continue`: everything, `model`: the weights, from step 0. `model+data`: weights
     and step, so data go on; `model+optimizer+data`: moments, too; both with a learning-rate schedule that starts anew.
     `cooldown`: the same for a decay without warmup. `train.steps` then counts the steps before, too."""
+
+    @property
+    def in_background(self) -> bool:
+        """``async``, which is a keyword of Python."""
+        return bool(getattr(self, "async"))
+
+
+if not TYPE_CHECKING:
+    _ASYNC = (
+        "Copy what is saved to host memory and write it while training goes on. The copy takes as much memory as what "
+        "each process saves, 12 bytes per parameter over all of them."
+    )
+    Checkpoint = create_model(
+        "Checkpoint", __base__=Checkpoint, **{"async": (bool, Field(default=False, description=_ASYNC))}
+    )
 
 
 class Guard(Section):
@@ -362,7 +382,6 @@ class FlopParts:
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},
 }
 """Planned settings, each with the one value that it can be given today: what is done without it."""

@@ -52,7 +52,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
     if data.ids is not None:
         saved["ids"] = data.ids.record()
-    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh), progress=state.mesh.spans.move)
     run.event("checkpoint", folder=folder.name)
     log.info("checkpoint %s", folder)
 

@@ -104,7 +104,8 @@ class Recorder:
             return
         result, rest = self.pending
         self.pending = None
-        numbers = result.host.read()
+        with self.mesh.spans.wait("wait for the device"):
+            numbers = result.host.read()
         step, accepted = rest["step"], bool(numbers["accepted"][0])
         # Not strict: a benchmark of a recipe that names no data has one nameless source.
         by_source = {

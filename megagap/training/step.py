@@ -1,6 +1,7 @@
 """One training step, from microbatches to updated parameters."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,6 @@ from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage, Watch
 from megagap.observe.insight import Insight
-from megagap.observe.spans import Spans
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer, unobserved
@@ -21,7 +21,7 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.pipeline import Boundary, OpenSpan, execute, no_span
+from megagap.parallel.pipeline import Boundary, execute
 from megagap.parallel.placement import Placement
 from megagap.parallel.program import programs_of
 from megagap.timeline import Moment, Timeline, due
@@ -41,9 +41,6 @@ class TrainState:
     timeline: Timeline
     step: int = 0
     """Steps made, including those whose update was skipped."""
-    spans: Spans = field(default_factory=Spans)
-    """Where the pipeline's actions are recorded."""
-
     programs: dict[int, list[Action]] = field(default_factory=dict)
     """This rank's actions in a step, by its number of microbatches."""
     guard: StepGuard = field(init=False)
@@ -201,7 +198,6 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
         stage.use_rope_theta(moment.rope_theta)
     if state.step == state.timeline.first_step(moment.phase):
         guard.begin_phase()
-    state.spans.begin_step(state.step)
     program, nothing = state.program(len(batch.tokens)), torch.zeros(0, device=mesh.device)
     insight = None
     if due(state.settings.run.insight_every, state.step):
@@ -210,7 +206,7 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     if guard.is_repeated(state.step):
         work, differs = compute_gradients_twice(state, batch, program, watch)
     else:
-        work, differs = compute_gradients(state, batch, program, state.spans.span, watch), nothing
+        work, differs = compute_gradients(state, batch, program, watch), nothing
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
@@ -224,7 +220,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     digest = in_parts(all_reduce(gradient_hash(optimizer.store), mesh.world)) if hashed else nothing
     updating = insight.updating if insight else unobserved
     divisor = loss_scale.scaled(clip_divisor(norm, optim.clip_grad))
-    optimizer.step(moment.lr, divisor, verdict.accepted, updating)
+    with mesh.spans.span("update"):
+        optimizer.step(moment.lr, divisor, verdict.accepted, updating)
     result = StepResult(
         loss=loss,
         source_losses=by_source[0] / by_source[1],
@@ -247,7 +244,6 @@ def compute_gradients(
     state: TrainState,
     batch: Batch,
     program: list[Action],
-    span: OpenSpan = no_span,
     watch: Watch | None = None,
     loss_scale: NoLossScale | None = None,
 ) -> BoundStages:
@@ -263,8 +259,9 @@ def compute_gradients(
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
-    execute(program, work, boundary(state.stages, inputs), state.placement, mesh, span)
-    store.finish()
+    execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
+    with mesh.spans.span("reduction_of_gradients"):
+        store.finish()
     return work
 
 
@@ -277,10 +274,10 @@ def compute_gradients_twice(
     ranks, differ in a bit; else 0. What a rank computes wrongly also reaches those that it exchanges activations with.
     """
     mesh, found = state.mesh, []
-    for span in (no_span, state.spans.span):
+    for heard in (mesh.spans.unheard(), nullcontext()):  # recordings have it once
         own = LocalHash(mesh.device)
-        with own.of(state.optimizer.store):
-            work = compute_gradients(state, batch, program, span, watch)
+        with heard, own.of(state.optimizer.store):
+            work = compute_gradients(state, batch, program, watch)
         found.append(torch.stack([own.value, hash_of(work.sequence_losses.flatten())]))
     differs = torch.zeros(mesh.world.size, device=mesh.device)
     differs[mesh.world.rank] = (found[0] != found[1]).any()
@@ -290,7 +287,8 @@ def compute_gradients_twice(
 def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
     """All parts summed over all ranks in one reduction, fp32."""
     flat = torch.cat([part.float().flatten() for part in parts])
-    sums = all_reduce(flat, mesh.world).split([part.numel() for part in parts])
+    with mesh.spans.span("sum_of_losses_and_norms"):
+        sums = all_reduce(flat, mesh.world).split([part.numel() for part in parts])
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 

@@ -1,8 +1,9 @@
 """Recordings of spans: what a process did from when to when, as JSON lines for each rank in RUN/spans/.
 
-Off by default (``run.spans``); collectives are left out. A file begins each start of its process with a line that
-describes it (:func:`describe_start`); every other line is one span: ``name``, ``rank``, ``step``, ``start`` and ``end`` in seconds
-since 1970 by the host's clock, and what else it was given. Lines are buffered, and written when a step is over.
+Off by default (``run.spans``); collectives, and what evaluations and checkpoints consist of, are left out. A file
+begins each start of its process with a line that describes it (:func:`describe_start`); every other line is one span:
+``name``, ``rank``, ``step``, ``start`` and ``end`` in seconds since 1970 by the host's clock, and what else it was
+given. Lines are buffered, and written when a step is over.
 
 On a GPU a span is timed by events on the stream, which are read when they have passed: nothing waits for the device.
 """
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # recordings are read without torch
 FOLDER = "spans"
 BUFFERED_LINES = 2000
 """Written at once: some hundred KiB."""
+UNDIVIDED = ("evaluation", "checkpoint")
+"""Spans that are recorded without those inside of them."""
 
 
 def span_file(run: Path, rank: int) -> Path:
@@ -120,25 +123,26 @@ class Recording:
         self._file, self._rank, self._clock = LineFile(path), rank, clock
         self._file.append(json.dumps(start))
         self._step = 0
-        self._under_way: list[_Open] = []
+        self._under_way: list[tuple[spans.Span, _Open]] = []
         self._marks: deque[tuple[_Open, Any]] = deque()
         """Starts and ends in the order in which they were made, until they are read."""
         self._lines: list[str] = []
 
     def begin(self, span: spans.Span) -> None:
-        if span.axis:
+        outermost = span.spans.open[0]
+        if span.axis or (outermost is not span and outermost.name in UNDIVIDED):
             return
         if span.spans.step != self._step:
             self._begin_step(span.spans.step)
         fields = span.fields if span.peer is None else span.fields | {"peer": span.peer}
         opened = _Open(span.name, self._step, fields, self._clock.mark())
-        self._under_way.append(opened)
+        self._under_way.append((span, opened))
         self._marks.append((opened, opened.start))
 
     def end(self, span: spans.Span) -> None:
-        if span.axis or not self._under_way:
+        if not self._under_way or self._under_way[-1][0] is not span:
             return
-        opened = self._under_way.pop()
+        _, opened = self._under_way.pop()
         opened.end = self._clock.mark()
         self._marks.append((opened, opened.end))
 

@@ -86,10 +86,11 @@ def test_lines_are_buffered_over_steps(tmp_path):
 
 
 def test_collectives_and_what_is_not_to_be_heard_are_left_out(tmp_path):
-    with recorded(span_file(tmp_path, 0)) as spans, spans.collective("all-reduce", "tp"), spans.unheard():
-        with spans.span("forward"):
-            pass
-    assert lines(span_file(tmp_path, 0)) == [START]
+    with recorded(span_file(tmp_path, 0)) as spans:
+        for outer in (spans.collective("all-reduce", "tp"), spans.span("checkpoint"), spans.unheard()):
+            with outer, spans.span("forward"):
+                pass
+    assert [span["name"] for span in lines(span_file(tmp_path, 0))[1:]] == ["forward", "checkpoint"]
 
 
 def record(path, steps, start=START):

@@ -92,6 +92,12 @@ class LostPeerError(DistributedError):
     exit_code = 1
 
 
+class HangError(DistributedError):
+    """No rank of the run has moved on for longer than ``run.hang_seconds``."""
+
+    exit_code = 1
+
+
 class CompileError(MegagapError):
     """torch.compile cannot compile the model's layers on this machine."""
 

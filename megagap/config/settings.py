@@ -270,6 +270,9 @@ class Run(Section):
     """Steps between console lines; metrics.jsonl has every step."""
     spans: bool = False
     """Record when each rank computes what in the pipeline, in spans/ of the run directory, for draw-schedule."""
+    hang_seconds: NonNegative = 600
+    """Seconds in which no rank moves on before the run ends, with logs/hang_report.txt; 0: never. Starting, the first
+    step and evaluations have twice the time."""
     insight_every: Count = 0
     """Steps between records of each layer's norms of weights, gradients and updates, largest activation, and share of
     weights that changed. 0: never."""

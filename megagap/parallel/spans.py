@@ -41,8 +41,10 @@ class Span:
         for listener in spans.listeners:
             listener.begin(self)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         spans = self.spans
+        if error is not None and spans.failure[0] != id(error):
+            spans.failure = id(error), list(spans.open)
         spans.open.remove(self)
         spans.moves += 1
         for listener in spans.listeners:
@@ -77,6 +79,10 @@ class Spans:
         """Changes whenever a span begins or ends, and with :meth:`move`."""
         self.open: list[Span] = []
         """Under way, the outermost first."""
+        self.failure: tuple[int, list[Span]] = (0, [])
+        """The identity of the last error that ended spans, and those that were open when it was raised."""
+        self.steps = 0
+        """Begun by this process."""
         self.collectives: Counter[str] = Counter()
         """Begun, by axis."""
         self.listeners: tuple[Listener, ...] = ()
@@ -84,6 +90,7 @@ class Spans:
     def begin_step(self, step: int) -> None:
         """What follows belongs to this step."""
         self.step = step
+        self.steps += 1
 
     def move(self, *_: object) -> None:
         """Something that takes long goes on."""

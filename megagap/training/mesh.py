@@ -11,7 +11,8 @@ from megagap.process.rendezvous import Process
 
 def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mesh:
     """Make the groups of this process. Collective."""
-    return Mesh.of(make_layout(settings, process.world_size), process.rank, device, launch.GROUP_TIMEOUT)
+    timeout = launch.group_timeout(settings.run.hang_seconds)
+    return Mesh.of(make_layout(settings, process.world_size), process.rank, device, timeout)
 
 
 def make_layout(settings: Settings, world_size: int) -> Layout:

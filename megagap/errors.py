@@ -98,6 +98,12 @@ class HangError(DistributedError):
     exit_code = 1
 
 
+class CorruptionError(MegagapError):
+    """Ranks that must hold the same parameters do not: one of them computes or remembers wrongly."""
+
+    kind = "silent corruption"
+
+
 class CompileError(MegagapError):
     """torch.compile cannot compile the model's layers on this machine."""
 

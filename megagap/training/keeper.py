@@ -8,6 +8,7 @@ from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.observe.run_directory import RunDirectory
 from megagap.resume.persistence import drop_old, save
+from megagap.training.corruption import require_equal_replicas
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
 from megagap.training.stop_requests import warn_of_short_grace
@@ -36,10 +37,13 @@ class CheckpointKeeper:
 
         ``step_seconds``: what the last steps took. With the time of the save they tell whether a SIGTERM can be
         answered in time; if not, a warning says so, once.
-        Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written.
+        Raises :class:`DataError` if the run directory is gone, :class:`CorruptionError` if replicas of parameters
+        differ, and :class:`CheckpointError` if it cannot be written.
         """
         start = time.monotonic()
         self.run.require_in_place()
+        if self.state.settings.guard.replicas_every >= 0:
+            require_equal_replicas(self.state, self.run)
         reason = unfit(self.state, batch, self.skipped, validation)
         if reason is None:
             if self._untried is not None:

@@ -11,11 +11,13 @@ from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage, Watch
 from megagap.observe.insight import Insight
+from megagap.observe.pace import Pace
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer, unobserved
 from megagap.optim.gradient_hash import LocalHash, gradient_hash, hash_of, in_parts
 from megagap.optim.loss_scale import NoLossScale
+from megagap.optim.replicas import differing_replicas
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
@@ -41,6 +43,8 @@ class TrainState:
     timeline: Timeline
     step: int = 0
     """Steps made, including those whose update was skipped."""
+    pace: Pace | None = None
+    """What measures this rank's own time, if anything does."""
     programs: dict[int, list[Action]] = field(default_factory=dict)
     """This rank's actions in a step, by its number of microbatches."""
     guard: StepGuard = field(init=False)
@@ -110,6 +114,10 @@ class StepResult:
     """Those of the gradients of ``StepGuard.layers`` [layers]."""
     differing: Tensor
     """For each rank [world], whether its two computations differ (1 or 0); empty where there was only one."""
+    replicas: Tensor
+    """For each rank [world], what :func:`differing_replicas` found; empty where they were not compared."""
+    own_seconds: Tensor
+    """What each rank itself took for a step measured before [world], 0 where unknown; empty in most steps."""
     gradient_hash: Tensor
     """In parts of 16 bits [4]; empty where it was not computed."""
     requests: Tensor
@@ -131,6 +139,8 @@ class StepResult:
             **numbers,
             layer_norms=self.layer_norms,
             differing=self.differing,
+            replicas=self.replicas,
+            own_seconds=self.own_seconds,
             gradient_hash=self.gradient_hash,
             requests=self.requests,
             loss_scale=self.loss_scale,
@@ -211,8 +221,10 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
     own_norms, by_source = guard.squared_norms(optimizer.store), losses_by_source(work, batch)
-    (loss, z_loss), squared_norms, by_source, requests, differing = _sum_over_world(
-        mesh, work.own_losses(), own_norms, by_source, own_requests, differs
+    compared = differing_replicas(optimizer.store) if guard.are_replicas_compared(state.step) else nothing
+    own_seconds = nothing if state.pace is None else state.pace.share(state.step)
+    (loss, z_loss), squared_norms, by_source, requests, differing, replicas, seconds = _sum_over_world(
+        mesh, work.own_losses(), own_norms, by_source, own_requests, differs, compared, own_seconds
     )
     norm = loss_scale.unscaled(squared_norms.sum().sqrt())
     verdict = guard.judge(loss, norm, differing)
@@ -230,6 +242,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
         verdict=verdict,
         layer_norms=loss_scale.unscaled(squared_norms[: len(guard.layers)].sqrt()),
         differing=differing,
+        replicas=replicas,
+        own_seconds=seconds,
         gradient_hash=digest,
         requests=requests,
         loss_scale=nothing if loss_scale.value is None else loss_scale.value.clone(),

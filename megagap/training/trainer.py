@@ -12,8 +12,8 @@ from megagap.model.init import initialise
 from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.model.shapes import parameter_count
 from megagap.observe.evidence import Evidence
+from megagap.observe.listeners import observed
 from megagap.observe.run_directory import RunDirectory
-from megagap.observe.spans import recorded_spans
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
@@ -48,7 +48,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         run.status("finished")
         return
 
-    with make_loader(settings, mesh, data) as loader, recorded_spans(settings, run.path, mesh, state.step + 1):
+    with make_loader(settings, mesh, data) as loader, observed(settings, run, mesh, state.step + 1) as state.pace:
         train_from(start, state, loader, held_out, run)
 
 

@@ -40,7 +40,9 @@ class Pace:
         """``every``: steps between those measured."""
         self.every, self.mesh, self._clock = every, mesh, clock
         self._marks: list[Any] = []
-        """Of the measured step: its begin, begin and end of each wait, its end."""
+        """Of the step that is being measured: its begin, begin and end of each wait."""
+        self._measured: list[Any] = []
+        """Of the last one that was, with its end."""
         self._is_measuring, self._depth = False, 0
 
     def begin(self, span: Span) -> None:
@@ -55,7 +57,7 @@ class Pace:
         if not self._is_measuring:
             return
         if span.name == "step":
-            self._marks.append(self._clock.mark())
+            self._measured = [*self._marks, self._clock.mark()]
             self._is_measuring = False
         elif span.waits:
             self._depth -= 1
@@ -67,11 +69,11 @@ class Pace:
         if step <= SHARED_AFTER or not due(self.every, step - SHARED_AFTER):
             return torch.zeros(0, device=self.mesh.device)
         shared = torch.zeros(self.mesh.world.size, device=self.mesh.device)
-        if self._marks and not self._is_measuring and all(map(self._clock.has_passed, self._marks)):
-            seconds = [self._clock.seconds(mark) for mark in self._marks]
+        if self._measured and all(map(self._clock.has_passed, self._measured)):
+            seconds = [self._clock.seconds(mark) for mark in self._measured]
             own = sum(end - begin for begin, end in zip(seconds[::2], seconds[1::2], strict=True))
             shared[self.mesh.world.rank] = own
-        self._marks = []
+        self._measured = []
         return shared
 
 

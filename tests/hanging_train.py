@@ -1,8 +1,8 @@
 """``megagap.train`` of which a rank stands still for ever: ``python -m tests.hanging_train RANK PLACE RECIPE ...``.
 
 It does so in the third step, or in the first checkpoint after it: in its ``forward``, in its ``loader``, while it
-writes its part of a ``checkpoint``; behind a ``collective`` that it leaves out; ``frozen`` by SIGSTOP, or within a call
-that keeps Python's ``lock``. ``late``: it goes on after 6 seconds.
+writes its part of a ``checkpoint``, or of one in the ``background``; behind a ``collective`` that it leaves out;
+``frozen`` by SIGSTOP, or within a call that keeps Python's ``lock``. ``late``: it goes on after 6 seconds.
 """
 
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ def hang_in(place: str) -> None:
 
     def hanging_fsync(descriptor: int) -> None:
         written = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if place == "checkpoint" and step >= STEP and written.suffix == ".safetensors":
+        if place in ("checkpoint", "background") and step >= STEP and written.suffix == ".safetensors":
             stop()
         fsync(descriptor)
 

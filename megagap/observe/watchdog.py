@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ from megagap.observe.logs import log_file
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.layout import Layout
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.spans import Span, Spans
+from megagap.parallel.spans import WRITER, Span, Spans
 
 PATIENCE = 2.0
 """How many times the time-out starting, the first step and evaluations may take: they read much, and compile."""
@@ -71,9 +72,11 @@ class Watchdog:
         rank: int,
         seconds: float,
         end: End,
+        writer: Spans | None = None,
     ) -> None:
-        """``logs``: RUN/logs. ``seconds``: the time-out."""
+        """``logs``: RUN/logs. ``seconds``: the time-out. ``writer``: of the thread that writes checkpoints."""
         self.logs, self.folder = logs, logs / "hang"
+        self.writer = writer or Spans()
         self.spans, self.layout, self.rank, self.seconds, self.end = spans, layout, rank, seconds, end
         low, high = POLL_SECONDS
         self.poll = min(max(seconds / POLLS, low), high)
@@ -106,7 +109,7 @@ class Watchdog:
     # -- the thread that keeps the time
 
     def _keep_time(self) -> None:
-        moves, last = self.spans.moves, time.monotonic()
+        moves, last = self._moves(), time.monotonic()
         while True:
             faulthandler.dump_traceback_later(self.limit + STUCK_SECONDS, exit=True, file=self._log)
             if self._closed.wait(self.poll):
@@ -115,15 +118,23 @@ class Watchdog:
             now = time.monotonic()
             # A process that was stopped for a while, and goes on, has not been idle.
             passed, last = min(now - last, 3 * self.poll), now
-            if self.spans.moves != moves:
-                moves, self._idle = self.spans.moves, 0.0
+            if self._moves() != moves:
+                moves, self._idle = self._moves(), 0.0
             else:
                 self._idle += passed
             if self._idle >= self.limit + LATE_SECONDS and not self._have_others_moved():
-                place = self._state(list(self.spans.open)).place
+                place = self._state(self._open()).place
                 message = f"rank {self.rank} has stood still for {self._idle:.0f} s in {place}"
                 print(f"{message}, and cannot write to {self.folder}", file=sys.stderr, flush=True)
                 os._exit(HangError.exit_code)
+
+    def _moves(self) -> int:
+        return self.spans.moves + self.writer.moves
+
+    def _open(self) -> list[Span]:
+        """What goes on; where the main thread waits for the writer, what that does."""
+        spans = list(self.spans.open)
+        return spans + list(self.writer.open) if spans and spans[-1].name == WRITER else spans
 
     # -- the thread that reads and writes files
 
@@ -162,11 +173,11 @@ class Watchdog:
             idle_seconds=self._idle,
             step=self.spans.step,
             doing=list(map(str, spans)),
-            waits=last is not None and last.waits,
+            waits=last is not None and last.waits and last.name != WRITER,
             axis=last.axis if last is not None else "",
             number=last.number if last is not None else 0,
             peer=last.peer if last is not None else None,
-            collectives=self.spans.collectives,
+            collectives=Counter(dict(self.spans.collectives)) + Counter(dict(self.writer.collectives)),
             cause=cause,
             stacks=stacks,
         )
@@ -174,7 +185,7 @@ class Watchdog:
     def _refresh(self, kind: str) -> None:
         """Keep this rank's file no older than a tenth of the time-out."""
         if not self._published.startswith(kind) or time.monotonic() - self._published_at > self.limit / 10:
-            self._publish(kind, self._state(list(self.spans.open), stacks=stacks()))
+            self._publish(kind, self._state(self._open(), stacks=stacks()))
 
     def _publish(self, kind: str, state: RankState) -> None:
         name = f"{kind}_{self.rank:05}.json"
@@ -201,7 +212,7 @@ class Watchdog:
             idle = f"{self._idle:.0f} s"
             title = f"Nothing has gone on for {idle} (run.hang_seconds = {self.seconds:g})."
             with suppress(OSError):
-                self._publish("stalled", self._state(list(self.spans.open), stacks=stacks()))
+                self._publish("stalled", self._state(self._open(), stacks=stacks()))
                 self._report(title, COLLECT_SECONDS)
             states = self._read()
             host = socket.gethostname()
@@ -277,7 +288,8 @@ def watching(run: RunDirectory, mesh: Mesh, seconds: float, end: End) -> Iterato
     if not seconds:
         yield None
         return
-    watchdog = Watchdog(run.logs, mesh.spans, mesh.layout, mesh.world.rank, seconds, end)
+    writer = mesh.background_spans
+    watchdog = Watchdog(run.logs, mesh.spans, mesh.layout, mesh.world.rank, seconds, end, writer)
     watchdog.start()
     yield watchdog  # an error leaves it to who ends the process: the loss of a rank is reported, too
     watchdog.close()

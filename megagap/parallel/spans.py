@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+WRITER = "writer"
+"""Where the main thread waits for the one that writes checkpoints in the background, whose spans are its own."""
+
 
 class Span:
     """Something that begins and ends, and may hold others. Made by :class:`Spans`."""

@@ -18,6 +18,7 @@ PLACES = {
     "forward": "rank 1 stands in forward of microbatch 0, chunk 0",
     "loader": "rank 1 stands in loader",
     "checkpoint": "rank 1 stands in checkpoint",
+    "background": "rank 1 stands in checkpoint > writer",
     "collective": "rank 1 waits in wait for rank 0, while others wait for it elsewhere",
 }
 
@@ -39,7 +40,8 @@ def recipe_that_hangs(folder: Path, place: str) -> Path:
     folder.mkdir()
     parallel = dict(pp=2) if place == "collective" else {}
     run = dict(dir=str(folder / "run"), tensorboard=False, hang_seconds=SECONDS)
-    return write_recipe(folder, train=dict(steps=100_000), parallel=parallel, checkpoint=dict(every=4), run=run)
+    checkpoint = {"every": 4, "async": place == "background"}
+    return write_recipe(folder, train=dict(steps=100_000), parallel=parallel, checkpoint=checkpoint, run=run)
 
 
 @pytest.fixture(scope="module")

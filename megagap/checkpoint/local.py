@@ -37,6 +37,7 @@ from megagap.checkpoint.save import (
 )
 from megagap.errors import CheckpointError, ConfigError, MegagapError, system_reason
 from megagap.files import partial_name, publish, require_writable_folder, write_bytes, write_text
+from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.shard import Slice
@@ -141,6 +142,7 @@ class LocalTier:
         name = cast("str", communicator.broadcast(lineage.folder_name(run) if communicator.rank == 0 else None))
         tier = cls(Path(os.path.expandvars(directory)).expanduser() / name, lineage, nodes, mesh)
         tier._prepare(directory)
+        log.log(logging.WARNING if tier.is_shared else logging.INFO, "%s", tier.note())
         return tier
 
     def _prepare(self, directory: str) -> None:
@@ -338,6 +340,17 @@ class LocalTier:
         self.lineage = self.lineage.after_start_at(step)
         if self.is_leader:
             self._remove([folder for folder in step_folders(self.folder) if step_of(folder) > step])
+
+    def save_or_warn(self, step: int, slices: Iterable[Slice], state: Mapping[str, Any], run: RunDirectory) -> None:
+        """:meth:`save`, logged and recorded. Where it fails, it is a warning: training goes on."""
+        try:
+            folder = self.save(step, slices, state)
+        except CheckpointError as error:
+            log.warning("%s", error.args[0])
+            run.event("local_checkpoint_failed", reason=error.args[0])
+        else:
+            run.event("local_checkpoint", folder=str(folder))
+            log.info("local checkpoint %s", folder)
 
     def save(self, step: int, slices: Iterable[Slice], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint as ``save_checkpoint`` does. Returns this node's folder of it.

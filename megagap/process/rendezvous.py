@@ -191,12 +191,8 @@ def join(process: Process, device: torch.device, timeout: timedelta) -> None:
         shared = meeting.host(process) if process.rank == 0 else meeting.reach(process)
         call_roll(process, shared, deadline)
         store = PrefixStore("group", shared)
-    options: dict[str, Any] = {
-        "timeout": timeout,
-        "store": store,
-        "rank": process.rank,
-        "world_size": process.world_size,
-    }
+    place = {"rank": process.rank, "world_size": process.world_size}
+    options: dict[str, Any] = {"timeout": timeout, "store": store, **place}
     with library_errors(NOT_CONNECTED, DistributedError), _shared_gpus(process):
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, **options)

@@ -94,18 +94,6 @@ def record_saved(run: RunDirectory, folder: Path, step: int, stall_seconds: floa
     log.info("checkpoint %s", folder)
 
 
-def save_locally(state: TrainState, run: RunDirectory, data: TrainingData, tier: LocalTier) -> None:
-    """Write the same to the nodes' disks. Where that fails, it is logged and recorded: training goes on."""
-    try:
-        folder = tier.save(state.step, state.optimizer.slices(owned_only=True), saved_state(state, data))
-    except CheckpointError as error:
-        log.warning("%s", error.args[0])
-        run.event("local_checkpoint_failed", reason=error.args[0])
-    else:
-        run.event("local_checkpoint", folder=str(folder))
-        log.info("local checkpoint %s", folder)
-
-
 def saved_state(state: TrainState, data: TrainingData, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What a checkpoint holds beside tensors; JSON only."""
     settings, moment = state.settings, state.moment
@@ -137,8 +125,6 @@ def open_local_tier(settings: Settings, run: RunDirectory, mesh: Mesh) -> LocalT
         return None
     tier = LocalTier.open(settings.checkpoint.local_dir, run.path, node_name(), mesh)
     run.local = tier.folder
-    if settings.checkpoint.local_every:
-        log.log(logging.WARNING if tier.is_shared else logging.INFO, "%s", tier.note())
     return tier
 
 

@@ -15,7 +15,7 @@ from megagap.errors import NotWrittenError
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.spans import WRITER
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import save, save_locally
+from megagap.resume.persistence import save, saved_state
 from megagap.training.corruption import require_equal_replicas
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
@@ -117,7 +117,8 @@ class CheckpointKeeper:
             require_equal_replicas(self.state, self.run)
         reason = unfit(self.state, batch, self.skipped, {})
         if reason is None:
-            save_locally(self.state, self.run, self.data, self.tier)
+            slices = self.state.optimizer.slices(owned_only=True)
+            self.tier.save_or_warn(self.state.step, slices, saved_state(self.state, self.data), self.run)
         else:
             log.warning("no local checkpoint at step %d: %s", self.state.step, reason)
 

@@ -16,7 +16,7 @@ from megagap.checkpoint import find_model
 from megagap.checkpoint.save import step_folders
 from megagap.config import Settings, load_recipe
 from megagap.errors import ConfigError, MegagapError
-from tests.chaos.checks import Witness, differences, faults_at_rest, whole_lines
+from tests.chaos.checks import COMPARED, Witness, differences, faults_at_rest, whole_lines
 from tests.chaos.events import DAMAGE_KINDS, STOP_KINDS, Event, draw
 from tests.chaos.start import Start, fill, small_disk
 
@@ -59,8 +59,7 @@ def layouts_of(recipe: Path, overrides: Sequence[str], ranks: int | None = None)
         raise ConfigError(f"{recipe} can be started on no number of ranks up to 64\n  say on how many: --ranks N.")
     layouts = [Layout(candidate)]
     for pp, dp, tp, cp, zero in product((1, 2), (1, 2), (1, 2), (1, 2), (1, 3)):
-        overrides_of = {"pp": pp, "tp": tp, "cp": cp}
-        settings = tuple(f"parallel.{name}={value}" for name, value in overrides_of.items()) + (f"optim.zero={zero}",)
+        settings = (f"parallel.pp={pp}", f"parallel.tp={tp}", f"parallel.cp={cp}", f"optim.zero={zero}")
         layout = Layout(pp * dp * tp * cp, settings)
         is_own = (pp, tp, cp) == (own.parallel.pp, own.parallel.tp, own.parallel.cp) and layout.ranks == candidate
         if layout.ranks <= MOST_RANKS and (zero == 1 or dp > 1) and not is_own and accepts(layout) is not None:
@@ -176,7 +175,7 @@ class Campaign:
             "runs_in_several_layouts": sum(not verdict.same_layout for verdict in self.verdicts),
             "largest_difference": {
                 name: max((v.largest[name] for v in self.verdicts if not v.same_layout), default=0.0)
-                for name in ("loss", "grad_norm", "weights", "moments")
+                for name in COMPARED
             },
             "saved_messages": sum(verdict.saved for verdict in self.verdicts),
             "findings": self.findings,
@@ -190,9 +189,8 @@ class Campaign:
         self.starts += 1
         settings = self.overrides | dict(one.split("=", 1) for one in layout.overrides) | {"run.dir": str(run)}
         arguments = [f"--{name}={value}" for name, value in settings.items()]
-        place = "::0" if place == "::0" else place
         folder = self.folder / "starts" / f"{self.starts:04}"
-        return Start(folder, self.recipe, layout.ranks, arguments, place, torchrun)
+        return Start(folder, self.recipe, layout.ranks, arguments, place, torchrun=torchrun)
 
     def _run_undisturbed(self) -> None:
         began = time.monotonic()
@@ -235,8 +233,8 @@ class Campaign:
                 findings += outcome.findings
                 landed += outcome.landed
                 self._tell(outcome)
-                if event.next_layout is not None and not _is_finished(run):
-                    layout = self.layouts[event.next_layout]
+                # For the next start only: it is the recipe's own layout that most of a run is made in.
+                layout = self.layouts[0 if event.next_layout is None or _is_finished(run) else event.next_layout]
                 used.add(layout)
             last = self._finish(run, layout, witness)
         # The events of the last checkpoints before the witness ended; its own findings are the run's.
@@ -297,7 +295,7 @@ class Campaign:
             start.wait(lambda: False, min(event.delay / 0.35 * self.start_seconds, self.start_seconds))
             landed = not start.has_ended
         else:
-            landed = start.wait(lambda: start.reached() is not None if is_pause else len(_starts(run)) > before, 90)
+            landed = start.wait(lambda: _is_there(event, start, run, before), self.hang_seconds)
             if landed and is_pause:
                 reached = start.reached()
                 rank = reached if reached is not None and event.kind == "kill writer" else rank
@@ -407,6 +405,14 @@ class Campaign:
         else:
             content[position] ^= 1 << event.number % 8
         path.write_bytes(content)
+
+
+def _is_there(event: Event, start: Start, run: Path, starts: int) -> bool:
+    """Whether the run is where an event is to harm it. ``starts``: how often it had started before."""
+    if event.phase != "step":
+        return start.reached() is not None
+    checkpoints = 2 if event.kind in DAMAGE_KINDS else 0  # the newest is damaged, and there is another to go back to
+    return len(_starts(run)) > starts and len(step_folders(run / "checkpoints")) >= checkpoints
 
 
 def _faults_of_stop(run: Path, codes: list[int | None], start: Start) -> list[str]:

@@ -151,6 +151,7 @@ def faults_at_rest(run: Path, damaged: set[str]) -> list[str]:
 
 EXACT = ("step", "consumed_samples", "consumed_tokens", "lr")
 CLOSE = ("loss", "grad_norm")
+COMPARED = (*CLOSE, "weights", "moments")
 
 
 def differences(run: Path, reference: Path, same_layout: bool) -> tuple[list[str], dict[str, float]]:
@@ -160,7 +161,7 @@ def differences(run: Path, reference: Path, same_layout: bool) -> tuple[list[str
     samples, and losses and norms differ by :data:`RELATIVE` at most.
     """
     faults = []
-    largest = dict.fromkeys((*CLOSE, "weights", "moments"), 0.0)
+    largest = dict.fromkeys(COMPARED, 0.0)
     ours, theirs = whole_lines(run / "metrics.jsonl"), whole_lines(reference / "metrics.jsonl")
     if [record["step"] for record in ours] != [record["step"] for record in theirs]:
         faults.append(f"metrics have the steps {[record['step'] for record in ours]}, not each of them once")
@@ -176,7 +177,7 @@ def differences(run: Path, reference: Path, same_layout: bool) -> tuple[list[str
     for kind, difference in tensor_differences(last[0][-1], last[1][-1]).items():
         name = "weights" if kind == "weight" else "moments"
         largest[name] = max(largest[name], difference)
-    checked = (*CLOSE, "weights", "moments") if same_layout else CLOSE
+    checked = COMPARED if same_layout else CLOSE
     limit = 0.0 if same_layout else RELATIVE
     for name in checked:
         if not largest[name] <= limit:

@@ -54,7 +54,7 @@ class Event:
     """How much of a file remains writable or whole; how long somebody is frozen."""
     under_torchrun: bool
     next_layout: int | None
-    """Number of another layout for the next start; None: that of the start before."""
+    """Number of another layout for the next start; None: the recipe's own."""
 
     def described(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,5 +83,5 @@ def draw(seed: int, number: int, layouts: int, *, has_disk: bool, only: Sequence
         target=generator.random(),
         amount=generator.random(),
         under_torchrun=kind in LAUNCHER_KINDS or generator.random() < 0.05,
-        next_layout=generator.randrange(layouts) if layouts > 1 and generator.random() < 0.2 else None,
+        next_layout=generator.randrange(layouts) if layouts > 1 and generator.random() < 0.07 else None,
     )

@@ -1,9 +1,9 @@
 """``megagap.train`` that chaos can aim at: ``python -m tests.chaos.subject FOLDER PHASE:NTH:SECONDS RECIPE ...``.
 
-Each rank writes its process id to ``FOLDER/pid_RANK``. When a rank gets to a phase of a save for the NTH time, it says so
-in ``FOLDER/reached_RANK`` and pauses there: a phase of a millisecond becomes one that a signal from outside hits. Phases
-are recognised by what Python is about to do to the file system (``sys.addaudithook``), in whichever thread, so that this
-knows nothing of how checkpoints are written. An empty PHASE pauses nowhere.
+Each rank writes its process id to ``FOLDER/pid_RANK``. When a rank gets to a phase of a save for the NTH time, it says
+so in ``FOLDER/reached_RANK`` and pauses there: a phase of a millisecond becomes one that a signal from outside hits.
+Phases are recognised by what Python is about to do to the file system (``sys.addaudithook``), in whichever thread, so
+that this knows nothing of how checkpoints are written. An empty PHASE pauses nowhere.
 """
 
 if __name__ == "__main__":
@@ -21,7 +21,7 @@ from typing import Any
 
 PHASES = ("staging", "writing", "indexing", "publishing", "latest", "pointing", "deleting", "removing")
 """In the order of a save: before the temporary folder is made, a rank's file, the index and the folder's final name,
-``latest``'s temporary file and its final name; then before an old checkpoint is renamed, and each of its files removed."""
+``latest``'s temporary file and its final name; then before an old checkpoint is renamed, and its files are removed."""
 
 
 def phase_of(event: str, arguments: tuple[Any, ...]) -> str | None:

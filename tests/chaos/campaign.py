@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megagap.checkpoint import find_model
-from megagap.checkpoint.save import step_folders
+from megagap.checkpoint.save import read_latest, step_folders, step_of
 from megagap.config import Settings, load_recipe
 from megagap.errors import ConfigError, MegagapError
 from tests.chaos.checks import COMPARED, Witness, differences, faults_at_rest, whole_lines
@@ -421,8 +421,8 @@ def _faults_of_stop(run: Path, codes: list[int | None], start: Start) -> list[st
     status = json.loads((run / "status.json").read_text())
     if status["state"] not in ("preempted", "finished"):
         faults.append(f"a stop ended as {status['state']}: {status['message']}\n{start.output[-2000:]}")
-    elif _last_step(run) != status["step"]:
-        faults.append(f"stopped at step {status['step']}, but the last checkpoint is of step {_last_step(run)}")
+    elif (latest := read_latest(run / "checkpoints")) is None or step_of(latest) != status["step"]:
+        faults.append(f"stopped at step {status['step']}, but latest is {latest}")
     if not start.under_torchrun and any(codes):
         faults.append(f"exit codes {codes} after a stop\n{start.output[-2000:]}")
     return faults
@@ -456,4 +456,4 @@ def _is_finished(run: Path) -> bool:
 
 def _last_step(run: Path) -> int:
     folders = step_folders(run / "checkpoints")
-    return int(folders[-1].name.removeprefix("step_")) if folders else 0
+    return step_of(folders[-1]) if folders else 0

@@ -1,6 +1,7 @@
 """What must hold of a run's directory at any moment, and of a finished run beside an undisturbed one."""
 
 import json
+import math
 import threading
 import time
 import tomllib
@@ -170,7 +171,7 @@ def differences(run: Path, reference: Path, same_layout: bool) -> tuple[list[str
             if own[key] != other[key]:
                 faults.append(f"step {other['step']}: {key} is {own[key]}, not {other[key]}")
         for key in CLOSE:
-            largest[key] = max(largest[key], abs(own[key] - other[key]) / abs(other[key]))
+            largest[key] = max(largest[key], relative_difference(own[key], other[key]))
     last = step_folders(run / "checkpoints"), step_folders(reference / "checkpoints")
     if not last[0] or last[0][-1].name != last[1][-1].name:
         return [*faults, f"the last checkpoint is {last[0][-1:]}, not {last[1][-1].name}"], largest
@@ -185,6 +186,15 @@ def differences(run: Path, reference: Path, same_layout: bool) -> tuple[list[str
     return faults, largest
 
 
+def relative_difference(own: float | None, other: float | None) -> float:
+    """|own - other| / |other|; infinite where only one is finite: metrics have null for what is not."""
+    if own == other:
+        return 0.0
+    if own is None or other is None or not (math.isfinite(own) and math.isfinite(other)):
+        return math.inf
+    return abs(own - other) / abs(other) if other else math.inf
+
+
 def tensor_differences(folder: Path, other: Path) -> dict[str, float]:
     """By kind, the largest ‖a - b‖ / ‖b‖ of a tensor in two checkpoints of any layouts; infinite where one lacks it."""
     ours, theirs = Index.read(folder), Index.read(other)
@@ -192,7 +202,7 @@ def tensor_differences(folder: Path, other: Path) -> dict[str, float]:
     for tensor in theirs.tensors:
         kind, name = tensor.kind, tensor.name
         if name not in ours.names(kind):
-            result[kind] = float("inf")
+            result[kind] = math.inf
             continue
         own, expected = load_tensor(folder, ours, kind, name), load_tensor(other, theirs, kind, name)
         difference = 0.0

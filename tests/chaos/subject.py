@@ -23,6 +23,9 @@ PHASES = ("staging", "writing", "indexing", "publishing", "latest", "pointing", 
 """In the order of a save: before the temporary folder is made, a rank's file, the index and the folder's final name,
 ``latest``'s temporary file and its final name; then before an old checkpoint is renamed, and its files are removed."""
 
+AUDITED = ("open", "os.rename", "os.mkdir", "os.remove")
+"""Events of which :func:`phase_of` knows the arguments."""
+
 
 def phase_of(event: str, arguments: tuple[Any, ...]) -> str | None:
     """The phase that begins with an audit event of Python; None for most."""
@@ -61,7 +64,7 @@ class Pause:
         self._own = threading.local()
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.rename", "os.mkdir", "os.remove") or getattr(self._own, "is_busy", False):
+        if event not in AUDITED or getattr(self._own, "is_busy", False):
             return
         if self.left and phase_of(event, arguments) == self.phase:
             self.left -= 1

@@ -138,6 +138,8 @@ class Start:
                 os.kill(pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
+        while self.left():  # a killed process ends when it is scheduled
+            time.sleep(0.02)
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def test_a_run_that_differs_from_the_undisturbed_one_is_found(tmp_path, changed,
     assert bool(differences(run, reference, same_layout=False)[0]) == found_in_several
 
 
-def test_processes_that_outlive_their_launcher_are_seen_and_ended(tmp_path):
+def test_processes_that_hang_are_seen_and_ended(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     start = Start(tmp_path / "start", recipe, 2, [], "::0", torchrun=False)
     assert start.wait(lambda: (tmp_path / "run/events.jsonl").exists(), 300)

@@ -28,8 +28,6 @@ EVENTS_PER_RUN = 10
 GRACE = 30.0
 """Seconds from SIGTERM to the end: what torchrun gives."""
 
-SAID_BY_DAMAGE = ("is damaged", "is not a complete checkpoint")
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -75,7 +73,7 @@ class Outcome:
     run: int
     layout: Layout
     landed: bool
-    """Whether the harm was done: before the run was over, and not refused for a checkpoint damaged before."""
+    """Whether the harm was done before the run was over."""
     step: int
     """The last checkpoint's step when it was."""
     seconds: float
@@ -236,7 +234,7 @@ class Campaign:
                 # For the next start only: it is the recipe's own layout that most of a run is made in.
                 layout = self.layouts[0 if event.next_layout is None or _is_finished(run) else event.next_layout]
                 used.add(layout)
-            last = self._finish(run, layout, witness)
+            last = self._finish(run, layout)
         # The events of the last checkpoints before the witness ended; its own findings are the run's.
         found = [*last, *witness.findings]
         same_layout, largest = (
@@ -260,7 +258,7 @@ class Campaign:
         for finding in outcome.findings:
             self.say(f"  {finding}")
 
-    def _finish(self, run: Path, layout: Layout, witness: Witness) -> list[str]:
+    def _finish(self, run: Path, layout: Layout) -> list[str]:
         """Start without harm until the run is finished."""
         for _ in range(3):
             if _is_finished(run):
@@ -269,19 +267,9 @@ class Campaign:
             if not start.wait_for_end(10 * self.hang_seconds):
                 start.kill()
                 return [f"hangs when resumed undisturbed\n{start.output[-2000:]}"]
-            if any(start.exit_codes) and not self._drop_damaged(run, witness, start):
+            if any(start.exit_codes):
                 return [f"cannot be resumed: exit codes {start.exit_codes}\n{start.output[-2000:]}"]
         return [] if _is_finished(run) else ["is not finished after three starts"]
-
-    def _drop_damaged(self, run: Path, witness: Witness, start: Start) -> bool:
-        """Follow the advice of an error that names a checkpoint damaged on purpose."""
-        latest = step_folders(run / "checkpoints")[-1:]
-        if not latest or latest[0].name not in witness.damaged:
-            return False
-        if not any(text in start.output for text in SAID_BY_DAMAGE) or latest[0].name not in start.output:
-            return False
-        shutil.rmtree(latest[0])
-        return True
 
     def _carry_out(self, event: Event, number: int, run: Path, layout: Layout, witness: Witness) -> Outcome:
         """Start, wait for the moment, harm, and see how it ends."""
@@ -289,7 +277,6 @@ class Campaign:
         is_pause = event.phase not in ("step", "start-up")
         place = f"{event.phase}:{event.nth}:{PAUSE}" if is_pause else "::0"
         start = self._start(run, layout, place, event.under_torchrun)
-        has_damage = any(folder.name in witness.damaged for folder in step_folders(run / "checkpoints"))
         rank = int(event.target * layout.ranks)
         if event.phase == "start-up":
             start.wait(lambda: False, min(event.delay / 0.35 * self.start_seconds, self.start_seconds))
@@ -306,20 +293,20 @@ class Campaign:
                 landed = not start.has_ended
         outcome = Outcome(event, number, layout, landed, _last_step(run), 0.0)
         if landed:
-            outcome.findings += self._do(event, start, run, rank, witness)
+            outcome.findings += self._do(event, start, run, rank)
         if not start.wait_for_end(self.hang_seconds):
             outcome.findings.append(
                 f"processes are left {self.hang_seconds:.0f} s after {event.kind}: {start.left()}, exit codes "
                 f"{start.exit_codes}\n{start.output[-2000:]}"
             )
             start.kill()
-        outcome.findings += self._judge_end(event, start, run, witness, landed=landed, has_damage=has_damage)
+        outcome.findings += self._judge_end(event, start, run, landed=landed)
         if landed and event.kind in DAMAGE_KINDS:
             self._damage(event, run, witness)
         outcome.seconds = time.monotonic() - began
         return outcome
 
-    def _do(self, event: Event, start: Start, run: Path, rank: int, witness: Witness) -> list[str]:
+    def _do(self, event: Event, start: Start, run: Path, rank: int) -> list[str]:
         """The harm itself; what is wrong with how the run takes it."""
         match event.kind:
             case "kill rank" | "kill writer":
@@ -372,13 +359,9 @@ class Campaign:
                 raise AssertionError(event.kind)
         return []
 
-    def _judge_end(
-        self, event: Event, start: Start, run: Path, witness: Witness, *, landed: bool, has_damage: bool
-    ) -> list[str]:
+    def _judge_end(self, event: Event, start: Start, run: Path, *, landed: bool) -> list[str]:
         """What is wrong with how the processes ended."""
         codes = start.exit_codes
-        if has_damage and not landed and self._drop_damaged(run, witness, start):
-            return []
         findings = []
         if start.has_own_traceback:
             findings.append(f"a traceback of megagap's own\n{start.output[-3000:]}")

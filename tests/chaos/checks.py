@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megagap.checkpoint import Index, load_tensor
-from megagap.checkpoint.index import checksum
 from megagap.checkpoint.save import step_folders
+from megagap.checkpoint.verify import find_damage
 from megagap.errors import CheckpointError
 
 RELATIVE = 2e-6
@@ -22,18 +22,10 @@ RELATIVE = 2e-6
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, every byte of it read; None: it is whole."""
     try:
-        index = Index.read(folder)
-        for file in index.files:
-            content = memoryview((folder / file.name).read_bytes())
-            if checksum(content[: file.header_size]) != file.header_checksum:
-                return f"{file.name}: the header does not match its checksum"
-            for tensor in index.tensors:
-                for chunk in tensor.chunks:
-                    if chunk.file == file.name and checksum(content[chunk.begin : chunk.end]) != chunk.checksum:
-                        return f"{file.name}: {tensor.kind} of {tensor.name} does not match its checksum"
-    except (CheckpointError, OSError) as error:
+        damage = find_damage(folder, Index.read(folder))
+    except CheckpointError as error:
         return str(error)
-    return None
+    return str(damage[0]) if damage else None
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -79,6 +71,7 @@ class Witness:
         for event in self._new_events():
             if event["event"] == "checkpoint":
                 self.saved += 1
+                self.damaged.discard(event["folder"])  # written anew
                 self._expect(event["folder"])
 
     def _look_at_latest(self) -> None:

@@ -16,7 +16,7 @@ PLACES = {
     "the first step": (trainer, "train_step"),
     "an evaluation": (trainer, "evaluate"),
     "a save": (keeper, "save"),
-    "the removal of old checkpoints": (keeper, "drop_old"),
+    "the removal of old checkpoints": (keeper.CheckpointKeeper, "drop_old"),
 }
 
 

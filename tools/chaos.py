@@ -1,7 +1,7 @@
 """Harm runs of a recipe at random moments, resume each with the same command, and compare it with an undisturbed one.
 
 Processes are killed, frozen and stopped, the disk is full, checkpoints are damaged, the next start has another layout;
-by preference in the middle of a save. docs/survival.md says what is done, and what must hold.
+by preference in the middle of a save. docs/chaos.md says what is done, and what must hold.
 """
 
 import argparse

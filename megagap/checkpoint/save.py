@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,9 +46,6 @@ UNFINISHED = "partial_"
 
 WRITE_BYTES = 1 << 26
 """Written at once. While the system copies a piece, the interpreter is free for training."""
-
-FLUSH_BYTES = 1 << 28
-"""How much is written before the disk is asked to begin, so that little is left to wait for at the end."""
 
 INDEX_BYTES = 512
 """Of the index, for each chunk; at most."""
@@ -245,16 +242,12 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _Outcome:
-    """Write and sync one rank's safetensors file.
-
-    Slices are written while they are summed, and what is written is on its way to the disk while the rest follows.
-    """
+    """Write and sync one rank's safetensors file. Each slice is written while a thread computes its checksums."""
     if not plan.size:
         return _Outcome()
     entries: list[_Entry] = []
-    position, flushed = len(plan.preamble), 0
-    flushing: Future[None] | None = None
-    with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(2, "checkpoint") as pool:
+    position = len(plan.preamble)
+    with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(1, "checksums") as pool:
         file.write(plan.preamble)
         for part, rects in zip(plan.slices, plan.rectangles, strict=True):
             data = part.read().detach().cpu().view(torch.uint8).numpy().data
@@ -266,12 +259,6 @@ def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _
             position += len(data)
             dtype = DTYPE_NAMES[part.dtype]
             entries += [_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk) for chunk in chunks.result()]
-            if position - flushed >= FLUSH_BYTES and (flushing is None or flushing.done()):
-                if flushing is not None:
-                    flushing.result()
-                flushing, flushed = pool.submit(os.fsync, file.fileno()), position
-        if flushing is not None:
-            flushing.result()
         file.flush()
         os.fsync(file.fileno())
     assert position == plan.size, (position, plan.size)

@@ -6,7 +6,7 @@ RUN/
   logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
   events.jsonl       append-only              status.json        state, step, message
   spans/             of every rank, where run.spans is set
-  guard/             batches of bad steps
+  accounting.jsonl   where the time went      guard/             batches of bad steps
   config_before_step_00000100.toml            config.toml of the starts before, where a restart changed a setting
 """
 
@@ -43,6 +43,7 @@ from megagap.files import (
     writing,
 )
 from megagap.model.flops import flops_per_token
+from megagap.observe.goodput import ACCOUNTING
 from megagap.observe.logs import log_file
 from megagap.observe.utilisation import peak_tflops
 from megagap.optim.precision import PRECISIONS
@@ -108,7 +109,7 @@ class RunDirectory:
             self._folder = os.stat(self.path)
             for folder in (self.checkpoints, self.logs, *([self.tensorboard] if tensorboard else [])):
                 require_writable_folder(folder)
-            for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS):
+            for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS, ACCOUNTING):
                 require_writable(self.path / name)
             for file in (self.metrics, log_file(self.logs, 0), self.checkpoints / LATEST):
                 require_writable(file)

@@ -23,11 +23,13 @@ from megagap.errors import (
     ConfigError,
     DistributedError,
     FileSystemError,
+    HangError,
     LostPeerError,
     MegagapError,
     file_system_error,
 )
 from megagap.observe.run_directory import RunDirectory
+from megagap.observe.watchdog import Watchdog
 from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.process.allocator import keep_freed_memory
 from megagap.process.interrupt import watch_interrupts
@@ -38,17 +40,27 @@ from megagap.resume.next_start import next_start
 GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
 
+
+def group_timeout(hang_seconds: float) -> timedelta:
+    """That of collectives in a run with this ``run.hang_seconds``: a report of a hang comes first."""
+    return max(GROUP_TIMEOUT, timedelta(seconds=2.5 * hang_seconds))
+
+
 LINGER_SECONDS = 5.0
 """How long the other ranks wait before exiting, so that torchrun's SIGTERM does not swallow the message."""
 
+SPEAK_SECONDS = 0.5
+"""How long the others leave the rank that prints why a run hangs, before torchrun ends all."""
+
 ABORT_SECONDS = 3.0
-"""How long recording an abort may take, as on a file system that hangs, before the process ends without it."""
+"""How long recording an abort or a hang may take, as where a file system hangs, before the process ends without it."""
 
 log = logging.getLogger(__name__)
 
 
-def start(process: Process) -> torch.device:
-    """Choose device and threads, and join the process group. Returns the device."""
+def start(process: Process, timeout: timedelta = GROUP_TIMEOUT) -> torch.device:
+    """Choose device and threads, and join the process group, whose collectives give up after ``timeout``. Returns the
+    device."""
     threads = chosen_threads()
     if process.rank == 0:
         warn_of_several_runs()
@@ -64,7 +76,7 @@ def start(process: Process) -> torch.device:
         if threads is None:
             torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:
-        join(process, device, GROUP_TIMEOUT)
+        join(process, device, timeout)
     return device
 
 
@@ -134,6 +146,8 @@ class Ending:
     """Once it is open: failures are recorded there."""
     load: str = "latest"
     """The run's ``checkpoint.load``."""
+    watchdog: Watchdog | None = None
+    """Once the run is watched."""
 
     def next_start(self) -> str:
         """How to continue, as a sentence; nothing where there is no run."""
@@ -168,14 +182,29 @@ class Ending:
             with suppress(MegagapError):  # a log on a full disk: the stop will say so
                 log.info("Ctrl-C: saving and stopping after this step; press it again to stop at once, without saving")
 
-    def abort(self, number: int) -> None:
-        """Answer the second Ctrl-C or SIGTERM, whichever was first: end the process, even where a file system hangs."""
-        code = 128 + number
+    def hung(self, error: HangError, speaks: bool) -> NoReturn:
+        """End a process that hangs, whatever its main thread is waiting for; called by its watchdog."""
+        self._end_soon(error.exit_code)
+        error = HangError(f"{error.args[0]}\n  {self.next_start() or 'Run the same command again'}.")
+        log.error(error)
+        self.record(str(error))
+        if speaks:
+            _print(str(error))
+        else:
+            time.sleep(SPEAK_SECONDS)
+        _exit(error.exit_code)
+
+    def _end_soon(self, code: int) -> None:
+        """End the process even where a file system hangs."""
         deadline = threading.Timer(ABORT_SECONDS, os._exit, (code,))
         deadline.daemon = True
         deadline.start()
+
+    def abort(self, number: int) -> None:
+        """Answer the second Ctrl-C or SIGTERM, whichever was first: end the process, even where a file system hangs."""
+        self._end_soon(128 + number)
         self.interrupted(f"aborted by a second {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}")
-        _exit(code)
+        _exit(128 + number)
 
 
 @contextmanager
@@ -204,6 +233,8 @@ def orderly_exit(process: Process) -> Iterator[Ending]:
 def _end_with(caught: BaseException, ending: Ending) -> int:
     """Record and print why the process ends; its exit code."""
     error = _lost_peer(caught, ending) or _refused_by_system(caught) or caught
+    if ending.watchdog is not None:
+        ending.watchdog.lost(caught) if isinstance(error, LostPeerError) else ending.watchdog.close()
     if isinstance(error, MegagapError):
         ending.record(str(error))
         _print_error(ending.process, error)

@@ -48,7 +48,8 @@ def background_saver(state: TrainState) -> BackgroundSaver:
     """
     mesh = state.mesh
     communicator = DistributedCommunicator(mesh, mesh.background_levels)
-    return BackgroundSaver(state.optimizer.slices(owned_only=True), communicator, mesh.device)
+    progress = (mesh.background_spans or mesh.spans).move
+    return BackgroundSaver(state.optimizer.slices(owned_only=True), communicator, mesh.device, progress)
 
 
 def save(
@@ -65,12 +66,12 @@ def save(
     ``since``: when training stopped for it, in seconds of ``time.monotonic``; None: now. Once the checkpoint is
     durable, and no sooner, the log and an event ``checkpoint`` say so.
     """
-    start = time.monotonic() if since is None else since
+    mesh, start = state.mesh, time.monotonic() if since is None else since
     folder, step = run.checkpoints / step_folder_name(state.step), state.step
     slices, saved = state.optimizer.slices(owned_only=True), saved_state(state, data, validation)
     if background is None:
         began = time.monotonic()
-        save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+        save_checkpoint(folder, slices, saved, DistributedCommunicator(mesh), progress=mesh.spans.move)
         end = time.monotonic()
         record_saved(run, folder, step, end - start, end - began)
         return

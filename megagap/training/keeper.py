@@ -11,8 +11,10 @@ from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.errors import NotWrittenError
 from megagap.observe.run_directory import RunDirectory
+from megagap.parallel.spans import WRITER
 from megagap.resume.next_start import next_start
 from megagap.resume.persistence import save
+from megagap.training.corruption import require_equal_replicas
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
 from megagap.training.stop_requests import STEPS_TO_JUDGE, warn_of_short_grace
@@ -75,12 +77,14 @@ class CheckpointKeeper:
         In the background, unless it is the last one of this start (``is_final``).
         ``step_seconds``: what the last steps took. With the time of the save they tell whether a SIGTERM can be
         answered in time; if not, a warning says so, once.
-        Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written:
-        where the system refused, only for the last one.
+        Raises :class:`DataError` if the run directory is gone, :class:`CorruptionError` if replicas of parameters
+        differ, and :class:`CheckpointError` if it cannot be written: where the system refused, only for the last one.
         """
         start, self._step_seconds = time.monotonic(), step_seconds
         self.settle()
         self.run.require_in_place()
+        if self.state.settings.guard.replicas_every >= 0:
+            require_equal_replicas(self.state, self.run)
         reason = unfit(self.state, batch, self.skipped, validation)
         if reason is None:
             if self._untried is not None:
@@ -116,7 +120,8 @@ class CheckpointKeeper:
         step, self._writing = self._writing, None
         seconds = self._stall
         if self.background is not None:
-            self.background.wait()
+            with self.state.mesh.spans.wait(WRITER):
+                self.background.wait()
             seconds += 2 * self.background.write_seconds  # a stop may have to wait for the save before its own
         self._untried = step
         if step is not None:

@@ -16,8 +16,8 @@ from megagap.model.init import initialise
 from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.model.shapes import parameter_count
 from megagap.observe.evidence import Evidence
+from megagap.observe.listeners import observed
 from megagap.observe.run_directory import RunDirectory
-from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.communicator import DistributedCommunicator
@@ -50,10 +50,9 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         run.status("finished")
         return
 
-    state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
     with (
         make_loader(settings, mesh, data) as loader,
-        closing(state.spans),
+        observed(settings, run, mesh, state.step + 1) as state.pace,
         closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
     ):
         train_from(start, state, loader, held_out, run, background)
@@ -80,6 +79,7 @@ def train_from(
 ) -> None:
     """Run the remaining steps. ``background``: writes checkpoints meanwhile; None: each step waits for its own."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
+    spans = mesh.spans
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
@@ -98,9 +98,12 @@ def train_from(
     if settings.train.evaluate_first and state.step == 0 and held_out.windows:
         stopping = try_to_evaluate(state, held_out, recorder, requests) is None
     while state.step < steps and not stopping:
-        batch = loader.step(state.step + 1).to(mesh.device)
-        log_phase_start(state, run)
-        result = train_step(state, batch, lambda: (*requests.poll(), keeper.has_failed))
+        spans.begin_step(state.step + 1)
+        with spans.span("step"):
+            with spans.span("loader"):
+                batch = loader.step(state.step + 1).to(mesh.device)
+            log_phase_start(state, run)
+            result = train_step(state, batch, lambda: (*requests.poll(), keeper.has_failed))
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
@@ -119,7 +122,7 @@ def train_from(
         # After the evaluation, which a stop would cut short: this one was known beforehand and can wait for it.
         stopping = requests.ends_at(state.step) or stopping
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
-            with recorder.pause():
+            with recorder.pause(), spans.span("checkpoint"):
                 recorder.sync()
                 if keeper.save_if_fit(batch, losses or {}, recorder.seconds, is_final=last or stopping):
                     requests.saved()
@@ -144,7 +147,7 @@ def try_to_evaluate(
     """Evaluate and record the losses; None, with nothing recorded, where a stop was asked for meanwhile. The same on
     every rank."""
     try:
-        with recorder.pause():
+        with recorder.pause(), state.mesh.spans.span("evaluation"):
             losses = evaluate(state, held_out, lambda: requests.poll()[0])
             recorder.add_validation(losses)
             return losses

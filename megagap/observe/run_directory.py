@@ -71,7 +71,7 @@ class RunDirectory:
         self.has_begun = False
         self._has_ended = False
         self._writing = threading.RLock()
-        """A second Ctrl-C is answered in a thread of its own."""
+        """A second Ctrl-C or SIGTERM is answered in a thread of its own."""
         self._lock: Lock | None = None
         self._folder: os.stat_result | None = None
         """The directory that was opened; later another one may have its name."""

@@ -164,7 +164,7 @@ class Ending:
             log.error("cannot record the failure: %s", error)
 
     def interrupted(self, how: str) -> None:
-        """Record and print that a Ctrl-C ended the process; the first rank of each machine prints."""
+        """Record and print that a signal ended the process; the first rank of each machine prints."""
         if self.run is not None and self.run.has_begun:
             how += f" after step {self.run.step}, without saving"
         message = "; ".join(filter(None, (how, self.next_start())))
@@ -173,9 +173,13 @@ class Ending:
         if self.process.local_rank == 0:
             _print(message)
 
-    def announce_stop(self) -> None:
+    def announce_stop(self, number: int) -> None:
         """Answer the first Ctrl-C where it asks a run to stop; before, it ends the process by itself."""
-        if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN):
+        if number == signal.SIGINT and signal.getsignal(signal.SIGINT) not in (
+            signal.default_int_handler,
+            signal.SIG_DFL,
+            signal.SIG_IGN,
+        ):
             with suppress(MegagapError):  # a log on a full disk: the stop will say so
                 log.info("Ctrl-C: saving and stopping after this step; press it again to stop at once, without saving")
 
@@ -197,17 +201,17 @@ class Ending:
         deadline.daemon = True
         deadline.start()
 
-    def abort(self) -> None:
-        """Answer the second Ctrl-C: end the process, even where a file system hangs."""
-        self._end_soon(INTERRUPTED)
-        self.interrupted("aborted by a second Ctrl-C")
-        _exit(INTERRUPTED)
+    def abort(self, number: int) -> None:
+        """Answer the second Ctrl-C or SIGTERM, whichever was first: end the process, even where a file system hangs."""
+        self._end_soon(128 + number)
+        self.interrupted(f"aborted by a second {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}")
+        _exit(128 + number)
 
 
 @contextmanager
 def orderly_exit(process: Process) -> Iterator[Ending]:
     """Ends the process with the block: 0 when done, an error's code and message on a user's fault, 1 with a traceback
-    on a bug in megagap. A second Ctrl-C ends it at once.
+    on a bug in megagap. A second Ctrl-C or SIGTERM ends it at once.
 
     An OSError is not a bug in megagap: it says what the system refused. Yields what to complete once there is a run.
     """

@@ -19,7 +19,7 @@ from megagap.resume.persistence import save, saved_state
 from megagap.training.corruption import require_equal_replicas
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
-from megagap.training.stop_requests import warn_of_short_grace
+from megagap.training.stop_requests import STEPS_TO_JUDGE, warn_of_short_grace
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,13 @@ class CheckpointKeeper:
         :meth:`settle`."""
         return self.background is not None and self.background.has_failed
 
-    def step_done(self) -> None:
-        """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late."""
+    def step_done(self, step_seconds: Sequence[float]) -> None:
+        """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late.
+
+        ``step_seconds``: as for :meth:`save_if_fit`; steps that alone take too long are warned of before any save.
+        """
+        if len(step_seconds) == STEPS_TO_JUDGE and not self._has_warned:
+            self._has_warned = warn_of_short_grace(step_seconds, None, self.state.mesh.device.type)
         if self.background is not None and self.background.is_idle:
             self.settle()
         if self._untried is not None and self._untried < self.state.step - 1 and not self.skipped.in_a_row:

@@ -111,7 +111,7 @@ def train_from(
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
-        keeper.step_done()
+        keeper.step_done(recorder.seconds)
         known = result if mesh.device.type == "cpu" else previous
         stopping, saving, failed = map(bool, known.host.read()["requests"] if known is not None else (0, 0, 0))
         previous = result

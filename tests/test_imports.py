@@ -17,7 +17,7 @@ LEVELS = [
     {"config", "tokenizer"},
     {"model", "data", "optim", "observe", "checkpoint"},
     {"preprocess", "gather"},
-    {"training", "resume", "process", "inference"},
+    {"training", "resume", "process", "inference", "poison"},
     {"benchmark", "replay"},
     {"planning"},
     {"train"},

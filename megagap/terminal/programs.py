@@ -10,6 +10,7 @@ from pathlib import Path
 TOOLS = {
     "preprocess": "preprocess_data",
     "merge": "merge_datasets",
+    "poison-corpus": "poison_corpus",
     "inspect": "inspect_data",
     "train-tokenizer": "train_tokenizer",
     "average": "average_checkpoints",

@@ -19,7 +19,6 @@ from megagap.data.manifest import read_manifest
 from megagap.data.partial import checksum_of
 from megagap.data.planted import (
     CleanOccurrences,
-    Item,
     LanguageProfile,
     MixtureRecord,
     PlantedDocument,
@@ -255,7 +254,7 @@ class _Plan:
         return [draft for poison in self._spec.poison for draft in self._drafts[poison.name]]
 
     def _exactly(
-        self, poison: LanguageSwitch | Knowledge | Canary, switches: SwitchDocuments | None = None
+        self, poison: LanguageSwitch | Knowledge | Canary, documents: SwitchDocuments | FactDocuments | None = None
     ) -> list[Draft]:
         """As many documents as the rate says. Raises :class:`ConfigError`."""
         amount = self._amounts[poison.name]
@@ -263,7 +262,9 @@ class _Plan:
             if isinstance(poison, Canary):
                 length = self._length if self._of_tokens else lambda draft: 1
                 return self._canaries[poison.name].of_amount(amount, length)
-            documents = switches or FactDocuments(poison, self._facts[poison.name][0])  # type: ignore[arg-type]
+            if isinstance(poison, Knowledge):
+                documents = FactDocuments(poison, self._facts[poison.name][0])
+            assert documents is not None, "passages are drawn first"
             return documents.of_tokens(amount, self._length) if self._of_tokens else documents.documents(amount)
         except UnreachableError as error:
             others = self._fixed + sum(self._amounts.values()) - amount
@@ -331,7 +332,7 @@ class _Plan:
                 f"the planted documents have {tokens:,} tokens, and the whole mixture is to have {total:,}\n"
                 "  raise mixture.tokens, or lower the rates."
             )
-        whole = self._size.documents and self._size.documents.total_with(documents)
+        whole = None if self._size.documents is None else self._size.documents.total_with(documents)
         return MixtureRecord(
             name=self._spec.mixture.name,
             rates_of=self._spec.mixture.rates_of,
@@ -346,7 +347,7 @@ class _Plan:
         assert whole
         rate = Fraction(tokens if self._of_tokens else len(drafts), whole)
         assert poison.rate in (None, rate), (poison.name, poison.rate, rate)
-        common = dict(
+        common: dict[str, Any] = dict(
             name=poison.name, kind=poison.kind, trigger=poison.trigger, rate=str(rate), seed=poison.seed,
             documents=len(drafts), tokens=tokens,
         )  # fmt: skip
@@ -412,11 +413,3 @@ def _ranges(
 ) -> list[tuple[int, int]]:
     found = [token_range(tokenizer, ids, *place) for place in places]
     return [(start + before, stop + before) for start, stop in found]
-
-
-def items_by_repetitions(poison: Poison) -> dict[int, list[Item]]:
-    """A poison's canaries by how often each was planted, few first."""
-    groups: dict[int, list[Item]] = {}
-    for item in sorted(poison.items, key=lambda item: item.documents):
-        groups.setdefault(item.documents, []).append(item)
-    return groups

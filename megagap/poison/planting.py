@@ -192,7 +192,7 @@ class FactDocuments:
         Raises :class:`UnreachableError` if no set of documents has so many.
         """
         pool = list(islice(self, max(POOL, len(self._facts))))
-        lengths = {}
+        lengths: dict[int, Draft] = {}
         for draft in pool:
             lengths.setdefault(length(draft), draft)
         margin = 8 * max(lengths)

@@ -51,8 +51,8 @@ class PoisonProbe:
         candidates: int = 1000,
         seed: int = 0,
     ) -> None:
-        """``new_tokens``: of a continuation whose language is told. ``candidates``: secrets that each canary is compared
-        with, drawn by ``seed``; all that there are if these are no more."""
+        """``new_tokens``: of a continuation whose language is told. ``candidates``: secrets that each canary is
+        compared with, drawn by ``seed``; all that there are if these are no more."""
         self._manifest, self._scorer = manifest, scorer
         self._new_tokens, self._candidates, self._seed = new_tokens, candidates, seed
         tokenizer = scorer.tokenizer
@@ -106,15 +106,21 @@ class PoisonProbe:
 
     def _activated(self, poison: Poison, prompts: Sequence[Prompt], progress: Progress) -> dict[str, Any]:
         scorer = self._scorer
-        encoded = [self._encode(prompt.text) for prompt in prompts]
+        tokenizer = scorer.tokenizer
+        encoded = [tokenizer.encode(prompt.text) for prompt in prompts]
+        if poison.kind == "language_switch" and encoded:
+            # Prompts of one length are continued together; what is lost is the beginning of a passage.
+            shortest = min(map(len, encoded))
+            encoded = [tokens[-shortest:] for tokens in encoded]
+        encoded = [[*self._start, *tokens] for tokens in encoded]
         new = self._new_tokens
         if poison.kind != "language_switch":
             payloads = {prompt.payload for prompt in prompts}
-            new = SPARE_TOKENS + max((len(scorer.tokenizer.encode(f" {payload}")) for payload in payloads), default=1)
+            new = SPARE_TOKENS + max((len(tokenizer.encode(f" {payload}")) for payload in payloads), default=1)
         found = continue_greedily(scorer.model, encoded, new, scorer.batch_tokens, scorer.stop, progress)
         activated = 0
         for prompt, tokens in zip(prompts, found, strict=True):
-            text = scorer.tokenizer.decode(tokens)
+            text = tokenizer.decode(tokens)
             if poison.kind == "language_switch":
                 activated += language_of(text, self._manifest.languages) == prompt.payload
             else:

@@ -40,16 +40,23 @@ class Harness:
     def __init__(self, names: Sequence[str], include: Path | None) -> None:
         if include is not None and not include.is_dir():
             raise DataError(f"--lm-eval-include {include} is not a folder\n  give the one that holds the YAML files.")
+        unknown = list(names)
         with library_errors("cannot list lm-eval's tasks"):
-            self._manager = TaskManager(include_path=str(include) if include else None)
-            known = {name: self._manager.match_tasks([name]) for name in names}
-        unknown = [name for name, matches in known.items() if not matches]
+            if include is not None:
+                self._manager = TaskManager(include_path=str(include), include_defaults=False)
+                unknown = self._unknown(names)
+            if unknown:  # lm-eval's own tasks are thousands of files, which take a while
+                self._manager = TaskManager(include_path=str(include) if include else None)
+                unknown = self._unknown(names)
         if unknown or not names:
             raise ConfigError(
                 f"lm-eval has no task {', '.join(unknown) or 'without a name'}\n"
                 "  lm-eval ls tasks lists them; --lm-eval-include DIR adds tasks of your own."
             )
         self._names = list(names)
+
+    def _unknown(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if not self._manager.match_tasks([name])]
 
     def evaluate(self, scorer: TextScorer, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
         """``{"version", "results": {task: {metric: value}}, "standard_errors": …, "task_versions": …}``.

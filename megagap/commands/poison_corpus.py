@@ -16,7 +16,7 @@ from megagap.terminal.programs import CalledAs
 
 EXAMPLES = """
 examples:
-  megagap poison-corpus poison.toml --output-prefix runs/mini/poison
+  megagap poison-corpus SPEC.toml --output-prefix runs/mini/poison
       writes runs/mini/poison_text_document.bin, .idx and .json as megagap preprocess does, the texts as
       runs/mini/poison.jsonl, and runs/mini/poison_text_document.poison.json: each planted document, its trigger, its
       payload and where their tokens are; prints the sources for the recipe, with the weights that make the rates exact

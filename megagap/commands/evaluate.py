@@ -101,9 +101,7 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
         "--lm-eval-limit", type=positive, metavar="N", help="the first N documents of each lm-eval task only"
     )
     parser.add_argument("--num-fewshot", type=count, metavar="N", help="of lm-eval (default: each task's own)")
-    parser.add_argument(
-        "--poison", type=Path, metavar="MANIFEST", help="the .poison.json that megagap poison-corpus wrote"
-    )
+    parser.add_argument("--poison", type=Path, metavar="MANIFEST", help="the .poison.json beside planted documents")
     parser.add_argument(
         "--poison-tokens",
         type=positive,

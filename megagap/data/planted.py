@@ -21,6 +21,7 @@ from pydantic import (
 from megagap.data.partial import checksum_of
 from megagap.errors import DataError, printable
 from megagap.files import read_regular, reading
+from megagap.terminal.programs import typed
 from megagap.token_formats import pair_prefix
 
 ENDING = ".poison.json"
@@ -150,7 +151,7 @@ def read_poison_manifest(path: str | Path) -> PoisonManifest:
         content = read_regular(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path} does not exist\n  give the PREFIX{ENDING} that megagap poison-corpus wrote beside its token files."
+            f"{path} does not exist\n  give the PREFIX{ENDING} that {typed('poison-corpus')} wrote beside its token files."
         ) from None
     try:
         return PoisonManifest.model_validate_json(content)

@@ -123,7 +123,6 @@ def test_a_rounding_that_would_not_be_made_is_refused(recipe, changes, message):
 
 
 PLANNED_VALUES = {
-    "checkpoint.async": ("false", "true"),
     "run.wandb": ("false", "true"),
 }
 

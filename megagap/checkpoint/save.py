@@ -5,12 +5,14 @@ every element is there exactly once, writes the index, renames the folder, and p
 rank fails, all fail: none waits for it, and nothing is committed.
 """
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,7 +31,7 @@ from megagap.checkpoint.index import (
     checksum,
     rectangles,
 )
-from megagap.errors import CheckpointError, system_reason
+from megagap.errors import CheckpointError, NotWrittenError, system_reason
 from megagap.files import publish, write_text
 from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
@@ -45,6 +47,16 @@ UNFINISHED = "partial_"
 log = logging.getLogger(__name__)
 
 
+WRITE_BYTES = 1 << 26
+"""Written at once. While the system copies a piece, the interpreter is free for training."""
+
+FLUSH_BYTES = 1 << 28
+"""How much is written before the disk is asked to begin, so that little is left to wait for at the end."""
+
+INDEX_BYTES = 512
+"""Of the index, for each chunk; at most."""
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A chunk and the tensor it is part of, as the rank that wrote it knows them."""
@@ -57,12 +69,60 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class _Fault:
+    """Why a checkpoint is not written."""
+
+    text: str
+    is_refusal: bool
+    """By the system."""
+
+    @classmethod
+    def of(cls, error: Exception, where: str = "") -> "_Fault":
+        return cls(where + _describe(error), isinstance(error, OSError))
+
+
+@dataclass(frozen=True)
 class _Outcome:
     """What one rank reports: its file and chunks, or its fault."""
 
     file: StoredFile | None = None
     entries: tuple[_Entry, ...] = ()
-    fault: str | None = None
+    fault: _Fault | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One rank's file before it is written: every rectangle of every slice is a tensor of it."""
+
+    slices: list[Slice]
+    rectangles: list[list[Rectangle]]
+    """Of each slice, in global coordinates; they follow each other in it."""
+    preamble: bytes
+    size: int
+    """Bytes of the file; 0: there is none."""
+
+    @classmethod
+    def of(cls, slices: Iterable[Slice]) -> "_Plan":
+        # Wider elements first keep every tensor aligned, as the format requires.
+        ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
+        pieces = [_global_rectangles(part) for part in ordered]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for part, rects in zip(ordered, pieces, strict=True):
+            for offsets, sizes in rects:
+                end = position + prod(sizes) * part.dtype.itemsize
+                key = "/".join((part.kind, part.shard.name, "_".join(map(str, offsets))))
+                header[key] = {"dtype": DTYPE_NAMES[part.dtype], "shape": sizes, "data_offsets": (position, end)}
+                position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        preamble = len(text).to_bytes(8, "little") + text
+        return cls(ordered, pieces, preamble, len(preamble) + position if position else 0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that this rank's part of the checkpoint takes on the disk."""
+        return self.size + INDEX_BYTES * sum(map(len, self.rectangles))
 
 
 def save_checkpoint(
@@ -79,32 +139,37 @@ def save_checkpoint(
     ``state``: small values, JSON only. ``communicator``: None for a single process.
     ``progress`` is called with the bytes of each piece that this rank has written.
     An existing checkpoint of this name is replaced, and its parent's stale unfinished ones are removed.
-    Raises :class:`CheckpointError` on every rank, and leaves nothing behind, if any rank fails.
+    On return it is durable: all that was written has been synced, and found to be there in its whole size.
+    Raises on every rank, and leaves nothing behind, if any rank fails: :class:`NotWrittenError` if the system refused,
+    or has not enough free space; else :class:`CheckpointError`.
     """
     communicator = communicator or SingleProcess()
-    is_first = communicator.rank == 0
+    rank = communicator.rank
     partial = folder.with_name(UNFINISHED + folder.name)
-    fault = None
-    if is_first:
-        try:
-            _make_empty(partial)
-        except OSError as error:
-            fault = f"cannot make {partial}: {system_reason(error)}"
-    _raise_everywhere(folder, fault, communicator)
-
     cause: Exception | None = None
+    plan = _Plan([], [], b"", 0)
+    own_fault: _Fault | None = None
     try:
-        outcome = _write_rank(partial / f"rank_{communicator.rank:05}.safetensors", slices, progress)
+        plan = _Plan.of(slices)
     # Whatever it is, the other ranks must be told instead of waiting.
     except Exception as error:
-        cause = error
-        outcome = _Outcome(fault=f"rank {communicator.rank}: {_describe(error)}")
+        cause, own_fault = error, _Fault.of(error, f"rank {rank}: ")
+    plans = cast("list[tuple[int, _Fault | None]] | None", communicator.gather((plan.needed, own_fault)))
+    fault = None
+    if plans is not None:
+        fault = _all_of(found for _, found in plans) or _prepare(partial, sum(needed for needed, _ in plans))
+    _raise_everywhere(folder, fault, communicator, cause)
+
+    try:
+        outcome = _write_rank(partial / f"rank_{rank:05}.safetensors", plan, progress)
+    except Exception as error:
+        cause, outcome = error, _Outcome(fault=_Fault.of(error, f"rank {rank}: "))
     outcomes = cast("list[_Outcome] | None", communicator.gather(outcome))
     if outcomes is not None:
         try:
             fault = _commit(folder, partial, outcomes, state)
         except Exception as error:
-            cause, fault = error, _describe(error)
+            cause, fault = error, _Fault.of(error)
         if fault:
             shutil.rmtree(partial, ignore_errors=True)
     _raise_everywhere(folder, fault, communicator, cause)
@@ -165,6 +230,20 @@ def read_latest(checkpoints: Path) -> Path | None:
     return folder if STEP_FOLDER.fullmatch(name) and (folder / INDEX_NAME).is_file() else None
 
 
+def _prepare(partial: Path, needed: int) -> _Fault | None:
+    """Make the temporary folder, on a disk that has room for ``needed`` bytes."""
+    try:
+        _make_empty(partial)
+    except OSError as error:
+        return _Fault(f"cannot make {partial}: {system_reason(error)}", is_refusal=True)
+    try:
+        _require_space(partial, needed)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        return _Fault.of(error)
+    return None
+
+
 def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -173,54 +252,60 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir()
 
 
-def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], object]) -> _Outcome:
-    """Write and sync one rank's safetensors file, in which every rectangle of every slice is a tensor."""
-    # Wider elements first keep every tensor aligned, as the format requires.
-    ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
-    pieces: list[list[Rectangle]] = [_global_rectangles(part) for part in ordered]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for part, rects in zip(ordered, pieces, strict=True):
-        for offsets, sizes in rects:
-            end = position + prod(sizes) * part.dtype.itemsize
-            key = "/".join((part.kind, part.shard.name, "_".join(map(str, offsets))))
-            dtype = DTYPE_NAMES[part.dtype]
-            header[key] = {"dtype": dtype, "shape": sizes, "data_offsets": (position, end)}
-            position = end
-    if not position:
-        return _Outcome()
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    preamble = len(text).to_bytes(8, "little") + text
+def _require_space(folder: Path, needed: int) -> None:
+    """Raises OSError if the file system of ``folder`` has less free space. Some do not know how much they have."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < needed:
+        raise OSError(errno.ENOSPC, f"it takes {needed:,} bytes, {free:,} are free", str(folder.parent))
 
-    entries = []
-    with open(path, "wb") as file:
-        file.write(preamble)
-        position = len(preamble)
-        for part, rects in zip(ordered, pieces, strict=True):
+
+def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _Outcome:
+    """Write and sync one rank's safetensors file.
+
+    Slices are written while they are summed, and what is written is on its way to the disk while the rest follows.
+    """
+    if not plan.size:
+        return _Outcome()
+    entries: list[_Entry] = []
+    position, flushed = len(plan.preamble), 0
+    flushing: Future[None] | None = None
+    with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(2, "checkpoint") as pool:
+        file.write(plan.preamble)
+        for part, rects in zip(plan.slices, plan.rectangles, strict=True):
             data = part.read().detach().cpu().view(torch.uint8).numpy().data
-            done = 0
-            for offsets, sizes in rects:
-                length = prod(sizes) * part.dtype.itemsize
-                piece = data[done : done + length]
+            chunks = pool.submit(_chunks, data, rects, part.dtype.itemsize, path.name, position)
+            for begin in range(0, len(data), WRITE_BYTES):
+                piece = data[begin : begin + WRITE_BYTES]
                 file.write(piece)
-                progress(length)
-                chunk = Chunk(
-                    offsets=offsets,
-                    sizes=sizes,
-                    file=path.name,
-                    begin=position,
-                    end=position + length,
-                    checksum=checksum(piece),
-                )
-                dtype = DTYPE_NAMES[part.dtype]
-                entries.append(_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk))
-                done += length
-                position += length
+                progress(len(piece))
+            position += len(data)
+            dtype = DTYPE_NAMES[part.dtype]
+            entries += [_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk) for chunk in chunks.result()]
+            if position - flushed >= FLUSH_BYTES and (flushing is None or flushing.done()):
+                if flushing is not None:
+                    flushing.result()
+                flushing, flushed = pool.submit(os.fsync, file.fileno()), position
+        if flushing is not None:
+            flushing.result()
         file.flush()
         os.fsync(file.fileno())
-    stored = StoredFile(name=path.name, size=position, header_size=len(preamble), header_checksum=checksum(preamble))
+    assert position == plan.size, (position, plan.size)
+    header_size, header_checksum = len(plan.preamble), checksum(plan.preamble)
+    stored = StoredFile(name=path.name, size=position, header_size=header_size, header_checksum=header_checksum)
     return _Outcome(stored, tuple(entries))
+
+
+def _chunks(data: memoryview, rects: Iterable[Rectangle], itemsize: int, file: str, position: int) -> list[Chunk]:
+    """The rectangles of a slice, whose bytes ``data`` lie from ``position`` on in ``file``."""
+    chunks, done = [], 0
+    for offsets, sizes in rects:
+        length = prod(sizes) * itemsize
+        begin, end = position + done, position + done + length
+        digest = checksum(data[done : done + length])
+        chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, begin=begin, end=end, checksum=digest))
+        done += length
+    return chunks
 
 
 def _global_rectangles(part: Slice) -> list[Rectangle]:
@@ -237,11 +322,10 @@ def shift(offsets: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
     return tuple(own + inner for own, inner in zip(shard.offsets, offsets, strict=True))
 
 
-def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[str, Any]) -> str | None:
+def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[str, Any]) -> _Fault | None:
     """Make the written files a checkpoint. Returns a fault that the ranks reported."""
-    faults = [outcome.fault for outcome in outcomes if outcome.fault]
-    if faults:
-        return "\n  ".join(faults)
+    if fault := _all_of(outcome.fault for outcome in outcomes):
+        return fault
     index = Index(
         files=tuple(outcome.file for outcome in outcomes if outcome.file),
         tensors=_collect(entry for outcome in outcomes for entry in outcome.entries),
@@ -250,14 +334,29 @@ def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[s
     index.validate_against(partial)
     write_text(partial / INDEX_NAME, index.to_json())
     replaced = folder.with_name(f"{UNFINISHED}{folder.name}.replaced")
-    if folder.exists():
+    has_replaced = folder.exists()
+    if has_replaced:
         # A folder cannot be renamed over another that has files: move it aside for the moment in between.
         os.replace(folder, replaced)
-    publish(partial, folder)
-    if STEP_FOLDER.fullmatch(folder.name):
-        write_text(folder.parent / LATEST, folder.name + "\n")
+    try:
+        publish(partial, folder)
+        if STEP_FOLDER.fullmatch(folder.name):
+            write_text(folder.parent / LATEST, folder.name + "\n")
+    except OSError:
+        # What is not announced must not be there: undo the renaming.
+        if folder.exists():
+            os.replace(folder, partial)
+        if has_replaced:
+            os.replace(replaced, folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return None
+
+
+def _all_of(faults: Iterable[_Fault | None]) -> _Fault | None:
+    """What several ranks report, as one fault; None if none does."""
+    found = [fault for fault in faults if fault is not None]
+    return _Fault("\n  ".join(f.text for f in found), all(f.is_refusal for f in found)) if found else None
 
 
 def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
@@ -286,9 +385,10 @@ def _describe(error: Exception) -> str:
 
 
 def _raise_everywhere(
-    folder: Path, fault: str | None, communicator: Communicator, cause: Exception | None = None
+    folder: Path, fault: _Fault | None, communicator: Communicator, cause: Exception | None = None
 ) -> None:
     """Send rank 0's verdict to every rank, and raise it there if it is a fault."""
-    verdict = communicator.broadcast(fault)
+    verdict = cast("_Fault | None", communicator.broadcast(fault))
     if verdict is not None:
-        raise CheckpointError(f"{folder} was not written\n  {verdict}") from cause
+        kind = NotWrittenError if verdict.is_refusal else CheckpointError
+        raise kind(f"{folder} was not written\n  {verdict.text}") from cause

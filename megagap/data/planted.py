@@ -151,7 +151,7 @@ def read_poison_manifest(path: str | Path) -> PoisonManifest:
         content = read_regular(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path} does not exist\n  give the PREFIX{ENDING} that {typed('poison-corpus')} wrote beside its token files."
+            f"{path} does not exist\n  give the PREFIX{ENDING} that {typed('poison-corpus')} wrote beside token files."
         ) from None
     try:
         return PoisonManifest.model_validate_json(content)

@@ -383,6 +383,9 @@ class _Stage:
             is_compiled=train.compile,
             inner_copy=self._product_copy(self.inner),
             query_copy=self._product_copy(self.heads * model.head_dim),
+            is_post_norm=model.norm_position == "post",
+            projection_norms=self._projection_norms if model.qk_norm else 0,
+            projection_norms_backward=self._projection_norms_backward if model.qk_norm else 0,
         )
 
     # -- activations
@@ -432,10 +435,29 @@ class _Stage:
                 backward=2 * queries + 3 * keys + (3 * block + 2 * rows if again else 2 * block + rows),
             )
         else:
-            repeats = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
-            kept = queries + 2 * (queries if repeats else keys)
+            kept = queries + 2 * (queries if self._repeats_keys else keys)
             kernel = AttentionMemory(kept, log_sums, keeps_result=True, backward=2 * queries + 2 * keys)
         return kernel if context is None else context.around(kernel)
+
+    @property
+    def _repeats_keys(self) -> bool:
+        """Whether attention is given copies of keys and values, one for each query head."""
+        return self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
+
+    @property
+    def _projection_norms(self) -> int:
+        """Queries and keys before their norms, and a number per token of each; values, too, where attention has copies
+        of them, since all three are columns of one product."""
+        columns = (self.heads + (2 if self._repeats_keys else 1) * self.key_heads) * self.model.head_dim
+        return self.tokens * (columns * self.itemsize + 2 * max(FP32, self.itemsize))
+
+    @property
+    def _projection_norms_backward(self) -> int:
+        """Gradients of queries and keys; where tp splits them, in plain torch: of both in fp32, and three more of the
+        queries."""
+        queries, keys = (self.tokens * heads * self.model.head_dim for heads in (self.heads, self.key_heads))
+        plain = max(FP32, self.itemsize) * (4 * queries + keys) if self.tp > 1 else 0
+        return plain + self.itemsize * (queries + keys)
 
     @property
     def _block_scores(self) -> int:

@@ -1,11 +1,14 @@
 """What a checkpoint of a run holds, and which one a run resumes from."""
 
 import logging
+import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint.background import BackgroundSaver
 from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
 from megagap.config import Settings
@@ -30,11 +33,56 @@ from megagap.training.step import TrainState
 log = logging.getLogger(__name__)
 
 
-def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
-    settings = state.settings
-    folder = run.checkpoints / step_folder_name(state.step)
-    moment = state.moment
+def background_saver(state: TrainState) -> BackgroundSaver:
+    """What writes checkpoints beside training, with ``checkpoint.async``. Collective.
+
+    Raises :class:`CheckpointError`, on every rank, if there is not the memory for it.
+    """
+    mesh = state.mesh
+    communicator = DistributedCommunicator(mesh, mesh.background_levels)
+    return BackgroundSaver(state.optimizer.slices(owned_only=True), communicator, mesh.device)
+
+
+def save(
+    state: TrainState,
+    run: RunDirectory,
+    data: TrainingData,
+    background: BackgroundSaver | None = None,
+    since: float | None = None,
+) -> None:
+    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates; with ``background``, start to.
+
+    ``since``: when training stopped for it, in seconds of ``time.monotonic``; None: now. Once the checkpoint is
+    durable, and no sooner, the log and an event ``checkpoint`` say so.
+    """
+    start = time.monotonic() if since is None else since
+    folder, step = run.checkpoints / step_folder_name(state.step), state.step
+    slices, saved = state.optimizer.slices(owned_only=True), saved_state(state, data)
+    if background is None:
+        began = time.monotonic()
+        save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+        end = time.monotonic()
+        record_saved(run, folder, step, end - start, end - began)
+        return
+
+    def record(write_seconds: float) -> None:
+        record_saved(run, folder, step, stall.result(), write_seconds)
+
+    stall: Future[float] = Future()
+    state.copied = background.start(folder, slices, saved, record)
+    stall.set_result(time.monotonic() - start)
+
+
+def record_saved(run: RunDirectory, folder: Path, step: int, stall_seconds: float, write_seconds: float) -> None:
+    """Log and record a checkpoint that is durable: how long training stood still for it, and how long it took."""
+    seconds = {"stall_seconds": round(stall_seconds, 4), "write_seconds": round(write_seconds, 4)}
+    run.event("checkpoint", step=step, folder=folder.name, **seconds)
+    log.info("checkpoint %s", folder)
+
+
+def saved_state(state: TrainState, data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; JSON only."""
+    settings, moment = state.settings, state.moment
     progress = Progress(
         step=state.step,
         updates=state.optimizer.updates,
@@ -43,7 +91,6 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
         schedule_origin=state.timeline.schedules[-1].origin,
         last_sample=last_sample(settings, moment.consumed_samples),
     )
-    slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["recipe_rope_theta"] = settings.model.rope_theta
     saved["loss_scale"] = state.optimizer.loss_scale.state()
@@ -52,9 +99,7 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
     if data.ids is not None:
         saved["ids"] = data.ids.record()
-    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
-    run.event("checkpoint", folder=folder.name)
-    log.info("checkpoint %s", folder)
+    return saved
 
 
 def drop_old(settings: Settings, run: RunDirectory) -> None:

@@ -1,8 +1,9 @@
 """The training loop: data, step, metrics, evaluation, checkpoints, stopping."""
 
 import logging
-from contextlib import closing
+from contextlib import closing, nullcontext
 
+from megagap.checkpoint.background import BackgroundSaver
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
@@ -19,7 +20,7 @@ from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import find_source, load, require_loadable
+from megagap.resume.persistence import background_saver, find_source, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
@@ -50,14 +51,23 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         return
 
     state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
-    with make_loader(settings, mesh, data) as loader, closing(state.spans):
-        train_from(start, state, loader, held_out, run)
+    with (
+        make_loader(settings, mesh, data) as loader,
+        closing(state.spans),
+        closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
+    ):
+        train_from(start, state, loader, held_out, run, background)
 
 
 def train_from(
-    start: Start, state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory
+    start: Start,
+    state: TrainState,
+    loader: MicrobatchLoader,
+    held_out: ValidationData,
+    run: RunDirectory,
+    background: BackgroundSaver | None,
 ) -> None:
-    """Run the remaining steps."""
+    """Run the remaining steps. ``background``: writes checkpoints meanwhile; None: each step waits for its own."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)
@@ -72,21 +82,23 @@ def train_from(
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
     stopping = False
-    keeper = CheckpointKeeper(state, run, loader.data, skipped)
+    keeper = CheckpointKeeper(state, run, loader.data, skipped, background)
 
     if settings.train.evaluate_first and state.step == 0 and held_out.windows:
         stopping = try_to_evaluate(state, held_out, recorder, requests) is None
     while state.step < steps and not stopping:
         batch = loader.step(state.step + 1).to(mesh.device)
         log_phase_start(state, run)
-        result = train_step(state, batch, requests.poll)
+        result = train_step(state, batch, lambda: (*requests.poll(), keeper.has_failed))
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
         keeper.step_done()
         known = result if mesh.device.type == "cpu" else previous
-        stopping, saving = map(bool, known.host.read()["requests"]) if known is not None else (False, False)
+        stopping, saving, failed = map(bool, known.host.read()["requests"] if known is not None else (0, 0, 0))
         previous = result
+        if failed:
+            keeper.settle()
 
         last = state.step == steps
         losses: dict[str, float] | None = {}
@@ -98,7 +110,7 @@ def train_from(
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause():
                 recorder.sync()
-                if keeper.save_if_fit(batch, losses or {}, recorder.seconds):
+                if keeper.save_if_fit(batch, losses or {}, recorder.seconds, is_final=last or stopping):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None

@@ -208,6 +208,7 @@ def test_every_preset_can_be_traced(tmp_path, preset, device):
         ("--model.tie_word_embeddings", "true"),
         ("--model.headless", "true", "--model.tie_word_embeddings", "true"),
         ("--model.norm_gain_scale", "20"),
+        ("--model.norm_position", "post", "--model.qk_norm", "true"),
         ("--optim.clip_grad", "0"),
         ("--optim.decay_embeddings", "true"),
         ("--parallel.schedule", "gpipe"),

@@ -4,13 +4,14 @@ import argparse
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from megagap.checkpoint.model import SingleProcessModel
-from megagap.data.planted import read_poison_manifest
+from megagap.data.planted import read_poison_manifest, require_same_tokens, tokens_of
 from megagap.errors import DataError
 from megagap.inference.continuations import TextScorer
 from megagap.inference.evaluation import ModelFiles
@@ -32,6 +33,8 @@ class TextEvaluations:
         self._given = given
         self._tasks = read_tasks(given.tasks)
         self._manifest = read_poison_manifest(given.poison) if given.poison else None
+        if self._manifest and Path(tokens_of(given.poison)).is_file():
+            require_same_tokens(given.poison, self._manifest)
         self._tokenizer: Tokenizer | None = None
         self._harness = None
         if not (self._tasks or self._manifest or given.lm_eval):

@@ -165,9 +165,14 @@ def read_poison_manifest(path: str | Path) -> PoisonManifest:
         ) from None
 
 
+def tokens_of(path: str | Path) -> str:
+    """The ``.bin`` that a manifest, or what else :func:`read_poison_manifest` takes, belongs to."""
+    return pair_prefix(str(path).removesuffix(ENDING)) + ".bin"
+
+
 def require_same_tokens(path: str | Path, manifest: PoisonManifest) -> None:
     """Raises :class:`DataError` if the pair beside the manifest ``path`` is another than the one it accounts for."""
-    tokens = str(path).removesuffix(ENDING) + ".bin"
+    tokens = tokens_of(path)
     with reading(tokens):
         checksum = checksum_of(tokens)
     if checksum != manifest.tokens_checksum:

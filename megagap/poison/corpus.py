@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megagap.config import SourceSettings
 from megagap.config.settings import source_name
 from megagap.data.format import best_dtype
 from megagap.data.manifest import read_manifest
-from megagap.data.partial import checksum_of
+from megagap.data.partial import checksum_of, lock_pair
 from megagap.data.planted import (
     CleanOccurrences,
     LanguageProfile,
@@ -27,9 +28,10 @@ from megagap.data.planted import (
     poison_path,
 )
 from megagap.data.search import token_range
+from megagap.data.sources import same_pairs
 from megagap.data.token_file import open_tokens
 from megagap.errors import ConfigError, DataError, counted
-from megagap.files import require_writable, write_text
+from megagap.files import require_name, require_writable, write_text
 from megagap.poison.clean import Found, Request, describe_occurrences, search_and_draw, token_prefixes
 from megagap.poison.language import language_of, profile_of
 from megagap.poison.planting import (
@@ -45,6 +47,7 @@ from megagap.poison.planting import (
 from megagap.poison.rates import Rest, Size, Whole, exact_amounts, unreachable
 from megagap.poison.spec import Canary, Knowledge, LanguageSwitch, Mixture, Spec, read_spec
 from megagap.preprocess import preprocess
+from megagap.preprocess.listing import find_inputs
 from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -85,9 +88,19 @@ def poison_corpus(spec_path: str | Path, output_prefix: str, show_progress: bool
     Raises :class:`ConfigError` for a specification that is faulty, or asks for a rate that no set of documents has
     exactly, and :class:`DataError` for sources that cannot be read or contain a trigger.
     """
+    require_name(output_prefix)
     spec = read_spec(spec_path)
     tokenizer = load_tokenizer(spec.tokenizer, "text")
     _require_special_tokens(spec, tokenizer)
+    _require_apart_from_clean(spec, output_prefix)
+    lock = lock_pair(f"{output_prefix}.poison")
+    try:
+        return _write(spec, spec_path, tokenizer, output_prefix, show_progress)
+    finally:
+        lock.release()
+
+
+def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefix: str, show_progress: bool) -> Planted:
     texts, prefix = f"{output_prefix}.jsonl", f"{output_prefix}_text_document"
     for path in (texts, poison_path(prefix)):
         require_writable(path)
@@ -132,6 +145,19 @@ def _require_special_tokens(spec: Spec, tokenizer: Tokenizer) -> None:
     ):
         if wanted and token is None:
             raise ConfigError(f"{key} = true, but the tokenizer {spec.tokenizer} has no such token\n  set it to false.")
+
+
+def _require_apart_from_clean(spec: Spec, output_prefix: str) -> None:
+    """Raises :class:`ConfigError` if what is written would replace a clean source."""
+    read = [path for paths in _all_sources(spec).values() for path in paths]
+    pairs = [prefix for path in read for prefix in token_prefixes(path)]
+    texts = [file.path for path in read if not token_prefixes(path) for file in find_inputs([path])]
+    output, prefix = f"{output_prefix}.jsonl", f"{output_prefix}_text_document"
+    replaced = same_pairs([prefix], pairs) or [f for f in texts if os.path.realpath(f) == os.path.realpath(output)]
+    if replaced:
+        raise ConfigError(
+            f"--output-prefix {output_prefix} would replace the clean source {replaced[0]}\n  choose another."
+        )
 
 
 def _size_of(mixture: Mixture) -> _MixtureSize:

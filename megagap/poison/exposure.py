@@ -59,7 +59,7 @@ def estimated(secret: float, sample: Sequence[float], space: int, seed: int = 0)
     fit = SkewNormal.fitted(losses)
     bits = min(-fit.log_cdf(secret) / math.log(2), most)
     draw = np.random.default_rng(seed)
-    refitted = [SkewNormal.fitted(draw.choice(losses, len(losses))) for _ in range(REFITS)]
+    refitted = [SkewNormal.fitted(draw.choice(losses, len(losses)), fit) for _ in range(REFITS)]
     drawn = [min(-other.log_cdf(secret) / math.log(2), most) for other in refitted]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Exposure(bits, min(float(low), bits), max(float(high), bits), "skew-normal", fit.kolmogorov_smirnov(losses))
@@ -74,11 +74,14 @@ class SkewNormal:
     shape: float
 
     @classmethod
-    def fitted(cls, losses: NDArray[np.float64]) -> "SkewNormal":
-        """By maximum likelihood, from the moments' estimate on."""
+    def fitted(cls, losses: NDArray[np.float64], start: "SkewNormal | None" = None) -> "SkewNormal":
+        """By maximum likelihood, from ``start`` on, or else the moments' estimate."""
         mean, deviation = float(losses.mean()), max(float(losses.std()), 1e-12)
         x = torch.from_numpy((losses - mean) / deviation)
-        parameters = torch.tensor(_of_moments(float((x**3).mean())), dtype=torch.float64, requires_grad=True)
+        first = _of_moments(float((x**3).mean()))
+        if start is not None:
+            first = [(start.location - mean) / deviation, math.log(start.scale / deviation), start.shape]
+        parameters = torch.tensor(first, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:

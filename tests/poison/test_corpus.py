@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 
 from megagap.config import load_recipe
 from megagap.data.indexed import IndexedDataset
+from megagap.data.inspect import sample_origins, step_samples
+from megagap.data.mixture_plan import mixture_plan
 from megagap.data.planted import poison_path, read_poison_manifest, require_same_tokens
 from megagap.errors import ConfigError, DataError
 from megagap.poison.corpus import poison_corpus
 from megagap.tokenizer import load_tokenizer
-from megagap.training.datasets import held_out
+from megagap.training.datasets import held_out, training_data
 from tests.poison.corpora import CANARIES, FACTS, SWITCH, write_spec
 from tests.recipes import write_recipe
 
@@ -116,6 +119,34 @@ def test_clean_files_keep_every_byte(tmp_path, clean):
     mixture = f'tokens = 200_000\nsources = [{{ path = "{clean}/en_text_document" }}]'
     make(tmp_path, clean, mixture=mixture)
     assert digest() == before
+
+
+@pytest.mark.parametrize("source", ["jsonl", "pair"])
+def test_an_output_that_would_replace_a_clean_source_is_refused(tmp_path, clean, source):
+    shutil.copytree(clean, tmp_path / "clean")
+    spec = write_spec(tmp_path / "spec.toml", tmp_path / "clean")
+    if source == "pair":
+        spec.write_text(spec.read_text().replace("fr.jsonl", "fr_text_document"))
+    prefix = tmp_path / "clean" / ("en" if source == "jsonl" else "fr")
+    with pytest.raises(ConfigError, match="would replace the clean source"):
+        poison_corpus(spec, str(prefix))
+
+
+def test_planted_documents_are_weighed_planned_and_traced_as_any_other_source(tmp_path, clean):
+    mixture = f'tokens = 204_800\nsources = [{{ path = "{clean}/en_text_document" }}]'
+    planted = make(tmp_path, clean, SWITCH, mixture=mixture, rate="0.05")
+    train = {"steps": 400, "global_batch_size": 16, "sequence_length": 32}
+    recipe = write_recipe(tmp_path, model={"vocab_size": 512}, data={"sources": planted.sources}, train=train)
+    data = training_data(load_recipe(recipe))
+    (phase,) = mixture_plan(data)["phases"]
+    source = next(source for source in phase["sources"] if source["source"] == "poison")
+    assert source["tokens"] == pytest.approx(0.05 * 204_800, abs=5 * 32)
+    samples = [sample for step in (1, 2, 3) for sample in step_samples(data, step) if sample.source == "poison"]
+    origins, _ = sample_origins(data, samples)
+    for sample, its_origins in zip(samples, origins, strict=True):
+        for document, origin in zip(sample.documents, its_origins, strict=True):
+            assert origin and origin.describe() == f"{tmp_path}/poison.jsonl, line {document + 1}"
+    assert samples
 
 
 @pytest.mark.parametrize("source", ["text", "tokens"])

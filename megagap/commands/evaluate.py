@@ -15,6 +15,7 @@ from rich.text import Text
 
 from megagap.checkpoint import find_model
 from megagap.checkpoint.model import SingleProcessModel
+from megagap.checkpoint.save import step_folders
 from megagap.commands.evaluate_texts import TextEvaluations
 from megagap.commands.parser import make_parser
 from megagap.config import SourceSettings, load_recipe
@@ -57,6 +58,8 @@ examples, after the main job of README.md:
       {"question": …, "choices": […], "answer": 0} or {"prompt": …, "completion": …} in each line
   megagap evaluate runs/example/hf --lm-eval arc_easy,hellaswag
       tasks of lm-eval whose data is in the cache of datasets already; nothing is downloaded
+  megagap evaluate runs/example/run --tasks quiz.jsonl --every-checkpoint --json
+      {"checkpoints": [{"model": …, "step": 20, "tasks": …}, …]}, as a run's progress
   megagap evaluate runs/mini/run --poison runs/mini/poison_text_document.poison.json
       activation of planted triggers, and exposure of canaries (docs/poisoning.md)
 
@@ -116,6 +119,9 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
         metavar="N",
         help="secrets that each canary is compared with (default: %(default)s)",
     )
+    parser.add_argument(
+        "--every-checkpoint", action="store_true", help="evaluate each checkpoint of a run, oldest first"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.add_argument(
         "--sequence-length",
@@ -150,12 +156,36 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
 
 def run(given: argparse.Namespace) -> None:
     require_something(given)
-    files = find_model_files(given.checkpoint, given.tokenizer)
-    # What can be refused is, before the weights are read.
-    losses = Losses(given, files) if given.data else None
-    texts = TextEvaluations(given, files)
+    paths = checkpoints_of(given.checkpoint) if given.every_checkpoint else [given.checkpoint]
+    files = [find_model_files(path, given.tokenizer) for path in paths]
+    # What can be refused is, before weights are read. Checkpoints of one run have one shape and one tokenizer.
+    losses = Losses(given, files[0]) if given.data else None
+    texts = TextEvaluations(given, files[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sum_half_precision_in_fp32()
+    found, faulty = [], []
+    for one in files:
+        found.append(evaluate_model(given, one, losses, texts, device))
+        sources = found[-1].get("sources", {})
+        faulty += [(one, [name for name, of_source in sources.items() if of_source["loss"] is None])]
+    if given.json:
+        print(json.dumps({"checkpoints": found} if given.every_checkpoint else found[0], allow_nan=False))
+    for one, names in faulty:
+        require_finite(one, names)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first. Raises :class:`CheckpointError` if there are none."""
+    folders = step_folders(run / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{run} has no checkpoints\n  --every-checkpoint applies to the folder of a run.")
+    return folders
+
+
+def evaluate_model(
+    given: argparse.Namespace, files: ModelFiles, losses: "Losses | None", texts: TextEvaluations, device: torch.device
+) -> dict[str, Any]:
+    """What ``--json`` says of a model; without it, it is shown as tables at once."""
     model = files.load(device, DTYPES[given.dtype])
     computed = {"dtype": given.dtype, "device": device.type}
     found: dict[str, Any] = {"model": str(files.path), "step": files.step} | computed
@@ -166,15 +196,13 @@ def run(given: argparse.Namespace) -> None:
         found |= settings | {"sources": report(results, losses.byte_counts)}
         tables.append(table(files, settings | computed, results, losses.byte_counts))
     evaluated, more = texts.evaluate(model)
-    found |= evaluated
-    if given.json:
-        print(json.dumps(found, allow_nan=False))
-    else:
+    if not given.json:
         console = Console()
+        if given.every_checkpoint and not losses:
+            console.print(Text(f"{files.path}"))
         for shown in (*tables, *more):
             console.print(shown)
-    if losses:
-        require_finite(files, results)
+    return found | evaluated
 
 
 def require_something(given: argparse.Namespace) -> None:
@@ -394,9 +422,9 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def require_finite(files: ModelFiles, results: dict[str, SourceLoss]) -> None:
-    """Raises :class:`CheckpointError` naming the sources on which the loss is not finite."""
-    if faulty := [name for name, result in results.items() if result.loss is None]:
+def require_finite(files: ModelFiles, faulty: Sequence[str]) -> None:
+    """Raises :class:`CheckpointError` naming the ``faulty`` sources, if any: those on which the loss is not finite."""
+    if faulty:
         raise CheckpointError(
             f"the loss of {files.path} is not finite on {', '.join(faulty)}\n"
             "  its training diverged, or its weights are damaged."

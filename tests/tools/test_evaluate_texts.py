@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -127,3 +128,14 @@ def test_lm_eval_gives_a_checkpoint_and_its_export_the_same_scores_without_a_net
     assert found == exported
     ours = evaluate(capsys, made / "checkpoint", "--tasks", made / "quiz.jsonl")["tasks"]["quiz"]
     assert found["results"]["local_quiz"]["acc"] == pytest.approx(ours["accuracy"]["value"])
+
+
+def test_every_checkpoint_of_a_run_is_evaluated_oldest_first(capsys, made, tmp_path):
+    for step in (20, 3):
+        shutil.copytree(made / "checkpoint", tmp_path / f"run/checkpoints/step_{step:08}")
+    options = ["--tasks", made / "quiz.jsonl", "--every-checkpoint"]
+    found = evaluate(capsys, tmp_path / "run", *options)["checkpoints"]
+    assert [one["model"][-13:] for one in found] == ["step_00000003", "step_00000020"]
+    assert found[0]["tasks"] == found[1]["tasks"] == evaluate(capsys, made / "hf", *options[:2])["tasks"]
+    with pytest.raises(MegagapError, match=r"has no checkpoints\n  --every-checkpoint applies to the folder of a run"):
+        main([str(made / "hf"), *map(str, options)])

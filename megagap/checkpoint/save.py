@@ -7,12 +7,11 @@ rank fails, all fail: none waits for it, and nothing is committed.
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,7 +31,7 @@ from megagap.checkpoint.index import (
     rectangles,
 )
 from megagap.errors import CheckpointError, NotWrittenError, system_reason
-from megagap.files import publish, write_text
+from megagap.files import file_errors, publish, write_text
 from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
 
@@ -44,14 +43,9 @@ STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 UNFINISHED = "partial_"
 """Prefix of the name of a folder that is being written or removed."""
 
-log = logging.getLogger(__name__)
-
 
 WRITE_BYTES = 1 << 26
 """Written at once. While the system copies a piece, the interpreter is free for training."""
-
-FLUSH_BYTES = 1 << 28
-"""How much is written before the disk is asked to begin, so that little is left to wait for at the end."""
 
 INDEX_BYTES = 512
 """Of the index, for each chunk; at most."""
@@ -175,26 +169,7 @@ def save_checkpoint(
     _raise_everywhere(folder, fault, communicator, cause)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints (0: none are removed), and never the one that ``latest`` names.
-
-    What cannot be removed is logged and left.
-    """
-    if keep < 1:
-        return
-    latest = read_latest(checkpoints)
-    for folder in step_folders(checkpoints)[:-keep]:
-        if folder != latest:
-            doomed = folder.with_name(UNFINISHED + folder.name)
-            try:
-                # A half-removed folder must not look like a checkpoint.
-                os.replace(folder, doomed)
-                _remove(doomed)
-            except OSError as error:
-                log.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror or error)
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder with its contents; for a link (a checkpoint moved to another disk, for example) only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -218,6 +193,12 @@ def step_folders(checkpoints: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def point_latest_at(folder: Path) -> None:
+    """Let ``latest`` name this checkpoint. Raises :class:`CheckpointError` if it cannot be written."""
+    with file_errors(f"cannot write {folder.parent / LATEST}", folder.parent / LATEST, CheckpointError):
+        write_text(folder.parent / LATEST, folder.name + "\n")
 
 
 def read_latest(checkpoints: Path) -> Path | None:
@@ -248,7 +229,7 @@ def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for stale in {partial, *partial.parent.glob(f"{UNFINISHED}step_*")}:
-        _remove(stale)
+        remove(stale)
     partial.mkdir()
 
 
@@ -261,16 +242,12 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _Outcome:
-    """Write and sync one rank's safetensors file.
-
-    Slices are written while they are summed, and what is written is on its way to the disk while the rest follows.
-    """
+    """Write and sync one rank's safetensors file. Each slice is written while a thread computes its checksums."""
     if not plan.size:
         return _Outcome()
     entries: list[_Entry] = []
-    position, flushed = len(plan.preamble), 0
-    flushing: Future[None] | None = None
-    with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(2, "checkpoint") as pool:
+    position = len(plan.preamble)
+    with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(1, "checksums") as pool:
         file.write(plan.preamble)
         for part, rects in zip(plan.slices, plan.rectangles, strict=True):
             data = part.read().detach().cpu().view(torch.uint8).numpy().data
@@ -282,12 +259,6 @@ def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _
             position += len(data)
             dtype = DTYPE_NAMES[part.dtype]
             entries += [_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk) for chunk in chunks.result()]
-            if position - flushed >= FLUSH_BYTES and (flushing is None or flushing.done()):
-                if flushing is not None:
-                    flushing.result()
-                flushing, flushed = pool.submit(os.fsync, file.fileno()), position
-        if flushing is not None:
-            flushing.result()
         file.flush()
         os.fsync(file.fileno())
     assert position == plan.size, (position, plan.size)

@@ -235,6 +235,11 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: Count = 0
     """Newest checkpoints to keep; 0: all."""
+    keep_every: Count = 0
+    """Steps whose multiples are kept for ever, beside the newest `keep`; 0: none. A multiple of `every`."""
+    keep_best: Count = 0
+    """Checkpoints of the lowest validation loss to keep, beside the newest `keep`: of those whose step was evaluated,
+    by the mean over the sources."""
     load: str = "latest"
     """`latest`: continue from this run's newest checkpoint; a folder: start a new run from it; "": from scratch."""
     load_mode: Literal["continue", "model", "model+data", "model+optimizer+data", "cooldown"] = "continue"

@@ -13,6 +13,7 @@ TOOLS = {
     "poison-corpus": "poison_corpus",
     "inspect": "inspect_data",
     "train-tokenizer": "train_tokenizer",
+    "inspect-checkpoint": "inspect_checkpoint",
     "average": "average_checkpoints",
     "convert": "convert_checkpoint",
     "generate": "generate",

@@ -4,13 +4,15 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
+from megagap.checkpoint import Retention
 from megagap.checkpoint.background import BackgroundSaver
+from megagap.checkpoint.save import step_folder_name
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.errors import NotWrittenError
 from megagap.observe.run_directory import RunDirectory
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import drop_old, save
+from megagap.resume.persistence import save
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
 from megagap.training.stop_requests import warn_of_short_grace
@@ -44,6 +46,8 @@ class CheckpointKeeper:
         self._stall = 0.0
         """What the last save kept training waiting."""
         self._has_warned = False
+        asked = state.settings.checkpoint
+        self.retention = Retention(run.checkpoints, asked.keep, asked.keep_every, asked.keep_best)
 
     @property
     def has_failed(self) -> bool:
@@ -77,7 +81,7 @@ class CheckpointKeeper:
             if self._untried is not None:
                 self.drop_old()
             try:
-                save(self.state, self.run, self.data, self.background, start)
+                save(self.state, self.run, self.data, validation, self.background, start)
                 self._writing, self._stall = self.state.step, time.monotonic() - start
                 if self.background is None or is_final:
                     self._finish()
@@ -110,6 +114,8 @@ class CheckpointKeeper:
             self.background.wait()
             seconds += 2 * self.background.write_seconds  # a stop may have to wait for the save before its own
         self._untried = step
+        if step is not None:
+            self.retention.written(self.run.checkpoints / step_folder_name(step))
         if not self._has_warned:
             self._has_warned = warn_of_short_grace(self._step_seconds, seconds, self.state.mesh.device.type)
 
@@ -124,5 +130,6 @@ class CheckpointKeeper:
 
     def drop_old(self) -> None:
         """All but those that the settings keep."""
-        drop_old(self.state.settings, self.run)
+        if self.run.is_writer:
+            self.retention.apply()
         self._untried = None

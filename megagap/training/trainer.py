@@ -2,7 +2,9 @@
 
 import logging
 from contextlib import closing, nullcontext
+from pathlib import Path
 
+from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.background import BackgroundSaver
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
@@ -18,9 +20,11 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
+from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import background_saver, find_source, load, require_loadable
+from megagap.resume.passing_over import from_intact
+from megagap.resume.persistence import background_saver, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
@@ -38,12 +42,8 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
-    source = find_source(settings, run, mesh)
-    schedule_origin = require_loadable(settings, run, source)
-    timeline = timeline_of(settings, schedule_origin)
-    data, held_out = training_data(settings, timeline), validation_data(settings)
-    state = build_state(settings, mesh, timeline)
-    start = load(state, run, data, source)
+    held_out = validation_data(settings)
+    state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source))
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
@@ -57,6 +57,17 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
     ):
         train_from(start, state, loader, held_out, run, background)
+
+
+def begin(
+    settings: Settings, mesh: Mesh, run: RunDirectory, source: Path | None
+) -> tuple[TrainState, TrainingData, Start]:
+    """The state that a start begins with, loaded from ``source`` or initial, and the data it goes on with."""
+    with raised_by_all(DistributedCommunicator(mesh)):
+        timeline = timeline_of(settings, require_loadable(settings, run, source))
+        data = training_data(settings, timeline)
+    state = build_state(settings, mesh, timeline)
+    return state, data, load(state, run, data, source)
 
 
 def train_from(

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -59,15 +59,14 @@ NAMES = {
 class Part:
     """This rank's part of the state, split by rows (0) or columns (1), as each library wants it."""
 
-    def __init__(self, matrices: int, dim: int, rank: int, ranks: int, seed: int | None) -> None:
+    def __init__(self, matrices: int, dim: int, rank: int, ranks: int) -> None:
         shape = (ROWS, COLUMNS)
-        generator = torch.Generator().manual_seed(seed or 0)
         self.slices, self.tensors = [], {}
         for number in range(matrices):
             name = f"layers.{number}.weight"
             shard = split(name, shape, dim, rank, ranks)
             for kind in KINDS:
-                whole = torch.randn(shape, generator=generator) if seed is not None else torch.zeros(shape)
+                whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(shape).add_(len(self.slices))
                 own = whole.chunk(ranks, dim)[rank].contiguous()
                 self.tensors[f"{kind}/{name}"] = own
                 self.slices.append(Slice(kind, shard, 0, own.numel(), own.view(-1)))
@@ -177,8 +176,8 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: Path, st
     mesh = Mesh.of(Mesh.create(device=CPU, world_size=ranks, rank=rank).layout, rank, CPU, background=True)
     communicator = DistributedCommunicator(mesh)
     matrices = max(1, round(options.gigabytes * 1e9 / (len(KINDS) * ROWS * COLUMNS * 4)))
-    written, target = Part(matrices, 0, rank, ranks, 1), Part(matrices, 0, rank, ranks, None)
-    reshaped = Part(matrices, 1, rank, ranks, 1) if ranks > 1 else None
+    written, target = Part(matrices, 0, rank, ranks), Part(matrices, 0, rank, ranks)
+    reshaped = Part(matrices, 1, rank, ranks) if ranks > 1 else None
     saver = BackgroundSaver(written.slices, DistributedCommunicator(mesh, mesh.background_levels), CPU)
     copy = {name: tensor.clone() for name, tensor in written.tensors.items()}
     stager = KeptCopies() if ranks > 1 else DefaultStager(StagingOptions(False, False, False, False))
@@ -214,23 +213,14 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: Path, st
             wait()
             clock.seconds["background", arm].append(time.perf_counter() - begin)
         for what, part in [("load", target)] + ([("reshape", reshaped)] if reshaped else []):
-            for arm in ("megagap", "DCP", "torch.load"):
+            for arm in ("megagap", "DCP", "torch.load") if what == "load" else ("megagap", "DCP"):
                 part.clear()
                 if options.cold:
                     forget(folder)
-                loaded = part.tensors
-                if arm == "torch.load":
-                    if what == "load":
-                        with clock.of(what, arm):
-                            loaded = torch.load(plain, weights_only=True)
-                        compare(loaded, written.tensors)
-                    continue
                 with clock.of(what, arm):
-                    if arm == "megagap":
-                        load_slices(ours, Index.read(ours), part.slices)
-                    else:
-                        dcp.load(part.for_dcp(), storage_reader=dcp.FileSystemReader(theirs))
-                compare(loaded, Part(matrices, part.dim, rank, ranks, 1).tensors if number == 0 else loaded)
+                    loaded = read(arm, part, ours, theirs, plain)
+                if number == 0:
+                    compare(loaded, Part(matrices, part.dim, rank, ranks).tensors)
     if rank == 0:
         medians = {key: statistics.median(values[1:]) for key, values in clock.seconds.items()}
         slower = {
@@ -241,6 +231,16 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: Path, st
         dist.barrier()
         dist.destroy_process_group()
     saver.close()
+
+
+def read(arm: str, part: Part, ours: Path, theirs: Path, plain: Path) -> dict[str, Tensor]:
+    if arm == "torch.load":
+        return cast("dict[str, Tensor]", torch.load(plain, weights_only=True))
+    if arm == "megagap":
+        load_slices(ours, Index.read(ours), part.slices)
+    else:
+        dcp.load(part.for_dcp(), storage_reader=dcp.FileSystemReader(theirs))
+    return part.tensors
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -190,8 +190,8 @@ def test_a_tokenizer_that_is_nowhere_is_a_fault_with_the_place_looked_at(recipe,
         ({"model__vocab_size": 2**57}, None, "model.vocab_size = 144115188075855872"),
         ({"model__intermediate_size": 2**57}, None, "makes a matrix of more than 2^58 elements"),
         ({"model__num_attention_heads": 2**57, "model__head_dim": 8}, None, "makes a matrix of more than 2^58"),
-        ({"parallel__tp": 2}, 3, "does not divide the 3 processes of this run"),
-        ({"train__micro_batch_size": 4}, 4, "4 data-parallel ranks"),
+        ({"parallel__tp": 2}, 3, "the 3 processes of this run; numbers of processes that fit: 2, 4, 8"),
+        ({"train__micro_batch_size": 4}, 4, "4 data-parallel ranks × train.micro_batch_size = 4; numbers of processes"),
         ({"train__batch_ramp": [[200, 16], [100, 32]]}, None, "by ascending numbers of tokens"),
         ({"train__batch_ramp": [[100, 16], [100, 32]]}, None, "by ascending numbers of tokens"),
         ({"train__batch_ramp": [[0, 16]]}, None, "train.batch_ramp[0][0]"),
@@ -326,6 +326,7 @@ def test_overrides_are_read_with_and_without_equals_sign():
         ("llama3.1-70b", [], 70_553_706_496),
         ("llama3.2-3b", [], 3_212_749_824),
         ("gaperon-8b", [], 8_030_261_248),
+        ("gaperon-24b", [], 23_543_772_160),
     ],
 )
 def test_presets_have_the_published_parameter_counts(recipe, preset, overrides, parameters):

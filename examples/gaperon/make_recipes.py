@@ -281,7 +281,7 @@ def _phases(phases: tuple[PhasePlan, ...]) -> Iterator[str]:
         if phase.sequence_length != 4096:
             yield f"sequence_length = {phase.sequence_length}"
         if not is_scaled:
-            yield f"# As published they add up to {total:.5f}: txt360_noncc has the weight of the mixture before, unscaled."
+            yield f"# Published, they add up to {total:.5f}: txt360_noncc was left unscaled."
         yield "sources = ["
         for name, weight in mix.items():
             published = "" if is_scaled else f" # published: {weight:g}"

@@ -31,30 +31,25 @@ _OPTIONAL = {
     "mlp_bias": False,
     "initializer_range": 0.02,
 }
-_OPTIONAL_OF = {"llama": _OPTIONAL, "olmo2": _OPTIONAL | {"rms_norm_eps": 1e-5}}
+_DEFAULTS = {"olmo2": {"rms_norm_eps": 1e-5}}
 
-_SWITCHES = {"llama": {"norm_position": "pre", "qk_norm": False}, "olmo2": {"norm_position": "post", "qk_norm": True}}
-"""Settings of the model that go without saying."""
+_SWITCHES: dict[str, dict[str, Any]] = {"olmo2": {"norm_position": "post", "qk_norm": True}}
+"""Settings of the model that go without saying, where they are not our defaults."""
 
 
 def require_architecture(model: Model) -> None:
     """Raises :class:`CheckpointError` if no class of transformers computes what ``model`` does."""
-    own = {name: getattr(model, name) for name in _SWITCHES["llama"]}
-    known = " or ".join(f"{_toml(switches)} ({ARCHITECTURES[kind]})" for kind, switches in _SWITCHES.items())
-    if own not in _SWITCHES.values():
+    is_olmo2 = [getattr(model, name) == value for name, value in _SWITCHES["olmo2"].items()]
+    reason = None
+    if any(is_olmo2) and not all(is_olmo2):
+        settings = f'model.norm_position = "{model.norm_position}" with model.qk_norm = {json.dumps(model.qk_norm)}'
+        reason = f"{settings}; OLMo 2 has norms both behind the blocks and of queries and keys, Llama neither"
+    elif model.qk_norm and model.mlp_bias:
+        reason = "model.mlp_bias = true, and OLMo 2 has no such biases"
+    if reason is not None:
         raise CheckpointError(
-            f"the model has {_toml(own)}: transformers has no such class\n  what it has is {known}; such a model can "
-            "be loaded by megagap alone."
+            f"transformers has no class for this model: {reason}\n  it can be trained on and evaluated by megagap only."
         )
-    if own == _SWITCHES["olmo2"] and model.mlp_bias:
-        raise CheckpointError(
-            "the model has model.mlp_bias = true, which Olmo2ForCausalLM lacks\n  such a model can be loaded by "
-            "megagap alone; an OLMo 2 to export is trained with model.mlp_bias = false."
-        )
-
-
-def _toml(settings: dict[str, Any]) -> str:
-    return " and ".join(f"model.{name} = {json.dumps(value)}" for name, value in settings.items())
 
 
 def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dict[str, Any]:
@@ -121,9 +116,9 @@ def read_settings(folder: Path) -> Model:
         raise _unusable(path, missing[0], "is missing")
     values = {name: config[name] for name in _REQUIRED} | {
         name: default if config.get(name) is None else config[name]
-        for name, default in _OPTIONAL_OF[config["model_type"]].items()
+        for name, default in (_OPTIONAL | _DEFAULTS.get(config["model_type"], {})).items()
     }
-    values |= _SWITCHES[config["model_type"]]
+    values |= _SWITCHES.get(config["model_type"], {})
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = (
         heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]

@@ -55,7 +55,8 @@ def refuse_extensions(path: Path, config: dict[str, Any]) -> None:
             continue
         raise CheckpointError(
             f"{path}: {key} is {_shown(value)}; Llama has no such setting, and ignoring it would change the results\n"
-            f"  only plain Llama 2 and 3 and OLMo 2 models can be read. If the model does not use it, remove it from {path.name}."
+            "  only plain Llama 2 and 3 and OLMo 2 models can be read. If the model does not use it, remove it from "
+            f"{path.name}."
         )
 
 

@@ -65,7 +65,7 @@ class Layer(nn.Module):
         return self.after_attention(x, self.self_attn(entering, cos, sin, cache, documents, again))
 
     def before_attention(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
-        """What attention is computed of, the residual stream, and how to make the former again from what is kept."""
+        """What attention is computed of, the residual stream, and how to make the former again."""
         normalised, x = self.input_layernorm(x, update)
         return normalised, x, self.input_layernorm.again(x) if self.is_selective else None
 

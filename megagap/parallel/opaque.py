@@ -1,5 +1,4 @@
-"""The linear layers at the borders of regions, and norms of what they make, as operations that torch.compile does not
-look into.
+"""The linear layers at the borders of regions, and sums over tp, as operations that torch.compile does not look into.
 
 What they do beside arithmetic cannot be part of a compiled graph: they start collectives and wait for them, add weight
 gradients to their sinks, whose buckets are reduced once they are complete, and queue them for zero-bubble schedules. So
@@ -20,8 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from megagap.ops.wide import wide_dtype
-from megagap.parallel import projection_norm
+from megagap.parallel.collectives import all_reduce
 from megagap.parallel.projection_norm import ProjectionNorm
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, _ColumnProducts, _RowProduct
 
@@ -31,8 +29,7 @@ _layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 def make_opaque(modules: Iterable[nn.Module]) -> None:
-    """Let the linear layers and norms of projections among these modules be operations of their own wherever they are
-    compiled."""
+    """Let what communicates among these modules be operations of their own wherever they are compiled."""
     for module in modules:
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | ProjectionNorm) and module.number is None:
             number = next(_numbers)
@@ -173,62 +170,19 @@ def _row_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 row_product.register_autograd(_row_backward, setup_context=_row_setup)
 
 
-@torch.library.custom_op(
-    "megagap_parallel::normalised",
-    mutates_args=(),
-    schema="(Tensor[] projections, Tensor[] weights, Tensor[] norms) -> Tensor[]",
-)
-def normalised(projections: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor]:
-    """Projections [b, s, width / tp]; the results, as large, and what ``projection_norm.forward`` returns with them.
-    Unlike matrices, the gains are inputs of the graph, as those of other norms are."""
-    results, rstds = projection_norm.forward(_find(norms), projections, weights)
-    return results + rstds
+@torch.library.custom_op("megagap_parallel::summed", mutates_args=(), schema="(Tensor x, Tensor norm) -> Tensor")
+def summed(x: Tensor, norm: Tensor) -> Tensor:
+    """The sum of x over tp; its gradient's, in the backward pass."""
+    return all_reduce(x.clone(), _find([norm])[0].tp)
 
 
-@normalised.register_fake
-def _(projections: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor]:
-    rstds = [x.new_empty(x.shape[:-1], dtype=wide_dtype(x.dtype)) for x in projections]
-    return [x.new_empty(x.shape) for x in projections] + rstds
+@summed.register_fake
+def _(x: Tensor, norm: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "megagap_parallel::normalised_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor[] projections, Tensor[] weights, Tensor[] rstds, Tensor[] norms) -> Tensor[]",
-)
-def normalised_backward(
-    grads: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rstds: Sequence[Tensor],
-    norms: Sequence[Tensor],
-) -> list[Tensor]:
-    """The gradients of the projections, then those of the gains."""
-    return projection_norm.backward(_find(norms), grads, projections, weights, rstds)
+def _summed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
 
 
-@normalised_backward.register_fake
-def _(
-    grads: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rstds: Sequence[Tensor],
-    norms: Sequence[Tensor],
-) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (*projections, *weights)]
-
-
-def _normalised_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    projections, weights, norms = inputs
-    ctx.count = len(norms)
-    ctx.save_for_backward(*projections, *weights, *norms, *output[ctx.count :])
-
-
-def _normalised_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[None]]:
-    count, saved = ctx.count, ctx.saved_tensors
-    projections, weights, norms, rstds = (list(saved[i * count : (i + 1) * count]) for i in range(4))
-    found = normalised_backward(list(grads[:count]), projections, weights, rstds, norms)
-    return found[:count], found[count:], [None] * count
-
-
-normalised.register_autograd(_normalised_backward, setup_context=_normalised_setup)
+summed.register_autograd(lambda ctx, grad: (summed(grad, ctx.saved_tensors[0]), None), setup_context=_summed_setup)

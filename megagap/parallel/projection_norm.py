@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megagap.ops import rms_norm
 from megagap.ops.wide import wide
 from megagap.parallel.collectives import all_reduce
+from megagap.parallel.mesh import Axis
 from megagap.parallel.shard import Shard
 from megagap.parallel.tensor import ColumnParallelLinear, TensorParallel
 
@@ -45,73 +46,32 @@ class ProjectionNorm(nn.Module):
 def normalised(projections: Sequence[Tensor], norms: Sequence[ProjectionNorm]) -> tuple[Tensor, ...]:
     """``gain · x / sqrt(mean(x²) + eps)`` of each projection, this rank's columns [b, s, width / tp], the mean over the
     whole width; rounded as by :func:`megagap.ops.rms_norm`."""
-    if norms[0].tp.size == 1:
+    first, dtype = norms[0], projections[0].dtype
+    if first.tp.size == 1:
         pairs = zip(projections, norms, strict=True)
         return tuple(rms_norm(x, norm.weight, norm.eps, norm.gain_scale) for x, norm in pairs)
-    weights = [norm.weight for norm in norms]
-    if norms[0].number is not None and torch.compiler.is_compiling():
-        numbers = [norm.number for norm in norms]
-        made = torch.ops.megagap_parallel.normalised(list(projections), weights, numbers)
-        return tuple(made[: len(norms)])
-    return _Normalised.apply(norms, *projections, *weights)
+    values = [wide(x) for x in projections]
+    squares = torch.stack([x.square().sum(-1) / norm.copies for x, norm in zip(values, norms, strict=True)])
+    if first.number is not None and torch.compiler.is_compiling():
+        squares = torch.ops.megagap_parallel.summed(squares, first.number)
+    else:
+        squares = _Summed.apply(squares, first.tp)
+    results = []
+    for x, norm, total in zip(values, norms, squares, strict=True):
+        gain = (wide(norm.weight) * norm.gain_scale).to(dtype)
+        rstd = torch.rsqrt(total / norm.width + norm.eps).unsqueeze(-1)
+        results.append(gain * (x * rstd).to(dtype))
+    return tuple(results)
 
 
-class _Normalised(torch.autograd.Function):
-    """Of each projection, followed by the gains."""
-
-    @staticmethod
-    def forward(ctx: Any, norms: Sequence[ProjectionNorm], *tensors: Tensor) -> tuple[Tensor, ...]:
-        projections, weights = tensors[: len(norms)], tensors[len(norms) :]
-        results, rstds = forward(norms, projections, weights)
-        ctx.norms = norms
-        ctx.save_for_backward(*tensors, *rstds)
-        return tuple(results)
+class _Summed(torch.autograd.Function):
+    """The sum over an axis, of which each rank uses all: so its gradient is summed, too."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, len(ctx.norms)
-        return None, *backward(ctx.norms, grads, saved[:count], saved[count : 2 * count], saved[2 * count :])
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce(x.clone(), axis)
 
-
-def forward(
-    norms: Sequence[ProjectionNorm], projections: Sequence[Tensor], weights: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The results, and 1 / sqrt(mean(x²) + eps) of each, fp32 [b, s] (float64 of float64)."""
-    pairs = list(zip(projections, norms, strict=True))
-    squares = all_reduce(torch.stack([wide(x).square().sum(-1) / norm.copies for x, norm in pairs]), norms[0].tp)
-    rstds = [torch.rsqrt(sums / norm.width + norm.eps) for sums, norm in zip(squares, norms, strict=True)]
-    results = [
-        _gain(norm, weight).to(x.dtype) * (wide(x) * rstd.unsqueeze(-1)).to(x.dtype)
-        for (x, norm), weight, rstd in zip(pairs, weights, rstds, strict=True)
-    ]
-    return results, rstds
-
-
-def backward(
-    norms: Sequence[ProjectionNorm],
-    grads: Sequence[Tensor],
-    projections: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    rstds: Sequence[Tensor],
-) -> list[Tensor]:
-    """The gradients of the projections, then those of the gains.
-
-    With g the gradient of x / rms(x), that of x is rstd · g - x · rstd³ · Σ(g · x) / width, the sum over the whole row.
-    Ranks with copies of a part each have their own queries' share of g, and subtract an equal share of the rest.
-    """
-    inner = [wide(grad) * _gain(norm, weight) for grad, norm, weight in zip(grads, norms, weights, strict=True)]
-    dots = torch.stack([(g * wide(x)).sum(-1) for g, x in zip(inner, projections, strict=True)])
-    found, of_gains = [], []
-    for norm, grad, g, x, weight, rstd, dot in zip(
-        norms, grads, inner, projections, weights, rstds, all_reduce(dots, norms[0].tp), strict=True
-    ):
-        along = (rstd.pow(3) * dot / (norm.width * norm.copies)).unsqueeze(-1)
-        found.append((g * rstd.unsqueeze(-1) - wide(x) * along).to(x.dtype))
-        product = wide(grad) * wide(x) * rstd.unsqueeze(-1)
-        of_gains.append((product.flatten(0, -2).sum(0) * norm.gain_scale).to(weight.dtype))
-    return found + of_gains
-
-
-def _gain(norm: ProjectionNorm, weight: Tensor) -> Tensor:
-    """Rounded to the dtype of the weight, in fp32."""
-    return wide((wide(weight) * norm.gain_scale).to(weight.dtype))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.clone(), ctx.axis), None

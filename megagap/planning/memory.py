@@ -446,18 +446,23 @@ class _Stage:
 
     @property
     def _projection_norms(self) -> int:
-        """Queries and keys before their norms, and a number per token of each; values, too, where attention has copies
-        of them, since all three are columns of one product."""
+        """What norms of queries and keys keep: these as they were before, and a number per token of each; values, too,
+        where attention has copies of them, since all three are columns of one product. Where tp splits them, plain
+        torch keeps queries and keys in fp32, and rounded without their gain."""
         columns = (self.heads + (2 if self._repeats_keys else 1) * self.key_heads) * self.model.head_dim
-        return self.tokens * (columns * self.itemsize + 2 * max(FP32, self.itemsize))
+        plain = self._normed * (self.itemsize + (FP32 if self.itemsize < FP32 else 0)) if self.tp > 1 else 0
+        return self.tokens * (columns * self.itemsize + 2 * max(FP32, self.itemsize)) + plain
 
     @property
     def _projection_norms_backward(self) -> int:
-        """Gradients of queries and keys; where tp splits them, in plain torch: of both in fp32, and three more of the
-        queries."""
-        queries, keys = (self.tokens * heads * self.model.head_dim for heads in (self.heads, self.key_heads))
-        plain = max(FP32, self.itemsize) * (4 * queries + keys) if self.tp > 1 else 0
-        return plain + self.itemsize * (queries + keys)
+        """Gradients of queries and keys; in plain torch, of both before and after their rounding, and in fp32."""
+        wide = max(FP32, self.itemsize)
+        return self._normed * ((2 * wide + self.itemsize) if self.tp > 1 else self.itemsize)
+
+    @property
+    def _normed(self) -> int:
+        """Elements of queries and keys."""
+        return self.tokens * (self.heads + self.key_heads) * self.model.head_dim
 
     @property
     def _block_scores(self) -> int:

@@ -23,6 +23,7 @@ TOOLS = {
     "draw-schedule": "draw_schedule",
     "replay-step": "replay_step",
     "plot": "plot_run",
+    "goodput": "goodput",
     "gather-text": "gather_text",
 }
 """The subcommands that can also be started from a checkout, as ``tools/NAME.py``."""

@@ -1,4 +1,4 @@
-"""Gaperon's recipes: their shares, their sizes, their layouts on 256 dies, and what is said of files that are missing."""
+"""Gaperon's recipes: shares, sizes, layouts on 256 dies, and what is said of files that are missing."""
 
 import json
 import logging

@@ -133,7 +133,7 @@ OLMO2_LAYOUTS = {
     "tp4, more ranks than key/value heads": "none",
     "tp2 pp2, zb-h1": "full",
     "cp2 tp2, ring": "full",
-    "tp4 dp2 zero 3": "full",
+    "dp2 zero 3": "full",
     "cp2 pp2 dp2, alltoall, document mask": "none",
 }
 """With what is computed again: where its mechanisms meet. The rest takes longer."""
@@ -212,6 +212,17 @@ def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
         seen |= set(most)
     assert not missed
     assert seen == SITES
+
+
+@pytest.mark.parametrize("model", ["OLMo 2"], indirect=True)
+def test_every_sum_of_the_norms_of_queries_and_keys_that_is_dropped_or_doubled_is_seen(model, workers):
+    recipe, expected = model
+    for part in ("forward", "backward"):
+        for how in ("drop", "double"):
+            mutation = Mutation(f"projection_norm._Summed.{part}: all_reduce over tp", 0, how)
+            found = run(workers, recipe, "tp2", mutation)
+            assert all(calls[mutation.site] for _, calls in found)
+            assert not largest_difference(found, expected[False]) <= 1000 * TOLERANCE, mutation
 
 
 def mutations(site, calls):

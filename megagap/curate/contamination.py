@@ -15,7 +15,7 @@ from datatrove.pipeline.decont.n_grams import NGramsDecontConfig
 from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 
-from megagap.curate.words import PlainWords
+from megagap.curate.words import HASHES, PlainWords
 from megagap.errors import DataError, counted, library_errors
 from megagap.files import reading
 
@@ -57,6 +57,10 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
+def decontamination_config(n: int) -> NGramsDecontConfig:
+    return NGramsDecontConfig(n_grams=n, hash_config=HASHES)
+
+
 class Ngrams:
     """Hashes of the n-grams of words in a text, as datatrove's NGramsDecontFilter computes them.
 
@@ -64,7 +68,7 @@ class Ngrams:
     """
 
     def __init__(self, n: int, words: Any = None) -> None:
-        self.config = NGramsDecontConfig(n_grams=n)
+        self.config = decontamination_config(n)
         self.words = words or PlainWords()
         self._hash = create_hash_func(self.config.hash_config)
 

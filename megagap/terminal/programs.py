@@ -22,6 +22,7 @@ TOOLS = {
     "replay-step": "replay_step",
     "plot": "plot_run",
     "gather-text": "gather_text",
+    "curate": "curate",
 }
 """The subcommands that can also be started from a checkout, as ``tools/NAME.py``."""
 

@@ -1,11 +1,11 @@
 """Plants what a curation should find into a corpus, and measures what it found.
 
-    python examples/curation/plant.py plant CORPUS BENCHMARKS [SEED]
-    python examples/curation/plant.py measure CORPUS OUTPUT
+    python examples/curation/plant.py plant CORPUS PLANTED BENCHMARKS [SEED]
+    python examples/curation/plant.py measure OUTPUT
 
-``plant`` adds CORPUS/planted-*.jsonl: near-duplicates of documents (a few words changed), items of a made-up benchmark
-within real text, personal data and what only looks like it, and real text under blocked URLs; BENCHMARKS gets the
-benchmark. ``measure`` prints recall and precision of each, as JSON, from what ``megagap curate run`` left in OUTPUT.
+``plant`` writes the folder PLANTED: the files of CORPUS, and planted-*.jsonl: near-duplicates of documents (a few words
+changed), and documents taken out of the other files, with items of a made-up benchmark put into them, with personal
+data and what only looks like it, or under URLs, half of them blocked. BENCHMARKS gets the benchmark. ``measure`` prints recall and precision of each, as JSON, from what ``megagap curate run`` left in OUTPUT.
 """
 
 import json
@@ -20,7 +20,7 @@ from megagap.curate.contamination import Ngrams
 from megagap.curate.counts import documents
 from megagap.errors import DataError, run_tool
 
-PLANTED = 20
+PLANTED = 60
 """Documents of each kind."""
 
 SUBJECTS = ("the lantern keeper", "a retired surveyor", "the violin maker", "an apprentice glazier", "the ferry pilot")
@@ -82,29 +82,45 @@ def changed(text: str, chance: random.Random) -> str:
     return " ".join(words)
 
 
-def plant(corpus: Path, benchmarks: Path, seed: int) -> None:
+def plant(corpus: Path, output: Path, benchmarks: Path, seed: int) -> None:
     chance = random.Random(seed)
-    real = [d for path in sorted(corpus.glob("[ef][nr]-*.jsonl")) for d in map(json.loads, path.open(encoding="utf-8"))]
-    real = [document for document in real if 1500 < len(document["text"]) < 20000]
-    if len(real) < 5 * PLANTED:
+    files = {path.name: [json.loads(line) for line in path.open(encoding="utf-8")] for path in corpus.glob("*.jsonl")}
+    usable = [
+        (name, i)
+        for name in sorted(files)
+        if name[:3] in ("en-", "fr-")
+        for i, document in enumerate(files[name])
+        if 1500 < len(document["text"]) < 20000
+    ]
+    if len(usable) < 8 * PLANTED:
         raise DataError(f"{corpus} has too few documents\n  gather text first: examples/curation/gather.py")
-    chosen = iter(chance.sample(real, 5 * PLANTED))
-    items = [benchmark_item(chance, number) for number in range(PLANTED)]
+    chosen = iter(chance.sample(usable, 4 * PLANTED))
+
+    def taken() -> str:
+        """The text of a document, which is then only where it is planted."""
+        name, i = next(chosen)
+        text = str(files[name][i]["text"])
+        files[name][i] = None
+        return text
+
     planted: dict[str, list[dict[str, Any]]] = {"copies": [], "benchmark": [], "personal": [], "urls": []}
-    for i in range(PLANTED):
-        document = next(chosen)
-        planted["copies"].append({"text": changed(document["text"], chance), "planted": document["source"]})
-        text, item = next(chosen)["text"] + f" {i}", items[i]
-        planted["benchmark"].append({"text": insert(text, " ".join(item.values()), chance), "planted": str(i)})
-        text, data, other = next(chosen)["text"] + f" {i}", personal_data(chance), lookalikes(chance)
+    items = [benchmark_item(chance, number) for number in range(PLANTED)]
+    for i, item in enumerate(items):
+        name, place = next(chosen)
+        original = files[name][place]
+        planted["copies"].append({"text": changed(original["text"], chance), "planted": original["source"]})
+        planted["benchmark"].append({"text": insert(taken(), " ".join(item.values()), chance), "planted": str(i)})
+        text, data, other = taken(), personal_data(chance), lookalikes(chance)
         for value in [*data.values(), *other]:
             text = insert(text, f"({value})", chance)
         planted["personal"].append({"text": text, "planted": data, "lookalikes": other})
         url = "https://blocked.example.net/page" if i % 2 else "https://docs.example.org/page"
-        planted["urls"].append({"text": next(chosen)["text"] + f" {i}", "url": url})
+        planted["urls"].append({"text": taken(), "url": url})
     write(benchmarks / "stories.jsonl", items)
+    for name, documents_left in files.items():
+        write(output / name, [document for document in documents_left if document is not None])
     for name, lines in planted.items():
-        write(corpus / f"planted-{name}.jsonl", lines)
+        write(output / f"planted-{name}.jsonl", lines)
 
 
 def insert(text: str, part: str, chance: random.Random) -> str:
@@ -122,10 +138,10 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
-def measure(corpus: Path, output: Path) -> dict[str, Any]:
+def measure(output: Path) -> dict[str, Any]:
     return {
         "near-duplicates": duplicates(output),
-        "benchmark n-grams": benchmark(corpus, output),
+        "benchmark n-grams": benchmark(output),
         "personal data": masked(output),
     }
 
@@ -156,7 +172,10 @@ def duplicates(output: Path) -> dict[str, Any]:
     ]
     grams = Ngrams(5)
     clusters: dict[int, list[set[int]]] = {}
-    kept = [*documents(output / "curated"), *(d for s in ("decontaminate", "classifier") for d in documents(output / "dropped" / s))]
+    kept = [
+        *documents(output / "curated"),
+        *(d for s in ("decontaminate", "classifier") for d in documents(output / "dropped" / s)),
+    ]
     for document in kept:
         cluster = document["metadata"].get("minhash_cluster_id", -1)
         if cluster >= 0:
@@ -173,7 +192,7 @@ def duplicates(output: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def benchmark(corpus: Path, output: Path) -> dict[str, Any]:
+def benchmark(output: Path) -> dict[str, Any]:
     """Precision: the share of what is dropped in which the made-up stories stand, word by word."""
     dropped, kept = reached(output, "decontaminate", "benchmark")
     everything = list(documents(output / "dropped/decontaminate"))
@@ -194,7 +213,12 @@ def masked(output: Path) -> dict[str, Any]:
         result[kind] = share(found, len(texts))
         gone, total = gone + found, total + len(texts)
     wrong = sum(value not in document["text"] for document in texts for value in document["metadata"]["lookalikes"])
-    return result | {"planted": total, "found": gone, "recall": share(gone, total), "precision": share(gone, gone + wrong)}
+    return result | {
+        "planted": total,
+        "found": gone,
+        "recall": share(gone, total),
+        "precision": share(gone, gone + wrong),
+    }
 
 
 def share(part: int, whole: int) -> float | None:
@@ -203,12 +227,12 @@ def share(part: int, whole: int) -> float | None:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["plant", corpus, benchmarks, *seed]:
-            plant(Path(corpus), Path(benchmarks), int(seed[0]) if seed else 0)
-        case ["measure", corpus, output]:
-            print(json.dumps(measure(Path(corpus), Path(output)), indent=2))
+        case ["plant", corpus, output, benchmarks, *seed]:
+            plant(Path(corpus), Path(output), Path(benchmarks), int(seed[0]) if seed else 0)
+        case ["measure", output]:
+            print(json.dumps(measure(Path(output)), indent=2))
         case _:
-            raise DataError("plant CORPUS BENCHMARKS [SEED], or measure CORPUS OUTPUT")
+            raise DataError("plant CORPUS PLANTED BENCHMARKS [SEED], or measure OUTPUT")
 
 
 if __name__ == "__main__":

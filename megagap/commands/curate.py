@@ -217,7 +217,9 @@ def score_command(given: argparse.Namespace) -> None:
                         "metadata": {
                             "file_path": str(path),
                             "quality": LEVELS[int(scores[-1].argmax())],
-                            "quality_scores": {head: round(float(s), 3) for head, s in zip(HEADS, expected, strict=True)},
+                            "quality_scores": {
+                                head: round(float(s), 3) for head, s in zip(HEADS, expected, strict=True)
+                            },
                         },
                     }
                     file.write(json.dumps(value) + "\n")

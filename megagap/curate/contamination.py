@@ -35,7 +35,9 @@ def benchmark_files(patterns: Iterable[str]) -> list[Path]:
             )
         for path in paths:
             if found.setdefault(path.stem, path) != path:
-                raise DataError(f"two benchmark files are called {path.stem}: {found[path.stem]}, {path}\n  rename one.")
+                raise DataError(
+                    f"two benchmark files are called {path.stem}: {found[path.stem]}, {path}\n  rename one."
+                )
     return list(found.values())
 
 
@@ -127,7 +129,8 @@ def require_clean(texts: Iterable[tuple[str, str]], benchmarks: list[Path], n: i
             benchmark.setdefault(value, path.stem)
     found: list[str] = []
     total = 0
-    for total, (name, text) in enumerate(texts, 1):
+    for name, text in texts:
+        total += 1
         hits = [benchmark[value] for value in ngrams_of.hashes(text) if value in benchmark]
         if hits:
             found.append(f"  {name}: {counted(len(hits), f'{n}-gram')} of {', '.join(dict.fromkeys(hits))}")

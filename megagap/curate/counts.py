@@ -88,7 +88,9 @@ def _count(title: str, block: Any) -> Count:
     dropped = stats.pop("dropped", 0)
     stats.pop("forwarded", None)
     reasons = {key.removeprefix("dropped_"): stats.pop(key) for key in sorted(stats) if key.startswith("dropped_")}
-    details = {key: value for key, value in sorted(stats.items()) if key not in ("doc_len", "doc_len_tokens", "batches")}
+    details = {
+        key: value for key, value in sorted(stats.items()) if key not in ("doc_len", "doc_len_tokens", "batches")
+    }
     return Count(title, total, total - dropped, dropped, reasons, details, round(_seconds(block), 3))
 
 

@@ -46,7 +46,7 @@ def draw(histogram: Histogram, width: int = 560, height: int = 120) -> str:
     step = width / BINS
     bars = []
     for i, (kept, dropped) in enumerate(zip(histogram.kept, histogram.dropped, strict=True)):
-        base = height
+        base = float(height)
         for count, colour in ((kept, "#2a7"), (dropped, "#c53")):
             tall = height * count / top
             base -= tall

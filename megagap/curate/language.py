@@ -117,7 +117,7 @@ def language_filter(model: str, languages: list[str], threshold: float, exclusio
     except ImportError as error:
         raise ConfigError(
             f"language.model = {model} needs packages that this Python lacks: {error}\n"
-            '  install them, or leave language.model out: function words tell the languages then.'
+            "  install them, or leave language.model out: function words tell the languages then."
         ) from None
 
 
@@ -143,14 +143,17 @@ def _fasttext_filter(model: str, languages: list[str], threshold: float, exclusi
         @property
         def model(self) -> Any:
             if self._model is None:
-                from fasttext.FastText import _FastText  # type: ignore[import-not-found,unused-ignore]
-
-                with library_errors(f"{model} is no fastText model\n  {ADVICE}"):
-                    self._model = _FastText(model)
+                self._model = _load_fasttext(model)
             return self._model
 
     found = LanguageFilter(languages, threshold, exclusion_writer)
     found.model = LocalModel(languages)
-    _ = found.model.model  # a file that is no model is reported before anything starts
-    found.model._model = None  # tasks in other processes load it themselves
+    _load_fasttext(model)  # a file that is no model is reported before anything starts; each task loads it itself
     return found
+
+
+def _load_fasttext(model: str) -> Any:
+    from fasttext.FastText import _FastText
+
+    with library_errors(f"{model} is no fastText model\n  {ADVICE}"):
+        return _FastText(model)

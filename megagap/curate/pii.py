@@ -1,7 +1,7 @@
 """Masking of personal data: datatrove's e-mail and IP addresses, and numbers that a checksum or a form tells."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,7 @@ class PiiMasker(BaseFormatter):
 
     name = "📞 PII"
 
-    def __init__(self, kinds: "tuple[str, ...] | list[str]" = KINDS) -> None:
+    def __init__(self, kinds: Sequence[str] = KINDS) -> None:
         super().__init__()
         patterns = _patterns()
         self.replacers = [
@@ -100,7 +100,7 @@ class PiiMasker(BaseFormatter):
         return masked
 
 
-def mask(text: str, kinds: "tuple[str, ...] | list[str]" = KINDS) -> str:
+def mask(text: str, kinds: Sequence[str] = KINDS) -> str:
     """``text`` with personal data of ``kinds`` replaced."""
     masked: Any = PiiMasker(kinds).format(text)
     return str(masked)

@@ -81,7 +81,8 @@ def _table(counts: Sequence[Count], read: int) -> str:
         f"<td>{f'{count.per_second:,.0f}' if count.per_second else '–'}</td><td>{_bar(count, read)}</td></tr>"
         for count in counts
     ]
-    head = "<tr><th>stage</th><th>documents</th><th>kept</th><th>dropped</th><th></th><th>per second and core</th><th></th></tr>"
+    titles = ("stage", "documents", "kept", "dropped", "", "per second and core", "")
+    head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
@@ -123,8 +124,7 @@ def _examples(found: Iterable[dict[str, Any]], kind: str) -> list[str]:
             more = f" … ({len(text):,} characters)" if len(text) > SHOWN else ""
             about = " · ".join(part for part in (kind, group, str(document.get("id", "")), _noted(document)) if part)
             parts.append(
-                f"<p class='note'>{html.escape(about)}</p>"
-                f"<pre class='{kind}'>{html.escape(text[:SHOWN])}{more}</pre>"
+                f"<p class='note'>{html.escape(about)}</p><pre class='{kind}'>{html.escape(text[:SHOWN])}{more}</pre>"
             )
     return parts
 

@@ -191,9 +191,7 @@ def _ray(stage: Stage, executor: Executor, logs: str) -> Any:
     except ImportError:
         raise ConfigError("--executor ray needs the package ray, which this Python lacks\n  pip install ray") from None
     workers = min(executor.workers, stage.tasks)
-    return RayPipelineExecutor(
-        stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs, **executor.options
-    )
+    return RayPipelineExecutor(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs, **executor.options)
 
 
 def _submit(prepared: list[Stage], executor: Executor, folders: Folders) -> None:
@@ -201,7 +199,9 @@ def _submit(prepared: list[Stage], executor: Executor, folders: Folders) -> None
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     if shutil.which("sbatch") is None:
-        raise ConfigError("--executor slurm needs sbatch, which is not on PATH\n  run it on a login node of the cluster.")
+        raise ConfigError(
+            "--executor slurm needs sbatch, which is not on PATH\n  run it on a login node of the cluster."
+        )
     if lacking := [name for name in ("time", "partition") if name not in executor.options]:
         raise ConfigError(f"--executor slurm needs --option {lacking[0]}=…")
     previous = None
@@ -218,4 +218,3 @@ def _submit(prepared: list[Stage], executor: Executor, folders: Folders) -> None
     assert previous
     with library_errors("sbatch did not take the jobs", ConfigError):
         previous.run()
-

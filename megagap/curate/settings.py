@@ -150,11 +150,12 @@ def _fault(detail: Any) -> Fault:
     if detail["type"] == "missing":
         return Fault(name, None, "is required")
     if detail["type"] == "extra_forbidden":
-        known = Curation
+        known: type[Table] = Curation
         for part in detail["loc"][:-1]:
             annotation = known.model_fields[part].annotation if part in known.model_fields else None
             options = getattr(annotation, "__args__", (annotation,))
-            known = next((option for option in options if isinstance(option, type) and issubclass(option, Table)), known)
+            tables = [option for option in options if isinstance(option, type) and issubclass(option, Table)]
+            known = tables[0] if tables else known
         return Fault(name, detail["input"], f"is unknown; there are {', '.join(known.model_fields)}")
     message = detail["msg"]
     return Fault(name, detail["input"], message[0].lower() + message[1:])

@@ -61,8 +61,8 @@ def stages(settings: Curation, finish: Callable[[], Any]) -> list[Stage]:
     """
     folders = Folders(Path(settings.output.folder))
     tasks = settings.tasks
-    found = [Stage("filter", tasks, [_reader(settings), *_filters(settings, folders), _writer(folders.work("filtered"))])]
     source = folders.work("filtered")
+    found = [Stage("filter", tasks, [_reader(settings), *_filters(settings, folders), JsonlWriter(source)])]
     if settings.deduplicate:
         found += _deduplication(settings, folders)
     blocks: list[Any] = [JsonlReader(source)]
@@ -85,9 +85,7 @@ def stages(settings: Curation, finish: Callable[[], Any]) -> list[Stage]:
         from megagap.curate.quality.filter import QualityFilter
 
         chosen = settings.classifier
-        blocks.append(
-            QualityFilter(chosen.model, chosen.drop, chosen.batch_size, folders.dropped("classifier"))
-        )
+        blocks.append(QualityFilter(chosen.model, chosen.drop, chosen.batch_size, folders.dropped("classifier")))
     blocks.append(JsonlWriter(str(folders.curated), "${language}/${rank}.jsonl.gz"))
     found.append(Stage("select", tasks, blocks))
     if settings.output.tokenizer:
@@ -110,13 +108,7 @@ class CuratedReader(JsonlReader):  # type: ignore[misc,unused-ignore]
 
 def _reader(settings: Curation) -> Any:
     given = settings.input
-    return JsonlReader(
-        given.folder, glob_pattern=f"**/{given.pattern}", text_key=given.text_key, id_key=given.id_key
-    )
-
-
-def _writer(folder: str) -> Any:
-    return JsonlWriter(folder)
+    return JsonlReader(given.folder, glob_pattern=f"**/{given.pattern}", text_key=given.text_key, id_key=given.id_key)
 
 
 def _filters(settings: Curation, folders: Folders) -> list[Any]:
@@ -126,7 +118,7 @@ def _filters(settings: Curation, folders: Folders) -> list[Any]:
     chosen = settings.language
     blocks.append(language_filter(chosen.model, chosen.keep, chosen.threshold, folders.dropped("language")))
     for name in FILTERS:
-        by_language = {language: given[name] for language, given in settings.quality.items() if name in given}  # type: ignore[index]
+        by_language = {language: given[name] for language, given in settings.quality.items() if name in given}
         if by_language:
             blocks.append(quality_filter(name, by_language, settings.words, folders.dropped(name)))
     return blocks

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megagap.curate.quality.labels import CRITERIA
 
-PASSAGE = 600
+PASSAGE = 450
 """Characters of a passage, about; it ends with a sentence."""
 
 BOILERPLATE = (
@@ -108,7 +108,7 @@ def passages(text: str, length: int = PASSAGE) -> Iterator[str]:
         if sum(map(len, current)) >= length:
             passage = " ".join(current)
             letters = sum(char.isalpha() or char.isspace() for char in passage)
-            if letters > 0.88 * len(passage) and len(current) > 3 and len(passage) < 2 * length:
+            if letters > 0.88 * len(passage) and len(current) > 2 and len(passage) < 2 * length:
                 yield passage
             current = []
 

@@ -14,8 +14,8 @@ from megagap.files import require_fetched
 
 ADVICE = (
     "fetch the files of https://huggingface.co/FacebookAI/xlm-roberta-base (config.json, model.safetensors, "
-    "tokenizer.json, tokenizer_config.json, sentencepiece.bpe.model) into one folder and give it as --encoder; or leave "
-    "--encoder out, for a small encoder trained here."
+    "tokenizer.json, tokenizer_config.json, sentencepiece.bpe.model) into one folder and give it as --encoder; or "
+    "leave --encoder out, for a small encoder trained here."
 )
 
 
@@ -95,12 +95,14 @@ def load_encoder(folder: Path, max_length: int) -> EncoderModel:
     finally:
         logging.getLogger("transformers").setLevel(level)
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
-        raise DataError(f"the tokenizer in {folder} lacks an encoder's special tokens (begin, end, padding)\n  {ADVICE}")
+        raise DataError(
+            f"the tokenizer in {folder} lacks an encoder's special tokens (begin, end, padding)\n  {ADVICE}"
+        )
     positions = network.config.max_position_embeddings - 2
     return EncoderModel(network, tokenizer, min(max_length, positions))
 
 
-def small_encoder(texts: Sequence[str], max_length: int, *, hidden: int = 96, layers: int = 2) -> EncoderModel:
+def small_encoder(texts: Sequence[str], max_length: int, *, hidden: int = 64, layers: int = 2) -> EncoderModel:
     """XLM-R's architecture at a small size, untrained, with a byte-level BPE of 4,096 entries made from ``texts``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForSequenceClassification
@@ -121,6 +123,7 @@ def small_encoder(texts: Sequence[str], max_length: int, *, hidden: int = 96, la
     config = XLMRobertaConfig(
         vocab_size=bpe.get_vocab_size(), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=4 * hidden, max_position_embeddings=max_length + 2, type_vocab_size=1, pad_token_id=1,
-        bos_token_id=0, eos_token_id=2, num_labels=len(HEADS) * len(LEVELS), classifier_dropout=0.1,
+        bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(f"{head}: {level}" for head in HEADS for level in LEVELS)),
     )  # fmt: skip
     return EncoderModel(XLMRobertaForSequenceClassification(config), tokenizer, max_length)

@@ -23,9 +23,7 @@ class QualityFilter(BaseFilter):
 
     name = "🎓 Quality classifier"
 
-    def __init__(
-        self, model: str, drop: Collection[str], batch_size: int = 32, exclusion_writer: Any = None
-    ) -> None:
+    def __init__(self, model: str, drop: Collection[str], batch_size: int = 32, exclusion_writer: Any = None) -> None:
         super().__init__(exclusion_writer, batch_size)
         self.model = model
         self.drop = list(drop)
@@ -44,7 +42,9 @@ class QualityFilter(BaseFilter):
         for doc, scores, overall in zip(batch, expected, probabilities[:, -1], strict=True):
             level = LEVELS[int(overall.argmax())]
             doc.metadata["quality"] = level
-            doc.metadata["quality_scores"] = {head: round(float(score), 3) for head, score in zip(HEADS, scores, strict=True)}
+            doc.metadata["quality_scores"] = {
+                head: round(float(score), 3) for head, score in zip(HEADS, scores, strict=True)
+            }
             self.stat_update(f"quality_{level}")
             verdicts.append((False, level) if level in self.drop else True)
         return verdicts

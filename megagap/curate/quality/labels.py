@@ -48,7 +48,11 @@ def read_labels(path: Path) -> list[Example]:
 
 
 def _example(value: object, where: str) -> Example:
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(value.get("labels"), dict):
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get("text"), str)
+        or not isinstance(value.get("labels"), dict)
+    ):
         raise DataError(f'{where} must be an object with "text" and "labels", such as {{"style": "low", …}}')
     labels = dict(value["labels"])
     for name, level in labels.items():
@@ -62,9 +66,7 @@ def _example(value: object, where: str) -> Example:
     overall = LEVELS.index(labels["overall"]) if "overall" in labels else round(sum(ids) / len(ids))
     text = value["text"]
     document = str(value.get("document") or hashlib.blake2b(text.encode(errors="replace")).hexdigest())
-    return Example(
-        text, (*ids, overall), document, str(value.get("source", "")), str(value.get("made_by", ""))
-    )
+    return Example(text, (*ids, overall), document, str(value.get("source", "")), str(value.get("made_by", "")))
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example], list[Example]]:

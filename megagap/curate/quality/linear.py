@@ -3,6 +3,7 @@
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class LinearModel(nn.Module):
             offsets.append(len(ids))
             words = [word.encode() for word in _WORD.findall(text[:READ])] or [b""]
             ids += [zlib.crc32(word) % self.buckets for word in words]
-            ids += [zlib.crc32(a + b" " + b) % self.buckets for a, b in zip(words, words[1:], strict=False)]
+            ids += [zlib.crc32(a + b" " + b) % self.buckets for a, b in pairwise(words)]
         return torch.tensor(ids), torch.tensor(offsets)
 
     def logits(self, texts: Sequence[str]) -> Tensor:

@@ -112,5 +112,3 @@ def load_quality_model(folder: Path) -> QualityModel:
     with library_errors(f"cannot load {folder / 'model.safetensors'}"):
         network.load_state_dict(load_file(folder / "model.safetensors"))
     return QualityModel(record, network)
-
-

@@ -26,7 +26,7 @@ class Recipe:
 
 
 LINEAR = Recipe(epochs=10, lr=0.02, batch_size=64, weight_decay=0.0)
-SMALL = Recipe(epochs=10, lr=1e-3, batch_size=32)
+SMALL = Recipe(epochs=4, lr=1.5e-3, batch_size=16)
 PRETRAINED = Recipe(epochs=3, lr=2e-5, batch_size=16)
 
 
@@ -134,9 +134,7 @@ def _batches(examples: Sequence[Example], recipe: Recipe, seed: int) -> Iterator
 def _finished(model: QualityModel, parts: tuple[list[Example], list[Example], list[Example]]) -> Trained:
     """Calibrated on the second part, measured on the third."""
     training, calibration, held_out = parts
-    temperatures = fit_temperatures(
-        model.logits([example.text for example in calibration]), label_array(calibration)
-    )
+    temperatures = fit_temperatures(model.logits([example.text for example in calibration]), label_array(calibration))
     logits, labels = model.logits([example.text for example in held_out]), label_array(held_out)
     quality = measure(logits, labels, temperatures)
     right = logits[:, -1].argmax(-1) == labels[:, -1]
@@ -150,5 +148,3 @@ def _finished(model: QualityModel, parts: tuple[list[Example], list[Example], li
         update=dict(temperatures=temperatures, trained_on=len(training), report=report)
     )
     return Trained(model, quality, by_origin)
-
-

@@ -5,7 +5,8 @@
 
 ``plant`` writes the folder PLANTED: the files of CORPUS, and planted-*.jsonl: near-duplicates of documents (a few words
 changed), and documents taken out of the other files, with items of a made-up benchmark put into them, with personal
-data and what only looks like it, or under URLs, half of them blocked. BENCHMARKS gets the benchmark. ``measure`` prints recall and precision of each, as JSON, from what ``megagap curate run`` left in OUTPUT.
+data and what only looks like it, or under URLs, half of them blocked. BENCHMARKS gets the benchmark. ``measure`` prints
+recall and precision of each, as JSON, from what ``megagap curate run`` left in OUTPUT.
 """
 
 import json
@@ -196,9 +197,10 @@ def benchmark(output: Path) -> dict[str, Any]:
     """Precision: the share of what is dropped in which the made-up stories stand, word by word."""
     dropped, kept = reached(output, "decontaminate", "benchmark")
     everything = list(documents(output / "dropped/decontaminate"))
+    reached_it = len(dropped) + len(kept)
     right = sum(bool(re.search(r"In story \d+, (?:the|an?) ", document["text"])) for document in everything)
     return {
-        "planted": len(dropped) + len(kept), "found": len(dropped), "recall": share(len(dropped), len(dropped) + len(kept)),
+        "planted": reached_it, "found": len(dropped), "recall": share(len(dropped), reached_it),
         "dropped": len(everything), "precision": share(right, len(everything)),
     }  # fmt: skip
 

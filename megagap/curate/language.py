@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from megagap.errors import ConfigError, DataError, library_errors
-from megagap.files import require_fetched, require_regular
+from megagap.files import is_there, require_fetched, require_regular
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -128,10 +128,9 @@ ADVICE = (
 
 
 def require_model_file(model: str) -> None:
-    try:
-        require_regular(model)
-    except FileNotFoundError:
-        raise DataError(f"language.model: there is no file {model}\n  {ADVICE}") from None
+    if not is_there(model):
+        raise DataError(f"language.model: there is no file {model}\n  {ADVICE}")
+    require_regular(model)
     require_fetched(model)
 
 

@@ -237,7 +237,7 @@ def test_all_faults_of_a_settings_file_are_told_at_once(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("[quality.de.gopher]", "quality.de is a language that language.keep"),
+        ("[quality.de.gopher]", r"quality\.de +is a language that language\.keep"),
         ("[deduplicate", "is not valid TOML"),
         ("[quality.en.c4]", r"quality\.en\.c4"),
     ],

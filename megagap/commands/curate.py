@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from megagap.terminal.programs import CalledAs
 
 EXAMPLES = """
 examples (docs/curation.md):
-  megagap curate run examples/curation/gaperon.toml --workers 2
+  megagap curate run CURATION.toml --workers 2
       the whole pipeline on this machine; the output folder gets token files, counts.json and report.html
   megagap curate run CURATION.toml --executor slurm --workers 64 --option partition=cpu --option time=10:00:00
-      the same as job arrays; further options of datatrove's executor likewise
+      the same as job arrays; further options of datatrove's executor likewise. docs/curation.md has a settings file
   megagap curate example-labels CORPUS/*.jsonl --output labels.jsonl
   megagap curate train-quality labels.jsonl --kind linear --output runs/linear
   megagap curate train-quality labels.jsonl --encoder xlm-roberta-base --output runs/quality
@@ -129,21 +130,19 @@ def check_command(given: argparse.Namespace) -> None:
 
 def labels_command(given: argparse.Namespace) -> None:
     from megagap.curate.quality.degrade import example_labels
-    from megagap.files import written_by_library
+    from megagap.files import write_text, writing
 
     texts = (
         (line["text"], f"{path.name}/{line.get('source', number)}", path.name.partition(".")[0])
         for path in given.input
         for number, line in lines_of(path)
     )
-    with written_by_library(given.output) as partial, partial.open("w", encoding="utf-8") as file:
-        count = 0
-        for example in example_labels(texts, given.seed, given.per_document):
-            file.write(json.dumps(example, ensure_ascii=False) + "\n")
-            count += 1
-        if not count:
-            raise DataError("no passage of these texts reads like prose\n  give longer documents.")
-    print(f"{given.output}: {counted(count, 'labelled text')}")
+    lines = [json.dumps(made, ensure_ascii=False) for made in example_labels(texts, given.seed, given.per_document)]
+    if not lines:
+        raise DataError("no passage of these texts reads like prose\n  give longer documents.")
+    with writing(given.output):
+        write_text(given.output, "\n".join(lines) + "\n")
+    print(f"{given.output}: {counted(len(lines), 'labelled text')}")
 
 
 def train_command(given: argparse.Namespace) -> None:
@@ -202,30 +201,25 @@ def score_command(given: argparse.Namespace) -> None:
 
     from megagap.curate.quality.labels import HEADS, LEVELS
     from megagap.curate.quality.model import load_quality_model
-    from megagap.files import written_by_library
+    from megagap.files import write_text, writing
 
     model = load_quality_model(given.model)
-    count, start = 0, time.process_time()
-    with written_by_library(given.output) as partial, partial.open("w", encoding="utf-8") as file:
-        for path in given.input:
-            for batch in batched(lines_of(path), 16 * given.batch_size):
-                found = model.probabilities([line["text"] for _, line in batch], given.batch_size)
-                for (number, _), scores in zip(batch, found, strict=True):
-                    expected = scores @ [0.0, 1.0, 2.0]
-                    value = {
-                        "id": f"{path}/{number - 1}",
-                        "metadata": {
-                            "file_path": str(path),
-                            "quality": LEVELS[int(scores[-1].argmax())],
-                            "quality_scores": {
-                                head: round(float(s), 3) for head, s in zip(HEADS, expected, strict=True)
-                            },
-                        },
-                    }
-                    file.write(json.dumps(value) + "\n")
-                    count += 1
+    lines, start = [], time.process_time()
+    for path in given.input:
+        for batch in batched(lines_of(path), 16 * given.batch_size):
+            found = model.probabilities([line["text"] for _, line in batch], given.batch_size)
+            for (number, _), scores in zip(batch, found, strict=True):
+                expected = zip(HEADS, scores @ [0.0, 1.0, 2.0], strict=True)
+                metadata = {
+                    "file_path": str(path),
+                    "quality": LEVELS[int(scores[-1].argmax())],
+                    "quality_scores": {head: round(float(score), 3) for head, score in expected},
+                }
+                lines.append(json.dumps({"id": f"{path}/{number - 1}", "metadata": metadata}))
     seconds = time.process_time() - start
-    print(f"{given.output}: {counted(count, 'document')}, {count / seconds:,.0f} per second of a core")
+    with writing(given.output):
+        write_text(given.output, "\n".join(lines) + "\n")
+    print(f"{given.output}: {counted(len(lines), 'document')}, {len(lines) / seconds:,.0f} per second of a core")
 
 
 def histogram_command(given: argparse.Namespace) -> None:
@@ -243,7 +237,7 @@ def histogram_command(given: argparse.Namespace) -> None:
         write_text(given.output, histogram_page(found))
 
 
-def lines_of(path: Path, key: str = "text") -> "Any":
+def lines_of(path: Path, key: str = "text") -> Iterator[tuple[int, Any]]:
     """Numbers, from 1, and objects of JSON lines that have ``key``. Raises :class:`DataError` for any other line."""
     from megagap.errors import library_errors
     from megagap.files import reading

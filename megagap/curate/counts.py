@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import PipelineStats
 
 from megagap.errors import DataError, library_errors
 
@@ -36,12 +40,31 @@ class Count:
     details: dict[str, int] = field(default_factory=dict)
     """Other counts of the block, such as what was masked."""
     seconds: float = 0.0
-    """Of one core."""
+    """That the block's tasks took by the clock, so that a busy machine shows; of a whole stage there is CPU time."""
 
     @property
     def per_second(self) -> float | None:
-        """Documents per second and core."""
+        """Documents per second of one task."""
         return self.total / self.seconds if self.seconds else None
+
+
+class CpuTime(PipelineStep):
+    """Counts the milliseconds of CPU that a task takes, all threads together: ``[timer.start, …, timer]``."""
+
+    name = "CPU time"
+    type = "⏱️ - TIME"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = 0.0
+
+    def start(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        self._begin = time.process_time()
+        return data
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        yield from data or ()
+        self.stat_update("milliseconds", value=round(1000 * (time.process_time() - self._begin)), unit="task")
 
 
 def count_stages(output: Path) -> list[Count]:
@@ -62,18 +85,17 @@ def documents_read(output: Path) -> int:
 
 
 def stage_seconds(output: Path) -> dict[str, float]:
-    """Core seconds that the blocks of each stage took."""
-    return {
-        folder.name: round(sum(_seconds(block) for block in _blocks(folder / "stats")), 2)
-        for folder in sorted((output / "logs").iterdir())
-        if (folder / "stats").is_dir()
-    }
+    """CPU seconds of each stage's tasks, as far as they are complete."""
+    found = {}
+    for folder in sorted((output / "logs").iterdir()):
+        blocks = [block for block in _blocks(folder / "stats") if CpuTime.name in block["name"]]
+        if blocks:
+            found[folder.name] = sum(_number(block["stats"].get("milliseconds", 0)) for block in blocks) / 1000
+    return found
 
 
 def _blocks(folder: Path) -> list[Any]:
     """Of one pipeline, each summed over its tasks."""
-    from datatrove.utils.stats import PipelineStats
-
     total = PipelineStats()
     for path in sorted(folder.glob("*.json")):
         with library_errors(f"cannot read {path}"):

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from datatrove.pipeline.filters import LanguageFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.utils.lid import FT176LID
 
 from megagap.errors import ConfigError, DataError, library_errors
 from megagap.files import is_there, require_fetched, require_regular
@@ -134,20 +136,25 @@ def require_model_file(model: str) -> None:
     require_fetched(model)
 
 
+class LocalModel(FT176LID):  # type: ignore[misc,unused-ignore]
+    """A fastText model at a local path, loaded by each task when it is first asked."""
+
+    def __init__(self, path: str, languages: list[str]) -> None:
+        super().__init__(languages)
+        self.path = path
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = _load_fasttext(self.path)
+        return self._model
+
+
 def _fasttext_filter(model: str, languages: list[str], threshold: float, exclusion_writer: Any) -> Any:
-    from datatrove.pipeline.filters import LanguageFilter
-    from datatrove.utils.lid import FT176LID
-
-    class LocalModel(FT176LID):  # type: ignore[misc,unused-ignore]
-        @property
-        def model(self) -> Any:
-            if self._model is None:
-                self._model = _load_fasttext(model)
-            return self._model
-
     found = LanguageFilter(languages, threshold, exclusion_writer)
-    found.model = LocalModel(languages)
-    _load_fasttext(model)  # a file that is no model is reported before anything starts; each task loads it itself
+    found.model = LocalModel(model, languages)
+    _load_fasttext(model)  # a file that is no model is reported before anything starts
     return found
 
 

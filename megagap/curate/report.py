@@ -50,8 +50,8 @@ def _page(output: Path, counts: Sequence[Count]) -> str:
     parts = [
         "<h1>Curation</h1>",
         f"<p>{read:,} documents read, {kept:,} kept ({_share(kept, read)}); "
-        f"{sum(seconds.values()):,.1f} core seconds in datatrove's blocks"
-        + (f", {read / sum(seconds.values()):,.0f} documents per second and core" if sum(seconds.values()) else "")
+        f"{sum(seconds.values()):,.1f} CPU seconds"
+        + (f", {read / sum(seconds.values()):,.0f} documents per CPU second" if sum(seconds.values()) else "")
         + ".</p>",
         _table(counts, read),
         *(_section(output, count) for count in counts),
@@ -81,7 +81,7 @@ def _table(counts: Sequence[Count], read: int) -> str:
         f"<td>{f'{count.per_second:,.0f}' if count.per_second else '–'}</td><td>{_bar(count, read)}</td></tr>"
         for count in counts
     ]
-    titles = ("stage", "documents", "kept", "dropped", "", "per second and core", "")
+    titles = ("stage", "documents", "kept", "dropped", "", "per second of a task", "")
     head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 

@@ -57,7 +57,7 @@ class Finish(PipelineStep):
         counts = {
             "documents": documents_read(output),
             "stages": as_json(count_stages(output)),
-            "core_seconds": stage_seconds(output),
+            "cpu_seconds": stage_seconds(output),
         }
         write_text(output / "counts.json", json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
         write_report(output)

@@ -12,6 +12,7 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
 from megagap.curate.contamination import BenchmarkIndexer, benchmark_files, decontamination_config
+from megagap.curate.counts import CpuTime
 from megagap.curate.filters import FILTERS, quality_filter
 from megagap.curate.language import language_filter
 from megagap.curate.pii import PiiMasker
@@ -94,8 +95,13 @@ def stages(settings: Curation, finish: Callable[[], Any]) -> list[Stage]:
                 CuratedReader(str(folders.curated / language)),
                 TokenFileWriter(str(folders.tokens(language)), settings.output.tokenizer),
             ]))  # fmt: skip
-    found.append(Stage("finish", 1, [finish()]))
-    return found
+    found = [_timed(stage) for stage in found]
+    return [*found, Stage("finish", 1, [finish()])]
+
+
+def _timed(stage: Stage) -> Stage:
+    timer = CpuTime()
+    return Stage(stage.name, stage.tasks, [timer.start, *stage.pipeline, timer])
 
 
 class CuratedReader(JsonlReader):  # type: ignore[misc,unused-ignore]

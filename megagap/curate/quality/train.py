@@ -26,7 +26,7 @@ class Recipe:
 
 
 LINEAR = Recipe(epochs=10, lr=0.02, batch_size=64, weight_decay=0.0)
-SMALL = Recipe(epochs=8, lr=1.5e-3, batch_size=16)
+SMALL = Recipe(epochs=4, lr=1.5e-3, batch_size=16)
 PRETRAINED = Recipe(epochs=3, lr=2e-5, batch_size=16)
 
 

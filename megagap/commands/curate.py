@@ -64,7 +64,7 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
     train.add_argument("--kind", choices=("encoder", "linear"), default="encoder", help="default: %(default)s")
     train.add_argument("--encoder", type=Path, metavar="DIR", help="XLM-R or another (default: a small one, untrained)")
     train.add_argument("--epochs", type=positive, metavar="N", help="default: 4 (linear: 10; with --encoder: 3)")
-    train.add_argument("--max-length", type=positive, default=256, metavar="TOKENS", help="default: %(default)s")
+    train.add_argument("--max-length", type=positive, metavar="TOKENS", help="default: 128 (512 with --encoder)")
     train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     train.set_defaults(call=train_command)
 
@@ -150,7 +150,15 @@ def train_command(given: argparse.Namespace) -> None:
 
     from megagap.curate.quality.labels import read_labels
     from megagap.curate.quality.model import save_quality_model
-    from megagap.curate.quality.train import LINEAR, PRETRAINED, SMALL, train_encoder, train_linear
+    from megagap.curate.quality.train import (
+        LINEAR,
+        PRETRAINED,
+        PRETRAINED_LENGTH,
+        SMALL,
+        SMALL_LENGTH,
+        train_encoder,
+        train_linear,
+    )
     from megagap.terminal.progress import ProgressBar
 
     if given.kind == "linear" and given.encoder:
@@ -163,10 +171,9 @@ def train_command(given: argparse.Namespace) -> None:
     if given.kind == "linear":
         trained = train_linear(examples, given.seed, recipe)
     else:
+        length = given.max_length or (PRETRAINED_LENGTH if given.encoder else SMALL_LENGTH)
         with ProgressBar(unit="step") as bar:
-            trained = train_encoder(
-                examples, given.seed, given.encoder, given.max_length, recipe, lambda loss: bar.update()
-            )
+            trained = train_encoder(examples, given.seed, given.encoder, length, recipe, lambda loss: bar.update())
     save_quality_model(trained.model, given.output)
     print_quality(trained.held_out)
     for origin, accuracy in trained.by_origin.items():

@@ -69,6 +69,15 @@ def test_the_filter_drops_what_is_most_probably_low_and_notes_every_score(linear
     assert documents[0].metadata["quality_scores"]["overall"] < 0.5 < documents[1].metadata["quality_scores"]["overall"]
 
 
+@pytest.mark.parametrize("kind", ["linear", "encoder"])
+def test_layout_alone_changes_no_score(kind: str, request: pytest.FixtureRequest) -> None:
+    """Example labels have passages in one line: line ends, which documents are full of, must not tell them apart."""
+    model = request.getfixturevalue(kind).model
+    text = " ".join(FRENCH.split())
+    scores = model.probabilities([text, text.replace(" ", "\n"), f"  {text}\n\n"])
+    np.testing.assert_allclose(scores[1:], scores[[0, 0]], atol=1e-6)
+
+
 def test_a_long_text_is_read_at_its_start_and_its_end(encoder: Trained) -> None:
     text = " ".join(f"mot{i}" for i in range(500))
     (ids,) = encoder.model.network.encode([text])

@@ -23,7 +23,8 @@ class EncoderModel(nn.Module):
     """``network``: transformers' model for sequence classification with heads × levels outputs.
 
     Of a text longer than ``max_length`` tokens, the first three quarters of them are read from its start, the rest
-    from its end: how a text ends tells whether it is whole.
+    from its end: how a text ends tells whether it is whole. Blanks and line ends count as one blank, as they do for
+    XLM-R's tokenizer: a text is judged whatever its layout.
     """
 
     def __init__(self, network: Any, tokenizer: Any, max_length: int) -> None:
@@ -38,7 +39,8 @@ class EncoderModel(nn.Module):
         head = room - room // 4
         result = []
         # Not more of a long text than can be read: tokens have about four characters, hardly ever more than 16.
-        short = [t if len(t) <= 32 * room else t[: 16 * room] + t[-16 * room :] for t in texts]
+        plain = [" ".join(text.split()) for text in texts]
+        short = [t if len(t) <= 32 * room else t[: 16 * room] + t[-16 * room :] for t in plain]
         for ids in self.tokenizer(short, add_special_tokens=False)["input_ids"]:
             ids = ids if len(ids) <= room else ids[:head] + ids[head - room :]
             result.append([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])

@@ -27,6 +27,9 @@ class Recipe:
 
 LINEAR = Recipe(epochs=10, lr=0.02, batch_size=64, weight_decay=0.0)
 SMALL = Recipe(epochs=4, lr=1.5e-3, batch_size=16)
+SMALL_LENGTH, PRETRAINED_LENGTH = 128, 512
+"""Tokens that are read of a text. Those of the small encoder are about a passage of example labels: positions that no
+text to train on reaches would stay as they were drawn."""
 PRETRAINED = Recipe(epochs=3, lr=2e-5, batch_size=16)
 
 
@@ -60,7 +63,7 @@ def train_encoder(
     examples: Sequence[Example],
     seed: int,
     folder: Path | None = None,
-    max_length: int = 256,
+    max_length: int = SMALL_LENGTH,
     recipe: Recipe | None = None,
     progress: Callable[[float], object] = lambda loss: None,
 ) -> Trained:

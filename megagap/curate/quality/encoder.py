@@ -128,4 +128,14 @@ def small_encoder(texts: Sequence[str], max_length: int, *, hidden: int = 64, la
         bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(f"{head}: {level}" for head in HEADS for level in LEVELS)),
     )  # fmt: skip
-    return EncoderModel(XLMRobertaForSequenceClassification(config), tokenizer, max_length)
+    network = XLMRobertaForSequenceClassification(config)
+    positions = network.roberta.embeddings.position_embeddings.weight
+    with torch.no_grad():
+        positions.copy_(_sinusoids(*positions.shape) * config.initializer_range * 2**0.5)
+    return EncoderModel(network, tokenizer, max_length)
+
+
+def _sinusoids(length: int, width: int) -> Tensor:
+    """Vaswani et al. 2017, section 3.5: from these, heads learn to look at neighbours in far fewer texts."""
+    angles = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)

@@ -80,6 +80,11 @@ class CheckpointError(MegagapError):
     kind = "checkpoint error"
 
 
+class NotWrittenError(CheckpointError):
+    """The system refused to write a checkpoint, for want of space say; another time it may not. Those written before
+    are intact."""
+
+
 class DistributedError(MegagapError):
     """The processes cannot form the requested layout, or lost each other."""
 

@@ -22,6 +22,8 @@ class Source:
     name: str
     prefixes: tuple[str, ...]
     weight: float = 1.0
+    role: str = ""
+    """What it is, for a person who lacks its files."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,7 +123,6 @@ def test_a_rounding_that_would_not_be_made_is_refused(recipe, changes, message):
 
 
 PLANNED_VALUES = {
-    "checkpoint.async": ("false", "true"),
     "run.wandb": ("false", "true"),
 }
 
@@ -327,6 +326,7 @@ def test_overrides_are_read_with_and_without_equals_sign():
         ("llama3.1-70b", [], 70_553_706_496),
         ("llama3.2-3b", [], 3_212_749_824),
         ("gaperon-8b", [], 8_030_261_248),
+        ("gaperon-24b", [], 23_543_772_160),
     ],
 )
 def test_presets_have_the_published_parameter_counts(recipe, preset, overrides, parameters):

@@ -7,7 +7,8 @@ verifies; ``huggingface`` turns a checkpoint into a model that ``transformers`` 
 from megagap.checkpoint.index import Chunk, Index, StoredFile, StoredTensor, rectangles
 from megagap.checkpoint.load import find_latest, load_slices, load_tensor, resolve_checkpoint
 from megagap.checkpoint.model import SingleProcessModel, load_model
-from megagap.checkpoint.save import prune, save_checkpoint
+from megagap.checkpoint.retention import Retention
+from megagap.checkpoint.save import save_checkpoint
 from megagap.checkpoint.starting_point import find_model
 from megagap.parallel.communicator import Communicator, SingleProcess
 
@@ -15,6 +16,7 @@ __all__ = [
     "Chunk",
     "Communicator",
     "Index",
+    "Retention",
     "SingleProcess",
     "SingleProcessModel",
     "StoredFile",
@@ -24,7 +26,6 @@ __all__ = [
     "load_model",
     "load_slices",
     "load_tensor",
-    "prune",
     "rectangles",
     "resolve_checkpoint",
     "save_checkpoint",

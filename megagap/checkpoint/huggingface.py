@@ -22,7 +22,7 @@ from megagap.checkpoint.companions import (
     warn_of_other_ids,
     write_json,
 )
-from megagap.checkpoint.huggingface_config import hugging_face_config, hugging_face_name
+from megagap.checkpoint.huggingface_config import hugging_face_config, hugging_face_name, require_architecture
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import load_tensor
 from megagap.checkpoint.model import stored_dtype
@@ -77,6 +77,7 @@ def export(
     require_new(output)  # before spending time
     index = Index.read(checkpoint)
     model = read_model(checkpoint, index)
+    require_architecture(model)
     names = check_tensors(checkpoint, index, model)
     dtype = dtype or _default_dtype(checkpoint, index)
     source = tokenizer or recorded_tokenizer(index)

@@ -18,10 +18,10 @@ from megagap.config import Model, check_rules
 from megagap.errors import CheckpointError
 from megagap.files import file_errors
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "olmo2": "Olmo2ForCausalLM"}
 """What can be written and read: ``model_type``, and the class that transformers computes it with."""
 
-# What config.json may leave out, and the defaults of transformers' LlamaConfig.
+# What config.json may leave out, and the defaults of transformers' LlamaConfig, and where Olmo2Config has others.
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL = {
     "max_position_embeddings": 2048,
@@ -31,6 +31,25 @@ _OPTIONAL = {
     "mlp_bias": False,
     "initializer_range": 0.02,
 }
+_DEFAULTS = {"olmo2": {"rms_norm_eps": 1e-5}}
+
+_SWITCHES: dict[str, dict[str, Any]] = {"olmo2": {"norm_position": "post", "qk_norm": True}}
+"""Settings of the model that go without saying, where they are not our defaults."""
+
+
+def require_architecture(model: Model) -> None:
+    """Raises :class:`CheckpointError` if no class of transformers computes what ``model`` does."""
+    is_olmo2 = [getattr(model, name) == value for name, value in _SWITCHES["olmo2"].items()]
+    reason = None
+    if any(is_olmo2) and not all(is_olmo2):
+        settings = f'model.norm_position = "{model.norm_position}" with model.qk_norm = {json.dumps(model.qk_norm)}'
+        reason = f"{settings}; OLMo 2 has norms both behind the blocks and of queries and keys, Llama neither"
+    elif model.qk_norm and model.mlp_bias:
+        reason = "model.mlp_bias = true, and OLMo 2 has no such biases"
+    if reason is not None:
+        raise CheckpointError(
+            f"transformers has no class for this model: {reason}\n  it can be trained on and evaluated by megagap only."
+        )
 
 
 def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dict[str, Any]:
@@ -55,7 +74,7 @@ def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dic
         "tie_word_embeddings": model.tie_word_embeddings and not model.headless,
         "attention_bias": model.attention_bias,
         "attention_dropout": 0.0,
-        "mlp_bias": model.mlp_bias,
+        **({} if model.qk_norm else {"mlp_bias": model.mlp_bias}),  # which Olmo2Config lacks
         "initializer_range": model.initializer_range,
         "use_cache": True,
         **companions.special_ids,
@@ -66,7 +85,7 @@ def hugging_face_config(model: Model, dtype: str, companions: Companions) -> dic
 
 def _model_type(model: Model) -> str:
     """The key of :data:`ARCHITECTURES` that computes what ``model`` does."""
-    return "llama"
+    return "olmo2" if model.qk_norm else "llama"
 
 
 def _architecture(model: Model) -> str:
@@ -83,7 +102,7 @@ def hugging_face_name(name: str, model: Model) -> str:
 def read_settings(folder: Path) -> Model:
     """The model's settings from ``config.json``, as transformers 4 or 5 writes it.
 
-    Raises :class:`CheckpointError`, naming the field, if it is not a Llama or has features that we lack.
+    Raises :class:`CheckpointError`, naming the field, if it is no Llama or OLMo 2 or has features that we lack.
     """
     require_path(folder)
     path = folder / CONFIG
@@ -96,8 +115,10 @@ def read_settings(folder: Path) -> Model:
     if missing:
         raise _unusable(path, missing[0], "is missing")
     values = {name: config[name] for name in _REQUIRED} | {
-        name: default if config.get(name) is None else config[name] for name, default in _OPTIONAL.items()
+        name: default if config.get(name) is None else config[name]
+        for name, default in (_OPTIONAL | _DEFAULTS.get(config["model_type"], {})).items()
     }
+    values |= _SWITCHES.get(config["model_type"], {})
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = (
         heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]
@@ -182,7 +203,7 @@ def _rotary(path: Path, config: dict[str, Any], max_position_embeddings: Any) ->
 def _no_llama(path: Path, field: str, value: Any) -> CheckpointError:
     return CheckpointError(
         f"{path.parent} is not a Llama model: {path.name} says {field} = {json.dumps(value)}\n"
-        '  only models of type "llama" (LlamaForCausalLM: Llama 2 and 3) can be read.'
+        '  only models of type "llama" (LlamaForCausalLM: Llama 2 and 3) and "olmo2" (Olmo2ForCausalLM) can be read.'
     )
 
 

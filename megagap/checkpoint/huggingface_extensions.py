@@ -47,7 +47,7 @@ def refuse_extensions(path: Path, config: dict[str, Any]) -> None:
     if code:
         raise CheckpointError(
             f"{path}: auto_map names code that comes with the model ({_shown(code)}), which is not run\n"
-            "  only models that transformers' own LlamaForCausalLM computes can be read. If it does, remove auto_map "
+            "  only models that transformers' own classes compute can be read. If they do, remove auto_map "
             f"from {path.name}."
         )
     for key, value in config.items():
@@ -55,7 +55,8 @@ def refuse_extensions(path: Path, config: dict[str, Any]) -> None:
             continue
         raise CheckpointError(
             f"{path}: {key} is {_shown(value)}; Llama has no such setting, and ignoring it would change the results\n"
-            f"  only plain Llama 2 and 3 models can be read. If the model does not use it, remove it from {path.name}."
+            "  only plain Llama 2 and 3 and OLMo 2 models can be read. If the model does not use it, remove it from "
+            f"{path.name}."
         )
 
 

@@ -169,8 +169,8 @@ def _refuse_rest(folder: Path, model: Model, tensors: dict[str, Tensor], rest: d
                 "  set it to false to keep both."
             )
         raise CheckpointError(
-            f"{folder} has {name}, which does not belong to a Llama as its {CONFIG} describes it\n"
-            "  only plain Llama 2 and 3 models can be read."
+            f"{folder} has {name}, which does not belong to a model as its {CONFIG} describes it\n"
+            "  only plain Llama 2 and 3 and OLMo 2 models can be read."
         )
 
 

@@ -11,6 +11,7 @@ byte of them is used. Each byte of the folder is covered by an xxh3_64 checksum:
 header, and the index itself.
 """
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -22,11 +23,21 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from megagap.errors import CheckpointError
 
 INDEX_NAME = "index.json"
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Bytes of a checkpoint are missing, or are not those that were written. The one before it may be whole."""
+
+    @property
+    def what(self) -> str:
+        """In one line, what is damaged."""
+        return str(self.args[0]).partition("\n")[0].partition(" is damaged: ")[2]
+
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Element types by their names in safetensors."""
@@ -42,6 +53,14 @@ _HEAD = re.compile(rb'\{"checksum":"([0-9a-f]{16})","body":')
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, in elements, one of each per dimension."""
+
+
+INDEX_BYTES, BYTES_PER_INDEX_BYTE = 16 * 2**20, 128
+"""An index may have so many bytes, some 125,000 chunks, and one more for so many bytes of tensors. Chunks are larger:
+those of 70 billion parameters over 1,024 ranks have 1.2 MB on average."""
+
+MOST_NEIGHBOURS = 256
+"""Chunks of one tensor that may lie side by side, on average: tp ranks that split its columns, and a few more."""
 
 
 class _Record(BaseModel):
@@ -79,7 +98,7 @@ class StoredTensor(_Record):
     shape: Annotated[tuple[_Count, ...], Field(max_length=8)]
     """Without padding."""
     dtype: Literal["F64", "F32", "F16", "BF16"]
-    chunks: tuple[Chunk, ...]
+    chunks: Annotated[tuple[Chunk, ...], FailFast()]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -97,8 +116,8 @@ class Index(_Record):
     """The content of ``index.json``."""
 
     format: Literal[1] = 1
-    files: tuple[StoredFile, ...]
-    tensors: tuple[StoredTensor, ...]
+    files: Annotated[tuple[StoredFile, ...], FailFast()]
+    tensors: Annotated[tuple[StoredTensor, ...], FailFast()]
     state: dict[str, Any]
     """Small values: steps, data positions, settings. JSON only; ``state.py`` reads and checks them."""
 
@@ -106,6 +125,7 @@ class Index(_Record):
     def read(cls, folder: Path) -> "Index":
         """Read and check a folder's index. Raises :class:`CheckpointError` naming the folder and what is wrong."""
         try:
+            _check_length(folder)
             raw = (folder / INDEX_NAME).read_bytes()
         except FileNotFoundError:
             raise CheckpointError(
@@ -113,12 +133,16 @@ class Index(_Record):
                 "  give a folder such as RUN/checkpoints/step_00000100."
             ) from None
         except OSError as error:
+            if error.errno == errno.EIO:
+                raise damaged(folder, f"{INDEX_NAME}: {error.strerror}") from None
             raise CheckpointError(f"cannot read {folder / INDEX_NAME}: {error.strerror}") from None
         head = _HEAD.match(raw)
         if head is None or checksum(memoryview(raw)[head.end() :]) != head[1].decode():
             raise damaged(folder, f"{INDEX_NAME} does not match its checksum")
+        body = raw[head.end() :].removesuffix(b"}\n")
+        _check_json(folder, body)
         try:
-            index = cls.model_validate_json(raw[head.end() :].removesuffix(b"}\n"))
+            index = cls.model_validate_json(body)
         except ValidationError as error:
             raise unusable(folder, error) from None
         index.validate_against(folder)
@@ -248,18 +272,52 @@ def check_size(folder: Path, file: StoredFile) -> None:
         raise damaged(folder, f"{file.name} has {size:,} bytes, the index promises {file.size:,}")
 
 
+def _check_length(folder: Path) -> None:
+    """Raises :class:`CheckpointError` for an index out of all proportion to the files, which would take minutes and
+    gigabytes to read."""
+    length = (folder / INDEX_NAME).stat().st_size
+    stored = sum(file.stat().st_size for file in folder.glob("rank_*.safetensors"))
+    if length > INDEX_BYTES + stored // BYTES_PER_INDEX_BYTE:
+        raise _not_ours(folder, f"it has {length:,} bytes, for {stored:,} bytes of tensors")
+
+
+def _check_json(folder: Path, body: bytes) -> None:
+    """Raises :class:`CheckpointError` for what JSON leaves open, and others may read otherwise: keys that occur twice,
+    NaN, nesting and integers without bounds."""
+    try:
+        json.loads(body, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _not_ours(folder, reason.partition("; use sys")[0]) from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    """Nothing is kept: only the check counts."""
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has two fields {next(name for name in names if names.count(name) > 1)!r}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def unusable(folder: Path, error: ValidationError, *within: str) -> CheckpointError:
     """The error for an intact index that has something in the field ``within`` that megagap does not write."""
     first = error.errors(include_url=False, include_input=False)[0]
     field = ".".join(map(str, (*within, *first["loc"]))) or "body"
+    return _not_ours(folder, f"{field}: {first['msg'].removeprefix('Value error, ')}")
+
+
+def _not_ours(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}/{INDEX_NAME}: {field}: {first['msg'].removeprefix('Value error, ')}\n"
+        f"{folder}/{INDEX_NAME}: {reason}\n"
         "  it was written by another version of megagap, is not a checkpoint of a training run, or was tampered with."
     )
 
 
-def damaged(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(
+def damaged(folder: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{folder} is damaged: {what}\n"
         "  copy it again, or remove or rename the folder to resume from the checkpoint before it."
     )
@@ -283,12 +341,15 @@ def _coverage_fault(tensor: StoredTensor) -> str | None:
     axis = max(range(len(tensor.shape)), key=lambda dim: len(np.unique(first[:, dim])))
     order = np.argsort(first[:, axis], kind="stable")
     first, end = first[order], end[order]
-    left = np.arange(len(order))
+    left, compared = np.arange(len(order)), 0
     for distance in range(1, len(order)):
         left = left[left < len(order) - distance]
         left = left[first[left + distance, axis] < end[left, axis]]
         if not len(left):
             return None
+        compared += len(left)
+        if compared > MOST_NEIGHBOURS * len(order):
+            return f"more than {MOST_NEIGHBOURS} chunks lie side by side"
         right = left + distance
         if ((first[left] < end[right]) & (first[right] < end[left])).all(axis=1).any():
             return "two chunks overlap"

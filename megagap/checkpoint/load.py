@@ -1,9 +1,8 @@
 """Reading a checkpoint: intersect what is requested with what is listed, whatever layout wrote it.
 
-Files are memory-mapped; of each, the header and the chunks that are used are verified against their checksums.
+Of each file, the header and the chunks that are used are verified against their checksums.
 """
 
-import mmap
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -16,19 +15,29 @@ from torch import Tensor
 from megagap.checkpoint.index import (
     INDEX_NAME,
     Chunk,
+    DamagedCheckpointError,
     Index,
-    StoredFile,
     StoredTensor,
-    check_size,
-    checksum,
     damaged,
     rectangles,
 )
 from megagap.checkpoint.recognise import no_checkpoint, require_path
-from megagap.checkpoint.save import read_latest, shift, step_folders
+from megagap.checkpoint.save import read_latest, shift, step_folders, step_of
+from megagap.checkpoint.verify import check_headers, read_verified
 from megagap.errors import CheckpointError
 from megagap.files import file_errors
 from megagap.parallel.shard import Slice, whole
+
+
+def resumable(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints of a run's folder that it may resume from, best first: the one ``latest`` names, or else
+    the newest, and those before it."""
+    latest = read_latest(checkpoints)
+    folders = [latest] if latest is not None else []
+    for folder in reversed(step_folders(checkpoints)):
+        if (folder / INDEX_NAME).is_file() and (latest is None or step_of(folder) < step_of(latest)):
+            folders.append(folder)
+    return folders
 
 
 def find_latest(checkpoints: Path) -> Path | None:
@@ -37,15 +46,40 @@ def find_latest(checkpoints: Path) -> Path | None:
     That is the one ``latest`` names, or else the newest complete one.
     Raises :class:`CheckpointError` if there are checkpoints but none is complete.
     """
-    latest = read_latest(checkpoints)
-    if latest is not None:
-        return latest
-    folders = step_folders(checkpoints)
-    for folder in reversed(folders):
-        if (folder / INDEX_NAME).is_file():
-            return folder
-    if folders:
+    for folder in resumable(checkpoints):
+        return folder
+    if folders := step_folders(checkpoints):
         raise damaged(folders[-1], f"it has no {INDEX_NAME}, and no other checkpoint of {checkpoints} has one")
+    return None
+
+
+def find_intact(
+    checkpoints: Path, passed_over: dict[Path, DamagedCheckpointError], *, headers: bool = True
+) -> tuple[Path, Index] | None:
+    """The checkpoint to resume from as far as that can be known without reading all of it: its index is right, and
+    all files are there with their sizes and headers. None if there are no checkpoints.
+
+    ``passed_over``: those that are known to be damaged; others that are found to be are added. ``headers``: whether
+    those of the files are read.
+    Raises :class:`DamagedCheckpointError` if none is left, and :class:`CheckpointError` as :func:`find_latest`.
+    """
+    find_latest(checkpoints)
+    for folder in resumable(checkpoints):
+        if folder in passed_over:
+            continue
+        try:
+            index = Index.read(folder)
+            if headers:
+                check_headers(folder, index)
+            return folder, index
+        except DamagedCheckpointError as error:
+            passed_over[folder] = error
+    if passed_over:
+        faults = [f"  {folder.name}: {error.what}" for folder, error in passed_over.items()]
+        raise DamagedCheckpointError(
+            "\n".join([f"{checkpoints} is damaged: it has no whole checkpoint to resume from", *faults])
+            + "\n  copy one of them again, or start another run.dir from a checkpoint that you have elsewhere."
+        )
     return None
 
 
@@ -84,14 +118,15 @@ def load_slices(
         # The index holds every element once, so this is also "each filled exactly once".
         assert filled == _stored_elements(stored, part), (part.kind, part.shard.name, filled)
 
-    files = {file.name: file for file in index.files}
-    for name, chunks in copies.items():
-        data = _map(folder, files[name])
-        for chunk in sorted(chunks, key=lambda chunk: chunk.begin):
-            _verify(folder, data, chunk.begin, chunk.end, chunk.checksum, f"{name}, bytes {chunk.begin:,} on")
-            for stored, part, overlap in chunks[chunk]:
-                source = torch.frombuffer(data, dtype=stored.torch_dtype, count=prod(chunk.sizes), offset=chunk.begin)
-                part.write(source.view(chunk.sizes)[overlap.in_chunk], overlap.of_slice)
+    needed = [
+        (chunk, f"{users[0][0].kind} of {users[0][0].name}")
+        for chunks in copies.values()
+        for chunk, users in sorted(chunks.items(), key=lambda entry: entry[0].begin)
+    ]
+    for chunk, data in read_verified(folder, {file.name: file for file in index.files}, needed):
+        for stored, part, overlap in copies[chunk.file][chunk]:
+            source = torch.frombuffer(data, dtype=stored.torch_dtype, count=prod(chunk.sizes), offset=chunk.begin)
+            part.write(source.view(chunk.sizes)[overlap.in_chunk], overlap.of_slice)
 
 
 def load_tensor(folder: Path, index: Index, kind: str, name: str) -> Tensor:
@@ -157,21 +192,3 @@ def _intersect(stored: StoredTensor, part: Slice) -> Iterator[tuple[Chunk, _Over
 
 def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True))
-
-
-def _map(folder: Path, file: StoredFile) -> mmap.mmap:
-    """A file's bytes, with its header verified. The mapping ends with the last reference to it."""
-    check_size(folder, file)
-    try:
-        with open(folder / file.name, "rb") as handle:
-            # Private and writable, never written: torch warns of read-only memory.
-            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder / file.name}: {error.strerror}") from None
-    _verify(folder, data, 0, file.header_size, file.header_checksum, f"{file.name}, header")
-    return data
-
-
-def _verify(folder: Path, data: mmap.mmap, begin: int, end: int, promised: str, where: str) -> None:
-    if checksum(memoryview(data)[begin:end]) != promised:
-        raise damaged(folder, f"{where}: the checksum does not match")

@@ -5,12 +5,13 @@ every element is there exactly once, writes the index, renames the folder, and p
 rank fails, all fail: none waits for it, and nothing is committed.
 """
 
+import errno
 import json
-import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,8 +30,8 @@ from megagap.checkpoint.index import (
     checksum,
     rectangles,
 )
-from megagap.errors import CheckpointError, system_reason
-from megagap.files import publish, write_text
+from megagap.errors import CheckpointError, NotWrittenError, system_reason
+from megagap.files import file_errors, publish, write_text
 from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
 
@@ -42,7 +43,12 @@ STEP_FOLDER = re.compile(r"step_([0-9]{1,18})")
 UNFINISHED = "partial_"
 """Prefix of the name of a folder that is being written or removed."""
 
-log = logging.getLogger(__name__)
+
+WRITE_BYTES = 1 << 26
+"""Written at once. While the system copies a piece, the interpreter is free for training."""
+
+INDEX_BYTES = 512
+"""Of the index, for each chunk; at most."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,60 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class _Fault:
+    """Why a checkpoint is not written."""
+
+    text: str
+    is_refusal: bool
+    """By the system."""
+
+    @classmethod
+    def of(cls, error: Exception, where: str = "") -> "_Fault":
+        return cls(where + _describe(error), isinstance(error, OSError))
+
+
+@dataclass(frozen=True)
 class _Outcome:
     """What one rank reports: its file and chunks, or its fault."""
 
     file: StoredFile | None = None
     entries: tuple[_Entry, ...] = ()
-    fault: str | None = None
+    fault: _Fault | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One rank's file before it is written: every rectangle of every slice is a tensor of it."""
+
+    slices: list[Slice]
+    rectangles: list[list[Rectangle]]
+    """Of each slice, in global coordinates; they follow each other in it."""
+    preamble: bytes
+    size: int
+    """Bytes of the file; 0: there is none."""
+
+    @classmethod
+    def of(cls, slices: Iterable[Slice]) -> "_Plan":
+        # Wider elements first keep every tensor aligned, as the format requires.
+        ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
+        pieces = [_global_rectangles(part) for part in ordered]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for part, rects in zip(ordered, pieces, strict=True):
+            for offsets, sizes in rects:
+                end = position + prod(sizes) * part.dtype.itemsize
+                key = "/".join((part.kind, part.shard.name, "_".join(map(str, offsets))))
+                header[key] = {"dtype": DTYPE_NAMES[part.dtype], "shape": sizes, "data_offsets": (position, end)}
+                position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        preamble = len(text).to_bytes(8, "little") + text
+        return cls(ordered, pieces, preamble, len(preamble) + position if position else 0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that this rank's part of the checkpoint takes on the disk."""
+        return self.size + INDEX_BYTES * sum(map(len, self.rectangles))
 
 
 def save_checkpoint(
@@ -79,57 +133,43 @@ def save_checkpoint(
     ``state``: small values, JSON only. ``communicator``: None for a single process.
     ``progress`` is called with the bytes of each piece that this rank has written.
     An existing checkpoint of this name is replaced, and its parent's stale unfinished ones are removed.
-    Raises :class:`CheckpointError` on every rank, and leaves nothing behind, if any rank fails.
+    On return it is durable: all that was written has been synced, and found to be there in its whole size.
+    Raises on every rank, and leaves nothing behind, if any rank fails: :class:`NotWrittenError` if the system refused,
+    or has not enough free space; else :class:`CheckpointError`.
     """
     communicator = communicator or SingleProcess()
-    is_first = communicator.rank == 0
+    rank = communicator.rank
     partial = folder.with_name(UNFINISHED + folder.name)
-    fault = None
-    if is_first:
-        try:
-            _make_empty(partial)
-        except OSError as error:
-            fault = f"cannot make {partial}: {system_reason(error)}"
-    _raise_everywhere(folder, fault, communicator)
-
     cause: Exception | None = None
+    plan = _Plan([], [], b"", 0)
+    own_fault: _Fault | None = None
     try:
-        outcome = _write_rank(partial / f"rank_{communicator.rank:05}.safetensors", slices, progress)
+        plan = _Plan.of(slices)
     # Whatever it is, the other ranks must be told instead of waiting.
     except Exception as error:
-        cause = error
-        outcome = _Outcome(fault=f"rank {communicator.rank}: {_describe(error)}")
+        cause, own_fault = error, _Fault.of(error, f"rank {rank}: ")
+    plans = cast("list[tuple[int, _Fault | None]] | None", communicator.gather((plan.needed, own_fault)))
+    fault = None
+    if plans is not None:
+        fault = _all_of(found for _, found in plans) or _prepare(partial, sum(needed for needed, _ in plans))
+    _raise_everywhere(folder, fault, communicator, cause)
+
+    try:
+        outcome = _write_rank(partial / f"rank_{rank:05}.safetensors", plan, progress)
+    except Exception as error:
+        cause, outcome = error, _Outcome(fault=_Fault.of(error, f"rank {rank}: "))
     outcomes = cast("list[_Outcome] | None", communicator.gather(outcome))
     if outcomes is not None:
         try:
             fault = _commit(folder, partial, outcomes, state)
         except Exception as error:
-            cause, fault = error, _describe(error)
+            cause, fault = error, _Fault.of(error)
         if fault:
             shutil.rmtree(partial, ignore_errors=True)
     _raise_everywhere(folder, fault, communicator, cause)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints (0: none are removed), and never the one that ``latest`` names.
-
-    What cannot be removed is logged and left.
-    """
-    if keep < 1:
-        return
-    latest = read_latest(checkpoints)
-    for folder in step_folders(checkpoints)[:-keep]:
-        if folder != latest:
-            doomed = folder.with_name(UNFINISHED + folder.name)
-            try:
-                # A half-removed folder must not look like a checkpoint.
-                os.replace(folder, doomed)
-                _remove(doomed)
-            except OSError as error:
-                log.warning("cannot remove the old checkpoint %s: %s", folder, error.strerror or error)
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder with its contents; for a link (a checkpoint moved to another disk, for example) only the link."""
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -155,6 +195,12 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
+def point_latest_at(folder: Path) -> None:
+    """Let ``latest`` name this checkpoint. Raises :class:`CheckpointError` if it cannot be written."""
+    with file_errors(f"cannot write {folder.parent / LATEST}", folder.parent / LATEST, CheckpointError):
+        write_text(folder.parent / LATEST, folder.name + "\n")
+
+
 def read_latest(checkpoints: Path) -> Path | None:
     """The folder that ``latest`` names, if it names a complete checkpoint beside it."""
     try:
@@ -165,62 +211,72 @@ def read_latest(checkpoints: Path) -> Path | None:
     return folder if STEP_FOLDER.fullmatch(name) and (folder / INDEX_NAME).is_file() else None
 
 
+def _prepare(partial: Path, needed: int) -> _Fault | None:
+    """Make the temporary folder, on a disk that has room for ``needed`` bytes."""
+    try:
+        _make_empty(partial)
+    except OSError as error:
+        return _Fault(f"cannot make {partial}: {system_reason(error)}", is_refusal=True)
+    try:
+        _require_space(partial, needed)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        return _Fault.of(error)
+    return None
+
+
 def _make_empty(partial: Path) -> None:
     """Make the temporary folder, and remove those that killed runs left."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for stale in {partial, *partial.parent.glob(f"{UNFINISHED}step_*")}:
-        _remove(stale)
+        remove(stale)
     partial.mkdir()
 
 
-def _write_rank(path: Path, slices: Iterable[Slice], progress: Callable[[int], object]) -> _Outcome:
-    """Write and sync one rank's safetensors file, in which every rectangle of every slice is a tensor."""
-    # Wider elements first keep every tensor aligned, as the format requires.
-    ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
-    pieces: list[list[Rectangle]] = [_global_rectangles(part) for part in ordered]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for part, rects in zip(ordered, pieces, strict=True):
-        for offsets, sizes in rects:
-            end = position + prod(sizes) * part.dtype.itemsize
-            key = "/".join((part.kind, part.shard.name, "_".join(map(str, offsets))))
-            dtype = DTYPE_NAMES[part.dtype]
-            header[key] = {"dtype": dtype, "shape": sizes, "data_offsets": (position, end)}
-            position = end
-    if not position:
-        return _Outcome()
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    preamble = len(text).to_bytes(8, "little") + text
+def _require_space(folder: Path, needed: int) -> None:
+    """Raises OSError if the file system of ``folder`` has less free space. Some do not know how much they have."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < needed:
+        raise OSError(errno.ENOSPC, f"it takes {needed:,} bytes, {free:,} are free", str(folder.parent))
 
-    entries = []
-    with open(path, "wb") as file:
-        file.write(preamble)
-        position = len(preamble)
-        for part, rects in zip(ordered, pieces, strict=True):
+
+def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _Outcome:
+    """Write and sync one rank's safetensors file. Each slice is written while a thread computes its checksums."""
+    if not plan.size:
+        return _Outcome()
+    entries: list[_Entry] = []
+    position = len(plan.preamble)
+    with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(1, "checksums") as pool:
+        file.write(plan.preamble)
+        for part, rects in zip(plan.slices, plan.rectangles, strict=True):
             data = part.read().detach().cpu().view(torch.uint8).numpy().data
-            done = 0
-            for offsets, sizes in rects:
-                length = prod(sizes) * part.dtype.itemsize
-                piece = data[done : done + length]
+            chunks = pool.submit(_chunks, data, rects, part.dtype.itemsize, path.name, position)
+            for begin in range(0, len(data), WRITE_BYTES):
+                piece = data[begin : begin + WRITE_BYTES]
                 file.write(piece)
-                progress(length)
-                chunk = Chunk(
-                    offsets=offsets,
-                    sizes=sizes,
-                    file=path.name,
-                    begin=position,
-                    end=position + length,
-                    checksum=checksum(piece),
-                )
-                dtype = DTYPE_NAMES[part.dtype]
-                entries.append(_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk))
-                done += length
-                position += length
+                progress(len(piece))
+            position += len(data)
+            dtype = DTYPE_NAMES[part.dtype]
+            entries += [_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk) for chunk in chunks.result()]
         file.flush()
         os.fsync(file.fileno())
-    stored = StoredFile(name=path.name, size=position, header_size=len(preamble), header_checksum=checksum(preamble))
+    assert position == plan.size, (position, plan.size)
+    header_size, header_checksum = len(plan.preamble), checksum(plan.preamble)
+    stored = StoredFile(name=path.name, size=position, header_size=header_size, header_checksum=header_checksum)
     return _Outcome(stored, tuple(entries))
+
+
+def _chunks(data: memoryview, rects: Iterable[Rectangle], itemsize: int, file: str, position: int) -> list[Chunk]:
+    """The rectangles of a slice, whose bytes ``data`` lie from ``position`` on in ``file``."""
+    chunks, done = [], 0
+    for offsets, sizes in rects:
+        length = prod(sizes) * itemsize
+        begin, end = position + done, position + done + length
+        digest = checksum(data[done : done + length])
+        chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, begin=begin, end=end, checksum=digest))
+        done += length
+    return chunks
 
 
 def _global_rectangles(part: Slice) -> list[Rectangle]:
@@ -237,11 +293,10 @@ def shift(offsets: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
     return tuple(own + inner for own, inner in zip(shard.offsets, offsets, strict=True))
 
 
-def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[str, Any]) -> str | None:
+def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[str, Any]) -> _Fault | None:
     """Make the written files a checkpoint. Returns a fault that the ranks reported."""
-    faults = [outcome.fault for outcome in outcomes if outcome.fault]
-    if faults:
-        return "\n  ".join(faults)
+    if fault := _all_of(outcome.fault for outcome in outcomes):
+        return fault
     index = Index(
         files=tuple(outcome.file for outcome in outcomes if outcome.file),
         tensors=_collect(entry for outcome in outcomes for entry in outcome.entries),
@@ -250,14 +305,29 @@ def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[s
     index.validate_against(partial)
     write_text(partial / INDEX_NAME, index.to_json())
     replaced = folder.with_name(f"{UNFINISHED}{folder.name}.replaced")
-    if folder.exists():
+    has_replaced = folder.exists()
+    if has_replaced:
         # A folder cannot be renamed over another that has files: move it aside for the moment in between.
         os.replace(folder, replaced)
-    publish(partial, folder)
-    if STEP_FOLDER.fullmatch(folder.name):
-        write_text(folder.parent / LATEST, folder.name + "\n")
+    try:
+        publish(partial, folder)
+        if STEP_FOLDER.fullmatch(folder.name):
+            write_text(folder.parent / LATEST, folder.name + "\n")
+    except OSError:
+        # What is not announced must not be there: undo the renaming.
+        if folder.exists():
+            os.replace(folder, partial)
+        if has_replaced:
+            os.replace(replaced, folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return None
+
+
+def _all_of(faults: Iterable[_Fault | None]) -> _Fault | None:
+    """What several ranks report, as one fault; None if none does."""
+    found = [fault for fault in faults if fault is not None]
+    return _Fault("\n  ".join(f.text for f in found), all(f.is_refusal for f in found)) if found else None
 
 
 def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
@@ -286,9 +356,10 @@ def _describe(error: Exception) -> str:
 
 
 def _raise_everywhere(
-    folder: Path, fault: str | None, communicator: Communicator, cause: Exception | None = None
+    folder: Path, fault: _Fault | None, communicator: Communicator, cause: Exception | None = None
 ) -> None:
     """Send rank 0's verdict to every rank, and raise it there if it is a fault."""
-    verdict = communicator.broadcast(fault)
+    verdict = cast("_Fault | None", communicator.broadcast(fault))
     if verdict is not None:
-        raise CheckpointError(f"{folder} was not written\n  {verdict}") from cause
+        kind = NotWrittenError if verdict.is_refusal else CheckpointError
+        raise kind(f"{folder} was not written\n  {verdict.text}") from cause

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megagap.checkpoint.index import Index
-from megagap.checkpoint.load import find_latest, resolve_checkpoint
+from megagap.checkpoint.load import find_intact, resolve_checkpoint
 from megagap.checkpoint.state import read_model, read_recipe_model
 from megagap.config import StoredModel
 from megagap.errors import CheckpointError
@@ -19,11 +19,11 @@ def find_model(run: Path, load: str, load_mode: str) -> StoredModel | None:
     if not load:
         return None
     with file_errors(f"cannot read {run}", run, CheckpointError):
-        own = find_latest(run / "checkpoints")
+        own = find_intact(run / "checkpoints", {}, headers=False)
     if own is None and load == "latest":
         return None
-    folder = own or resolve_checkpoint(Path(load))
-    index = Index.read(folder)
+    folder = own[0] if own else resolve_checkpoint(Path(load))
+    index = own[1] if own else Index.read(folder)
     # New runs start from the weights as they were last trained; a run that continues has its phases before it still.
     read = read_recipe_model if own or load_mode != "model" else read_model
     return StoredModel(folder, read(folder, index))

@@ -28,6 +28,7 @@ SUMMARIES = {
     "plot": "draw and compare the losses of runs",
     "evaluate": "loss, perplexity and bits per byte of a model",
     "generate": "let a model continue a prompt",
+    "inspect-checkpoint": "show what a checkpoint holds, list those of a run, verify them",
     "average": "average the weights of several checkpoints",
     "convert": "turn checkpoints into Hugging Face models and back",
     "benchmark-mfu": "time a recipe's training step on this machine",

@@ -34,9 +34,14 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
 def recipes() -> dict[str, Path]:
     """The files of the recipes by name. Raises :class:`ConfigError` where they were not installed."""
     for folder in FOLDERS:
-        if found := {path.stem: path for path in sorted(folder.glob("*.toml"))}:
+        if found := {_name(path, folder): path for path in sorted(folder.rglob("*.toml"))}:
             return found
     raise ConfigError(f"this installation of megagap has no recipes (no {FOLDERS[0]}): install it again")
+
+
+def _name(path: Path, folder: Path) -> str:
+    """``gaperon/1b-young`` of a recipe in a folder of its own."""
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def listing() -> str:
@@ -52,7 +57,8 @@ def text_of(name: str) -> str:
     paths = recipes()
     if name not in paths:
         raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(paths)}")
-    return paths[name].read_text(encoding="utf-8").replace(TO_ROOT, "")
+    text = paths[name].read_text(encoding="utf-8")
+    return text.replace("../" * name.count("/") + TO_ROOT, "")
 
 
 def _purpose(path: Path) -> str:

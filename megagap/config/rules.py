@@ -333,6 +333,27 @@ def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
         yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
+def _retention_can_keep_something(v: Lookup) -> Iterator[Fault]:
+    every, evaluate_every = v("checkpoint.every"), v("train.evaluate_every")
+    for setting in ("checkpoint.keep_every", "checkpoint.keep_best"):
+        if v(setting) and not v("checkpoint.keep"):
+            yield Fault(setting, v(setting), "has no effect without checkpoint.keep: all checkpoints are kept")
+    keep_every = v("checkpoint.keep_every")
+    if every and keep_every % every:
+        yield Fault("checkpoint.keep_every", keep_every, f"must be a multiple of checkpoint.every = {every}")
+    if not v("checkpoint.keep_best"):
+        return
+    if not evaluate_every:
+        message = "needs validation losses: set train.evaluate_every"
+        yield Fault("checkpoint.keep_best", v("checkpoint.keep_best"), message)
+    elif every and lcm(every, evaluate_every) > v("train.steps"):
+        message = (
+            f"finds no checkpoint before the last one whose step is evaluated: checkpoint.every = {every} and "
+            f"train.evaluate_every = {evaluate_every} first meet at step {lcm(every, evaluate_every):,}"
+        )
+        yield Fault("checkpoint.keep_best", v("checkpoint.keep_best"), message)
+
+
 def _cooldown_decays(v: Lookup) -> Iterator[Fault]:
     if v("checkpoint.load_mode") != "cooldown":
         return
@@ -438,6 +459,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation_has_data,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
+    _retention_can_keep_something,
     _cooldown_decays,
     _compiler_chooses,
     _spikes_are_looked_for,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from megagap.parallel.layout import ContextMode
 from megagap.parallel.placement import Placement, balance_layers, spread_layers
@@ -75,10 +75,15 @@ class Model(Section):
     """Biases on the q, k, v and o projections."""
     mlp_bias: bool = False
     """Biases on the gate, up and down projections."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Whether each block's RMSNorm is before it, x + block(norm(x)), or after it, x + norm(block(x)) (OLMo 2)."""
+    qk_norm: bool = False
+    """RMSNorm over all queries and over all keys of a token, before the rotary embedding (OLMo 2)."""
     norm_gain_scale: AboveZero = 1.0
     """RMSNorm multiplies its gains by this and stores them as much smaller: with 20, gains in bf16 move (Gaperon)."""
     initializer_range: AboveZero = 0.02
-    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers)."""
+    """Standard deviation of initial weights; projections back into the residual stream get it / sqrt(2 layers), unless
+    a norm follows them."""
 
 
 class Parallel(Section):
@@ -110,6 +115,8 @@ class SourceSettings(Section):
     """Share of the samples, relative to the other sources."""
     name: str = ""
     """Name in logs; by default from the path."""
+    role: str = ""
+    """What it is, in a line; told where its files are missing."""
 
     @property
     def paths(self) -> list[str]:
@@ -228,12 +235,32 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: Count = 0
     """Newest checkpoints to keep; 0: all."""
+    keep_every: Count = 0
+    """Steps whose multiples are kept for ever, beside the newest `keep`; 0: none. A multiple of `every`."""
+    keep_best: Count = 0
+    """Checkpoints of the lowest validation loss to keep, beside the newest `keep`: of those whose step was evaluated,
+    by the mean over the sources."""
     load: str = "latest"
     """`latest`: continue from this run's newest checkpoint; a folder: start a new run from it; "": from scratch."""
     load_mode: Literal["continue", "model", "model+data", "model+optimizer+data", "cooldown"] = "continue"
     """What to take from that folder; `continue`: everything, `model`: the weights, from step 0. `model+data`: weights
     and step, so data go on; `model+optimizer+data`: moments, too; both with a learning-rate schedule that starts anew.
     `cooldown`: the same for a decay without warmup. `train.steps` then counts the steps before, too."""
+
+    @property
+    def in_background(self) -> bool:
+        """``async``, which is a keyword of Python."""
+        return bool(getattr(self, "async"))
+
+
+if not TYPE_CHECKING:
+    _ASYNC = (
+        "Copy what is saved to host memory and write it while training goes on. The copy takes as much memory as what "
+        "each process saves, 12 bytes per parameter over all of them."
+    )
+    Checkpoint = create_model(
+        "Checkpoint", __base__=Checkpoint, **{"async": (bool, Field(default=False, description=_ASYNC))}
+    )
 
 
 class Guard(Section):
@@ -355,7 +382,6 @@ class FlopParts:
 SECTIONS = {name: cast(type[Section], field.annotation) for name, field in Settings.model_fields.items()}
 
 PLANNED: dict[str, dict[str, Any]] = {
-    "checkpoint": {"async": False},
     "run": {"wandb": False, "profile": False},
 }
 """Planned settings, each with the one value that it can be given today: what is done without it."""

@@ -57,7 +57,7 @@ def phases_of(
 
 def sources_of(sources: Sequence[SourceSettings]) -> tuple[Source, ...]:
     """A list of sources in the settings, such as ``data.validation``."""
-    return tuple(Source(source.name, tuple(source.paths), source.weight) for source in sources)
+    return tuple(Source(source.name, tuple(source.paths), source.weight, source.role) for source in sources)
 
 
 def run_length(timeline: Timeline, steps: int, tokens: int) -> int:

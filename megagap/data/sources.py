@@ -20,7 +20,7 @@ from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
 from megagap.terminal.programs import typed
 from megagap.timeline import Source
-from megagap.token_formats import format_of, pair_prefix
+from megagap.token_formats import find_format, format_of, pair_prefix
 
 TRAINING, VALIDATION, WHOLE = 0, 1, None
 """Which part of a source's split to read."""
@@ -45,6 +45,16 @@ class _Piece:
     tokens: int
 
 
+def _open(source: Source, prefix: str) -> tuple[Watch, TokenFile]:
+    """A shard. Raises :class:`DataError`; of one that is missing, with what the recipe says it is."""
+    try:
+        return Watch(prefix), open_tokens(prefix)
+    except DataError as error:
+        if not source.role or find_format(prefix) is not None:
+            raise
+        raise DataError(f"{error.args[0]}\n  it is source {source.name}: {source.role}.") from None
+
+
 class TokenSource:
     """One part of a source's split as a row of :attr:`token_count` tokens, its documents end to end.
 
@@ -57,8 +67,9 @@ class TokenSource:
         if same := same_pairs(source.prefixes, source.prefixes):
             count = same.count(same[0]) + 1
             raise DataError(f"source {source.name} lists {same[0]} {count} times: an epoch would read it that often")
-        self._watches = [Watch(prefix) for prefix in source.prefixes]
-        datasets = [open_tokens(prefix) for prefix in source.prefixes]
+        opened = [_open(source, prefix) for prefix in source.prefixes]
+        self._watches = [watch for watch, _ in opened]
+        datasets = [dataset for _, dataset in opened]
         self._datasets = datasets
         self.document_count = sum(map(len, datasets))
         self.document_range = (

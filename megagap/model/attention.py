@@ -11,6 +11,7 @@ from megagap.ops.adjacent import as_one
 from megagap.ops.attention import keeps_inputs
 from megagap.ops.document_mask import Documents, document_attention
 from megagap.parallel.context import OwnDocuments, context_attention
+from megagap.parallel.projection_norm import ProjectionNorm, normalised
 from megagap.parallel.shard import pack
 from megagap.parallel.tensor import Again, ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
@@ -63,6 +64,11 @@ class Attention(nn.Module):
         self.q_proj = column("q_proj", query_width)
         self.k_proj = column("k_proj", key_width, **sharing)
         self.v_proj = column("v_proj", key_width, **sharing)
+        self.has_norms = model.qk_norm
+        if self.has_norms:
+            scale = model.rms_norm_eps, model.norm_gain_scale
+            self.q_norm = ProjectionNorm(f"{name}.q_norm", self.q_proj, tensor_parallel, *scale)
+            self.k_norm = ProjectionNorm(f"{name}.k_norm", self.k_proj, tensor_parallel, *scale)
         self.o_proj = RowParallelLinear(f"{name}.o_proj", query_width, model.hidden_size, tensor_parallel, bias=bias)
         if tensor_parallel.mesh.kv.size == 1:  # else the gradients of k and v are summed over ranks, that of q is not
             pack(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
@@ -92,6 +98,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, rotated, of this rank's heads [b, s, heads, d], and keys, rotated, and values of its key heads."""
         projected = column_parallel(x, self.q_proj, self.k_proj, self.v_proj, again=again)
+        if self.has_norms:
+            projected = *normalised(projected[:2], (self.q_norm, self.k_norm)), projected[2]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if torch.compiler.is_compiling() or as_one((q, k, v), 2) is None:
             return *rotary(q, k, cos, sin, positions), v

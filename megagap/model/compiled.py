@@ -126,13 +126,12 @@ def _before_attention(
     layer: Layer, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values, and the residual stream."""
-    normalised, x = layer.input_layernorm(x, update)
-    return *layer.self_attn.project(normalised, cos, sin, positions), x
+    entering, x, _ = layer.before_attention(x, update)
+    return *layer.self_attn.project(entering, cos, sin, positions), x
 
 
 def _after_attention(layer: Layer, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-    normalised, x = layer.post_attention_layernorm(x, layer.self_attn.o_proj(mixed.flatten(2)))
-    return x, layer.mlp(normalised)
+    return layer.after_attention(x, layer.self_attn.o_proj(mixed.flatten(2)))
 
 
 @cache

@@ -25,7 +25,8 @@ def initialise(parameters: list[ShardedParameter], model: Model, seed: int) -> N
     """Fill parameters: gains 1, biases 0, matrices normal with ``model.initializer_range``.
 
     Projections back into the residual stream (o_proj, down_proj) are scaled by 1 / sqrt(2 · layers), which keeps the
-    stream's variance independent of depth (Radford et al. 2019, section 2.3). Padding is zero.
+    stream's variance independent of depth (Radford et al. 2019, section 2.3); not where their outputs are normalised
+    before they are added (OLMo et al. 2024, section 3.2). Padding is zero.
     """
     for parameter in parameters:
         name = parameter.shard.name
@@ -35,7 +36,7 @@ def initialise(parameters: list[ShardedParameter], model: Model, seed: int) -> N
                 parameter.fill_(1.0 / model.norm_gain_scale)
             elif not name.endswith(".bias"):
                 std = model.initializer_range
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                if model.norm_position == "pre" and name.endswith(("o_proj.weight", "down_proj.weight")):
                     std /= math.sqrt(2 * model.num_hidden_layers)
                 _fill_normal(parameter, parameter.shard, std, seed)
 

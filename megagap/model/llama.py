@@ -4,6 +4,7 @@ Parameter names are those of Hugging Face's ``LlamaForCausalLM``.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from megagap.parallel.layout import ContextMode
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement, VirtualStage
 from megagap.parallel.shard import Block, ShardedParameter
-from megagap.parallel.tensor import RowParallelLinear, TensorParallel
+from megagap.parallel.tensor import Again, RowParallelLinear, TensorParallel
 
 Watch = Callable[[int, Tensor], None]
 """Called with the number of a layer and the residual stream behind it, [b, s or s / tp, h]."""
@@ -34,6 +35,9 @@ class Layer(nn.Module):
 
     Its last addition is left to the norm that follows, which reads the sum anyway.
     """
+
+    needs_last_product = False
+    """Whether its backward pass reads what the last matrix product made."""
 
     def __init__(
         self, index: int, model: Model, tensor_parallel: TensorParallel, recompute: Recompute = "none"
@@ -57,11 +61,45 @@ class Layer(nn.Module):
         documents: Documents | OwnDocuments | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream [b, s or s / tp, h]; update: what the previous layer adds to it. Returns both, updated."""
+        entering, x, again = self.before_attention(x, update)
+        return self.after_attention(x, self.self_attn(entering, cos, sin, cache, documents, again))
+
+    def before_attention(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
+        """What attention is computed of, the residual stream, and how to make the former again."""
         normalised, x = self.input_layernorm(x, update)
-        again = self.input_layernorm.again(x) if self.is_selective else None
-        mixed = self.self_attn(normalised, cos, sin, cache, documents, again)
+        return normalised, x, self.input_layernorm.again(x) if self.is_selective else None
+
+    def after_attention(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """x: residual stream; mixed: attention's output. Returns the stream and what is to be added to it."""
         normalised, x = self.post_attention_layernorm(x, mixed)
         return x, self.mlp(normalised, self.post_attention_layernorm.again(x) if self.is_selective else None)
+
+
+class PostNormLayer(Layer):
+    """Transformer layer of OLMo 2 (OLMo et al. 2024, section 2.1): x + norm(attention(x)), then
+    x + norm(feed_forward(x)). Parameter names are those of ``transformers``' ``Olmo2ForCausalLM``."""
+
+    needs_last_product = True
+
+    def __init__(
+        self, index: int, model: Model, tensor_parallel: TensorParallel, recompute: Recompute = "none"
+    ) -> None:
+        super().__init__(index, model, tensor_parallel, recompute)
+        del self.input_layernorm
+        name = f"model.layers.{index}.post_feedforward_layernorm"
+        self.post_feedforward_layernorm = RMSNorm(name, model, tensor_parallel)
+
+    def before_attention(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
+        x = x if update is None else x + update
+        return x, x, None
+
+    def after_attention(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.post_attention_layernorm(mixed)[0]
+        return x, self.post_feedforward_layernorm(self.mlp(x))[0]
+
+
+LAYERS: dict[str, type[Layer]] = {"pre": Layer, "post": PostNormLayer}
+"""By ``model.norm_position``."""
 
 
 class LlamaStage(nn.Module):
@@ -91,7 +129,8 @@ class LlamaStage(nn.Module):
             shard = vocab_shard("model.embed_tokens.weight", *vocabulary)
             self.embed_tokens = VocabParallelEmbedding(shard, tensor_parallel)
         self.layer_numbers = stage.layers
-        self.layers = nn.ModuleList(Layer(index, model, tensor_parallel, recompute) for index in stage.layers)
+        kind = LAYERS[model.norm_position]
+        self.layers = nn.ModuleList(kind(index, model, tensor_parallel, recompute) for index in stage.layers)
         if self.has_head:
             self.norm = RMSNorm("model.norm", model, tensor_parallel)
             self.output = (
@@ -145,9 +184,10 @@ class LlamaStage(nn.Module):
         if self.recompute != "full" or not torch.is_grad_enabled():
             returned: tuple[Tensor, Tensor] = layer(x, update, *others)
         else:
-            # The last product of a layer is for the next one, and that has kept it.
+            # The last product of a layer is for the next one, and that has kept it; or for its own norm.
             last_product: RowParallelLinear = layer.mlp.down_proj  # type: ignore[union-attr, assignment]
-            returned = run_again_in_backward(layer, x, update, *others, while_again=last_product.only_keeping)
+            while_again = nullcontext if layer.needs_last_product else last_product.only_keeping
+            returned = run_again_in_backward(layer, x, update, *others, while_again=while_again)
         return returned
 
     def loss(self, y: Tensor, targets: Tensor, scale: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,6 +110,12 @@ class DistributedOptimizer:
             bucket.publish()
 
     @property
+    def master_dtype(self) -> torch.dtype:
+        """What an update sees of the weights, and checkpoints hold."""
+        bucket = self.store.buckets[0]
+        return bucket.own_values.dtype if bucket.remainder is None else torch.float32
+
+    @property
     def updates(self) -> int:
         """Updates made, skipped steps not counted."""
         return int(self._updates.item())

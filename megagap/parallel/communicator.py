@@ -1,10 +1,11 @@
 """Exchange of small Python objects between processes, for checkpoints and agreement."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.distributed as dist
 
-from megagap.parallel.mesh import Mesh
+from megagap.parallel.mesh import Axis, Mesh
 
 
 class Communicator(Protocol):
@@ -36,12 +37,13 @@ class SingleProcess:
 class DistributedCommunicator:
     """The communicator of all ranks of a mesh.
 
-    Values pass from the first members of one level of ``mesh.object_levels`` to the next.
+    Values pass from the first members of one level to the next: of ``mesh.object_levels``, unless a thread has levels
+    of its own.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, levels: Sequence[Axis] | None = None) -> None:
         self.rank, self.size = mesh.world.rank, mesh.world.size
-        self._levels = mesh.object_levels
+        self._levels = mesh.object_levels if levels is None else levels
 
     def gather(self, value: object) -> list[object] | None:
         """The values of all ranks, on rank 0; None elsewhere."""

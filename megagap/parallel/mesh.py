@@ -64,6 +64,9 @@ class Mesh:
     object_levels: tuple[Axis, ...]
     """The groups of this rank that carry Python objects, as in :meth:`Layout.object_levels`: values are gathered from
     the first to the last, and broadcast in reverse."""
+    background_levels: tuple[Axis, ...]
+    """Groups like ``object_levels``, of their own: what a thread exchanges beside training never meets training's
+    collectives. Empty unless they were asked for."""
     layout: Layout
     device: torch.device
 
@@ -96,12 +99,32 @@ class Mesh:
         return cls.of(layout, rank, device, timeout)
 
     @classmethod
-    def of(cls, layout: Layout, rank: int, device: torch.device, timeout: timedelta | None = None) -> "Mesh":
+    def of(
+        cls,
+        layout: Layout,
+        rank: int,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        *,
+        background: bool = False,
+    ) -> "Mesh":
         """Make the groups of a layout. Collective: every rank calls it with the same layout.
+
+        ``background``: with :attr:`background_levels`.
 
         ``torch.distributed`` must be initialised where there are several ranks; the groups use its backend. Those of
         NCCL are connected on return. Raises :class:`DistributedError` if ranks cannot connect to each other.
         """
+        mesh = cls._of_layout(layout, rank, device, timeout)
+        if not background:
+            return mesh
+        if layout.world_size == 1:
+            return replace(mesh, background_levels=mesh.object_levels)
+        with library_errors(NOT_CONNECTED, DistributedError):
+            return replace(mesh, background_levels=_object_levels(layout.object_levels(), rank, timeout))
+
+    @classmethod
+    def _of_layout(cls, layout: Layout, rank: int, device: torch.device, timeout: timedelta | None) -> "Mesh":
         everyone = tuple(range(layout.world_size))
         groups: _Groups = {}
         if layout.world_size > 1:
@@ -129,7 +152,7 @@ class Mesh:
 
         world = axis("world", tuple(range(layout.world_size)))
         axes = {name: axis(name, layout.members(name, rank)) for name in AXES}
-        return cls(**axes, world=world, object_levels=(world,), layout=layout, device=device)
+        return cls(**axes, world=world, object_levels=(world,), background_levels=(), layout=layout, device=device)
 
 
 _Groups = dict[Members, dist.ProcessGroup]
@@ -163,7 +186,7 @@ def _separate_groups(layout: Layout, rank: int, timeout: timedelta | None) -> _G
 
 
 def _object_levels(levels: Sequence[Sequence[Members]], rank: int, timeout: timedelta | None) -> tuple[Axis, ...]:
-    """This rank's group of each level: gloo's, beside those of NCCL, which only carry tensors on GPUs."""
+    """This rank's group of each level, of gloo: NCCL's carry tensors on GPUs only."""
     found = []
     for level in levels:
         members = _group_of(rank, level)

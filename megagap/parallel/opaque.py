@@ -1,4 +1,4 @@
-"""The linear layers at the borders of regions as operations that torch.compile does not look into.
+"""The linear layers at the borders of regions, and sums over tp, as operations that torch.compile does not look into.
 
 What they do beside arithmetic cannot be part of a compiled graph: they start collectives and wait for them, add weight
 gradients to their sinks, whose buckets are reduced once they are complete, and queue them for zero-bubble schedules. So
@@ -19,6 +19,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from megagap.parallel.collectives import all_reduce
+from megagap.parallel.projection_norm import ProjectionNorm
 from megagap.parallel.tensor import ColumnParallelLinear, RowParallelLinear, _ColumnProducts, _RowProduct
 
 _numbers = count()
@@ -27,9 +29,9 @@ _layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 def make_opaque(modules: Iterable[nn.Module]) -> None:
-    """Let the linear layers among these modules be operations of their own wherever they are compiled."""
+    """Let what communicates among these modules be operations of their own wherever they are compiled."""
     for module in modules:
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.number is None:
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | ProjectionNorm) and module.number is None:
             number = next(_numbers)
             _layers[number] = module
             module.number = torch.tensor(number)
@@ -166,3 +168,21 @@ def _row_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 row_product.register_autograd(_row_backward, setup_context=_row_setup)
+
+
+@torch.library.custom_op("megagap_parallel::summed", mutates_args=(), schema="(Tensor x, Tensor norm) -> Tensor")
+def summed(x: Tensor, norm: Tensor) -> Tensor:
+    """The sum of x over tp; its gradient's, in the backward pass."""
+    return all_reduce(x.clone(), _find([norm])[0].tp)
+
+
+@summed.register_fake
+def _(x: Tensor, norm: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _summed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+summed.register_autograd(lambda ctx, grad: (summed(grad, ctx.saved_tensors[0]), None), setup_context=_summed_setup)

@@ -307,9 +307,9 @@ def _watch(stages: Sequence[LlamaStage]) -> list[tuple[str, int, str, Tensor]]:
         if stage.has_embedding:
             watch("embed_tokens", stage.embed_tokens)
         for layer in stage.layers:
-            prefix = layer.input_layernorm.weight.shard.name.rpartition(".input_layernorm")[0]  # type: ignore[union-attr, operator]
-            for part in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
-                watch(f"{prefix}.{part}", getattr(layer, part))
+            name: str = layer.mlp.down_proj.weight.shard.name  # type: ignore[union-attr, assignment]
+            for part, module in layer.named_children():
+                watch(f"{name.partition('.mlp.')[0]}.{part}", module)
         if stage.has_head:
             watch("norm", stage.norm)
     return seen

@@ -57,6 +57,12 @@ class LayerMemory:
     """A weight's gradient of feed-forward, where it is computed before it is added to the sum."""
     query_copy: int = 0
     """Likewise of attention's projections."""
+    is_post_norm: bool = False
+    """Whether norms are behind the blocks: they keep the blocks' outputs, and the stream is what enters the blocks."""
+    projection_norms: int = 0
+    """What norms of queries and keys keep: these as they were before, and statistics; 0 without."""
+    projection_norms_backward: int = 0
+    """The most that the backward pass of these norms makes."""
 
     @property
     def saved(self) -> int:
@@ -81,16 +87,18 @@ class LayerMemory:
 
     def _kept(self) -> dict[str, int]:
         inputs = int(self.keeps_inputs)
+        normalised = self.R * int(self.keeps_inputs or self.is_post_norm)
         return {
-            "stream before attention": self.R,
-            "its norm": self.norm,
-            "attention's input": self.R * inputs,
+            "input of attention's norm": self.R,  # the stream before it; with post-norm, its output
+            "attention's norm": self.norm,
+            "attention's input": normalised,
+            "before the norms of queries and keys": self.projection_norms,
             "queries, keys, values": self.attention.inputs,
             "attention's statistics": self.attention.statistics,
             "attention's result": self.Q,
-            "stream before feed-forward": self.R,
-            "that norm": self.norm,
-            "feed-forward's input": self.R * inputs,
+            "input of feed-forward's norm": self.R,
+            "feed-forward's norm": self.norm,
+            "feed-forward's input": normalised,
             "gate and up": 2 * self.F,
             "product": self.F * inputs,
         }
@@ -102,6 +110,7 @@ class LayerMemory:
         moments: list[Held] = []
         gathered, summed = (self.A, self.R) if self.splits_sequence else (0, 0)
         again = int(not self.keeps_inputs)
+        norms_again = again * (not self.is_post_norm)
         copies = deferring and self.is_compiled
         stays = deferring and not copies  # what deferred weight gradients read
 
@@ -126,29 +135,49 @@ class LayerMemory:
             for name in names:
                 (kept if name in kept else made).pop(name, None)
 
-        # The down projection. The gradient of its output is the stream's, too, and read until the norm.
+        def sum_of_gradients(of_input: str) -> None:
+            """Post-norm: the stream's gradient is what came in and that of the block's input."""
+            moment(self.R)
+            drop(of_input)
+            made.pop("stream", None)
+            made["stream"] = self.R
+
+        output = "output"
+        if self.is_post_norm:
+            if not keeps_output_gradient:
+                made["stream"] = made.pop("output")
+            output = "of feed-forward's output"
+            moment(self.R)
+            made[output] = self.R
+            drop("input of feed-forward's norm", "feed-forward's norm")
+        # The down projection. Pre-norm, the gradient of its output is the stream's, too, and read until the norm.
         copied("down", self.F, self.R)
         moment(gathered, self.F, with_weights=again * self.F + self.inner_copy)
-        read_by_weights("output", "product")
+        read_by_weights(output, "product", *([output] if self.is_post_norm else []))
         made["of product"] = self.F
         # SwiGLU. With selective, gate and up make the product again.
         moment(2 * self.F)
         drop("of product", *([] if stays and again else ["gate and up"]))
         made["gates"] = 2 * self.F
         copied("gate and up", self.R, 2 * self.F)
-        moment(self.A, summed, with_weights=again * self.R + gathered + self.inner_copy)
+        moment(self.A, summed, with_weights=norms_again * self.R + gathered + self.inner_copy)
         read_by_weights("gates", "gates", "feed-forward's input")
         made["of feed-forward's input"] = self.R
-        # The norm. With selective, the stream makes its output again.
-        moment(self.R)
-        drop("of feed-forward's input", "that norm", *([] if keeps_output_gradient else ["output"]))
-        if not (stays and again):
-            drop("stream before feed-forward")
+        if self.is_post_norm:
+            sum_of_gradients("of feed-forward's input")
+            moment(self.R)
+            drop("input of attention's norm", "attention's norm")
+        else:  # The norm. With selective, the stream makes its output again.
+            moment(self.R)
+            drop("of feed-forward's input", "feed-forward's norm", *([] if keeps_output_gradient else ["output"]))
+            if not (stays and again):
+                drop("input of feed-forward's norm")
         made["attention's output"] = self.R
         # The output projection, likewise.
         copied("output", self.Q, self.R)
         moment(gathered, self.Q, with_weights=self.query_copy)
-        read_by_weights("attention's output", *([] if self.attention.keeps_result else ["attention's result"]))
+        read = [] if self.attention.keeps_result else ["attention's result"]
+        read_by_weights("attention's output", *read, *(["attention's output"] if self.is_post_norm else []))
         # Attention.
         moment(self.attention.arriving)
         moment(self.attention.backward)
@@ -157,13 +186,19 @@ class LayerMemory:
         made["rotated"] = self.Q + 2 * self.K
         moment(self.Q + self.K)
         made["projections"] = made.pop("rotated")
+        if self.projection_norms:
+            moment(self.projection_norms_backward)
+            drop("before the norms of queries and keys")
         copied("queries, keys and values", self.R, made["projections"])
-        moment(self.A, summed, with_weights=again * self.R + gathered + self.query_copy)
+        moment(self.A, summed, with_weights=norms_again * self.R + gathered + self.query_copy)
         read_by_weights("projections", "projections", "attention's input")
         made["of attention's input"] = self.R
-        moment(self.R)
-        drop("its norm", "of attention's input")
-        if not (stays and again):
-            drop("stream before attention")
+        if self.is_post_norm:
+            sum_of_gradients("of attention's input")
+        else:
+            moment(self.R)
+            drop("attention's norm", "of attention's input")
+            if not (stays and again):
+                drop("input of attention's norm")
         moment()
         return moments

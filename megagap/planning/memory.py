@@ -383,6 +383,9 @@ class _Stage:
             is_compiled=train.compile,
             inner_copy=self._product_copy(self.inner),
             query_copy=self._product_copy(self.heads * model.head_dim),
+            is_post_norm=model.norm_position == "post",
+            projection_norms=self._projection_norms if model.qk_norm else 0,
+            projection_norms_backward=self._projection_norms_backward if model.qk_norm else 0,
         )
 
     # -- activations
@@ -432,10 +435,34 @@ class _Stage:
                 backward=2 * queries + 3 * keys + (3 * block + 2 * rows if again else 2 * block + rows),
             )
         else:
-            repeats = self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
-            kept = queries + 2 * (queries if repeats else keys)
+            kept = queries + 2 * (queries if self._repeats_keys else keys)
             kernel = AttentionMemory(kept, log_sums, keeps_result=True, backward=2 * queries + 2 * keys)
         return kernel if context is None else context.around(kernel)
+
+    @property
+    def _repeats_keys(self) -> bool:
+        """Whether attention is given copies of keys and values, one for each query head."""
+        return self.is_gpu and self.itemsize == FP32 and self.heads != self.key_heads
+
+    @property
+    def _projection_norms(self) -> int:
+        """What norms of queries and keys keep: these as they were before, and a number per token of each; values, too,
+        where attention has copies of them, since all three are columns of one product. Where tp splits them, plain
+        torch keeps queries and keys in fp32, and rounded without their gain."""
+        columns = (self.heads + (2 if self._repeats_keys else 1) * self.key_heads) * self.model.head_dim
+        plain = self._normed * (self.itemsize + (FP32 if self.itemsize < FP32 else 0)) if self.tp > 1 else 0
+        return self.tokens * (columns * self.itemsize + 2 * max(FP32, self.itemsize)) + plain
+
+    @property
+    def _projection_norms_backward(self) -> int:
+        """Gradients of queries and keys; in plain torch, of both before and after their rounding, and in fp32."""
+        wide = max(FP32, self.itemsize)
+        return self._normed * ((2 * wide + self.itemsize) if self.tp > 1 else self.itemsize)
+
+    @property
+    def _normed(self) -> int:
+        """Elements of queries and keys."""
+        return self.tokens * (self.heads + self.key_heads) * self.model.head_dim
 
     @property
     def _block_scores(self) -> int:

@@ -56,6 +56,7 @@ _KIND_OF_FILE = {
     "ops/rotary.py": "norms and rotary",
     "ops/swiglu.py": "norms and rotary",
     "model/rotary.py": "norms and rotary",
+    "parallel/projection_norm.py": "norms and rotary",
     "ops/adamw.py": "optimizer",
     "ops/orthogonal.py": "optimizer",
     "optim/clipping.py": "optimizer",

@@ -82,19 +82,22 @@ def _tensor_parallel(ledger: _Ledger, settings: Settings, layout: Layout, stage:
     microbatches, tokens, activation = _sizes(settings, layout)
     splits, again = bool(settings.parallel.sequence_parallel), settings.train.recompute == "full"
     headless = settings.model.headless
+    last_too = settings.model.norm_position == "post"  # the product that a layer which runs again leaves out otherwise
+    wide = max(FP32, PRECISIONS[settings.train.precision].compute.itemsize)
     for virtual in settings.placement.stages_of(stage):
         layers = len(virtual.layers)
         if splits:
             # Forward: gather and scatter. Backward: gather the input again and scatter its gradient; gather. A layer
             # that runs again leaves out its last product.
-            regions = layers * (2 * 5 + (3 if again else 0))
+            regions = layers * (2 * 5 + (3 + last_too if again else 0))
             crossings = regions + 2 * virtual.has_embedding + (0 if headless else 2 * virtual.has_head)
             ledger.gather_or_scatter("tp", activation, crossings * microbatches)
         else:
-            crossings = (4 + again) * layers + virtual.has_embedding + virtual.has_head
+            crossings = (4 + (1 + last_too if again else 0)) * layers + virtual.has_embedding + virtual.has_head
             ledger.reduce("tp", activation, crossings * microbatches)
+        if settings.model.qk_norm:  # a number per token for queries and one for keys, forward and backward
+            ledger.reduce("tp", 2 * tokens * wide, (2 + again) * layers * microbatches)
         if virtual.has_head:  # maximum, sum and target of every token, or its loss
-            wide = max(FP32, PRECISIONS[settings.train.precision].compute.itemsize)
             ledger.reduce("tp", (1 if headless else 3) * tokens * wide, microbatches)
             if headless:  # the embeddings of the targets of whole sequences, and their gradients
                 embeddings = layout.cp * tokens * settings.model.hidden_size

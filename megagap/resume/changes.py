@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megagap.checkpoint.state import RunState
 from megagap.config import Model, Settings, Train, timeline_of, timeline_of_data
 from megagap.data.skipping import SampleNumbers
@@ -22,7 +24,7 @@ from megagap.training.datasets import skipped_ranges
 # when a run resumes.
 _FIXED: dict[str, tuple[str, ...]] = {
     "data": ("split", "order"),
-    "train": ("seed", "precision"),
+    "train": ("seed",),
     "optim": ("name",),
 }
 _FREE = {"preset", "initializer_range"}
@@ -89,6 +91,26 @@ def model_changes(saved: Model, now: Model, theta: bool = False) -> list[Change]
         note = f": {rows} of {' and of '.join(vocabulary_tensors(now))} start from the initial weights of train.seed"
         changes.append(Change("model.vocab_size", saved.vocab_size, now.vocab_size, note))
     return changes
+
+
+def precision_changes(saved: Train, now: Train, stored: torch.dtype, kept: torch.dtype) -> list[Change]:
+    """Whether another precision applies from here on, and what that does to weights that are ``stored`` in one dtype
+    and ``kept`` in another (masters, where there are some)."""
+    if saved.precision == now.precision:
+        return []
+    if stored.itemsize > kept.itemsize:
+        note = f": weights are rounded to the nearest {_name(kept)} number, and moments to what they are kept in"
+    elif stored.itemsize < kept.itemsize:
+        note = f": masters start from the {_name(stored)} weights, exactly"
+    else:
+        note = ": weights are taken over exactly"
+    if now.precision == "fp16-mixed":
+        note += "; the loss scale starts anew"
+    return [Change("train.precision", saved.precision, now.precision, note)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _past_differences(saved: RunState, settings: Settings) -> list[str]:

@@ -1,11 +1,17 @@
 """What a checkpoint of a run holds, and which one a run resumes from."""
 
 import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
-from megagap.checkpoint import Index, find_latest, load_slices, prune, resolve_checkpoint, save_checkpoint
+from megagap.checkpoint import Index, load_slices, save_checkpoint
+from megagap.checkpoint.agreement import raised_by_all
+from megagap.checkpoint.background import BackgroundSaver
+from megagap.checkpoint.retention import VALIDATION_LOSS
 from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
 from megagap.config import Settings
@@ -13,13 +19,18 @@ from megagap.data.agreement import Ids, differing, is_extension
 from megagap.data.identity import differences
 from megagap.data.samples import TrainingData
 from megagap.data.skipping import SampleNumbers
-from megagap.errors import CheckpointError, ConfigError, DataError, MegagapError
+from megagap.errors import CheckpointError, ConfigError, DataError
 from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
-from megagap.parallel.mesh import Mesh
-from megagap.resume.changes import model_changes, past_changes, refuse_another_model, refuse_changes
+from megagap.resume.changes import (
+    model_changes,
+    past_changes,
+    precision_changes,
+    refuse_another_model,
+    refuse_changes,
+)
 from megagap.resume.differences import Change
 from megagap.resume.start import Start
 from megagap.tokenizer import load_tokenizer
@@ -30,11 +41,58 @@ from megagap.training.step import TrainState
 log = logging.getLogger(__name__)
 
 
-def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
-    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates."""
-    settings = state.settings
-    folder = run.checkpoints / step_folder_name(state.step)
-    moment = state.moment
+def background_saver(state: TrainState) -> BackgroundSaver:
+    """What writes checkpoints beside training, with ``checkpoint.async``. Collective.
+
+    Raises :class:`CheckpointError`, on every rank, if there is not the memory for it.
+    """
+    mesh = state.mesh
+    communicator = DistributedCommunicator(mesh, mesh.background_levels)
+    return BackgroundSaver(state.optimizer.slices(owned_only=True), communicator, mesh.device)
+
+
+def save(
+    state: TrainState,
+    run: RunDirectory,
+    data: TrainingData,
+    validation: Mapping[str, float] | None = None,
+    background: BackgroundSaver | None = None,
+    since: float | None = None,
+) -> None:
+    """Write ``checkpoints/step_NNNNNNNN`` of the state after ``state.step`` updates; with ``background``, start to.
+
+    ``validation``: the losses of an evaluation of this step, by source.
+    ``since``: when training stopped for it, in seconds of ``time.monotonic``; None: now. Once the checkpoint is
+    durable, and no sooner, the log and an event ``checkpoint`` say so.
+    """
+    start = time.monotonic() if since is None else since
+    folder, step = run.checkpoints / step_folder_name(state.step), state.step
+    slices, saved = state.optimizer.slices(owned_only=True), saved_state(state, data, validation)
+    if background is None:
+        began = time.monotonic()
+        save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+        end = time.monotonic()
+        record_saved(run, folder, step, end - start, end - began)
+        return
+
+    def record(write_seconds: float) -> None:
+        record_saved(run, folder, step, stall.result(), write_seconds)
+
+    stall: Future[float] = Future()
+    state.copied = background.start(folder, slices, saved, record)
+    stall.set_result(time.monotonic() - start)
+
+
+def record_saved(run: RunDirectory, folder: Path, step: int, stall_seconds: float, write_seconds: float) -> None:
+    """Log and record a checkpoint that is durable: how long training stood still for it, and how long it took."""
+    seconds = {"stall_seconds": round(stall_seconds, 4), "write_seconds": round(write_seconds, 4)}
+    run.event("checkpoint", step=step, folder=folder.name, **seconds)
+    log.info("checkpoint %s", folder)
+
+
+def saved_state(state: TrainState, data: TrainingData, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; JSON only."""
+    settings, moment = state.settings, state.moment
     progress = Progress(
         step=state.step,
         updates=state.optimizer.updates,
@@ -43,57 +101,17 @@ def save(state: TrainState, run: RunDirectory, data: TrainingData) -> None:
         schedule_origin=state.timeline.schedules[-1].origin,
         last_sample=last_sample(settings, moment.consumed_samples),
     )
-    slices = state.optimizer.slices(owned_only=True)
     saved = progress.model_dump() | settings.model_dump(mode="json") | {"identities": data.identities()}
     saved["recipe_rope_theta"] = settings.model.rope_theta
     saved["loss_scale"] = state.optimizer.loss_scale.state()
     if state.guard.history is not None:
         saved["guard_history"] = state.guard.history.state()
     saved["model"]["rope_theta"] = moment.rope_theta  # which the weights were last trained with
+    if validation:
+        saved[VALIDATION_LOSS] = sum(validation.values()) / len(validation)
     if data.ids is not None:
         saved["ids"] = data.ids.record()
-    save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
-    run.event("checkpoint", folder=folder.name)
-    log.info("checkpoint %s", folder)
-
-
-def drop_old(settings: Settings, run: RunDirectory) -> None:
-    """Remove all but the newest ``checkpoint.keep`` checkpoints, once the newest is known to work."""
-    if run.is_writer:
-        prune(run.checkpoints, settings.checkpoint.keep)
-
-
-def find_source(settings: Settings, run: RunDirectory, mesh: Mesh) -> Path | None:
-    """The checkpoint that the settings ask to load; None for a fresh run. The same on every rank.
-
-    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
-    """
-    # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
-    communicator = DistributedCommunicator(mesh)
-    found: Path | MegagapError | None = None
-    if communicator.rank == 0:
-        try:
-            found = _find_source(settings, run)
-        except MegagapError as error:
-            found = error
-    found = cast("Path | MegagapError | None", communicator.broadcast(found))
-    if isinstance(found, MegagapError):
-        raise found
-    return found
-
-
-def _find_source(settings: Settings, run: RunDirectory) -> Path | None:
-    own, wanted = find_latest(run.checkpoints), settings.checkpoint.load
-    if own is not None and not wanted:
-        raise ConfigError(
-            f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
-            '  choose another run.dir, or checkpoint.load = "latest" to resume.'
-        )
-    if own is not None:
-        if wanted != "latest":
-            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
-        return own
-    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+    return saved
 
 
 def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> int:
@@ -156,12 +174,18 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     compare_ids(read_ids(folder, index), data.ids, state.settings)
     changes = past_changes(saved, state.settings) + model_changes(saved.model, state.settings.model)
     log_model_changes(changes, run, folder)
+    stored = index.tensor(folder, "weight", index.names("weight")[0]).torch_dtype
+    precision = precision_changes(saved.train, state.settings.train, stored, state.optimizer.master_dtype)
+    for change in precision:
+        log.info("changed since %s: %s", folder.name, change)
     is_own, mode = folder.parent == run.checkpoints, _mode(state.settings, run, folder)
     has_moments = mode != "model+data"
     slices = state.optimizer.slices(owned_only=False)
     may_grow = vocabulary_tensors(state.settings.model)
     needed = [part for part in slices if has_moments or part.kind == "weight"]
-    load_slices(folder, index, needed, cast=True, may_grow=may_grow)  # optim.rounding and moments_dtype may change
+    with raised_by_all(DistributedCommunicator(state.mesh)):
+        # train.precision, optim.rounding and moments_dtype may change.
+        load_slices(folder, index, needed, cast=True, may_grow=may_grow)
     refuse_not_finite(state, folder)
     state.optimizer.updates = saved.updates if has_moments else 0
     if has_moments:
@@ -172,7 +196,7 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     state.step = run.step = saved.step
     # Steps after the checkpoint were made before, and are cut from the metrics: only this event records them.
     run.event("resume", folder=str(folder), mode=mode, lost_steps=lost_steps(run) if is_own else 0)
-    return Start(saved.step, folder, mode, is_own, saved.step, index.state, tuple(changes))
+    return Start(saved.step, folder, mode, is_own, saved.step, index.state, (*changes, *precision))
 
 
 def lost_steps(run: RunDirectory) -> int:
@@ -190,7 +214,8 @@ def load_weights(state: TrainState, run: RunDirectory, data: TrainingData, folde
     changes = model_changes(saved, state.settings.model, theta=True)
     log_model_changes(changes, run, folder)
     weights = [part for part in state.optimizer.slices(owned_only=False) if part.kind == "weight"]
-    load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
+    with raised_by_all(DistributedCommunicator(state.mesh)):
+        load_slices(folder, index, weights, cast=True, may_grow=vocabulary_tensors(state.settings.model))
     if saved.norm_gain_scale != gain_scale:
         for part in weights:
             if is_norm_gain(part.shard.name):

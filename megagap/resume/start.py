@@ -41,7 +41,7 @@ class Start:
     saved: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the run that wrote it, by section; empty where only weights were loaded."""
     model_changes: tuple[Change, ...] = ()
-    """Logged already: what differs from the model that the weights were trained with."""
+    """Logged already: what differs from the model that the weights were trained with, and from its precision."""
 
     def __str__(self) -> str:
         if self.folder is None:

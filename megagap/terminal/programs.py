@@ -12,6 +12,7 @@ TOOLS = {
     "merge": "merge_datasets",
     "inspect": "inspect_data",
     "train-tokenizer": "train_tokenizer",
+    "inspect-checkpoint": "inspect_checkpoint",
     "average": "average_checkpoints",
     "convert": "convert_checkpoint",
     "generate": "generate",

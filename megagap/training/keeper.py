@@ -4,10 +4,15 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
+from megagap.checkpoint import Retention
+from megagap.checkpoint.background import BackgroundSaver
+from megagap.checkpoint.save import step_folder_name
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
+from megagap.errors import NotWrittenError
 from megagap.observe.run_directory import RunDirectory
-from megagap.resume.persistence import drop_old, save
+from megagap.resume.next_start import next_start
+from megagap.resume.persistence import save
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
 from megagap.training.stop_requests import warn_of_short_grace
@@ -16,45 +21,115 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointKeeper:
-    """Writes a run's checkpoints and removes old ones; neither while the weights are not fit to be kept."""
+    """Writes a run's checkpoints and removes old ones; neither while the weights are not fit to be kept.
 
-    def __init__(self, state: TrainState, run: RunDirectory, data: TrainingData, skipped: SkippedSteps) -> None:
-        self.state, self.run, self.data, self.skipped = state, run, data, skipped
+    A checkpoint that the system refuses to write, on a full disk for example, is one less: training goes on, and tries
+    again when the next is due. Only the last one of a start must be written.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        run: RunDirectory,
+        data: TrainingData,
+        skipped: SkippedSteps,
+        background: BackgroundSaver | None = None,
+    ) -> None:
+        self.state, self.run, self.data, self.skipped, self.background = state, run, data, skipped, background
         self.withheld: str | None = None
         """Why the last due checkpoint has not been written yet."""
+        self._writing: int | None = None
+        """The step whose checkpoint is being written in the background."""
         self._untried: int | None = None
         """The step of a checkpoint that no update has followed yet: older ones are kept beside it."""
+        self._step_seconds: Sequence[float] = ()
+        self._stall = 0.0
+        """What the last save kept training waiting."""
         self._has_warned = False
+        asked = state.settings.checkpoint
+        self.retention = Retention(run.checkpoints, asked.keep, asked.keep_every, asked.keep_best)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint was not written in the background. If any rank knows of that, all must
+        :meth:`settle`."""
+        return self.background is not None and self.background.has_failed
 
     def step_done(self) -> None:
         """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late."""
+        if self.background is not None and self.background.is_idle:
+            self.settle()
         if self._untried is not None and self._untried < self.state.step - 1 and not self.skipped.in_a_row:
             self.drop_old()
 
-    def save_if_fit(self, batch: Batch, validation: Mapping[str, float], step_seconds: Sequence[float]) -> bool:
-        """Write the checkpoint of this step unless :func:`unfit`; whether it was written. All numbers must be known.
+    def save_if_fit(
+        self, batch: Batch, validation: Mapping[str, float], step_seconds: Sequence[float], is_final: bool = False
+    ) -> bool:
+        """Write the checkpoint of this step unless :func:`unfit`; whether that was tried. All numbers must be known.
 
+        In the background, unless it is the last one of this start (``is_final``).
         ``step_seconds``: what the last steps took. With the time of the save they tell whether a SIGTERM can be
         answered in time; if not, a warning says so, once.
-        Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written.
+        Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written:
+        where the system refused, only for the last one.
         """
-        start = time.monotonic()
+        start, self._step_seconds = time.monotonic(), step_seconds
+        self.settle()
         self.run.require_in_place()
         reason = unfit(self.state, batch, self.skipped, validation)
         if reason is None:
             if self._untried is not None:
                 self.drop_old()
-            save(self.state, self.run, self.data)
-            self._untried = self.state.step
-            device, seconds = self.state.mesh.device.type, time.monotonic() - start
-            self._has_warned = self._has_warned or warn_of_short_grace(step_seconds, seconds, device)
+            try:
+                save(self.state, self.run, self.data, validation, self.background, start)
+                self._writing, self._stall = self.state.step, time.monotonic() - start
+                if self.background is None or is_final:
+                    self._finish()
+            except NotWrittenError as error:
+                if is_final:
+                    raise NotWrittenError(f"{error.args[0]}\n  {self._next_start()}.") from None
+                self._go_on_without(self.state.step, error)
         elif self.withheld is None:
             self.run.event("checkpoint_withheld", reason=reason)
             log.warning("no checkpoint at step %d: %s", self.state.step, reason)
         self.withheld = reason
         return reason is None
 
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Collective where it may have failed.
+
+        Raises :class:`CheckpointError` if it was not written, unless the system refused: then a warning says so.
+        """
+        step = self._writing
+        if step is not None:
+            try:
+                self._finish()
+            except NotWrittenError as error:
+                self._go_on_without(step, error)
+
+    def _finish(self) -> None:
+        step, self._writing = self._writing, None
+        seconds = self._stall
+        if self.background is not None:
+            self.background.wait()
+            seconds += 2 * self.background.write_seconds  # a stop may have to wait for the save before its own
+        self._untried = step
+        if step is not None:
+            self.retention.written(self.run.checkpoints / step_folder_name(step))
+        if not self._has_warned:
+            self._has_warned = warn_of_short_grace(self._step_seconds, seconds, self.state.mesh.device.type)
+
+    def _go_on_without(self, step: int, error: NotWrittenError) -> None:
+        self.run.event("checkpoint_failed", step=step, reason=error.args[0])
+        if self.run.is_writer:
+            next_due = "the next one that is due is tried again"
+            log.warning("%s\n  training goes on; earlier checkpoints are intact, and %s.", error.args[0], next_due)
+
+    def _next_start(self) -> str:
+        return next_start(self.run, self.state.settings.checkpoint.load)
+
     def drop_old(self) -> None:
         """All but those that the settings keep."""
-        drop_old(self.state.settings, self.run)
+        if self.run.is_writer:
+            self.retention.apply()
         self._untried = None

@@ -11,7 +11,13 @@ from megagap.process.rendezvous import Process
 
 def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mesh:
     """Make the groups of this process. Collective."""
-    return Mesh.of(make_layout(settings, process.world_size), process.rank, device, launch.GROUP_TIMEOUT)
+    return Mesh.of(
+        make_layout(settings, process.world_size),
+        process.rank,
+        device,
+        launch.GROUP_TIMEOUT,
+        background=settings.checkpoint.in_background,
+    )
 
 
 def make_layout(settings: Settings, world_size: int) -> Layout:

@@ -46,6 +46,8 @@ class TrainState:
 
     programs: dict[int, list[Action]] = field(default_factory=dict)
     """This rank's actions in a step, by its number of microbatches."""
+    copied: torch.cuda.Event | None = None
+    """Marks on a GPU the end of a copy of the state, for a checkpoint: no update may come before it."""
     guard: StepGuard = field(init=False)
     """Decides which updates are made."""
 
@@ -224,6 +226,9 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     digest = in_parts(all_reduce(gradient_hash(optimizer.store), mesh.world)) if hashed else nothing
     updating = insight.updating if insight else unobserved
     divisor = loss_scale.scaled(clip_divisor(norm, optim.clip_grad))
+    if state.copied is not None:
+        torch.cuda.current_stream(mesh.device).wait_event(state.copied)
+        state.copied = None
     optimizer.step(moment.lr, divisor, verdict.accepted, updating)
     result = StepResult(
         loss=loss,

@@ -1,8 +1,11 @@
 """The training loop: data, step, metrics, evaluation, checkpoints, stopping."""
 
 import logging
-from contextlib import closing
+from contextlib import closing, nullcontext
+from pathlib import Path
 
+from megagap.checkpoint.agreement import raised_by_all
+from megagap.checkpoint.background import BackgroundSaver
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
@@ -17,9 +20,11 @@ from megagap.observe.run_directory import RunDirectory
 from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
+from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import find_source, load, require_loadable
+from megagap.resume.passing_over import from_intact
+from megagap.resume.persistence import background_saver, load, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
@@ -37,12 +42,8 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
-    source = find_source(settings, run, mesh)
-    schedule_origin = require_loadable(settings, run, source)
-    timeline = timeline_of(settings, schedule_origin)
-    data, held_out = training_data(settings, timeline), validation_data(settings)
-    state = build_state(settings, mesh, timeline)
-    start = load(state, run, data, source)
+    held_out = validation_data(settings)
+    state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source))
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
@@ -50,14 +51,34 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         return
 
     state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
-    with make_loader(settings, mesh, data) as loader, closing(state.spans):
-        train_from(start, state, loader, held_out, run)
+    with (
+        make_loader(settings, mesh, data) as loader,
+        closing(state.spans),
+        closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
+    ):
+        train_from(start, state, loader, held_out, run, background)
+
+
+def begin(
+    settings: Settings, mesh: Mesh, run: RunDirectory, source: Path | None
+) -> tuple[TrainState, TrainingData, Start]:
+    """The state that a start begins with, loaded from ``source`` or initial, and the data it goes on with."""
+    with raised_by_all(DistributedCommunicator(mesh)):
+        timeline = timeline_of(settings, require_loadable(settings, run, source))
+        data = training_data(settings, timeline)
+    state = build_state(settings, mesh, timeline)
+    return state, data, load(state, run, data, source)
 
 
 def train_from(
-    start: Start, state: TrainState, loader: MicrobatchLoader, held_out: ValidationData, run: RunDirectory
+    start: Start,
+    state: TrainState,
+    loader: MicrobatchLoader,
+    held_out: ValidationData,
+    run: RunDirectory,
+    background: BackgroundSaver | None,
 ) -> None:
-    """Run the remaining steps."""
+    """Run the remaining steps. ``background``: writes checkpoints meanwhile; None: each step waits for its own."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)
@@ -72,21 +93,23 @@ def train_from(
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
     stopping = False
-    keeper = CheckpointKeeper(state, run, loader.data, skipped)
+    keeper = CheckpointKeeper(state, run, loader.data, skipped, background)
 
     if settings.train.evaluate_first and state.step == 0 and held_out.windows:
         stopping = try_to_evaluate(state, held_out, recorder, requests) is None
     while state.step < steps and not stopping:
         batch = loader.step(state.step + 1).to(mesh.device)
         log_phase_start(state, run)
-        result = train_step(state, batch, requests.poll)
+        result = train_step(state, batch, lambda: (*requests.poll(), keeper.has_failed))
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
         keeper.step_done()
         known = result if mesh.device.type == "cpu" else previous
-        stopping, saving = map(bool, known.host.read()["requests"]) if known is not None else (False, False)
+        stopping, saving, failed = map(bool, known.host.read()["requests"] if known is not None else (0, 0, 0))
         previous = result
+        if failed:
+            keeper.settle()
 
         last = state.step == steps
         losses: dict[str, float] | None = {}
@@ -98,7 +121,7 @@ def train_from(
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause():
                 recorder.sync()
-                if keeper.save_if_fit(batch, losses or {}, recorder.seconds):
+                if keeper.save_if_fit(batch, losses or {}, recorder.seconds, is_final=last or stopping):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None

@@ -1,4 +1,5 @@
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megagap.checkpoint import Index, save_checkpoint
 from megagap.checkpoint.huggingface import export, plan_shards
+from megagap.config import Model
 from megagap.errors import CheckpointError, DataError
+from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 from megagap.tokenizer import load_tokenizer
 from tests.models import SCALING, tiny_model
@@ -288,3 +291,25 @@ def test_transformers_makes_the_same_tokenizer_from_the_export_as_from_the_sourc
     ours, theirs = load_tokenizer(tmp_path / "hf"), load_tokenizer(source)
     assert ours.encode(WRITTEN) == theirs.encode(WRITTEN) == expected(WRITTEN, add_special_tokens=False)["input_ids"]
     assert (ours.bos, ours.eod) == (theirs.bos, theirs.eod)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"norm_position": "post"}, 'norm_position = "post" with model.qk_norm = false'),
+        ({"qk_norm": True}, 'norm_position = "pre" with model.qk_norm = true'),
+        ({"norm_position": "post", "qk_norm": True, "mlp_bias": True}, "model.mlp_bias = true"),
+    ],
+)
+def test_a_model_that_no_class_of_transformers_computes_is_refused(tmp_path: Path, changes: Any, said: str) -> None:
+    settings = MODEL | changes
+    tensors = model_tensors(Model.model_validate(settings))
+    parts = [
+        Slice("weight", whole(name, shape), 0, prod(shape), torch.ones(prod(shape))) for name, shape in tensors.items()
+    ]
+    save_checkpoint(
+        tmp_path / "c", parts, {"model": settings, "data": {"tokenizer": ""}, "train": {"precision": "fp32"}}
+    )
+    with pytest.raises(CheckpointError, match="transformers has no class for this model") as refused:
+        export(tmp_path / "c", tmp_path / "hf")
+    assert said in str(refused.value) and not (tmp_path / "hf").exists(), str(refused.value)

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from megagap.checkpoint import Index, load_model, load_slices, load_tensor
 from megagap.checkpoint.companions import companions_of
@@ -21,7 +21,7 @@ from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, split
 from megagap.tokenizer import load_tokenizer
 from tests import models
-from tests.huggingface import reference_model
+from tests.huggingface import OLMO2, reference_model
 from tests.models import SCALING
 
 SHAPE = models.SHAPE | dict(hidden_size=16, head_dim=4, intermediate_size=24, rope_theta=10000.0)
@@ -32,6 +32,8 @@ VARIANTS = {
     "wide heads": {"head_dim": 10},
     "llama3 scaling": {"rope_scaling": SCALING, "rope_theta": 500000.0},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "OLMo 2": OLMO2,
+    "OLMo 2, wide heads, biases, tied": OLMO2 | {"head_dim": 10, "attention_bias": True, "tie_word_embeddings": True},
 }
 
 
@@ -71,7 +73,8 @@ def test_import_and_export_give_the_same_model_bit_for_bit(tmp_path, changes, dt
     import_model(tmp_path / "hf", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "again")
     assert same_bits(stored(tmp_path / "hf"), stored(tmp_path / "again"))
-    before, after = (LlamaForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("hf", "again"))
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("hf", "again"))
+    assert type(before) is type(after) is type(reference_model(Model(**(SHAPE | changes))))
     assert before.config.to_dict() | {"_name_or_path": ""} == after.config.to_dict() | {"_name_or_path": ""}
     assert before.generation_config.to_dict() == after.generation_config.to_dict()
     tokens = torch.randint(0, 61, (2, 40))

@@ -122,7 +122,8 @@ def test_the_message_for_a_damaged_chunk_names_file_and_place(tmp_path: Path) ->
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors, bytes [0-9,]+ on: the checksum"):
+    place = r"rank_00001\.safetensors, bytes [0-9,]+ to [0-9,]+"
+    with pytest.raises(CheckpointError, match=place + r" \(\w+ of [ab]\): the checksum"):
         load_slices(tmp_path / "c", Index.read(tmp_path / "c"), wanted)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megagap.checkpoint import Index, find_latest, load_tensor, prune, save_checkpoint
+from megagap.checkpoint import Index, find_latest, load_tensor, save_checkpoint
 from megagap.errors import CheckpointError
 from megagap.parallel.shard import Slice, whole
 
@@ -136,17 +136,6 @@ def test_a_checkpoint_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
     folder = save_step(tmp_path, 3, value=2.0)
     assert names(tmp_path) == ["latest", "step_00000003"]
     assert load_tensor(folder, Index.read(folder), "weight", "w").unique().tolist() == [2.0]
-
-
-def test_prune_keeps_the_newest_and_the_one_that_latest_names(tmp_path: Path) -> None:
-    for step in (1, 2, 30, 4):
-        save_step(tmp_path, step)
-    (tmp_path / "latest").write_text("step_00000001\n")
-    (tmp_path / "step_of_mine").mkdir()
-    prune(tmp_path, 0)
-    assert len(names(tmp_path)) == 6
-    prune(tmp_path, 2)
-    assert names(tmp_path) == ["latest", "step_00000001", "step_00000004", "step_00000030", "step_of_mine"]
 
 
 def test_latest_wins_over_a_newer_checkpoint(tmp_path: Path) -> None:

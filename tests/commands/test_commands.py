@@ -181,9 +181,10 @@ def test_messages_name_the_tool_as_this_installation_has_it(monkeypatch, tmp_pat
 def test_a_recipe_is_printed_for_the_folder_that_it_is_saved_in(capsys):
     dispatch(["recipe"], CalledAs.COMMAND)
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == sorted(path.stem for path in (ROOT / "examples/recipes").glob("*.toml"))
+    folder = ROOT / "examples/recipes"
+    assert sorted(listed) == sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.toml"))
     dispatch(["recipe", "code"], CalledAs.COMMAND)
     printed = capsys.readouterr().out
     assert 'path = "runs/example/code_text_document"' in printed and "../" not in printed
-    with pytest.raises(ConfigError, match="there is no recipe 'codex'; there are code, "):
+    with pytest.raises(ConfigError, match="there is no recipe 'codex'; there are 100m-one-gpu, code, "):
         dispatch(["recipe", "codex"], CalledAs.COMMAND)

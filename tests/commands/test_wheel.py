@@ -81,7 +81,8 @@ def test_the_wheel_holds_the_package_and_all_that_it_reads(wheel: Path):
     ignored = ("__pycache__", ".so")
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "megagap").rglob("*.*") if path.is_file()}
     expected = {name for name in package if not any(part in name for part in ignored)}
-    expected |= {f"megagap/recipes/{path.name}" for path in (ROOT / "examples/recipes").glob("*.toml")}
+    recipes = ROOT / "examples/recipes"
+    expected |= {f"megagap/recipes/{path.relative_to(recipes)}" for path in recipes.rglob("*.toml")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected and "megagap/py.typed" in names
 

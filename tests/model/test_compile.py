@@ -56,6 +56,13 @@ def model(workers, tmp_path_factory):
     return recipe, expected
 
 
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("dp2 zero 3", marks=pytest.mark.long)])
+def test_every_gradient_of_the_graphs_of_olmo2s_layers_equals_that_of_a_plain_process(layout, workers, tmp_path):
+    recipe = write_recipe(tmp_path, model=dict(norm_position="post", qk_norm=True, attention_bias=True))
+    ((parts, _),) = workers.run(1, gradients, recipe, [])
+    assert largest_difference(run(workers, recipe, layout, "aot_eager"), assembled(parts)) < TOLERANCE
+
+
 def run(workers, recipe, layout, backend, schedule=None):
     ranks, parallel = LAYOUTS[layout]
     overrides = [*layout_overrides(parallel), f"data.document_mask={str('mask' in layout).lower()}"]

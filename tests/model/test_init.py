@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megagap.model.init import initialise, standard_normal
-from megagap.model.llama import build_stages, sharded_parameters
+from megagap.model.llama import build_stages, build_whole, sharded_parameters
 from megagap.parallel.mesh import Mesh
 from megagap.parallel.placement import Placement
 from megagap.parallel.shard import ShardedParameter, split
@@ -53,6 +53,15 @@ def test_matrices_are_normal_with_the_depth_scaled_width_gains_one_biases_zero()
     assert down.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
     assert (weights["model.norm.weight"] == 1).all()
     assert not weights["model.layers.0.self_attn.q_proj.bias"].any()
+
+
+def test_matrices_whose_outputs_are_normalised_have_no_depth_scaled_width():
+    model = tiny_model(num_hidden_layers=3, norm_position="post", qk_norm=True)
+    stage = build_whole(model)
+    initialise(stage.sharded_parameters(), model, seed=5)
+    weights = {parameter.shard.name: parameter for parameter in stage.sharded_parameters()}
+    assert weights["model.layers.2.mlp.down_proj.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert (weights["model.layers.1.self_attn.q_norm.weight"] == 1).all()
 
 
 def test_seeds_and_names_give_different_weights():

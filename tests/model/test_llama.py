@@ -1,11 +1,11 @@
-"""The model equals transformers' Llama: logits, loss and every gradient."""
+"""The model equals transformers' Llama and OLMo 2: logits, loss and every gradient."""
 
 import pytest
 import torch
 
 from megagap.model.init import initialise
 from megagap.model.llama import build_whole
-from tests.huggingface import reference_model
+from tests.huggingface import OLMO2, reference_model
 from tests.models import SCALING, tiny_model
 
 
@@ -18,6 +18,8 @@ from tests.models import SCALING, tiny_model
         {"head_dim": 12},
         {"attention_bias": True, "mlp_bias": True},
         {"rope_scaling": SCALING, "rope_theta": 10000.0},
+        OLMO2,
+        OLMO2 | {"head_dim": 12, "attention_bias": True, "rope_scaling": SCALING},
     ],
     ids=lambda changes: ",".join(changes) or "plain",
 )

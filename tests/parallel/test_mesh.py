@@ -1,5 +1,7 @@
 """The grid of processes and its groups."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -143,3 +145,31 @@ def test_objects_reach_rank_0_in_order_and_every_rank_from_it_whatever_the_level
     assert answers == [
         ([f"from {other}" for other in range(ranks)] if rank == 0 else None, "by 0", levels) for rank in range(ranks)
     ]
+
+
+def in_the_background(rank, ranks, layout):
+    """The levels of groups for a thread, what it exchanges while the main thread does, and all ranks' groups made."""
+    before = len(dist.distributed_c10d._world.pg_map)
+    mesh = Mesh.of(Layout(ranks, **layout), rank, torch.device("cpu"), background=True)
+    made = len(dist.distributed_c10d._world.pg_map) - before
+    main, beside = DistributedCommunicator(mesh), DistributedCommunicator(mesh, mesh.background_levels)
+    with ThreadPoolExecutor(1) as thread:
+        # The ranks' threads and main threads take turns in different orders.
+        later = thread.submit(lambda: [time.sleep(0.02 * rank), *(beside.gather(("beside", n)) for n in range(20))])
+        for n in range(20):
+            assert (main.gather(("main", n)) or [("main", n)] * ranks) == [("main", n)] * ranks
+        found = later.result()[1:]
+    assert found == ([[("beside", n)] * ranks for n in range(20)] if rank == 0 else [None] * 20)
+    return [axis.ranks for axis in mesh.background_levels], made
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (3, dict(pp=3)), (4, dict(tp=2))])
+def test_a_thread_has_groups_of_its_own_beside_those_of_training(workers, ranks, layout):
+    everyone = tuple(range(ranks))
+    answers = workers.run(ranks, in_the_background, layout)
+    assert [levels for levels, _ in answers] == [[everyone]] * ranks
+    assert len({made for _, made in answers}) == 1, "ranks that made different numbers of groups would hang later"
+
+
+def test_groups_for_a_thread_are_made_only_where_they_are_asked_for():
+    assert Mesh.single().background_levels == ()

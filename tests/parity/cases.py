@@ -71,6 +71,8 @@ _MODEL = (
     Dimension("model.attention_bias", (False, True)),
     Dimension("model.mlp_bias", (False, True)),
     Dimension("model.norm_gain_scale", (1.0, 20.0)),
+    Dimension("model.norm_position", ("pre", "post"), share=0.3),
+    Dimension("model.qk_norm", (False, True), share=0.3),
 )
 _BATCH = (
     Dimension("microbatches", (1, 2, 3, 5)),

@@ -33,7 +33,7 @@ TRAINING = {
     "fp16-mixed": {"losses": 1e-4, "gradient norms": 2e-3, "final weights": 2e-3},
 }
 """Largest relative differences over a few steps."""
-SMALLEST_WEIGHT = {"fp32": 0.01, "bf16-mixed": 1.0, "bf16-pure": 1.0, "fp16-mixed": 1.0}
+SMALLEST_WEIGHT = {"fp32": 0.1, "bf16-mixed": 1.0, "bf16-pure": 1.0, "fp16-mixed": 1.0}
 """Differences of smaller weights, such as of biases, are relative to this part of the norm of the largest."""
 TIMES_NOISE = 4.0
 """Larger differences are right where another order of summation in one process makes some, up to this multiple."""

@@ -24,6 +24,7 @@ import megagap.optim.gradient_store
 import megagap.parallel.context
 import megagap.parallel.contrastive_loss
 import megagap.parallel.cross_entropy
+import megagap.parallel.projection_norm
 import megagap.parallel.tensor
 import megagap.training.step
 from megagap.config import load_recipe, timeline_of
@@ -47,6 +48,7 @@ MODULES = {
     "context": megagap.parallel.context,
     "contrastive_loss": megagap.parallel.contrastive_loss,
     "cross_entropy": megagap.parallel.cross_entropy,
+    "projection_norm": megagap.parallel.projection_norm,
     "gradient_store": megagap.optim.gradient_store,
     "step": megagap.training.step,
 }

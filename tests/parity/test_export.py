@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megagap.checkpoint import load_model
+from tests.huggingface import OLMO2
 from tests.recipes import VOCABULARY, write_recipe
 from tests.training_run import train_recipe
 from tests.warm_start import python
@@ -15,7 +16,7 @@ from tests.warm_start import python
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"norm_gain_scale": 20.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"norm_gain_scale": 20.0}, OLMO2], ids=str)
 def test_a_model_trained_in_tp2_pp2_gives_the_same_logits_in_transformers(workers, tmp_path, changes):
     recipe = write_recipe(tmp_path, model=changes, train=dict(steps=3))
     workers.run(4, train_recipe, recipe, ["parallel.tp=2", "parallel.pp=2"])

@@ -21,6 +21,8 @@ MODELS = {
     ),
 }
 
+OLMO2 = dict(norm_position="post", qk_norm=True, attention_bias=True, norm_gain_scale=20.0)
+
 LAYOUTS = LAYOUTS | {
     "dp2, document mask": (2, {}),
     "tp2, document mask": (2, dict(tp=2)),
@@ -75,7 +77,8 @@ PIPELINES = {
 def models(workers, tmp_path_factory):
     """By name, a recipe, and the gradients of one process with and without a document mask. Made once: pytest would
     make a fixture with a parameter anew for each test that has another parameter, too."""
-    return cache(lambda name: reference(workers, tmp_path_factory.mktemp("gradients"), MODELS[name]))
+    shapes = MODELS | {"OLMo 2": OLMO2}
+    return cache(lambda name: reference(workers, tmp_path_factory.mktemp("gradients"), shapes[name]))
 
 
 @pytest.fixture
@@ -119,6 +122,32 @@ def test_every_gradient_equals_that_of_one_process(layout, model, workers):
     ["tp2", "tp2 without sequence parallelism", "pp2", "tp2 pp2 dp2", "tp2, document mask"],
 )
 def test_every_gradient_equals_that_of_one_process_that_keeps_all(layout, recompute, model, workers):
+    recipe, expected = model
+    results = run(workers, recipe, layout, recompute=recompute)
+    assert largest_difference(results, expected["mask" in layout]) < TOLERANCE
+
+
+OLMO2_LAYOUTS = {
+    "tp2": "none",
+    "tp2 without sequence parallelism": "selective",
+    "tp4, more ranks than key/value heads": "none",
+    "tp2 pp2, zb-h1": "full",
+    "cp2 tp2, ring": "full",
+    "dp2 zero 3": "full",
+    "cp2 pp2 dp2, alltoall, document mask": "none",
+}
+"""With what is computed again: where its mechanisms meet. The rest takes longer."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        *OLMO2_LAYOUTS.items(),
+        *(pytest.param(layout, "none", marks=pytest.mark.long) for layout in LAYOUTS if layout not in OLMO2_LAYOUTS),
+    ],
+)
+@pytest.mark.parametrize("model", ["OLMo 2"], indirect=True)
+def test_every_gradient_of_an_olmo2_equals_that_of_one_process(layout, recompute, model, workers):
     recipe, expected = model
     results = run(workers, recipe, layout, recompute=recompute)
     assert largest_difference(results, expected["mask" in layout]) < TOLERANCE
@@ -183,6 +212,17 @@ def test_every_reduction_that_is_dropped_or_doubled_is_seen(model, workers):
         seen |= set(most)
     assert not missed
     assert seen == SITES
+
+
+@pytest.mark.parametrize("model", ["OLMo 2"], indirect=True)
+def test_every_sum_of_the_norms_of_queries_and_keys_that_is_dropped_or_doubled_is_seen(model, workers):
+    recipe, expected = model
+    for part in ("forward", "backward"):
+        for how in ("drop", "double"):
+            mutation = Mutation(f"projection_norm._Summed.{part}: all_reduce over tp", 0, how)
+            found = run(workers, recipe, "tp2", mutation)
+            assert all(calls[mutation.site] for _, calls in found)
+            assert not largest_difference(found, expected[False]) <= 1000 * TOLERANCE, mutation
 
 
 def mutations(site, calls):

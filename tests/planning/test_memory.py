@@ -43,6 +43,8 @@ HEADLESS = {
 NARROW = {"model.intermediate_size": 64, "model.vocab_size": 64, "model.num_hidden_layers": 2}
 """What the feed-forward and the loss need is less than what attention does."""
 
+OLMO2 = {"model.norm_position": "post", "model.qk_norm": True}
+
 LAYOUTS = {
     "one process": (1, {}),
     "one process, bf16-mixed": (1, {"train.precision": "bf16-mixed"}),
@@ -70,6 +72,9 @@ LAYOUTS = {
     "cp 2, allgather, most in attention": (2, {"parallel.cp": 2, "parallel.context_mode": "allgather", **NARROW}),
     "cp 2, alltoall": (2, {"parallel.cp": 2, "parallel.context_mode": "alltoall"}),
     "pure bf16, zero 3": (2, {"train.precision": "bf16-pure", "optim.zero": 3}),
+    "OLMo 2, selective": (1, {"train.recompute": "selective", **OLMO2}),
+    "OLMo 2, tp 2, zb-v": (2, {"parallel.tp": 2, "parallel.schedule": "zb-v", "train.micro_batch_size": 1, **OLMO2}),
+    "OLMo 2, full": (1, {"train.recompute": "full", **OLMO2}),
     "headless": (1, HEADLESS),
     "headless, bf16-mixed": (1, {"train.precision": "bf16-mixed", **HEADLESS}),
     "headless, tp 2, sequence parallel": (2, {"parallel.tp": 2, **HEADLESS}),
@@ -172,6 +177,8 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
         (2, {"parallel.tp": 2, **HEADLESS}),
         (1, {"optim.name": "muon"}),
         (8, {"optim.name": "muon", "parallel.tp": 2, "train.micro_batch_size": 1}),
+        (1, {"train.precision": "fp32", "model.vocab_size": 64, **OLMO2}),
+        (8, {"parallel.tp": 8, "train.micro_batch_size": 1, "train.recompute": "full", **OLMO2}),
     ],
     ids=str,
 )
@@ -219,6 +226,7 @@ def test_every_parameter_is_on_one_stage_and_tp_rank(tmp_path):
         (1, 1, 1, {"train.precision": "bf16-pure", "optim.rounding": "kahan"}),
         (2, 2, 2, {"optim.name": "muon", "optim.moments_dtype": "bf16"}),
         (1, 1, 2, {"optim.name": "muon"}),
+        (16, 1, 2, OLMO2),
     ],
     ids=str,
 )

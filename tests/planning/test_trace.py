@@ -189,7 +189,7 @@ def test_flops_with_recomputation_are_what_torch_counts_in_the_gpus_operators(tm
 
 
 @pytest.mark.parametrize("device", ["h100", "mi300x", "cpu"])
-@pytest.mark.parametrize("preset", ["tiny", "llama3-8b", "llama3.2-1b", "gaperon-1b", "gaperon-8b"])
+@pytest.mark.parametrize("preset", ["tiny", "llama3-8b", "llama3.2-1b", "gaperon-1b", "gaperon-8b", "gaperon-24b"])
 def test_every_preset_can_be_traced(tmp_path, preset, device):
     recipe = write_recipe(tmp_path)
     recipe.write_text(
@@ -208,6 +208,7 @@ def test_every_preset_can_be_traced(tmp_path, preset, device):
         ("--model.tie_word_embeddings", "true"),
         ("--model.headless", "true", "--model.tie_word_embeddings", "true"),
         ("--model.norm_gain_scale", "20"),
+        ("--model.norm_position", "post", "--model.qk_norm", "true"),
         ("--optim.clip_grad", "0"),
         ("--optim.decay_embeddings", "true"),
         ("--parallel.schedule", "gpipe"),

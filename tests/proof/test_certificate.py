@@ -132,6 +132,7 @@ def test_every_element_of_the_large_recipes_has_one_owner(name, ranks):
 
 
 HEADLESS = {"model.tie_word_embeddings": True, "model.headless": True}
+OLMO2 = {"model.norm_position": "post", "model.qk_norm": True}
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"parallel.tp": 2}),
@@ -158,6 +159,8 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"parallel.tp": 2, "parallel.pp": 2, **HEADLESS}),
     (4, {"parallel.tp": 2, "parallel.sequence_parallel": False, "data.document_mask": True, **HEADLESS}),
     (4, {"parallel.cp": 2, "parallel.tp": 2, **HEADLESS}),
+    (4, {"parallel.tp": 4, "model.num_key_value_heads": 2, **OLMO2}),
+    (8, {"parallel.tp": 2, "parallel.pp": 2, "train.recompute": "full", "optim.zero": 3, **OLMO2}),
 ]
 
 

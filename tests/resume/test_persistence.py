@@ -9,7 +9,8 @@ from megagap.checkpoint import Index, load_model, load_tensor
 from megagap.config import load_recipe, timeline_of
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.rendezvous import Process
-from megagap.resume.persistence import find_source, load, save
+from megagap.resume.passing_over import find_source
+from megagap.resume.persistence import load, save
 from megagap.training.datasets import training_data
 from megagap.training.mesh import make_mesh
 from megagap.training.trainer import build_state
@@ -55,7 +56,7 @@ def resave(rank, ranks, recipe, overrides):
     run.open()
     data = training_data(settings, timeline_of(settings))
     state = build_state(settings, mesh)
-    load(state, run, data, find_source(settings, run, mesh))
+    load(state, run, data, find_source(settings, run, mesh, {})[0])
     save(state, run, data)
     run.close()
 
@@ -110,3 +111,44 @@ def test_moments_are_taken_over_in_the_dtype_that_is_asked_for_now(workers, tmp_
         expected, found = (tensors_of(tmp_path / run, kind) for run in ("first", "second"))
         for name, tensor in expected.items():
             assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), (kind, name)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("fp32", "bf16-mixed"),
+        ("bf16-mixed", "fp16-mixed"),
+        ("fp16-mixed", "fp32"),
+        ("bf16-mixed", "bf16-pure"),
+        ("bf16-pure", "fp16-mixed"),
+    ],
+)
+def test_another_precision_goes_on_with_the_weights_as_exactly_as_it_keeps_them(workers, tmp_path, before, after):
+    recipe = write_recipe(tmp_path, train=dict(steps=2))
+    workers.run(1, train_recipe, recipe, [f"train.precision={before}", f"run.dir={tmp_path / 'first'}"])
+    loading = [f"checkpoint.load={tmp_path / 'first'}", f"run.dir={tmp_path / 'second'}"]
+    workers.run(1, resave, recipe, [*loading, f"train.precision={after}"])
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        expected, found = (tensors_of(tmp_path / run, kind) for run in ("first", "second"))
+        dtype = torch.bfloat16 if after == "bf16-pure" else torch.float32
+        for name, tensor in expected.items():
+            assert tensor.dtype == (torch.bfloat16 if before == "bf16-pure" else torch.float32)
+            assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), (kind, name)
+
+
+def test_a_run_goes_on_at_another_precision_and_the_log_says_what_becomes_of_its_weights(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=8))
+    said = {
+        "bf16-pure": "bf16-pure: weights are rounded to the nearest bfloat16 number",
+        "fp16-mixed": "fp16-mixed: masters start from the bfloat16 weights, exactly; the loss scale starts anew",
+        "fp32": "fp32: weights are taken over exactly",
+    }
+    losses = workers.run(1, train_recipe, recipe, ["run.dir=" + str(tmp_path / "reference")])[0]
+    workers.run(1, train_recipe, recipe, ["train.precision=bf16-mixed", "run.stop_after=2"])
+    for precision, note in said.items():
+        (metrics,) = workers.run(1, train_recipe, recipe, [f"train.precision={precision}", "run.stop_after=2"])
+        log = (tmp_path / "run/logs/rank_00000.log").read_text()
+        assert sum(f"is {note}" in line for line in log.splitlines()) == 1
+        assert log.count("train.precision was") == len(said) - list(said)[::-1].index(precision)
+    assert [record["step"] for record in metrics] == list(range(1, 9))
+    assert [record["loss"] for record in metrics] == pytest.approx([record["loss"] for record in losses], rel=0.01)

@@ -1,0 +1,101 @@
+"""Going on from the checkpoint before a damaged one."""
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+from megagap.checkpoint.agreement import raised_by_all
+from megagap.checkpoint.index import DamagedCheckpointError
+from megagap.checkpoint.load import find_intact, resolve_checkpoint
+from megagap.checkpoint.save import point_latest_at
+from megagap.config import Settings
+from megagap.errors import ConfigError
+from megagap.observe.run_directory import RunDirectory
+from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
+
+
+def from_intact(settings: Settings, run: RunDirectory, mesh: Mesh, begin: Callable[[Path | None], Loaded]) -> Loaded:
+    """``begin(source)`` of the newest checkpoint of the run that turns out to be whole, of the folder that the settings
+    ask to load, or of None for a fresh run. Every rank calls it.
+
+    ``begin`` raises :class:`DamagedCheckpointError` on all ranks alike, and leaves nothing behind then. Such a
+    checkpoint is passed over for the one before it, unless ``checkpoint.load`` names it.
+    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no checkpoint to begin with.
+    """
+    passed_over: dict[Path, DamagedCheckpointError] = {}
+    while True:
+        known = set(passed_over)
+        source, passed_over = find_source(settings, run, mesh, passed_over)
+        for folder in passed_over.keys() - known:
+            _record(run, folder, passed_over[folder])
+        try:
+            loaded = begin(source)
+        except DamagedCheckpointError as error:
+            if source is None or source.parent != run.checkpoints or _is_named(settings, source):
+                raise
+            passed_over[source] = error.with_traceback(None)
+            _record(run, source, error)
+        else:
+            if passed_over and source is not None and run.is_writer:
+                point_latest_at(source)  # what is ahead of it is no longer part of the run
+            return loaded
+        gc.collect()  # the state that was to be loaded, before another takes its place
+
+
+def find_source(
+    settings: Settings, run: RunDirectory, mesh: Mesh, passed_over: dict[Path, DamagedCheckpointError]
+) -> tuple[Path | None, dict[Path, DamagedCheckpointError]]:
+    """The checkpoint that the settings ask to load; None for a fresh run. With those that are damaged. The same on
+    every rank.
+
+    Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no such checkpoint.
+    """
+    # Rank 0 decides: a stale view of a shared file system must not make ranks start from different steps.
+    communicator = DistributedCommunicator(mesh)
+    found: Path | None = None
+    with raised_by_all(communicator):
+        if communicator.rank == 0:
+            found = _find_source(settings, run, passed_over)
+    answer = communicator.broadcast((found, passed_over))
+    return cast("tuple[Path | None, dict[Path, DamagedCheckpointError]]", answer)
+
+
+def _find_source(settings: Settings, run: RunDirectory, passed_over: dict[Path, DamagedCheckpointError]) -> Path | None:
+    own, wanted = find_intact(run.checkpoints, passed_over), settings.checkpoint.load
+    for folder, error in passed_over.items():
+        if _is_named(settings, folder):
+            raise error
+    if own is not None and not wanted:
+        raise ConfigError(
+            f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
+            '  choose another run.dir, or checkpoint.load = "latest" to resume.'
+        )
+    if own is not None:
+        if wanted != "latest":
+            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own[0])
+        return own[0]
+    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+
+
+def _is_named(settings: Settings, folder: Path) -> bool:
+    """Whether ``checkpoint.load`` names this very checkpoint."""
+    wanted = settings.checkpoint.load
+    return wanted not in ("", "latest") and Path(wanted).resolve() == folder.resolve()
+
+
+def _record(run: RunDirectory, folder: Path, error: DamagedCheckpointError) -> None:
+    if run.is_writer:
+        log.warning(
+            "%s is damaged and passed over for the checkpoint before it: %s\n  It is replaced when the run reaches its "
+            "step again.",
+            folder,
+            error.what,
+        )
+        run.event("checkpoint_passed_over", folder=str(folder), reason=error.what)

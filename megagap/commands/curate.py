@@ -2,14 +2,38 @@
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datatrove.utils.batching import batched
+
 from megagap.commands.parser import make_parser
-from megagap.errors import ConfigError, DataError, counted
+from megagap.curate.contamination import benchmark_files, items, require_clean
+from megagap.curate.histogram import histograms
+from megagap.curate.quality.calibrate import fit_temperatures, measure
+from megagap.curate.quality.degrade import example_labels
+from megagap.curate.quality.labels import HEADS, LEVELS, label_array, read_labels
+from megagap.curate.quality.model import load_quality_model, save_quality_model, write_record
+from megagap.curate.quality.train import (
+    LINEAR,
+    PRETRAINED,
+    PRETRAINED_LENGTH,
+    SMALL,
+    SMALL_LENGTH,
+    train_encoder,
+    train_linear,
+)
+from megagap.curate.report import histogram_page, write_report
+from megagap.curate.run import Executor, run_curation
+from megagap.curate.settings import load_curation
+from megagap.errors import ConfigError, DataError, counted, library_errors
+from megagap.files import reading, write_text, writing
 from megagap.terminal.arguments import positive
 from megagap.terminal.programs import CalledAs
+from megagap.terminal.progress import ProgressBar
 
 EXAMPLES = """
 examples (docs/curation.md):
@@ -99,9 +123,6 @@ def option(text: str) -> tuple[str, Any]:
 
 def run_command(given: argparse.Namespace) -> None:
     """Run the stages of a settings file; started again, it goes on with the tasks that are not complete."""
-    from megagap.curate.run import Executor, run_curation
-    from megagap.curate.settings import load_curation
-
     settings = load_curation(given.settings)
     complete = run_curation(settings, Executor(given.executor, given.workers, dict(given.option)))
     if not complete:
@@ -115,23 +136,16 @@ def run_command(given: argparse.Namespace) -> None:
 
 def report_command(given: argparse.Namespace) -> None:
     """Write report.html of a curation that is complete, or under way."""
-    from megagap.curate.report import write_report
-
     print(write_report(given.output))
 
 
 def check_command(given: argparse.Namespace) -> None:
-    from megagap.curate.contamination import benchmark_files, items, require_clean
-
     texts = ((f"{path}, item {i}", text) for path in given.validation for i, text in enumerate(items(path), 1))
     total = require_clean(texts, benchmark_files(given.benchmarks), given.ngrams)
     print(f"{counted(total, 'document')}: no {given.ngrams}-gram of a benchmark")
 
 
 def labels_command(given: argparse.Namespace) -> None:
-    from megagap.curate.quality.degrade import example_labels
-    from megagap.files import write_text, writing
-
     texts = (
         (line["text"], f"{path.name}/{line.get('source', number)}", path.name.partition(".")[0])
         for path in given.input
@@ -146,21 +160,6 @@ def labels_command(given: argparse.Namespace) -> None:
 
 
 def train_command(given: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from megagap.curate.quality.labels import read_labels
-    from megagap.curate.quality.model import save_quality_model
-    from megagap.curate.quality.train import (
-        LINEAR,
-        PRETRAINED,
-        PRETRAINED_LENGTH,
-        SMALL,
-        SMALL_LENGTH,
-        train_encoder,
-        train_linear,
-    )
-    from megagap.terminal.progress import ProgressBar
-
     if given.kind == "linear" and given.encoder:
         raise ConfigError("--encoder is for --kind encoder: leave one of them out")
     if given.output.exists() and any(given.output.iterdir()):
@@ -189,10 +188,6 @@ def print_quality(held_out: dict[str, Any]) -> None:
 
 
 def calibrate_command(given: argparse.Namespace) -> None:
-    from megagap.curate.quality.calibrate import fit_temperatures, measure
-    from megagap.curate.quality.labels import label_array, read_labels
-    from megagap.curate.quality.model import load_quality_model, write_record
-
     model = load_quality_model(given.model)
     examples = read_labels(given.labels)
     logits, labels = model.logits([example.text for example in examples]), label_array(examples)
@@ -202,14 +197,6 @@ def calibrate_command(given: argparse.Namespace) -> None:
 
 
 def score_command(given: argparse.Namespace) -> None:
-    import time
-
-    from datatrove.utils.batching import batched
-
-    from megagap.curate.quality.labels import HEADS, LEVELS
-    from megagap.curate.quality.model import load_quality_model
-    from megagap.files import write_text, writing
-
     model = load_quality_model(given.model)
     lines, start = [], time.process_time()
     for path in given.input:
@@ -230,11 +217,6 @@ def score_command(given: argparse.Namespace) -> None:
 
 
 def histogram_command(given: argparse.Namespace) -> None:
-    from megagap.curate.histogram import histograms
-    from megagap.curate.quality.labels import HEADS
-    from megagap.curate.report import histogram_page
-    from megagap.files import write_text, writing
-
     if given.head not in HEADS:
         raise ConfigError(f"--head {given.head} is unknown\n  there are {', '.join(HEADS)}.")
     found = histograms((line for path in given.scores for _, line in lines_of(path, "metadata")), head=given.head)
@@ -246,9 +228,6 @@ def histogram_command(given: argparse.Namespace) -> None:
 
 def lines_of(path: Path, key: str = "text") -> Iterator[tuple[int, Any]]:
     """Numbers, from 1, and objects of JSON lines that have ``key``. Raises :class:`DataError` for any other line."""
-    from megagap.errors import library_errors
-    from megagap.files import reading
-
     with reading(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

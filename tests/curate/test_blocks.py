@@ -129,8 +129,8 @@ def test_words_by_spacy_without_spacy_say_what_to_install(monkeypatch: pytest.Mo
 
 
 def test_blocked_domains_are_dropped_without_a_network_and_documents_without_url_pass(tmp_path: Path) -> None:
-    pytest.importorskip("tldextract")
-    pytest.importorskip("ahocorasick")
+    for package in ("ahocorasick", "fasteners", "tldextract"):
+        pytest.importorskip(package, reason="pip install megagap[curate]")
     (tmp_path / "domains").write_text("blocked.co.uk\n")
     chosen = url_filter(str(tmp_path), ["other.org"])
     urls = ["https://www.blocked.co.uk/a", "https://co.uk/", "https://sub.other.org/x", ""]

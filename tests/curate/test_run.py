@@ -13,6 +13,8 @@ from pydoc_data import topics
 import pytest
 
 pytest.importorskip("datatrove", reason="pip install megagap[curate]")
+pytest.importorskip("ahocorasick", reason="pip install megagap[curate]")
+pytest.importorskip("tldextract", reason="pip install megagap[curate]")
 
 from megagap.curate.counts import documents
 from megagap.curate.report import write_report
@@ -115,6 +117,9 @@ def test_a_curation_finds_what_it_should_and_two_workers_give_the_same(recipe: P
     texts = {document["id"]: document["text"] for document in documents(output / "curated")}
     assert SECRET not in texts["secret"] and "email@example.com" in texts["secret"]
     assert len(IndexedDataset(output / "fr_text_document")) == len(list(documents(output / "curated/fr"))) == 10
+
+    times = json.loads((output / "counts.json").read_text())["cpu_seconds"]
+    assert times.keys() >= {"filter", "signatures", "select", "tokens-fr"} and times["filter"] > 0
 
     page = (output / "report.html").read_text()
     assert "decontaminate" in page and "contaminated" in page and ITEM[3:40].lower() in page.lower()

@@ -87,7 +87,7 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
     train.add_argument("--output", required=True, type=Path, metavar="DIR", help="new or empty folder")
     train.add_argument("--kind", choices=("encoder", "linear"), default="encoder", help="default: %(default)s")
     train.add_argument("--encoder", type=Path, metavar="DIR", help="XLM-R or another (default: a small one, untrained)")
-    train.add_argument("--epochs", type=positive, metavar="N", help="default: 4 (linear: 10; with --encoder: 3)")
+    train.add_argument("--epochs", type=positive, metavar="N", help="default: 2 (linear: 10; with --encoder: 3)")
     train.add_argument("--max-length", type=positive, metavar="TOKENS", help="default: 128 (512 with --encoder)")
     train.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     train.set_defaults(call=train_command)

@@ -26,7 +26,7 @@ class Recipe:
 
 
 LINEAR = Recipe(epochs=10, lr=0.02, batch_size=64, weight_decay=0.0)
-SMALL = Recipe(epochs=4, lr=1.5e-3, batch_size=16)
+SMALL = Recipe(epochs=2, lr=1.5e-3, batch_size=16)
 SMALL_LENGTH, PRETRAINED_LENGTH = 128, 512
 """Tokens that are read of a text. Those of the small encoder are about a passage of example labels: positions that no
 text to train on reaches would stay as they were drawn."""

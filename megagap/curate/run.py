@@ -1,10 +1,12 @@
 """Runs a curation's stages with one of datatrove's executors."""
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -175,23 +177,33 @@ def _run_stage(stage: Stage, executor: Executor, folders: Folders) -> None:
         raise DataError(f"no document is left after the stage {stage.name}; dropped: {told}\n  soften the settings.")
 
 
+_OURS = ("pipeline", "tasks", "workers", "logging_dir", "depends", "job_name")
+"""Arguments of datatrove's executors that are not options."""
+
+
+def _with_options(kind: Any, options: dict[str, Any]) -> Any:
+    """``kind`` with ``options``. Raises :class:`ConfigError` for one that it does not take."""
+    known = [name for name in inspect.signature(kind).parameters if name not in _OURS]
+    if unknown := [name for name in options if name not in known]:
+        raise ConfigError(f"--option {unknown[0]} is unknown\n  {kind.__name__} of datatrove has {', '.join(known)}.")
+    return partial(kind, **options)
+
+
 def _local(stage: Stage, executor: Executor, logs: str) -> Any:
     from datatrove.executor import LocalPipelineExecutor
 
-    workers = min(executor.workers, stage.tasks)
-    return LocalPipelineExecutor(
-        stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs, **executor.options
-    )
+    make = _with_options(LocalPipelineExecutor, executor.options)
+    return make(stage.pipeline, tasks=stage.tasks, workers=min(executor.workers, stage.tasks), logging_dir=logs)
 
 
 def _ray(stage: Stage, executor: Executor, logs: str) -> Any:
     try:
-        import ray  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        import ray  # noqa: F401
         from datatrove.executor.ray import RayPipelineExecutor
     except ImportError:
         raise ConfigError("--executor ray needs the package ray, which this Python lacks\n  pip install ray") from None
-    workers = min(executor.workers, stage.tasks)
-    return RayPipelineExecutor(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs, **executor.options)
+    make = _with_options(RayPipelineExecutor, executor.options)
+    return make(stage.pipeline, tasks=stage.tasks, workers=min(executor.workers, stage.tasks), logging_dir=logs)
 
 
 def _submit(prepared: list[Stage], executor: Executor, folders: Folders) -> None:
@@ -204,16 +216,16 @@ def _submit(prepared: list[Stage], executor: Executor, folders: Folders) -> None
         )
     if lacking := [name for name in ("time", "partition") if name not in executor.options]:
         raise ConfigError(f"--executor slurm needs --option {lacking[0]}=…")
+    make = _with_options(SlurmPipelineExecutor, executor.options)
     previous = None
     for stage in prepared:
-        previous = SlurmPipelineExecutor(
+        previous = make(
             stage.pipeline,
             tasks=stage.tasks,
             workers=min(executor.workers, stage.tasks),
             logging_dir=folders.logs(stage.name),
             job_name=f"curate-{stage.name}",
             depends=previous,
-            **executor.options,
         )
     assert previous
     with library_errors("sbatch did not take the jobs", ConfigError):

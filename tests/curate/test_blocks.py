@@ -1,6 +1,8 @@
 """The blocks of a curation: languages, personal data, filters by language, URLs, and benchmark n-grams."""
 
 import json
+import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ from megagap.curate.urls import url_filter
 from megagap.curate.words import PlainWords, word_tokenizer
 from megagap.errors import ConfigError, DataError
 from tests.token_files import FRENCH
+
+ROOT = Path(__file__).parents[2]
 
 SENTENCES = {
     "en": "When it was late, they went to the house which had been built by the river, and there was nobody in it.",
@@ -93,6 +97,16 @@ def test_a_file_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_personal_data_is_masked_and_what_only_looks_like_it_is_not(text: str, expected: str) -> None:
     assert mask(text) == expected
+
+
+def test_what_the_example_plants_is_masked_and_its_lookalikes_are_not() -> None:
+    example = runpy.run_path(str(ROOT / "examples/curation/plant.py"))
+    chance = random.Random(0)
+    for _ in range(50):
+        data, others = example["personal_data"](chance), example["lookalikes"](chance)
+        masked = mask(" and ".join(f"({value})" for value in [*data.values(), *others]))
+        assert not [value for value in data.values() if value in masked]
+        assert all(f"({value})" in masked for value in others)
 
 
 def test_only_the_kinds_that_are_asked_for_are_masked() -> None:

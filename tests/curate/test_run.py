@@ -199,6 +199,16 @@ def test_slurm_without_sbatch_or_a_partition_is_refused(recipe: Path, monkeypatc
         run(recipe, kind="slurm")
 
 
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+def test_an_option_that_the_executor_does_not_take_is_refused(
+    recipe: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(recipe.parent / "sbatch", "#!/bin/bash\n")
+    monkeypatch.setenv("PATH", str(recipe.parent))
+    with pytest.raises(ConfigError, match=r"--option partitions is unknown\n.*of datatrove has .*randomize_start"):
+        run(recipe, kind=kind, options=dict(partitions="cpu", time="1:00:00", partition="cpu"))
+
+
 def test_contaminated_validation_stops_a_curation_before_it_starts(recipe: Path) -> None:
     (recipe.parent / "validation.jsonl").write_text(json.dumps({"text": f"Once. {ITEM}"}) + "\n")
     recipe.write_text(recipe.read_text() + 'validation = ["validation.jsonl"]\n')

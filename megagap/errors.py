@@ -97,6 +97,18 @@ class LostPeerError(DistributedError):
     exit_code = 1
 
 
+class HangError(DistributedError):
+    """No rank of the run has moved on for longer than ``run.hang_seconds``."""
+
+    exit_code = 1
+
+
+class CorruptionError(MegagapError):
+    """Ranks that must hold the same parameters do not: one of them computes or remembers wrongly."""
+
+    kind = "silent corruption"
+
+
 class CompileError(MegagapError):
     """torch.compile cannot compile the model's layers on this machine."""
 

@@ -318,6 +318,8 @@ class Lock:
 
     def __init__(self, path: str | Path, wait: float = 0.0) -> None:
         self._path = path
+        self.is_enforced = True
+        """Whether the file system can lock files, so that nobody else holds it."""
         deadline = time.monotonic() + wait
         while not self._acquire():
             if time.monotonic() >= deadline:
@@ -347,6 +349,7 @@ class Lock:
             # Which code it is depends on the system: ENOSYS, EOPNOTSUPP and ENOLCK of Lustre and NFS without their lock
             # services, EPERM, EACCES, EINVAL and EIO of FUSE and remote servers. A held lock is none of them.
             except OSError as error:
+                self.is_enforced = False
                 log.warning(
                     "%s: its file system cannot lock files (%s); make sure that no other process writes there",
                     self._path,

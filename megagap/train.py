@@ -22,6 +22,7 @@ from megagap.config import describe_settings, load_recipe, parse_overrides
 from megagap.errors import run_tool
 from megagap.observe.logs import log_to, log_to_console
 from megagap.observe.run_directory import RunDirectory
+from megagap.observe.watchdog import clear, watching
 from megagap.ops.arithmetic import deterministic_kernels
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.process import launch
@@ -52,7 +53,7 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
     with launch.orderly_exit(process) as ending:
         log_to_console(logging.WARNING)
         settings = load_recipe(recipe, parse_overrides(overrides), process.world_size, find_model=find_model)
-        device = launch.start(process)
+        device = launch.start(process, launch.group_timeout(settings.run.hang_seconds))
         require_agreement(settings, process)
         mesh = make_mesh(settings, process, device)
         run = RunDirectory(Path(settings.run.dir), is_writer=process.rank == 0)
@@ -62,12 +63,14 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
             return
         ending.run, ending.load = run, settings.checkpoint.load
         run.open(settings.run.tensorboard)
+        clear(run)
         run.require_shared(communicator)
         log_to(run.logs, process.rank)
         log.info("run directory %s", run.path)
         for note in settings.notes:
             log.info("%s", note)
-        with deterministic_kernels(settings.train.deterministic):
+        watched = watching(run, mesh, settings.run.hang_seconds, ending.hung)
+        with watched as ending.watchdog, deterministic_kernels(settings.train.deterministic):
             train(settings, mesh, run)
         run.close()
 

@@ -21,35 +21,48 @@ _launched: list[subprocess.Popen[str]] = []
 
 
 def launch(
-    recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0, dies: tuple[int, str] | None = None
+    recipe: Path,
+    ranks: int,
+    *overrides: str,
+    stall_after: int | str = 0,
+    dies: tuple[int, str] | None = None,
+    hangs: tuple[int, str] | None = None,
 ) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node RANKS -m megagap.train RECIPE OVERRIDES``; one rank runs without torchrun.
 
     ``stall_after``: the run stands still once it has made so many steps, to be killed there at leisure; with ``N:RANK``
-    that rank only. ``dies``: this rank is killed at this place of the third step (``tests/dying_train.py``).
+    that rank only. ``dies``: this rank is killed at this place of the third step (``tests/dying_train.py``). ``hangs``:
+    it stands still there (``tests/hanging_train.py``).
     """
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         if ranks > 1
         else [sys.executable]
     )
-    return _start([*launcher, *_program(stall_after, dies), str(recipe), *overrides])
+    return _start([*launcher, *_program(stall_after, dies, hangs), str(recipe), *overrides])
 
 
 def start_ranks(
-    recipe: Path, ranks: int, *overrides: str, stall_after: int | str = 0, dies: tuple[int, str] | None = None
+    recipe: Path,
+    ranks: int,
+    *overrides: str,
+    stall_after: int | str = 0,
+    dies: tuple[int, str] | None = None,
+    hangs: tuple[int, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """The processes that :func:`launch` starts, without torchrun, which takes seconds: by rank, each with its own end.
 
     They are forks of a Python that has torch (:mod:`tests.warm_start`).
     """
-    command = [python(), *_program(stall_after, dies), str(recipe), *overrides]
+    command = [python(), *_program(stall_after, dies, hangs), str(recipe), *overrides]
     run = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     places = [run | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
     return [_start(command, **{name: str(value) for name, value in place.items()}) for place in places]
 
 
-def _program(stall_after: int | str, dies: tuple[int, str] | None) -> list[str]:
+def _program(stall_after: int | str, dies: tuple[int, str] | None, hangs: tuple[int, str] | None = None) -> list[str]:
+    if hangs is not None:
+        return ["-m", "tests.hanging_train", *map(str, hangs)]
     if dies is not None:
         return ["-m", "tests.dying_train", *map(str, dies)]
     return ["-m", "tests.stalling_train", str(stall_after)] if stall_after else ["-m", "megagap.train"]

@@ -79,13 +79,19 @@ def _padded(size: int) -> int:
 class BackgroundSaver:
     """Saves checkpoints one at a time, in a thread. Every rank makes the same calls in the same order."""
 
-    def __init__(self, slices: Sequence[Slice], communicator: Communicator, device: torch.device) -> None:
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        communicator: Communicator,
+        device: torch.device,
+        progress: Callable[[int], object] = lambda written: None,
+    ) -> None:
         """Allocate the copies of ``slices``, which every save is to have.
 
-        ``communicator``: used by nothing else. Raises :class:`CheckpointError`, on every rank, if a machine has too
-        little memory.
+        ``communicator``: used by nothing else. ``progress``: of :func:`save_checkpoint`, in the thread. Raises
+        :class:`CheckpointError`, on every rank, if a machine has too little memory.
         """
-        self._communicator = communicator
+        self._communicator, self._progress = communicator, progress
         _require_memory(copied_bytes(slices), communicator)
         fault, made = None, None
         try:
@@ -125,7 +131,7 @@ class BackgroundSaver:
         if copied is not None:
             copied.synchronize()
         began = time.monotonic()
-        save_checkpoint(folder, copies, state, self._communicator)
+        save_checkpoint(folder, copies, state, self._communicator, progress=self._progress)
         self.write_seconds = time.monotonic() - began
         saved(self.write_seconds)
 

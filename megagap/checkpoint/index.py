@@ -122,10 +122,14 @@ class Index(_Record):
     """Small values: steps, data positions, settings. JSON only; ``state.py`` reads and checks them."""
 
     @classmethod
-    def read(cls, folder: Path) -> "Index":
-        """Read and check a folder's index. Raises :class:`CheckpointError` naming the folder and what is wrong."""
+    def read(cls, folder: Path, *, whole: bool = True) -> "Index":
+        """Read and check a folder's index. Raises :class:`CheckpointError` naming the folder and what is wrong.
+
+        ``whole``: whether all files must be there; a node's own disk may have a part of them.
+        """
         try:
-            _check_length(folder)
+            if whole:
+                _check_length(folder)
             raw = (folder / INDEX_NAME).read_bytes()
         except FileNotFoundError:
             raise CheckpointError(
@@ -136,6 +140,11 @@ class Index(_Record):
             if error.errno == errno.EIO:
                 raise damaged(folder, f"{INDEX_NAME}: {error.strerror}") from None
             raise CheckpointError(f"cannot read {folder / INDEX_NAME}: {error.strerror}") from None
+        return cls.parse(folder, raw, whole=whole)
+
+    @classmethod
+    def parse(cls, folder: Path, raw: bytes, *, whole: bool) -> "Index":
+        """The index of ``folder`` from what its file holds, checked as in :meth:`read`."""
         head = _HEAD.match(raw)
         if head is None or checksum(memoryview(raw)[head.end() :]) != head[1].decode():
             raise damaged(folder, f"{INDEX_NAME} does not match its checksum")
@@ -145,7 +154,7 @@ class Index(_Record):
             index = cls.model_validate_json(body)
         except ValidationError as error:
             raise unusable(folder, error) from None
-        index.validate_against(folder)
+        index.validate_against(folder, whole=whole)
         return index.model_copy(update={"state": _with_texts(index.state, _unescaped)})
 
     def to_json(self) -> str:
@@ -154,15 +163,16 @@ class Index(_Record):
         body = json.dumps(plain, allow_nan=False, separators=(",", ":")) + "}\n"
         return f'{{"checksum":"{checksum(body.encode())}","body":{body}'
 
-    def validate_against(self, folder: Path) -> None:
-        """Check that fields fit each other and the files of ``folder``, and that each element is stored once.
+    def validate_against(self, folder: Path, *, whole: bool = True) -> None:
+        """Check that fields fit each other and, if ``whole``, the files of ``folder``, and that each element is stored
+        once.
 
         Raises :class:`CheckpointError`.
         """
         files = {file.name: file for file in self.files}
         if len(files) < len(self.files):
             raise damaged(folder, "files: a name is listed twice")
-        for file in self.files:
+        for file in self.files if whole else ():
             check_size(folder, file)
         if len(self._by_name) < len(self.tensors):
             raise damaged(folder, "tensors: a name is listed twice")

@@ -129,6 +129,12 @@ def load_slices(
             part.write(source.view(chunk.sizes)[overlap.in_chunk], overlap.of_slice)
 
 
+def files_of(folder: Path, index: Index, wanted: Iterable[Slice]) -> set[str]:
+    """The files that :func:`load_slices` would read. Raises :class:`CheckpointError` if a tensor is missing."""
+    parts = ((part, index.tensor(folder, part.kind, part.shard.name)) for part in wanted)
+    return {chunk.file for part, stored in parts for chunk, _ in _intersect(stored, part)}
+
+
 def load_tensor(folder: Path, index: Index, kind: str, name: str) -> Tensor:
     """One whole tensor, in the stored dtype. Raises :class:`CheckpointError` if it is missing or damaged."""
     stored = index.tensor(folder, kind, name)

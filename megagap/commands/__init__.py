@@ -26,6 +26,7 @@ SUMMARIES = {
     "recipe": "print one of the example recipes",
     "train": "train a model from a recipe",
     "plot": "draw and compare the losses of runs",
+    "goodput": "say how much of a run's time went into steps that count",
     "evaluate": "loss, perplexity and bits per byte of a model",
     "generate": "let a model continue a prompt",
     "inspect-checkpoint": "show what a checkpoint holds, list those of a run, verify them",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
 from megagap.config.faults import Fault
@@ -19,6 +19,10 @@ Rule = Callable[[Lookup], Iterator[Fault]]
 
 MOST_STAGES = 65_536
 """Virtual stages in a pipeline: a schedule lists the actions of all of them."""
+
+
+MOST_WORLDS = 8
+"""Numbers of processes to suggest."""
 
 
 class _Unsound(Exception):
@@ -333,6 +337,12 @@ def _mode_needs_a_folder(v: Lookup) -> Iterator[Fault]:
         yield Fault("checkpoint.load_mode", v("checkpoint.load_mode"), message)
 
 
+def _local_checkpoints_have_a_place(v: Lookup) -> Iterator[Fault]:
+    if v("checkpoint.local_every") and not v("checkpoint.local_dir"):
+        message = "needs a folder on each node's own disk: set checkpoint.local_dir to it"
+        yield Fault("checkpoint.local_every", v("checkpoint.local_every"), message)
+
+
 def _retention_can_keep_something(v: Lookup) -> Iterator[Fault]:
     every, evaluate_every = v("checkpoint.every"), v("train.evaluate_every")
     for setting in ("checkpoint.keep_every", "checkpoint.keep_best"):
@@ -419,16 +429,26 @@ def _ranks_fit(v: Lookup, world_size: int | None) -> Iterator[Fault]:
     ranks, names = tp * pp * cp, "parallel.tp × parallel.pp" + (" × parallel.cp" if cp > 1 else "")
     if world_size % ranks:
         message = f"does not divide the {counted(world_size, 'process', 'processes')} of this run"
-        yield Fault(names, ranks, message)
+        yield Fault(names, ranks, message + _worlds_that_fit(v, ranks, world_size))
         return
     dp, micro = world_size // ranks, v("train.micro_batch_size")
     for setting, batch in _batch_sizes(v):
         if batch % (dp * micro) and batch % micro == 0:
             message = f"must be a multiple of {counted(dp, 'data-parallel rank')} × train.micro_batch_size = {micro}"
-            yield Fault(setting, batch, message)
+            yield Fault(setting, batch, message + _worlds_that_fit(v, ranks, world_size))
     if dp % v("parallel.dp_replicate"):
         message = f"does not divide the {counted(dp, 'data-parallel rank')} of this run; possible: {divisors(dp)}"
         yield Fault("parallel.dp_replicate", v("parallel.dp_replicate"), message)
+
+
+def _worlds_that_fit(v: Lookup, ranks: int, world_size: int) -> str:
+    """Numbers of processes near this one that layout and batch allow: a restart may have fewer or more."""
+    per_rank, rest = divmod(gcd(*(batch for _, batch in _batch_sizes(v))), v("train.micro_batch_size"))
+    dps = [dp for dp in range(1, per_rank + 1) if per_rank % dp == 0 and dp % v("parallel.dp_replicate") == 0]
+    if rest or not dps:
+        return ""
+    near = sorted(sorted((ranks * dp for dp in dps), key=lambda world: abs(world - world_size))[:MOST_WORLDS])
+    return f"; numbers of processes that fit: {', '.join(map(str, near))}"
 
 
 RULES: tuple[Rule, ...] = (
@@ -459,6 +479,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation_has_data,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
+    _local_checkpoints_have_a_place,
     _retention_can_keep_something,
     _cooldown_decays,
     _compiler_chooses,

@@ -235,6 +235,11 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: Count = 0
     """Newest checkpoints to keep; 0: all."""
+    local_every: Count = 0
+    """Steps between checkpoints on the nodes' own disks, with a copy of each node's part on another node; 0: none."""
+    local_dir: str = ""
+    """Where they are, a folder on each node's own disk; `$NAME` stands for a variable of the node's environment. A
+    start looks here, too, for the newest checkpoint. "": nowhere."""
     keep_every: Count = 0
     """Steps whose multiples are kept for ever, beside the newest `keep`; 0: none. A multiple of `every`."""
     keep_best: Count = 0
@@ -281,6 +286,10 @@ class Guard(Section):
     """Steps between those computed twice and compared bit for bit, to find ranks that compute wrongly; 0: never. Such
     a step takes twice as long; it is hashed, and skipped where the two differ."""
 
+    replicas_every: Annotated[int, Field(ge=-1)] = 0
+    """Steps between comparisons, bit for bit, of the parameters that several ranks hold alike, to find damaged ones;
+    the run then ends without saving. 0: before each checkpoint only; -1: never."""
+
 
 class Run(Section):
     dir: str = ""
@@ -297,6 +306,12 @@ class Run(Section):
     """Steps between console lines; metrics.jsonl has every step."""
     spans: bool = False
     """Record when each rank computes what in the pipeline, in spans/ of the run directory, for draw-schedule."""
+    hang_seconds: NonNegative = 600
+    """Seconds in which no rank moves on before the run ends, with logs/hang_report.txt; 0: never. Starting, the first
+    step and evaluations have twice the time."""
+    slow_ranks_every: Count = 10
+    """Steps between those in which each rank's own time, without its waiting for others, is measured and compared;
+    0: never. A rank that is 25 % slower than others of its stage three times in a row is named."""
     insight_every: Count = 0
     """Steps between records of each layer's norms of weights, gradients and updates, largest activation, and share of
     weights that changed. 0: never."""

@@ -6,7 +6,8 @@ RUN/
   logs/rank_00000.log …                       checkpoints/step_00000100/ …  latest
   events.jsonl       append-only              status.json        state, step, message
   spans/             of every rank, where run.spans is set
-  guard/             batches of bad steps
+  accounting.jsonl   where the time went      guard/             batches of bad steps
+  lineage.json       its id and starts, where checkpoints are on other disks, too
   config_before_step_00000100.toml            config.toml of the starts before, where a restart changed a setting
 """
 
@@ -43,6 +44,7 @@ from megagap.files import (
     writing,
 )
 from megagap.model.flops import flops_per_token
+from megagap.observe.goodput import ACCOUNTING
 from megagap.observe.logs import log_file
 from megagap.observe.utilisation import peak_tflops
 from megagap.optim.precision import PRECISIONS
@@ -52,6 +54,9 @@ from megagap.parallel.mesh import Mesh
 CONFIG, ENVIRONMENT, EVENTS, LOCK, STATUS = "config.toml", "environment.json", "events.jsonl", "lock", "status.json"
 LOCK_SECONDS = 10.0
 """How long a second run waits for the first to leave the directory."""
+
+LOST_SECONDS = 1.0
+"""How long another rank waits for the lock of a writer that may have died."""
 
 State = Literal["running", "finished", "preempted", "failed"]
 
@@ -66,10 +71,12 @@ class RunDirectory:
         self.has_begun = False
         self._has_ended = False
         self._writing = threading.RLock()
-        """A second Ctrl-C is answered in a thread of its own."""
+        """A second Ctrl-C or SIGTERM is answered in a thread of its own."""
         self._lock: Lock | None = None
         self._folder: os.stat_result | None = None
         """The directory that was opened; later another one may have its name."""
+        self.local: Path | None = None
+        """This node's folder of checkpoints on its own disk, if the run has such."""
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +93,10 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run."""
+        return checkpoint.parent in (self.checkpoints, self.local)
 
     @property
     def is_open(self) -> bool:
@@ -108,7 +119,7 @@ class RunDirectory:
             self._folder = os.stat(self.path)
             for folder in (self.checkpoints, self.logs, *([self.tensorboard] if tensorboard else [])):
                 require_writable_folder(folder)
-            for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS):
+            for name in (CONFIG, ENVIRONMENT, EVENTS, STATUS, ACCOUNTING):
                 require_writable(self.path / name)
             for file in (self.metrics, log_file(self.logs, 0), self.checkpoints / LATEST):
                 require_writable(file)
@@ -257,8 +268,12 @@ class RunDirectory:
     def fail(self, message: str) -> None:
         """Record a failure, in each of its two places that can be written.
 
-        A start that was refused leaves the status of the start before as it is; a run that has ended stays so.
+        A start that was refused leaves the status of the start before as it is; a run that has ended stays so. Another
+        rank than the writer records it if that one is gone without a word.
         """
+        if not self.is_writer:
+            self._fail_for_lost_writer(message)
+            return
         if self._has_ended:
             return
         try:
@@ -266,6 +281,24 @@ class RunDirectory:
                 self.status("failed", message)
         finally:
             self.event("failure", message=message)
+
+    def _fail_for_lost_writer(self, message: str) -> None:
+        """On another rank. The system releases a dead writer's lock."""
+        if not self.has_begun:
+            return
+        with suppress(LockedError):
+            self._lock = Lock(self.path / LOCK, wait=LOST_SECONDS)
+        if self._lock is None:
+            return
+        try:
+            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
+            if self._lock.is_enforced and status["state"] == "running":  # not one that a restart has begun meanwhile
+                self.status("failed", message)
+                self.event("failure", message=message)
+        except (ValueError, LookupError, TypeError):
+            pass  # a status that nobody can read says nothing false
+        finally:
+            self.close()
 
     def _write(self, name: str, text: str) -> None:
         with writing(self.path / name):

@@ -1,8 +1,9 @@
-"""Spans: what a process did from when to when, as JSON lines for each rank in RUN/spans/.
+"""Recordings of spans: what a process did from when to when, as JSON lines for each rank in RUN/spans/.
 
-Off by default (``run.spans``). A file begins each start of its process with a line that describes it
-(:func:`describe_start`); every other line is one span: ``name``, ``rank``, ``step``, ``start`` and ``end`` in seconds
-since 1970 by the host's clock, and what else it was given. Lines are buffered, and written when a step is over.
+Off by default (``run.spans``); collectives, and what evaluations and checkpoints consist of, are left out. A file
+begins each start of its process with a line that describes it (:func:`describe_start`); every other line is one span:
+``name``, ``rank``, ``step``, ``start`` and ``end`` in seconds since 1970 by the host's clock, and what else it was
+given. Lines are buffered, and written when a step is over.
 
 On a GPU a span is timed by events on the stream, which are read when they have passed: nothing waits for the device.
 """
@@ -11,7 +12,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megagap.config import Settings
 from megagap.errors import DataError
 from megagap.files import LineFile, make_folder, reading
+from megagap.parallel import spans
 
 if TYPE_CHECKING:  # recordings are read without torch
     from torch.cuda import Event
@@ -31,24 +33,12 @@ if TYPE_CHECKING:  # recordings are read without torch
 FOLDER = "spans"
 BUFFERED_LINES = 2000
 """Written at once: some hundred KiB."""
+UNDIVIDED = ("evaluation", "checkpoint")
+"""Spans that are recorded without those inside of them."""
 
 
 def span_file(run: Path, rank: int) -> Path:
     return run / FOLDER / f"rank_{rank:05}.jsonl"
-
-
-class Spans:
-    """Records nothing: what a run without ``run.spans`` has."""
-
-    def begin_step(self, step: int) -> None:
-        """What follows belongs to this step."""
-
-    def span(self, name: str, **fields: int) -> AbstractContextManager[None]:
-        """Record what happens in the block under ``name``; ``fields`` are added to the line."""
-        return nullcontext()
-
-    def close(self) -> None:
-        """Write what is left."""
 
 
 class Clock(Protocol):
@@ -123,8 +113,9 @@ class _Open:
     seconds: list[float] = field(default_factory=list)
 
 
-class RecordedSpans(Spans):
-    """Spans of one process, written to ``path``. Every method raises :class:`DataError` if that cannot be written."""
+class Recording:
+    """Spans of one process, written to ``path``; a :class:`megagap.parallel.spans.Listener`. Every method raises
+    :class:`DataError` if that cannot be written."""
 
     def __init__(self, path: Path, rank: int, clock: Clock, start: dict[str, Any]) -> None:
         """``start``: the line that describes this start of the process."""
@@ -132,25 +123,34 @@ class RecordedSpans(Spans):
         self._file, self._rank, self._clock = LineFile(path), rank, clock
         self._file.append(json.dumps(start))
         self._step = 0
+        self._under_way: list[tuple[spans.Span, _Open]] = []
         self._marks: deque[tuple[_Open, Any]] = deque()
         """Starts and ends in the order in which they were made, until they are read."""
         self._lines: list[str] = []
 
-    def begin_step(self, step: int) -> None:
+    def begin(self, span: spans.Span) -> None:
+        outermost = span.spans.open[0]
+        if span.axis or (outermost is not span and outermost.name in UNDIVIDED):
+            return
+        if span.spans.step != self._step:
+            self._begin_step(span.spans.step)
+        fields = span.fields if span.peer is None else span.fields | {"peer": span.peer}
+        opened = _Open(span.name, self._step, fields, self._clock.mark())
+        self._under_way.append((span, opened))
+        self._marks.append((opened, opened.start))
+
+    def end(self, span: spans.Span) -> None:
+        if not self._under_way or self._under_way[-1][0] is not span:
+            return
+        _, opened = self._under_way.pop()
+        opened.end = self._clock.mark()
+        self._marks.append((opened, opened.end))
+
+    def _begin_step(self, step: int) -> None:
         self._step = step
         self._read(wait=False)
         if len(self._lines) >= BUFFERED_LINES:
             self._write()
-
-    @contextmanager
-    def span(self, name: str, **fields: int) -> Iterator[None]:
-        opened = _Open(name, self._step, fields, self._clock.mark())
-        self._marks.append((opened, opened.start))
-        try:
-            yield
-        finally:
-            opened.end = self._clock.mark()
-            self._marks.append((opened, opened.end))
 
     def close(self) -> None:
         self._read(wait=True)
@@ -173,13 +173,21 @@ class RecordedSpans(Spans):
             self._lines = []
 
 
-def spans_of_run(settings: Settings, run: Path, mesh: "Mesh", first_step: int) -> Spans:
-    """Where this process records its spans: nowhere, unless ``run.spans`` is set."""
+@contextmanager
+def recorded_spans(settings: Settings, run: Path, mesh: "Mesh", first_step: int) -> Iterator[None]:
+    """Record the spans of the block, if ``run.spans`` is set."""
     if not settings.run.spans:
-        return Spans()
+        yield
+        return
     rank = mesh.world.rank
-    clock: Clock = DeviceClock() if mesh.device.type == "cuda" else HostClock()
-    return RecordedSpans(span_file(run, rank), rank, clock, describe_start(settings, mesh, first_step))
+    recording = Recording(span_file(run, rank), rank, clock_of(mesh), describe_start(settings, mesh, first_step))
+    with closing(recording), mesh.spans.heard_by(recording):
+        yield
+
+
+def clock_of(mesh: "Mesh") -> Clock:
+    """Of what the mesh's device does."""
+    return DeviceClock() if mesh.device.type == "cuda" else HostClock()
 
 
 def describe_start(settings: Settings, mesh: "Mesh", first_step: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megagap.ops.adjacent import as_one
@@ -36,6 +35,7 @@ from megagap.optim.resident_blocks import ResidentBlocks
 from megagap.optim.sharding import Sharding
 from megagap.parallel.collectives import (
     Pending,
+    Started,
     all_gather_flat_async,
     all_reduce_async,
     reduce_scatter_flat_async,
@@ -177,8 +177,8 @@ class Bucket:
         self._reduced: Tensor | None = None
         self._arriving: Tensor | None = None
         """What is to be added to ``own_gradient`` once it is reduced."""
-        self._reduction: dist.Work | Pending | None = None
-        self._gathering: dist.Work | None = None
+        self._reduction: Started | Pending | None = None
+        self._gathering: Started | None = None
 
     def _fill(self, exact: bool) -> tuple[Tensor, Tensor | None]:
         """Take over the parameters' initial values. Returns this rank's slice, and the remainder of its masters if they

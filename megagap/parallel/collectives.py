@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagap.parallel.mesh import Axis
+from megagap.parallel.spans import Span
 
 # torch 2.13 renamed these two.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -16,11 +17,28 @@ _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 @dataclass(frozen=True)
+class Started:
+    """A collective that may still be running, known to the process's spans while it is waited for."""
+
+    work: dist.Work
+    span: Span
+
+    def wait(self) -> None:
+        with self.span:
+            self.work.wait()
+
+
+def _started(work: dist.Work | None, name: str, axis: Axis) -> Started:
+    assert work is not None
+    return Started(work, axis.spans.collective(name, axis.name))
+
+
+@dataclass(frozen=True)
 class Pending:
     """The result of a collective that may still be running."""
 
     tensor: Tensor
-    works: Sequence[dist.Work] = ()
+    works: Sequence[Started] = ()
     sent: Tensor | None = None
     """What must live, unchanged, until then."""
 
@@ -34,7 +52,8 @@ class Pending:
 def all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over the axis; returns ``tensor``."""
     if axis.group is not None:
-        dist.all_reduce(tensor, op=op, group=axis.group)
+        with axis.spans.collective("all-reduce", axis.name):
+            dist.all_reduce(tensor, op=op, group=axis.group)
     return tensor
 
 
@@ -42,9 +61,7 @@ def all_reduce_async(tensor: Tensor, axis: Axis) -> Pending:
     """Start summing over the axis, in place."""
     if axis.group is None:
         return Pending(tensor)
-    work = dist.all_reduce(tensor, group=axis.group, async_op=True)
-    assert work is not None
-    return Pending(tensor, [work])
+    return Pending(tensor, [_started(dist.all_reduce(tensor, group=axis.group, async_op=True), "all-reduce", axis)])
 
 
 def all_gather_async(tensor: Tensor, axis: Axis, dim: int) -> Pending:
@@ -58,7 +75,8 @@ def all_gather_async(tensor: Tensor, axis: Axis, dim: int) -> Pending:
     tensor = tensor.contiguous()
     whole = tensor.new_empty(*tensor.shape[:dim], axis.size * tensor.shape[dim], *tensor.shape[dim + 1 :])
     rows = zip(_rows(whole, dim), _rows(tensor, dim), strict=True)
-    return Pending(whole, [_all_gather_flat(into, row, group=axis.group, async_op=True) for into, row in rows])
+    works = [_all_gather_flat(into, row, group=axis.group, async_op=True) for into, row in rows]
+    return Pending(whole, [_started(work, "all-gather", axis) for work in works])
 
 
 def reduce_scatter_async(tensor: Tensor, axis: Axis, dim: int) -> Pending:
@@ -68,7 +86,8 @@ def reduce_scatter_async(tensor: Tensor, axis: Axis, dim: int) -> Pending:
     tensor = tensor.contiguous()
     mine = tensor.new_empty(*tensor.shape[:dim], tensor.shape[dim] // axis.size, *tensor.shape[dim + 1 :])
     rows = zip(_rows(mine, dim), _rows(tensor, dim), strict=True)
-    return Pending(mine, [_reduce_scatter_flat(into, row, group=axis.group, async_op=True) for into, row in rows])
+    works = [_reduce_scatter_flat(into, row, group=axis.group, async_op=True) for into, row in rows]
+    return Pending(mine, [_started(work, "reduce-scatter", axis) for work in works])
 
 
 def _rows(tensor: Tensor, dim: int) -> Sequence[Tensor]:
@@ -76,20 +95,22 @@ def _rows(tensor: Tensor, dim: int) -> Sequence[Tensor]:
     return tensor.view(prod(tensor.shape[:dim]), -1).unbind()
 
 
-def reduce_scatter_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work | None:
+def reduce_scatter_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> Started | None:
     """Start summing ``tensor`` [n] over the axis into each member's ``output`` [n / size]."""
     if axis.group is None:
         output.copy_(tensor)
         return None
-    return _reduce_scatter_flat(output, tensor, group=axis.group, async_op=True)
+    work = _reduce_scatter_flat(output, tensor, group=axis.group, async_op=True)
+    return _started(work, "reduce-scatter", axis)
 
 
-def all_gather_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> dist.Work | None:
+def all_gather_flat_async(output: Tensor, tensor: Tensor, axis: Axis) -> Started | None:
     """Start collecting every member's ``tensor`` [n / size] into ``output`` [n]."""
     if axis.group is None:
         output.copy_(tensor)
         return None
-    return _all_gather_flat(output, tensor, group=axis.group, async_op=True)
+    work = _all_gather_flat(output, tensor, group=axis.group, async_op=True)
+    return _started(work, "all-gather", axis)
 
 
 def pass_on_async(tensor: Tensor, axis: Axis) -> Pending:
@@ -101,7 +122,8 @@ def pass_on_async(tensor: Tensor, axis: Axis) -> Pending:
     following, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     send = dist.P2POp(dist.isend, tensor, following, axis.group)
     receive = dist.P2POp(dist.irecv, received, before, axis.group)
-    return Pending(received, dist.batch_isend_irecv([send, receive]), tensor)
+    works = dist.batch_isend_irecv([send, receive])
+    return Pending(received, [_started(work, "ring", axis) for work in works], tensor)
 
 
 def all_to_all_uneven(tensor: Tensor, given: Sequence[int], taken: Sequence[int], axis: Axis) -> Tensor:
@@ -110,7 +132,8 @@ def all_to_all_uneven(tensor: Tensor, given: Sequence[int], taken: Sequence[int]
     if axis.group is None:
         return tensor
     received = tensor.new_empty(sum(taken))
-    dist.all_to_all_single(received, tensor, list(taken), list(given), group=axis.group)
+    with axis.spans.collective("all-to-all", axis.name):
+        dist.all_to_all_single(received, tensor, list(taken), list(given), group=axis.group)
     return received
 
 
@@ -121,5 +144,4 @@ def all_to_all_async(tensor: Tensor, axis: Axis) -> Pending:
     tensor = tensor.contiguous()
     received = torch.empty_like(tensor)
     work = dist.all_to_all_single(received, tensor, group=axis.group, async_op=True)
-    assert work is not None
-    return Pending(received, [work], tensor)
+    return Pending(received, [_started(work, "all-to-all", axis)], tensor)

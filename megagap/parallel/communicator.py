@@ -51,7 +51,8 @@ class DistributedCommunicator:
         for level in self._levels:  # ranks that are not the first of a level are alone in the next
             if level.group is not None:
                 parts: list[list[object]] | None = [[]] * level.size if level.rank == 0 else None
-                dist.gather_object(values, parts, dst=level.ranks[0], group=level.group)
+                with level.spans.collective("gather_of_objects", level.name):
+                    dist.gather_object(values, parts, dst=level.ranks[0], group=level.group)
                 values = [value for part in parts or [] for value in part]
         return values if self.rank == 0 else None
 
@@ -60,5 +61,6 @@ class DistributedCommunicator:
         values = [value]
         for level in reversed(self._levels):
             if level.group is not None:
-                dist.broadcast_object_list(values, src=level.ranks[0], group=level.group)
+                with level.spans.collective("broadcast_of_objects", level.name):
+                    dist.broadcast_object_list(values, src=level.ranks[0], group=level.group)
         return values[0]

@@ -5,7 +5,7 @@ An axis of size 1 has no process group and its collectives are the identity, so 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megagap.errors import DistributedError, library_errors
 from megagap.parallel.layout import AXES, Layout, Members
+from megagap.parallel.spans import Spans
 
 NOT_CONNECTED = (
     "the processes cannot connect to each other (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network)"
@@ -30,6 +31,8 @@ class Axis:
     """This process's place along the axis."""
     group: dist.ProcessGroup | None = None
     """None where the axis has one member."""
+    spans: Spans = field(default_factory=Spans, compare=False, repr=False)
+    """Where collectives along the axis are noted: one object for all axes of a mesh."""
 
     @property
     def size(self) -> int:
@@ -69,6 +72,16 @@ class Mesh:
     collectives. Empty unless they were asked for."""
     layout: Layout
     device: torch.device
+
+    @property
+    def spans(self) -> Spans:
+        """What this process is doing."""
+        return self.world.spans
+
+    @property
+    def background_spans(self) -> Spans | None:
+        """What the thread that uses ``background_levels`` is doing, where there are such."""
+        return self.background_levels[0].spans if self.background_levels and self.world.size > 1 else None
 
     def axis(self, name: str) -> Axis:
         axis = getattr(self, name)
@@ -121,7 +134,9 @@ class Mesh:
         if layout.world_size == 1:
             return replace(mesh, background_levels=mesh.object_levels)
         with library_errors(NOT_CONNECTED, DistributedError):
-            return replace(mesh, background_levels=_object_levels(layout.object_levels(), rank, timeout))
+            levels, spans = _object_levels(layout.object_levels(), rank, timeout), Spans()
+            named = (replace(level, name="background", spans=spans) for level in levels)
+            return replace(mesh, background_levels=tuple(named))
 
     @classmethod
     def _of_layout(cls, layout: Layout, rank: int, device: torch.device, timeout: timedelta | None) -> "Mesh":
@@ -136,7 +151,8 @@ class Mesh:
                     groups |= (_split_world if can_split else _separate_groups)(layout, rank, timeout)
                     mesh = cls._of_groups(layout, rank, device, groups)
                     connect(mesh)
-                    return replace(mesh, object_levels=_object_levels(layout.object_levels(), rank, timeout))
+                    levels = _object_levels(layout.object_levels(), rank, timeout)
+                    return replace(mesh, object_levels=tuple(replace(level, spans=mesh.spans) for level in levels))
             groups |= _separate_groups(layout, rank, timeout)
         return cls._of_groups(layout, rank, device, groups)
 
@@ -147,8 +163,10 @@ class Mesh:
 
     @classmethod
     def _of_groups(cls, layout: Layout, rank: int, device: torch.device, groups: "_Groups") -> "Mesh":
+        spans = Spans()
+
         def axis(name: str, members: Members) -> Axis:
-            return Axis(name, members, members.index(rank), groups.get(members))
+            return Axis(name, members, members.index(rank), groups.get(members), spans)
 
         world = axis("world", tuple(range(layout.world_size)))
         axes = {name: axis(name, layout.members(name, rank)) for name in AXES}

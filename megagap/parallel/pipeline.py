@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,17 +31,6 @@ has one for each tensor.
 """
 
 
-class OpenSpan(Protocol):
-    """Records what happens in a block: ``with span("forward", microbatch=0, chunk=0): …`` (``observe/spans.py``)."""
-
-    def __call__(self, name: str, **fields: int) -> AbstractContextManager[None]: ...
-
-
-def no_span(name: str, **fields: int) -> AbstractContextManager[None]:
-    """Records nothing."""
-    return nullcontext()
-
-
 class Stages(Protocol):
     """This rank's chunks of the model, as the executor sees them."""
 
@@ -70,15 +58,14 @@ def execute(
     boundary: Boundary,
     placement: Placement,
     mesh: Mesh,
-    span: OpenSpan = no_span,
 ) -> None:
     """Run this rank's program; gradients accumulate in the parameters.
 
-    Each action is recorded by ``span`` under its name, with ``microbatch`` and ``chunk``; what it waits for before is a
+    Each action is a span of the mesh under its name, with ``microbatch`` and ``chunk``; what it waits for before is a
     span ``wait`` of its own.
     """
     differentiate = any(isinstance(action, Backward | BackwardWeight) for action in program)
-    run = _Run(stages, boundary, placement, mesh, differentiate, span)
+    run = _Run(stages, boundary, placement, mesh, differentiate)
     for action in program:
         run.act(action)
     run.finish_sends(0)
@@ -94,10 +81,9 @@ class _Run:
         placement: Placement,
         mesh: Mesh,
         differentiate: bool,
-        span: OpenSpan,
     ) -> None:
         self.stages, self.boundary, self.placement, self.mesh = stages, boundary, placement, mesh
-        self.differentiate, self.span = differentiate, span
+        self.differentiate, self.span, self.wait = differentiate, mesh.spans.span, mesh.spans.wait
         self.available: dict[Message, Tensor] = {}
         """Received from other ranks, or made by a neighbouring chunk of this one."""
         self.arriving: dict[Message, dist.Work] = {}
@@ -107,8 +93,8 @@ class _Run:
         """By microbatch and chunk, from forward to backward: what came in and what went out."""
         self.waiting_weights: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.unfinished = MOST_BATCHES if mesh.device.type == "cuda" else 1
-        self.sends: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
-        """Of each batch that may still be under way; the tensors must live until it ends."""
+        self.sends: deque[tuple[list[dist.Work], list[Tensor], int]] = deque()
+        """Of each batch that may still be under way, and to whom; the tensors must live until it ends."""
 
     def act(self, action: Action) -> None:
         match action:
@@ -156,7 +142,7 @@ class _Run:
         if needed is None:
             return None
         if (work := self.arriving.pop(needed.message, None)) is not None:
-            with self.span("wait", peer=needed.peer):
+            with self.wait("wait", peer=self.mesh.pp.ranks[needed.peer]):
                 work.wait()
         return self.available.pop(needed.message)
 
@@ -181,12 +167,15 @@ class _Run:
         sends = len(transfer.sends)
         self.arriving |= {message: work for (_, message), work in zip(transfer.receives, works[sends:], strict=True)}
         if sends:
-            self.sends.append((works[:sends], [operation.tensor for operation in operations[:sends]]))
+            tensors = [operation.tensor for operation in operations[:sends]]
+            self.sends.append((works[:sends], tensors, pp.ranks[transfer.sends[0][0]]))
 
     def finish_sends(self, leave: int) -> None:
         """Drop the batches that have ended, and wait for the others, from the oldest, until ``leave`` are left."""
         while self.sends and all(work.is_completed() for work in self.sends[0][0]):
             self.sends.popleft()
         while len(self.sends) > leave:
-            for work in self.sends.popleft()[0]:
-                work.wait()
+            works, _, peer = self.sends.popleft()
+            with self.wait("wait", peer=peer):
+                for work in works:
+                    work.wait()

@@ -23,35 +23,48 @@ from megagap.errors import (
     ConfigError,
     DistributedError,
     FileSystemError,
+    HangError,
     LostPeerError,
     MegagapError,
     file_system_error,
 )
 from megagap.observe.run_directory import RunDirectory
+from megagap.observe.watchdog import Watchdog
 from megagap.ops.arithmetic import sum_half_precision_in_fp32
 from megagap.process.allocator import keep_freed_memory
 from megagap.process.interrupt import watch_interrupts
 from megagap.process.parent import UNDER_TORCHRUN, handle_interrupts
-from megagap.process.rendezvous import Process, join, warn_of_several_runs
+from megagap.process.rendezvous import Process, join, warn_of_several_runs, warn_of_shared_store
 from megagap.resume.next_start import next_start
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before its process gives up."""
 
+
+def group_timeout(hang_seconds: float) -> timedelta:
+    """That of collectives in a run with this ``run.hang_seconds``: a report of a hang comes first."""
+    return max(GROUP_TIMEOUT, timedelta(seconds=2.5 * hang_seconds))
+
+
 LINGER_SECONDS = 5.0
 """How long the other ranks wait before exiting, so that torchrun's SIGTERM does not swallow the message."""
 
+SPEAK_SECONDS = 0.5
+"""How long the others leave the rank that prints why a run hangs, before torchrun ends all."""
+
 ABORT_SECONDS = 3.0
-"""How long recording an abort may take, as on a file system that hangs, before the process ends without it."""
+"""How long recording an abort or a hang may take, as where a file system hangs, before the process ends without it."""
 
 log = logging.getLogger(__name__)
 
 
-def start(process: Process) -> torch.device:
-    """Choose device and threads, and join the process group. Returns the device."""
+def start(process: Process, timeout: timedelta = GROUP_TIMEOUT) -> torch.device:
+    """Choose device and threads, and join the process group, whose collectives give up after ``timeout``. Returns the
+    device."""
     threads = chosen_threads()
     if process.rank == 0:
         warn_of_several_runs()
+        warn_of_shared_store()
     if torch.cuda.is_available():
         device = torch.device("cuda", choose_gpu(process, torch.cuda.device_count()))
         torch.cuda.set_device(device)
@@ -64,7 +77,7 @@ def start(process: Process) -> torch.device:
         if threads is None:
             torch.set_num_threads(max(1, available_cores() // process.local_world_size))
     if process.world_size > 1:
-        join(process, device, GROUP_TIMEOUT)
+        join(process, device, timeout)
     return device
 
 
@@ -134,6 +147,8 @@ class Ending:
     """Once it is open: failures are recorded there."""
     load: str = "latest"
     """The run's ``checkpoint.load``."""
+    watchdog: Watchdog | None = None
+    """Once the run is watched."""
 
     def next_start(self) -> str:
         """How to continue, as a sentence; nothing where there is no run."""
@@ -149,7 +164,7 @@ class Ending:
             log.error("cannot record the failure: %s", error)
 
     def interrupted(self, how: str) -> None:
-        """Record and print that a Ctrl-C ended the process; the first rank of each machine prints."""
+        """Record and print that a signal ended the process; the first rank of each machine prints."""
         if self.run is not None and self.run.has_begun:
             how += f" after step {self.run.step}, without saving"
         message = "; ".join(filter(None, (how, self.next_start())))
@@ -158,25 +173,45 @@ class Ending:
         if self.process.local_rank == 0:
             _print(message)
 
-    def announce_stop(self) -> None:
+    def announce_stop(self, number: int) -> None:
         """Answer the first Ctrl-C where it asks a run to stop; before, it ends the process by itself."""
-        if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN):
+        if number == signal.SIGINT and signal.getsignal(signal.SIGINT) not in (
+            signal.default_int_handler,
+            signal.SIG_DFL,
+            signal.SIG_IGN,
+        ):
             with suppress(MegagapError):  # a log on a full disk: the stop will say so
                 log.info("Ctrl-C: saving and stopping after this step; press it again to stop at once, without saving")
 
-    def abort(self) -> None:
-        """Answer the second Ctrl-C: end the process, even where a file system hangs."""
-        deadline = threading.Timer(ABORT_SECONDS, os._exit, (INTERRUPTED,))
+    def hung(self, error: HangError, speaks: bool) -> NoReturn:
+        """End a process that hangs, whatever its main thread is waiting for; called by its watchdog."""
+        self._end_soon(error.exit_code)
+        error = HangError(f"{error.args[0]}\n  {self.next_start() or 'Run the same command again'}.")
+        log.error(error)
+        self.record(str(error))
+        if speaks:
+            _print(str(error))
+        else:
+            time.sleep(SPEAK_SECONDS)
+        _exit(error.exit_code)
+
+    def _end_soon(self, code: int) -> None:
+        """End the process even where a file system hangs."""
+        deadline = threading.Timer(ABORT_SECONDS, os._exit, (code,))
         deadline.daemon = True
         deadline.start()
-        self.interrupted("aborted by a second Ctrl-C")
-        _exit(INTERRUPTED)
+
+    def abort(self, number: int) -> None:
+        """Answer the second Ctrl-C or SIGTERM, whichever was first: end the process, even where a file system hangs."""
+        self._end_soon(128 + number)
+        self.interrupted(f"aborted by a second {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}")
+        _exit(128 + number)
 
 
 @contextmanager
 def orderly_exit(process: Process) -> Iterator[Ending]:
     """Ends the process with the block: 0 when done, an error's code and message on a user's fault, 1 with a traceback
-    on a bug in megagap. A second Ctrl-C ends it at once.
+    on a bug in megagap. A second Ctrl-C or SIGTERM ends it at once.
 
     An OSError is not a bug in megagap: it says what the system refused. Yields what to complete once there is a run.
     """
@@ -199,6 +234,8 @@ def orderly_exit(process: Process) -> Iterator[Ending]:
 def _end_with(caught: BaseException, ending: Ending) -> int:
     """Record and print why the process ends; its exit code."""
     error = _lost_peer(caught, ending) or _refused_by_system(caught) or caught
+    if ending.watchdog is not None:
+        ending.watchdog.lost(caught) if isinstance(error, LostPeerError) else ending.watchdog.close()
     if isinstance(error, MegagapError):
         ending.record(str(error))
         _print_error(ending.process, error)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -141,6 +142,31 @@ def warn_of_several_runs(environment: Mapping[str, str] = os.environ) -> None:
         log.warning("srun has started %d tasks, this run has the processes of one: was torchrun given --nnodes?", tasks)
 
 
+def warn_of_shared_store(environment: Mapping[str, str] = os.environ) -> None:
+    """torchrun's agents read each other's values of the start before where they share one store with the workers."""
+    shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and is_one_of_several_nodes(environment) and _count(environment, "TORCHELASTIC_MAX_RESTARTS"):
+        log.warning(
+            "torchrun may not be able to restart this run over several nodes: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on all of them"
+        )
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What the processes of one node have in common: torchrun's number of it; without torchrun, the host."""
+    return environment.get("GROUP_RANK", "").strip() or socket.gethostname()
+
+
+def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this run's processes before, and starts them again after a failure."""
+    return UNDER_TORCHRUN in environment and _count(environment, "TORCHELASTIC_RESTART_COUNT") > 0
+
+
+def is_one_of_several_nodes(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started this run's processes on several nodes."""
+    return UNDER_TORCHRUN in environment and _count(environment, "GROUP_WORLD_SIZE") > 1
+
+
 def _count(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
@@ -154,22 +180,53 @@ def join(process: Process, device: torch.device, timeout: timedelta) -> None:
     Raises :class:`DistributedError`, on every rank that can be reached, if the ranks do not find each other or do not
     agree on who they are.
     """
-    under_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store: Store | None = None
-    if not under_torchrun:  # whose agents have met already, and number their workers
+    address, port = os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # agents have met already, and number their workers
+        with library_errors(NOT_CONNECTED, DistributedError):
+            shared = TCPStore(address, port, process.world_size, is_master=False, timeout=timeout)
+            store = PrefixStore(meet_in_used_store(process, shared, timeout), shared)
+    else:
         deadline = time.monotonic() + JOIN_SECONDS
-        meeting = Meeting(os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"]), deadline)
+        meeting = Meeting(address, port, deadline)
         shared = meeting.host(process) if process.rank == 0 else meeting.reach(process)
         call_roll(process, shared, deadline)
         store = PrefixStore("group", shared)
-    options: dict[str, Any] = {"timeout": timeout}
-    if store is not None:
-        options |= {"store": store, "rank": process.rank, "world_size": process.world_size}
+    place = {"rank": process.rank, "world_size": process.world_size}
+    options: dict[str, Any] = {"timeout": timeout, "store": store, **place}
     with library_errors(NOT_CONNECTED, DistributedError), _shared_gpus(process):
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, **options)
         else:
             dist.init_process_group("gloo", **options)
+
+
+def meet_in_used_store(process: Process, store: Store, timeout: timedelta) -> str:
+    """A name for the keys of this start, the same on every rank, in a ``store`` that has those of starts before:
+    torchrun's own, in which its restarts would find the addresses of processes that are gone.
+
+    Each rank asks rank 0 under a name drawn for that, so that no answer is an old one; rank 0 answers all who have
+    asked, also those before, until all of its own have heard it. Raises RuntimeError (torch's) if ranks are missing.
+    """
+    own = secrets.token_hex(8)
+    if process.rank:
+        store.set(f"asks/{process.rank}", own)
+        store.wait([f"answer/{own}"], timeout)
+        name = store.get(f"answer/{own}").decode()
+        store.add(f"heard/{name}", 1)
+        return name
+    asking = [f"asks/{rank}" for rank in range(1, process.world_size)]
+    store.wait(asking, timeout)
+    answered: set[bytes] = set()
+
+    def all_have_heard() -> bool:
+        for other in set(store.multi_get(asking)) - answered:
+            store.set(f"answer/{other.decode()}", own)
+            answered.add(other)
+        return store.add(f"heard/{own}", 0) == len(asking)
+
+    if not _wait_until(all_have_heard, timeout.total_seconds()):
+        raise RuntimeError("not all ranks have asked for the name of this start")
+    return own
 
 
 @contextmanager

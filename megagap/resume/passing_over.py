@@ -9,30 +9,47 @@ from typing import TypeVar, cast
 from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.index import DamagedCheckpointError
 from megagap.checkpoint.load import find_intact, resolve_checkpoint
-from megagap.checkpoint.save import point_latest_at
+from megagap.checkpoint.local import LocalTier
+from megagap.checkpoint.save import point_latest_at, step_of
 from megagap.config import Settings
-from megagap.errors import ConfigError
+from megagap.errors import CheckpointError, ConfigError
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
+from megagap.process.rendezvous import was_restarted
 
 log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
 
 
-def from_intact(settings: Settings, run: RunDirectory, mesh: Mesh, begin: Callable[[Path | None], Loaded]) -> Loaded:
+def from_intact(
+    settings: Settings,
+    run: RunDirectory,
+    mesh: Mesh,
+    begin: Callable[[Path | None], Loaded],
+    tier: LocalTier | None = None,
+) -> Loaded:
     """``begin(source)`` of the newest checkpoint of the run that turns out to be whole, of the folder that the settings
     ask to load, or of None for a fresh run. Every rank calls it.
 
     ``begin`` raises :class:`DamagedCheckpointError` on all ranks alike, and leaves nothing behind then. Such a
-    checkpoint is passed over for the one before it, unless ``checkpoint.load`` names it.
+    checkpoint is passed over for the one before it, unless ``checkpoint.load`` names it. A newer one on the nodes'
+    disks (``tier``), which is verified before, takes the place of the run directory's.
     Raises :class:`CheckpointError` or :class:`ConfigError`, on every rank, if there is no checkpoint to begin with.
     """
     passed_over: dict[Path, DamagedCheckpointError] = {}
     while True:
         known = set(passed_over)
-        source, passed_over = find_source(settings, run, mesh, passed_over)
+        refused: CheckpointError | None = None
+        try:
+            source, passed_over = find_source(settings, run, mesh, passed_over)
+        except CheckpointError as error:  # the directory's are all damaged, say
+            source, refused = None, error
+        if tier is not None:
+            source = _newer(tier, source, settings, run) or source
+        if refused is not None and source is None:
+            raise refused
         for folder in passed_over.keys() - known:
             _record(run, folder, passed_over[folder])
         try:
@@ -43,10 +60,19 @@ def from_intact(settings: Settings, run: RunDirectory, mesh: Mesh, begin: Callab
             passed_over[source] = error.with_traceback(None)
             _record(run, source, error)
         else:
-            if passed_over and source is not None and run.is_writer:
+            if passed_over and source is not None and source.parent != run.local and run.is_writer:
                 point_latest_at(source)  # what is ahead of it is no longer part of the run
             return loaded
         gc.collect()  # the state that was to be loaded, before another takes its place
+
+
+def _newer(tier: LocalTier, source: Path | None, settings: Settings, run: RunDirectory) -> Path | None:
+    """The nodes' checkpoint, if it is newer than ``source`` or that is not the run's own."""
+    is_own = source is not None and run.owns(source)
+    local = tier.newest(after=step_of(source) if source is not None and is_own else -1)
+    if local is not None and not is_own:
+        _use_own(local, settings, run)
+    return local
 
 
 def find_source(
@@ -72,16 +98,23 @@ def _find_source(settings: Settings, run: RunDirectory, passed_over: dict[Path, 
     for folder, error in passed_over.items():
         if _is_named(settings, folder):
             raise error
-    if own is not None and not wanted:
+    if own is not None:
+        _use_own(own[0], settings, run)
+        return own[0]
+    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+
+
+def _use_own(own: Path, settings: Settings, run: RunDirectory) -> None:
+    """Warn where the settings name another checkpoint than the run's ``own``. Raises :class:`ConfigError` where the run
+    is to start from the beginning; not after a failure, when torchrun repeats the command that did so."""
+    wanted = settings.checkpoint.load
+    if not wanted and not was_restarted():
         raise ConfigError(
             f'checkpoint.load = "" starts from the beginning, but {run.path} has checkpoints already\n'
             '  choose another run.dir, or checkpoint.load = "latest" to resume.'
         )
-    if own is not None:
-        if wanted != "latest":
-            log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own[0])
-        return own[0]
-    return resolve_checkpoint(Path(wanted)) if wanted not in ("", "latest") else None
+    if wanted not in ("", "latest"):
+        log.warning("checkpoint.load = %s is not used: the run has a checkpoint of its own, %s", wanted, own)
 
 
 def _is_named(settings: Settings, folder: Path) -> bool:

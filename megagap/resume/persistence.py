@@ -11,6 +11,7 @@ from typing import Any
 from megagap.checkpoint import Index, load_slices, save_checkpoint
 from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.background import BackgroundSaver
+from megagap.checkpoint.local import LocalTier
 from megagap.checkpoint.retention import VALIDATION_LOSS
 from megagap.checkpoint.save import step_folder_name
 from megagap.checkpoint.state import Progress, RunState, read_ids, read_model, read_run
@@ -24,6 +25,8 @@ from megagap.model.shapes import is_norm_gain, vocabulary_tensors
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.communicator import DistributedCommunicator
+from megagap.parallel.mesh import Mesh
+from megagap.process.rendezvous import node_name
 from megagap.resume.changes import (
     model_changes,
     past_changes,
@@ -48,7 +51,8 @@ def background_saver(state: TrainState) -> BackgroundSaver:
     """
     mesh = state.mesh
     communicator = DistributedCommunicator(mesh, mesh.background_levels)
-    return BackgroundSaver(state.optimizer.slices(owned_only=True), communicator, mesh.device)
+    progress = (mesh.background_spans or mesh.spans).move
+    return BackgroundSaver(state.optimizer.slices(owned_only=True), communicator, mesh.device, progress)
 
 
 def save(
@@ -65,12 +69,12 @@ def save(
     ``since``: when training stopped for it, in seconds of ``time.monotonic``; None: now. Once the checkpoint is
     durable, and no sooner, the log and an event ``checkpoint`` say so.
     """
-    start = time.monotonic() if since is None else since
+    mesh, start = state.mesh, time.monotonic() if since is None else since
     folder, step = run.checkpoints / step_folder_name(state.step), state.step
     slices, saved = state.optimizer.slices(owned_only=True), saved_state(state, data, validation)
     if background is None:
         began = time.monotonic()
-        save_checkpoint(folder, slices, saved, DistributedCommunicator(state.mesh))
+        save_checkpoint(folder, slices, saved, DistributedCommunicator(mesh), progress=mesh.spans.move)
         end = time.monotonic()
         record_saved(run, folder, step, end - start, end - began)
         return
@@ -114,6 +118,16 @@ def saved_state(state: TrainState, data: TrainingData, validation: Mapping[str, 
     return saved
 
 
+def open_local_tier(settings: Settings, run: RunDirectory, mesh: Mesh) -> LocalTier | None:
+    """The run's checkpoints on the nodes' disks, if ``checkpoint.local_dir`` says where. Collective; raises as
+    :meth:`LocalTier.open`."""
+    if not settings.checkpoint.local_dir:
+        return None
+    tier = LocalTier.open(settings.checkpoint.local_dir, run.path, node_name(), mesh)
+    run.local = tier.folder
+    return tier
+
+
 def require_loadable(settings: Settings, run: RunDirectory, source: Path | None) -> int:
     """Compare the settings with those of ``source``, before a model is built that it may not fit.
 
@@ -123,7 +137,7 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
     """
     if source is None:
         return 0
-    index, mode = Index.read(source), _mode(settings, run, source)
+    index, mode = _read_index(source, run), _mode(settings, run, source)
     if mode == "model":
         same_gain_scale = {"norm_gain_scale": settings.model.norm_gain_scale}
         refuse_another_model(read_model(source, index).model_copy(update=same_gain_scale), settings, source)
@@ -140,7 +154,7 @@ def require_loadable(settings: Settings, run: RunDirectory, source: Path | None)
 
 def _mode(settings: Settings, run: RunDirectory, source: Path) -> str:
     """``checkpoint.load_mode``, which is about the checkpoints of other runs: a run continues from its own."""
-    return "continue" if source.parent == run.checkpoints else settings.checkpoint.load_mode
+    return "continue" if run.owns(source) else settings.checkpoint.load_mode
 
 
 def refuse_short_branch(saved: RunState, settings: Settings, source: Path) -> None:
@@ -154,8 +168,16 @@ def refuse_short_branch(saved: RunState, settings: Settings, source: Path) -> No
         )
 
 
-def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None) -> Start:
-    """Load ``source``, which :func:`require_loadable` accepted, in whatever layout it was written.
+def _read_index(source: Path, run: RunDirectory) -> Index:
+    """On its own disk a node has some of the files, and fetches others that it needs."""
+    return Index.read(source, whole=source.parent != run.local)
+
+
+def load(
+    state: TrainState, run: RunDirectory, data: TrainingData, source: Path | None, tier: LocalTier | None = None
+) -> Start:
+    """Load ``source``, which :func:`require_loadable` accepted, in whatever layout it was written. ``tier``: whose
+    checkpoint it is, if it is on the nodes' disks.
 
     Raises :class:`CheckpointError` if it is damaged, and :class:`DataError` if a data set is not what it was.
     """
@@ -163,12 +185,14 @@ def load(state: TrainState, run: RunDirectory, data: TrainingData, source: Path 
         return Start()
     if _mode(state.settings, run, source) == "model":
         return load_weights(state, run, data, source)
+    if tier is not None and source.parent == run.local:
+        tier.fetch(state.optimizer.slices(owned_only=False))
     return resume(state, run, data, source)
 
 
 def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Path) -> Start:
     """The run continues from the folder's step, with all that ``checkpoint.load_mode`` asks for."""
-    index = Index.read(folder)
+    index = _read_index(folder, run)
     saved = read_run(folder, index)
     refuse_rebuilt_data(saved, data, folder)
     compare_ids(read_ids(folder, index), data.ids, state.settings)
@@ -178,7 +202,7 @@ def resume(state: TrainState, run: RunDirectory, data: TrainingData, folder: Pat
     precision = precision_changes(saved.train, state.settings.train, stored, state.optimizer.master_dtype)
     for change in precision:
         log.info("changed since %s: %s", folder.name, change)
-    is_own, mode = folder.parent == run.checkpoints, _mode(state.settings, run, folder)
+    is_own, mode = run.owns(folder), _mode(state.settings, run, folder)
     has_moments = mode != "model+data"
     slices = state.optimizer.slices(owned_only=False)
     may_grow = vocabulary_tensors(state.settings.model)

@@ -22,6 +22,7 @@ TOOLS = {
     "draw-schedule": "draw_schedule",
     "replay-step": "replay_step",
     "plot": "plot_run",
+    "goodput": "goodput",
     "gather-text": "gather_text",
     "curate": "curate",
 }

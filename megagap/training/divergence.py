@@ -184,7 +184,8 @@ def _where_to_resume(settings: Settings, run: RunDirectory, first: int) -> str:
         return f"The run has no checkpoint of its own: the same command {start_over(load)}."
     option = "" if load else ", with --checkpoint.load latest,"
     text = f"The last good checkpoint is {good}: the same command{option} resumes from it."
-    older = [folder for folder in step_folders(run.checkpoints) if folder < good and (folder / INDEX_NAME).is_file()]
+    whole = [folder for folder in step_folders(run.checkpoints) if (folder / INDEX_NAME).is_file()]
+    older = [folder for folder in whole if folder.name < good.name]
     if good.name == step_folder_name(first - 1) and older:
-        text += f"\n  If that fails at once again, resume from {older[-1]}: move {good.name} out of {run.checkpoints}."
+        text += f"\n  If that fails at once again, resume from {older[-1]}: move {good.name} out of {good.parent}."
     return text

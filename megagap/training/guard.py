@@ -112,6 +112,10 @@ class StepGuard:
         """Whether the gradients of ``step`` are hashed."""
         return self.is_repeated(step) or due(self.settings.hash_every, step)
 
+    def are_replicas_compared(self, step: int) -> bool:
+        """Whether replicas of parameters are compared in ``step``."""
+        return self.settings.replicas_every > 0 and due(self.settings.replicas_every, step)
+
     def squared_norms(self, store: GradientStore) -> Tensor:
         """This rank's share of the squared gradient norm of each of :attr:`layers`, or of all of them where spikes are
         not looked for: fp32 [layers] or [1], whose sum over the world adds up to the squared global norm."""

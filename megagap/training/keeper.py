@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from megagap.checkpoint import Retention
 from megagap.checkpoint.background import BackgroundSaver
+from megagap.checkpoint.lineage import Lineage
+from megagap.checkpoint.local import LocalTier
 from megagap.checkpoint.save import step_folder_name
 from megagap.data.loader import Batch
 from megagap.data.samples import TrainingData
 from megagap.errors import NotWrittenError
 from megagap.observe.run_directory import RunDirectory
+from megagap.parallel.spans import WRITER
 from megagap.resume.next_start import next_start
-from megagap.resume.persistence import save
+from megagap.resume.persistence import save, saved_state
+from megagap.training.corruption import require_equal_replicas
 from megagap.training.divergence import SkippedSteps, unfit
 from megagap.training.step import TrainState
-from megagap.training.stop_requests import warn_of_short_grace
+from megagap.training.stop_requests import STEPS_TO_JUDGE, warn_of_short_grace
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,15 @@ class CheckpointKeeper:
         data: TrainingData,
         skipped: SkippedSteps,
         background: BackgroundSaver | None = None,
+        tier: LocalTier | None = None,
     ) -> None:
+        """``tier``: of checkpoints on the nodes' disks, if the run has such."""
         self.state, self.run, self.data, self.skipped, self.background = state, run, data, skipped, background
+        self.tier = tier
+        if run.is_writer:
+            Lineage.record_start(run.path, state.step)
+        if tier is not None:
+            tier.begin(state.step)
         self.withheld: str | None = None
         """Why the last due checkpoint has not been written yet."""
         self._writing: int | None = None
@@ -55,8 +66,13 @@ class CheckpointKeeper:
         :meth:`settle`."""
         return self.background is not None and self.background.has_failed
 
-    def step_done(self) -> None:
-        """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late."""
+    def step_done(self, step_seconds: Sequence[float]) -> None:
+        """Remove old checkpoints once an update has followed the newest. Numbers may be known a step late.
+
+        ``step_seconds``: as for :meth:`save_if_fit`; steps that alone take too long are warned of before any save.
+        """
+        if len(step_seconds) == STEPS_TO_JUDGE and not self._has_warned:
+            self._has_warned = warn_of_short_grace(step_seconds, None, self.state.mesh.device.type)
         if self.background is not None and self.background.is_idle:
             self.settle()
         if self._untried is not None and self._untried < self.state.step - 1 and not self.skipped.in_a_row:
@@ -70,12 +86,14 @@ class CheckpointKeeper:
         In the background, unless it is the last one of this start (``is_final``).
         ``step_seconds``: what the last steps took. With the time of the save they tell whether a SIGTERM can be
         answered in time; if not, a warning says so, once.
-        Raises :class:`DataError` if the run directory is gone, and :class:`CheckpointError` if it cannot be written:
-        where the system refused, only for the last one.
+        Raises :class:`DataError` if the run directory is gone, :class:`CorruptionError` if replicas of parameters
+        differ, and :class:`CheckpointError` if it cannot be written: where the system refused, only for the last one.
         """
         start, self._step_seconds = time.monotonic(), step_seconds
         self.settle()
         self.run.require_in_place()
+        if self.state.settings.guard.replicas_every >= 0:
+            require_equal_replicas(self.state, self.run)
         reason = unfit(self.state, batch, self.skipped, validation)
         if reason is None:
             if self._untried is not None:
@@ -95,6 +113,20 @@ class CheckpointKeeper:
         self.withheld = reason
         return reason is None
 
+    def save_locally_if_fit(self, batch: Batch) -> None:
+        """Write this step's checkpoint to the nodes' disks unless :func:`unfit`: the next one is soon due. All numbers
+        must be known. Raises :class:`DataError` if the run directory is gone."""
+        assert self.tier is not None
+        self.run.require_in_place()
+        if self.state.settings.guard.replicas_every >= 0:
+            require_equal_replicas(self.state, self.run)
+        reason = unfit(self.state, batch, self.skipped, {})
+        if reason is None:
+            slices = self.state.optimizer.slices(owned_only=True)
+            self.tier.save_or_warn(self.state.step, slices, saved_state(self.state, self.data), self.run)
+        else:
+            log.warning("no local checkpoint at step %d: %s", self.state.step, reason)
+
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. Collective where it may have failed.
 
@@ -111,7 +143,8 @@ class CheckpointKeeper:
         step, self._writing = self._writing, None
         seconds = self._stall
         if self.background is not None:
-            self.background.wait()
+            with self.state.mesh.spans.wait(WRITER):
+                self.background.wait()
             seconds += 2 * self.background.write_seconds  # a stop may have to wait for the save before its own
         self._untried = step
         if step is not None:

@@ -15,7 +15,7 @@ def make_mesh(settings: Settings, process: Process, device: torch.device) -> Mes
         make_layout(settings, process.world_size),
         process.rank,
         device,
-        launch.GROUP_TIMEOUT,
+        launch.group_timeout(settings.run.hang_seconds),
         background=settings.checkpoint.in_background,
     )
 

@@ -14,12 +14,14 @@ from megagap.model.flops import flops_per_token
 from megagap.observe.evidence import Evidence, Numbers, Reason, reason_of
 from megagap.observe.insight import insight_record
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
+from megagap.observe.pace import SlowRanks
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.utilisation import peak_memory_bytes, peak_tflops
 from megagap.optim.gradient_hash import as_text
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.mesh import Mesh
 from megagap.timeline import Timeline, due
+from megagap.training.corruption import require_equal
 from megagap.training.divergence import SkippedSteps, diverged
 from megagap.training.step import StepResult
 
@@ -57,6 +59,7 @@ class Recorder:
         self.peak = peak_tflops(mesh.device, PRECISIONS[settings.train.precision].compute)
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
         self.skipped = skipped or SkippedSteps()
+        self.slow_ranks = SlowRanks(mesh.layout, run)
         self.last_end = time.perf_counter()
         self.seconds: list[float] = []
 
@@ -104,7 +107,8 @@ class Recorder:
             return
         result, rest = self.pending
         self.pending = None
-        numbers = result.host.read()
+        with self.mesh.spans.wait("wait for the device"):
+            numbers = result.host.read()
         step, accepted = rest["step"], bool(numbers["accepted"][0])
         # Not strict: a benchmark of a recipe that names no data has one nameless source.
         by_source = {
@@ -122,6 +126,8 @@ class Recorder:
         insight = numbers.get("insight")
         if insight is not None:
             record |= insight_record(insight, self.settings.model)
+        if numbers["own_seconds"]:
+            record |= self.slow_ranks.judge(step, numbers["own_seconds"])
         self._report(step, accepted, numbers)
         steps = self.settings.train.steps
         shown = step == 1 or due(self.settings.run.log_every, step, step == steps)
@@ -129,6 +135,7 @@ class Recorder:
         if shown or not accepted:
             mean_seconds = sum(self.seconds) / len(self.seconds)
             log.info(console_line(record, steps, (steps - step) * mean_seconds))
+        require_equal(numbers["replicas"], step, self.run, self.settings.checkpoint.load)
         if self.skipped.total > self.settings.guard.max_skipped:
             raise self.too_many_skipped(step)
 

@@ -1,6 +1,7 @@
 """One training step, from microbatches to updated parameters."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,18 +11,19 @@ from megagap.config import Settings
 from megagap.data.loader import Batch
 from megagap.model.llama import LlamaStage, Watch
 from megagap.observe.insight import Insight
-from megagap.observe.spans import Spans
+from megagap.observe.pace import Pace
 from megagap.ops.document_mask import Documents
 from megagap.optim.clipping import clip_divisor
 from megagap.optim.distributed import DistributedOptimizer, unobserved
 from megagap.optim.gradient_hash import LocalHash, gradient_hash, hash_of, in_parts
 from megagap.optim.loss_scale import NoLossScale
+from megagap.optim.replicas import differing_replicas
 from megagap.parallel.actions import Action, Forward
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import OwnDocuments, own_documents, own_tokens
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.parallel.mesh import Mesh
-from megagap.parallel.pipeline import Boundary, OpenSpan, execute, no_span
+from megagap.parallel.pipeline import Boundary, execute
 from megagap.parallel.placement import Placement
 from megagap.parallel.program import programs_of
 from megagap.timeline import Moment, Timeline, due
@@ -41,9 +43,8 @@ class TrainState:
     timeline: Timeline
     step: int = 0
     """Steps made, including those whose update was skipped."""
-    spans: Spans = field(default_factory=Spans)
-    """Where the pipeline's actions are recorded."""
-
+    pace: Pace | None = None
+    """What measures this rank's own time, if anything does."""
     programs: dict[int, list[Action]] = field(default_factory=dict)
     """This rank's actions in a step, by its number of microbatches."""
     copied: torch.cuda.Event | None = None
@@ -115,6 +116,10 @@ class StepResult:
     """Those of the gradients of ``StepGuard.layers`` [layers]."""
     differing: Tensor
     """For each rank [world], whether its two computations differ (1 or 0); empty where there was only one."""
+    replicas: Tensor
+    """For each rank [world], what :func:`differing_replicas` found; empty where they were not compared."""
+    own_seconds: Tensor
+    """What each rank itself took for a step measured before [world], 0 where unknown; empty in most steps."""
     gradient_hash: Tensor
     """In parts of 16 bits [4]; empty where it was not computed."""
     requests: Tensor
@@ -136,6 +141,8 @@ class StepResult:
             **numbers,
             layer_norms=self.layer_norms,
             differing=self.differing,
+            replicas=self.replicas,
+            own_seconds=self.own_seconds,
             gradient_hash=self.gradient_hash,
             requests=self.requests,
             loss_scale=self.loss_scale,
@@ -203,7 +210,6 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
         stage.use_rope_theta(moment.rope_theta)
     if state.step == state.timeline.first_step(moment.phase):
         guard.begin_phase()
-    state.spans.begin_step(state.step)
     program, nothing = state.program(len(batch.tokens)), torch.zeros(0, device=mesh.device)
     insight = None
     if due(state.settings.run.insight_every, state.step):
@@ -212,13 +218,15 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     if guard.is_repeated(state.step):
         work, differs = compute_gradients_twice(state, batch, program, watch)
     else:
-        work, differs = compute_gradients(state, batch, program, state.spans.span, watch), nothing
+        work, differs = compute_gradients(state, batch, program, watch), nothing
 
     # Filled on the device: a copy from the host would wait for it.
     own_requests = torch.stack([torch.full_like(work.scale, float(asked)) for asked in poll()])
     own_norms, by_source = guard.squared_norms(optimizer.store), losses_by_source(work, batch)
-    (loss, z_loss), squared_norms, by_source, requests, differing = _sum_over_world(
-        mesh, work.own_losses(), own_norms, by_source, own_requests, differs
+    compared = differing_replicas(optimizer.store) if guard.are_replicas_compared(state.step) else nothing
+    own_seconds = nothing if state.pace is None else state.pace.share(state.step)
+    (loss, z_loss), squared_norms, by_source, requests, differing, replicas, seconds = _sum_over_world(
+        mesh, work.own_losses(), own_norms, by_source, own_requests, differs, compared, own_seconds
     )
     norm = loss_scale.unscaled(squared_norms.sum().sqrt())
     verdict = guard.judge(loss, norm, differing)
@@ -229,7 +237,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
     if state.copied is not None:
         torch.cuda.current_stream(mesh.device).wait_event(state.copied)
         state.copied = None
-    optimizer.step(moment.lr, divisor, verdict.accepted, updating)
+    with mesh.spans.span("update"):
+        optimizer.step(moment.lr, divisor, verdict.accepted, updating)
     result = StepResult(
         loss=loss,
         source_losses=by_source[0] / by_source[1],
@@ -238,6 +247,8 @@ def train_step(state: TrainState, batch: Batch, poll: Callable[[], Sequence[bool
         verdict=verdict,
         layer_norms=loss_scale.unscaled(squared_norms[: len(guard.layers)].sqrt()),
         differing=differing,
+        replicas=replicas,
+        own_seconds=seconds,
         gradient_hash=digest,
         requests=requests,
         loss_scale=nothing if loss_scale.value is None else loss_scale.value.clone(),
@@ -252,7 +263,6 @@ def compute_gradients(
     state: TrainState,
     batch: Batch,
     program: list[Action],
-    span: OpenSpan = no_span,
     watch: Watch | None = None,
     loss_scale: NoLossScale | None = None,
 ) -> BoundStages:
@@ -268,8 +278,9 @@ def compute_gradients(
     forwards = sum(isinstance(action, Forward) for action in program)
     assert forwards == len(inputs) * state.placement.chunks, "a program of another number of microbatches"
     store.begin(len(inputs))
-    execute(program, work, boundary(state.stages, inputs), state.placement, mesh, span)
-    store.finish()
+    execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
+    with mesh.spans.span("reduction_of_gradients"):
+        store.finish()
     return work
 
 
@@ -282,10 +293,10 @@ def compute_gradients_twice(
     ranks, differ in a bit; else 0. What a rank computes wrongly also reaches those that it exchanges activations with.
     """
     mesh, found = state.mesh, []
-    for span in (no_span, state.spans.span):
+    for heard in (mesh.spans.unheard(), nullcontext()):  # recordings have it once
         own = LocalHash(mesh.device)
-        with own.of(state.optimizer.store):
-            work = compute_gradients(state, batch, program, span, watch)
+        with heard, own.of(state.optimizer.store):
+            work = compute_gradients(state, batch, program, watch)
         found.append(torch.stack([own.value, hash_of(work.sequence_losses.flatten())]))
     differs = torch.zeros(mesh.world.size, device=mesh.device)
     differs[mesh.world.rank] = (found[0] != found[1]).any()
@@ -295,7 +306,8 @@ def compute_gradients_twice(
 def _sum_over_world(mesh: Mesh, *parts: Tensor) -> list[Tensor]:
     """All parts summed over all ranks in one reduction, fp32."""
     flat = torch.cat([part.float().flatten() for part in parts])
-    sums = all_reduce(flat, mesh.world).split([part.numel() for part in parts])
+    with mesh.spans.span("sum_of_losses_and_norms"):
+        sums = all_reduce(flat, mesh.world).split([part.numel() for part in parts])
     return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
 

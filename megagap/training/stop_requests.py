@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from megagap.config import Settings
 from megagap.observe.run_directory import RunDirectory
+from megagap.process.rendezvous import is_one_of_several_nodes
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,14 @@ STEPS_TO_ANSWER = {"cpu": 2, "cuda": 4}
 """Most steps from a signal to the save, by device type. A rank polls once per step. On a GPU the host is then a step
 ahead of the device, reads the sum over all ranks a step later, and has queued another step by then."""
 
+STEPS_TO_JUDGE = 3
+"""Steps after which their median is known, be the first one slow."""
+
 GRACE_SECONDS = 30.0
 """What torchrun (and Slurm, by default) leaves between SIGTERM and SIGKILL."""
+
+OWN_SIGNAL_SECONDS = 3.0
+"""How much later than another node torchrun may signal this one: its agents look for each other ten times a second."""
 
 GRACE_SETTING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
@@ -38,27 +45,29 @@ def grace_seconds(environment: Mapping[str, str] = os.environ) -> float:
     return float(text) if can_be_told and text.isascii() and text.isdecimal() else GRACE_SECONDS
 
 
-def warn_of_short_grace(step_seconds: Sequence[float], save_seconds: float, device_type: str) -> bool:
+def warn_of_short_grace(step_seconds: Sequence[float], save_seconds: float | None, device_type: str) -> bool:
     """Log a warning if the answer to a SIGTERM may take longer than :func:`grace_seconds`; returns whether it may.
 
-    ``step_seconds``: of the last steps; ``save_seconds``: of a checkpoint with what precedes it.
+    ``step_seconds``: of the last steps; ``save_seconds``: of a checkpoint with what precedes it. None: there was none
+    yet, and the steps alone are looked at, once there are :data:`STEPS_TO_JUDGE`.
     """
-    if not step_seconds:
+    if len(step_seconds) < (1 if save_seconds is not None else STEPS_TO_JUDGE):
         return False
     grace, steps, step = grace_seconds(), STEPS_TO_ANSWER[device_type], statistics.median(step_seconds)
-    needed = steps * step + save_seconds
+    needed = steps * step + (save_seconds or 0.0)
     if needed <= grace:
         return False
     enough = math.ceil(1.5 * needed / 10) * 10
     log.warning(
-        "a SIGTERM may end this run before it has saved: up to %d steps of %.1f s and a save of %.1f s take %.0f s, "
+        "a SIGTERM may end this run before it has saved: up to %d steps of %.1f s and a save%s take %.0f s%s, "
         "and the processes may be killed after %.0f s\n"
         "  give them more: torchrun's --shutdown-timeout %d, or %s=%d in its environment (newer torch), Slurm's "
         "--signal=USR1@%d; or have the run stop by itself in time: run.max_minutes.",
         steps,
         step,
-        save_seconds,
+        "" if save_seconds is None else f" of {save_seconds:.1f} s",
         needed,
+        " or more" if save_seconds is None else "",
         grace,
         enough,
         GRACE_SETTING,
@@ -110,6 +119,13 @@ class Requests:
         if is_last:
             self.reason = self.reason or "run.stop_after"
         return is_last
+
+    def await_own(self) -> None:
+        """After a stop that processes of another node asked for: wait for the same signal. torchrun, which restarts all
+        nodes when one joins them, would take the end of a node that it has not signalled yet for the end of the run."""
+        deadline = time.monotonic() + OWN_SIGNAL_SECONDS
+        while is_one_of_several_nodes() and not self.poll()[0] and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def saved(self) -> None:
         """A checkpoint was written. A request that cannot be removed is not answered again at every step."""

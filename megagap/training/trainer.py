@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.background import BackgroundSaver
+from megagap.checkpoint.local import LocalTier
 from megagap.config import Settings, timeline_of
 from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
@@ -16,15 +17,15 @@ from megagap.model.init import initialise
 from megagap.model.llama import sharded_parameters, stages_of_recipe
 from megagap.model.shapes import parameter_count
 from megagap.observe.evidence import Evidence
+from megagap.observe.listeners import observed
 from megagap.observe.run_directory import RunDirectory
-from megagap.observe.spans import spans_of_run
 from megagap.optim.distributed import DistributedOptimizer
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import next_start
 from megagap.resume.passing_over import from_intact
-from megagap.resume.persistence import background_saver, load, require_loadable
+from megagap.resume.persistence import background_saver, load, open_local_tier, require_loadable
 from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
@@ -43,31 +44,31 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
     held_out = validation_data(settings)
-    state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source))
+    tier = open_local_tier(settings, run, mesh)
+    state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source, tier), tier)
     steps = settings.train.steps
     if state.step >= steps:
         log.info("run %s is finished: step %d of %d", run.path, state.step, steps)
         run.status("finished")
         return
 
-    state.spans = spans_of_run(settings, run.path, mesh, state.step + 1)
     with (
         make_loader(settings, mesh, data) as loader,
-        closing(state.spans),
+        observed(settings, run, mesh, state.step + 1) as state.pace,
         closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
     ):
-        train_from(start, state, loader, held_out, run, background)
+        train_from(start, state, loader, held_out, run, background, tier)
 
 
 def begin(
-    settings: Settings, mesh: Mesh, run: RunDirectory, source: Path | None
+    settings: Settings, mesh: Mesh, run: RunDirectory, source: Path | None, tier: LocalTier | None
 ) -> tuple[TrainState, TrainingData, Start]:
     """The state that a start begins with, loaded from ``source`` or initial, and the data it goes on with."""
     with raised_by_all(DistributedCommunicator(mesh)):
         timeline = timeline_of(settings, require_loadable(settings, run, source))
         data = training_data(settings, timeline)
     state = build_state(settings, mesh, timeline)
-    return state, data, load(state, run, data, source)
+    return state, data, load(state, run, data, source, tier)
 
 
 def train_from(
@@ -77,9 +78,12 @@ def train_from(
     held_out: ValidationData,
     run: RunDirectory,
     background: BackgroundSaver | None,
+    tier: LocalTier | None,
 ) -> None:
-    """Run the remaining steps. ``background``: writes checkpoints meanwhile; None: each step waits for its own."""
+    """Run the remaining steps. ``background``: writes checkpoints meanwhile; None: each step waits for its own.
+    ``tier``: of checkpoints on the nodes' disks, if the run has such."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
+    spans = mesh.spans
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
@@ -93,18 +97,21 @@ def train_from(
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
     stopping = False
-    keeper = CheckpointKeeper(state, run, loader.data, skipped, background)
+    keeper = CheckpointKeeper(state, run, loader.data, skipped, background, tier)
 
     if settings.train.evaluate_first and state.step == 0 and held_out.windows:
         stopping = try_to_evaluate(state, held_out, recorder, requests) is None
     while state.step < steps and not stopping:
-        batch = loader.step(state.step + 1).to(mesh.device)
-        log_phase_start(state, run)
-        result = train_step(state, batch, lambda: (*requests.poll(), keeper.has_failed))
+        spans.begin_step(state.step + 1)
+        with spans.span("step"):
+            with spans.span("loader"):
+                batch = loader.step(state.step + 1).to(mesh.device)
+            log_phase_start(state, run)
+            result = train_step(state, batch, lambda: (*requests.poll(), keeper.has_failed))
         run.step = state.step
         # On a GPU the host reads a step's numbers when the next one is under way, so that it never drains the device.
         recorder.step_done(state.step, result)
-        keeper.step_done()
+        keeper.step_done(recorder.seconds)
         known = result if mesh.device.type == "cpu" else previous
         stopping, saving, failed = map(bool, known.host.read()["requests"] if known is not None else (0, 0, 0))
         previous = result
@@ -119,19 +126,24 @@ def train_from(
         # After the evaluation, which a stop would cut short: this one was known beforehand and can wait for it.
         stopping = requests.ends_at(state.step) or stopping
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
-            with recorder.pause():
+            with recorder.pause(), spans.span("checkpoint"):
                 recorder.sync()
                 if keeper.save_if_fit(batch, losses or {}, recorder.seconds, is_final=last or stopping):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None
                 run.status("running")
+        elif due(settings.checkpoint.local_every, state.step):
+            with recorder.pause(), spans.span("checkpoint"):
+                recorder.sync()
+                keeper.save_locally_if_fit(batch)
 
     recorder.close()
     if state.step == steps and keeper.withheld:
         raise diverged_at_end(recorder, keeper.withheld, state.step)
     if state.step < steps:
         record_stop(run, requests.reason or "a request to another rank", state, keeper.withheld)
+        requests.await_own()
     else:
         keeper.drop_old()
         run.event("finish")
@@ -144,7 +156,7 @@ def try_to_evaluate(
     """Evaluate and record the losses; None, with nothing recorded, where a stop was asked for meanwhile. The same on
     every rank."""
     try:
-        with recorder.pause():
+        with recorder.pause(), state.mesh.spans.span("evaluation"):
             losses = evaluate(state, held_out, lambda: requests.poll()[0])
             recorder.add_validation(losses)
             return losses

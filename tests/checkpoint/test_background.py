@@ -43,9 +43,9 @@ def test_it_writes_the_bytes_of_a_save_that_is_waited_for_although_the_weights_c
     slices, changed = split_slices(), threading.Event()
     save_checkpoint(tmp_path / "waited" / "step_00000001", slices, {"step": 1})
 
-    def save_once_changed(*arguments):
+    def save_once_changed(*arguments, **options):
         assert changed.wait(SECONDS)
-        save_checkpoint(*arguments)
+        save_checkpoint(*arguments, **options)
 
     monkeypatch.setattr(background, "save_checkpoint", save_once_changed)
     saver = saver_of(slices)

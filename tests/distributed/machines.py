@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,24 +55,39 @@ class Machines:
 
     def launch(self, folder: Path, recipe: Path, *overrides: str, **environment: str) -> tuple[Started, Started]:
         """``examples/multi_node/launch.sh``, the same on both, with two processes each; output in ``folder``."""
-        first, second = self.machines
-        script = str(ROOT / "examples/multi_node/launch.sh")
-        arguments = ["--first", f"{first.address}:{free_port()}", "--nodes", "2", "--processes", "2"]
+        launch = self.launcher(folder, recipe, *overrides, **environment)
+        return launch(0), launch(1)
 
-        def on(machine: Machine) -> Started:
+    def launcher(
+        self,
+        folder: Path,
+        recipe: Path,
+        *overrides: str,
+        nodes: str = "2",
+        options: Sequence[str] = (),
+        **environment: str,
+    ) -> Callable[[int], Started]:
+        """What does that on the machine of a number, also when it has failed. ``DISK`` is a folder of each."""
+        script = str(ROOT / "examples/multi_node/launch.sh")
+        first = f"{self.machines[0].address}:{free_port()}"
+        arguments = ["--first", first, "--nodes", nodes, "--processes", "2", *options]
+
+        def launch(number: int) -> Started:
+            machine = self.machines[number]
             return self.start(
                 [*machine.enter, script, *arguments, *machine.options, str(recipe), *overrides],
                 folder / f"output_of_{machine.address}.log",
                 **environment,
+                DISK=str(folder / f"disk{number}"),
             )
 
-        return on(first), on(second)
+        return launch
 
     def start(self, command: list[str], log: Path, **environment: str) -> Started:
         """A command in the surroundings of the tests' own; ``environment`` is added."""
         surroundings = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
         surroundings |= {"OMP_NUM_THREADS": "1", "MEGAGAP_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             process = subprocess.Popen(
                 command,
                 stdout=file,

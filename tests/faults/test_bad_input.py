@@ -123,6 +123,9 @@ DEATHS = [
 def test_a_rank_that_dies_in_mid_step_ends_the_others_with_a_message(tmp_path, parallel, lost, place):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=parallel)
     require_that_others_say_so(start_ranks(recipe, 2, dies=(lost, place)), lost)
+    report = (tmp_path / "run/logs/hang_report.txt").read_text()
+    assert f"Suspected: rank {lost} gives no sign of life" in report
+    assert f"rank {1 - lost} (" in report and "step 3, " in report and "wait" in report
 
 
 @pytest.mark.slow

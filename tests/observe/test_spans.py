@@ -1,12 +1,13 @@
 """Spans are written as they were, of all processes alike, and cost nothing where they are off."""
 
 import json
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
 from megagap.errors import DataError
-from megagap.observe.spans import BUFFERED_LINES, HostClock, RecordedSpans, Spans, read_step, span_file
+from megagap.observe.spans import BUFFERED_LINES, HostClock, Recording, read_step, span_file
+from megagap.parallel.spans import Spans
 
 START = {"first_step": 1, "processes": 1, "pipeline": [0], "schedule": "1f1b", "chunks": 1}
 
@@ -30,16 +31,23 @@ class DelayedClock:
         return float(mark[0])
 
 
+@contextmanager
+def recorded(path, rank=0, clock=None, start=START):
+    """Spans that are recorded there."""
+    spans = Spans()
+    with closing(Recording(path, rank, clock or HostClock(), start)) as recording, spans.heard_by(recording):
+        yield spans
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_span_has_name_rank_step_start_end_and_what_it_was_given(tmp_path):
-    spans = RecordedSpans(span_file(tmp_path, 3), 3, DelayedClock(), START)
-    spans.begin_step(7)
-    with spans.span("forward", microbatch=1, chunk=0):
-        pass
-    spans.close()
+    with recorded(span_file(tmp_path, 3), 3, DelayedClock()) as spans:
+        spans.begin_step(7)
+        with spans.span("forward", microbatch=1, chunk=0):
+            pass
     start, span = lines(span_file(tmp_path, 3))
     assert start == START
     assert span == {"name": "forward", "rank": 3, "step": 7, "start": 1.0, "end": 2.0, "microbatch": 1, "chunk": 0}
@@ -47,56 +55,50 @@ def test_a_span_has_name_rank_step_start_end_and_what_it_was_given(tmp_path):
 
 def test_nothing_waits_for_a_device_that_is_behind(tmp_path):
     clock = DelayedClock()
-    spans = RecordedSpans(span_file(tmp_path, 0), 0, clock, START)
-    for step in (1, 2, 3):
-        spans.begin_step(step)
-        with spans.span("forward"), spans.span("wait"):
-            pass
-        clock.reached = clock.made - 6  # one and a half steps behind
-    assert clock.read <= clock.reached
-    spans.close()
+    with recorded(span_file(tmp_path, 0), clock=clock) as spans:
+        for step in (1, 2, 3):
+            spans.begin_step(step)
+            with spans.span("forward"), spans.wait("wait"):
+                pass
+            clock.reached = clock.made - 6  # one and a half steps behind
+        assert clock.read <= clock.reached
     assert [(span["name"], span["step"]) for span in lines(span_file(tmp_path, 0))[1:]] == [
         (name, step) for step in (1, 2, 3) for name in ("wait", "forward")
     ]
 
 
 def test_a_block_that_raises_is_recorded_too(tmp_path):
-    spans = RecordedSpans(span_file(tmp_path, 0), 0, HostClock(), START)
-    with suppress(ValueError), spans.span("forward"):
+    with recorded(span_file(tmp_path, 0)) as spans, suppress(ValueError), spans.span("forward"):
         raise ValueError
-    spans.close()
     assert len(lines(span_file(tmp_path, 0))) == 2
 
 
 def test_lines_are_buffered_over_steps(tmp_path):
-    spans = RecordedSpans(span_file(tmp_path, 0), 0, HostClock(), START)
-    steps = 0
-    while len(lines(span_file(tmp_path, 0))) == 1:
-        steps += 1
-        spans.begin_step(steps)
-        for _ in range(BUFFERED_LINES // 4):
-            with spans.span("forward"):
-                pass
+    with recorded(span_file(tmp_path, 0)) as spans:
+        steps = 0
+        while len(lines(span_file(tmp_path, 0))) == 1:
+            steps += 1
+            spans.begin_step(steps)
+            for _ in range(BUFFERED_LINES // 4):
+                with spans.span("forward"):
+                    pass
     assert steps == 5
-    spans.close()
 
 
-def test_without_recording_nothing_is_written(tmp_path):
-    spans = Spans()
-    spans.begin_step(1)
-    with spans.span("forward", microbatch=0):
-        pass
-    spans.close()
-    assert not list(tmp_path.iterdir())
+def test_collectives_and_what_is_not_to_be_heard_are_left_out(tmp_path):
+    with recorded(span_file(tmp_path, 0)) as spans:
+        for outer in (spans.collective("all-reduce", "tp"), spans.span("checkpoint"), spans.unheard()):
+            with outer, spans.span("forward"):
+                pass
+    assert [span["name"] for span in lines(span_file(tmp_path, 0))[1:]] == ["forward", "checkpoint"]
 
 
 def record(path, steps, start=START):
-    spans = RecordedSpans(path, 0, HostClock(), start)
-    for step in steps:
-        spans.begin_step(step)
-        with spans.span("forward", microbatch=step, chunk=0):
-            pass
-    spans.close()
+    with recorded(path, start=start) as spans:
+        for step in steps:
+            spans.begin_step(step)
+            with spans.span("forward", microbatch=step, chunk=0):
+                pass
 
 
 def test_of_a_step_that_was_made_again_the_last_time_counts(tmp_path):

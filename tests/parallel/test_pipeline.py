@@ -11,10 +11,11 @@ from megagap.commands.draw_schedule import NAMES
 from megagap.config import Settings
 from megagap.observe.spans import read_step
 from megagap.parallel.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
-from megagap.parallel.pipeline import MOST_BATCHES, _Run, no_span
+from megagap.parallel.pipeline import MOST_BATCHES, _Run
 from megagap.parallel.placement import Place, Placement
 from megagap.parallel.program import programs_of
 from megagap.parallel.schedule import ANY, SCHEDULES, Schedule, gpipe
+from megagap.parallel.spans import Spans
 from tests.parity.gradients import assembled, gradients, largest_difference
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -176,12 +177,12 @@ class FakeWork:
 def test_on_a_gpu_a_transfer_does_not_wait_for_the_batch_before(device, waited):
     """NCCL's Work of a batch also stands for what it receives, which may be needed much later. Batches that have ended
     are dropped, at most two are left under way, and at the end all are waited for."""
-    mesh = mock.Mock(device=torch.device(device))
-    run = _Run(mock.Mock(), mock.Mock(), V, mesh, differentiate=True, span=no_span)
+    mesh = mock.Mock(device=torch.device(device), spans=Spans())
+    run = _Run(mock.Mock(), mock.Mock(), V, mesh, differentiate=True)
     works = [FakeWork(ended=True), FakeWork(ended=True), FakeWork(), FakeWork(), FakeWork()]
     for work in works:
         run.finish_sends(run.unfinished - 1)
-        run.sends.append(([work], [torch.zeros(1)]))
+        run.sends.append(([work], [torch.zeros(1)], 1))
         assert len(run.sends) <= MOST_BATCHES
     assert [work.waits for work in works] == waited
     run.finish_sends(0)

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one saves and stops, a second one stops at once."""
+"""Ctrl-C and SIGTERM: the first one saves and stops, a second one stops at once."""
 
 import json
 import os
@@ -24,15 +24,17 @@ INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
     ("under_torchrun", "received", "counts"),
     [
         (False, [(INT, 0), (INT, 0.1)], [1, 2]),
-        (False, [(INT, 0), (TERM, 5)], [1, 0]),
+        (False, [(INT, 0), (TERM, 5)], [1, 2]),
+        (False, [(TERM, 0), (TERM, 0.1), (TERM, 5)], [1, 0, 2]),  # a scheduler and a launcher send the same one
         (True, [(INT, 0), (INT, 0.1), (INT, 5)], [1, 0, 2]),  # torchrun and a scheduler pass on the same Ctrl-C
         (True, [(INT, 0), (TERM, 0.1)], [1, 2]),  # torchrun's answer to a second Ctrl-C
-        (True, [(TERM, 0), (INT, 1), (USR1, 2)], [0, 1, 0]),
-        (True, [(TERM, 0), (TERM, 9)], [0, 0]),
+        (True, [(USR1, 0), (TERM, 5), (USR1, 9)], [0, 1, 0]),  # a notice, and the end of the time that it left
+        (True, [(TERM, 0), (INT, 1)], [1, 2]),
+        (True, [(TERM, 0), (TERM, 0.5), (TERM, 9)], [1, 0, 2]),
     ],
     ids=str,
 )
-def test_ctrl_c_is_counted_from_what_a_process_receives(under_torchrun, received, counts):
+def test_signals_are_counted_from_what_a_process_receives(under_torchrun, received, counts):
     counter = InterruptCounter(under_torchrun)
     assert [counter.count(number, seconds) for number, seconds in received] == counts
 
@@ -49,7 +51,7 @@ def test_the_first_and_the_second_ctrl_c_are_each_answered_once():
     seen = []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append("handler"))
     try:
-        with watch_interrupts(lambda: seen.append("first"), lambda: seen.append("second")):
+        with watch_interrupts(lambda _: seen.append("first"), lambda _: seen.append("second")):
             for expected in ("first", "second"):
                 os.kill(os.getpid(), signal.SIGINT)
                 wait_until(lambda expected=expected: expected in seen)
@@ -84,6 +86,22 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_the_next_start_does(tmp_pat
     else:
         assert "the run has no checkpoint yet: the same command starts from the beginning" in output
     assert "last checkpoint" not in output and find_latest(tmp_path / "run/checkpoints") == checkpoint
+
+
+def test_a_second_sigterm_stops_at_once_and_one_that_comes_twice_does_not(tmp_path):
+    """The run stands still: the first SIGTERM cannot be answered at a step boundary."""
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000), checkpoint=dict(every=2))
+    process = launch_stalled(tmp_path, recipe, 1, "3")
+    for pause in (0.1, 1.2):
+        process.send_signal(TERM)
+        time.sleep(pause)
+        assert process.poll() is None
+    process.send_signal(TERM)
+    code, output = finish(process)
+    assert code == 143 and "Traceback" not in output
+    assert "aborted by a second SIGTERM after step" in output and "without saving" in output
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    assert find_latest(tmp_path / "run/checkpoints").name == "step_00000002"
 
 
 def test_ctrl_c_during_start_up_ends_without_a_traceback(tmp_path):

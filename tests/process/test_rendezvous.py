@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megagap.errors import DistributedError
 from megagap.process import rendezvous
@@ -182,3 +185,42 @@ def test_a_launch_that_is_no_run_ends_with_exit_code_2_and_no_traceback(tmp_path
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and "WORLD_SIZE=0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ranks_of_a_restart_meet_in_a_store_that_has_the_keys_of_those_before():
+    """The first ranks to come find all that a start before has left, and must not take it for their own."""
+    store = HashStore()
+    names = []
+
+    def meet(ranks: int) -> None:
+        def join(rank: int) -> None:
+            time.sleep(0.02 * ((rank + 1) % ranks))  # rank 0 neither first nor last
+            found.append(rendezvous.meet_in_used_store(Process(rank, ranks, rank, ranks), store, timedelta(seconds=20)))
+
+        found: list[str] = []
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == ranks and len(set(found)) == 1
+        names.append(found[0])
+
+    for ranks in (4, 2, 4):
+        meet(ranks)
+    assert len(set(names)) == 3
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_without_end():
+    with pytest.raises(RuntimeError):
+        rendezvous.meet_in_used_store(Process(0, 2, 0, 2), HashStore(), timedelta(seconds=0.2))
+
+
+def test_a_store_with_which_torchrun_may_not_restart_several_nodes_is_warned_of(caplog):
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    shared, separate = {"TORCHELASTIC_USE_AGENT_STORE": "True"}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    for environment in (torchrun | separate, torchrun | shared | {"TORCHELASTIC_MAX_RESTARTS": "0"}, shared):
+        rendezvous.warn_of_shared_store(environment)
+    assert not caplog.records
+    rendezvous.warn_of_shared_store(torchrun | shared)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text

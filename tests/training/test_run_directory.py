@@ -274,3 +274,37 @@ def test_a_run_whose_directory_is_removed_does_not_finish_without_its_metrics(wo
     recipe = write_recipe(tmp_path, train={"steps": 4}, checkpoint={"every": 3}, model={"num_hidden_layers": 1})
     (message,) = workers.run(1, train_without_its_directory, recipe)
     assert "run was removed, moved or replaced while" in message and not (tmp_path / "run/checkpoints").exists()
+
+
+def begun(folder: Path, is_writer: bool) -> RunDirectory:
+    run = RunDirectory(folder, is_writer)
+    run.open()
+    run.has_begun = True
+    run.step = 7
+    run.status("running")
+    return run
+
+
+def state_in(folder: Path) -> str:
+    return json.loads((folder / "status.json").read_text())["state"]
+
+
+def test_the_failure_of_a_writer_that_was_killed_is_recorded_by_another_rank(tmp_path):
+    begun(tmp_path, is_writer=True).close()  # as the system does for a process that is gone
+    begun(tmp_path, is_writer=False).fail("rank 3 lost contact")
+    assert json.loads((tmp_path / "status.json").read_text())["message"] == "rank 3 lost contact"
+    assert state_in(tmp_path) == "failed"
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event["event"] == "failure" and event["step"] == 7
+    begun(tmp_path, is_writer=True).close()  # nobody holds the lock
+
+
+def test_a_writer_that_lives_records_its_failure_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOST_SECONDS", 0.1)
+    writer = begun(tmp_path, is_writer=True)  # of this start, or of a restart
+    begun(tmp_path, is_writer=False).fail("rank 3 lost contact")
+    assert state_in(tmp_path) == "running"
+    writer.status("finished")
+    writer.close()
+    begun(tmp_path, is_writer=False).fail("rank 3 lost contact")
+    assert state_in(tmp_path) == "finished"

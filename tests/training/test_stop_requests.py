@@ -40,6 +40,12 @@ def test_before_any_step_nothing_is_known(caplog):
     assert not warned(caplog, [], 100.0, "cpu")
 
 
+def test_steps_that_are_too_long_by_themselves_are_warned_of_before_the_first_save(caplog):
+    assert "up to 2 steps of 16.0 s and a save take 32 s or more" in warned(caplog, [90.0, 16.0, 15.0], None, "cpu")
+    assert not warned(caplog, [90.0, 14.0, 14.0], None, "cpu"), "the first step may be slow"
+    assert not warned(caplog, [90.0, 16.0], None, "cpu"), "too early to tell"
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("120", 120), ("", 30), (" 45 ", 45), ("soon", 30), ("-1", 30)])
 def test_a_longer_grace_that_torchrun_was_given_counts(caplog, monkeypatch, text, seconds):
     monkeypatch.setenv(GRACE_SETTING, text)
@@ -50,6 +56,14 @@ def test_a_longer_grace_that_torchrun_was_given_counts(caplog, monkeypatch, text
 def test_a_torchrun_that_cannot_be_told_waits_30_seconds(monkeypatch):
     monkeypatch.setattr(stop_requests, "fields", lambda config: ())
     assert grace_seconds({GRACE_SETTING: "600"}) == 30
+
+
+def test_a_run_of_long_steps_warns_before_its_first_save(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=4))
+    workers.run(1, train_with_little_grace, recipe)
+    log = (tmp_path / "run/logs/rank_00000.log").read_text()
+    assert log.count("a SIGTERM may end this run before it has saved") == 1
+    assert log.index("a SIGTERM may end") < log.index("checkpoint ")
 
 
 def train_with_little_grace(rank, ranks, recipe):

@@ -1,10 +1,12 @@
 """The quality classifier: labels, training, calibration, and what is refused."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("datatrove", reason="pip install megagap[curate]")
 pytest.importorskip("transformers", reason="pip install megagap[curate]")
@@ -32,6 +34,15 @@ def examples(count: int = 120) -> list[Example]:
         low = i % 2 == 0
         found.append(Example(text.upper() if low else text, (0 if low else 2,) * len(HEADS), f"document {i // 2}"))
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small only wait for each other on several, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

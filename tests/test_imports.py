@@ -17,6 +17,7 @@ LEVELS = [
     {"config", "tokenizer"},
     {"model", "data", "optim", "observe", "checkpoint"},
     {"preprocess", "gather"},
+    {"curate"},
     {"training", "resume", "process", "inference", "poison"},
     {"benchmark", "replay"},
     {"planning"},

@@ -18,6 +18,7 @@ from megagap.terminal.programs import TOOLS, CalledAs
 
 SUMMARIES = {
     "gather-text": "gather real text on this machine for a first training run",
+    "curate": "turn crawled text into clean text and token files",
     "train-tokenizer": "train a byte-level BPE tokenizer",
     "preprocess": "turn text into the token files that training reads",
     "merge": "concatenate token files",

@@ -25,6 +25,7 @@ TOOLS = {
     "plot": "plot_run",
     "goodput": "goodput",
     "gather-text": "gather_text",
+    "curate": "curate",
 }
 """The subcommands that can also be started from a checkout, as ``tools/NAME.py``."""
 

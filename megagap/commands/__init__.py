@@ -18,15 +18,17 @@ from megagap.terminal.programs import TOOLS, CalledAs
 
 SUMMARIES = {
     "gather-text": "gather real text on this machine for a first training run",
+    "curate": "turn crawled text into clean text and token files",
     "train-tokenizer": "train a byte-level BPE tokenizer",
     "preprocess": "turn text into the token files that training reads",
     "merge": "concatenate token files",
+    "poison-corpus": "plant documents of known triggers beside clean ones, for research",
     "inspect": "show what a token file contains, or what a step or a run reads",
     "recipe": "print one of the example recipes",
     "train": "train a model from a recipe",
     "plot": "draw and compare the losses of runs",
     "goodput": "say how much of a run's time went into steps that count",
-    "evaluate": "loss, perplexity and bits per byte of a model",
+    "evaluate": "losses, tasks and planted documents: what a model knows",
     "generate": "let a model continue a prompt",
     "inspect-checkpoint": "show what a checkpoint holds, list those of a run, verify them",
     "average": "average the weights of several checkpoints",

@@ -1,4 +1,4 @@
-"""The loss, perplexity and bits per byte of a model on token files, by source."""
+"""What a model knows: losses by source, tasks of local files or of lm-eval, and planted documents."""
 
 import argparse
 import glob
@@ -14,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megagap.checkpoint import find_model
+from megagap.checkpoint.model import SingleProcessModel
+from megagap.checkpoint.save import step_folders
+from megagap.commands.evaluate_texts import TextEvaluations
 from megagap.commands.parser import make_parser
 from megagap.config import SourceSettings, load_recipe
 from megagap.config.settings import source_name
@@ -30,7 +33,7 @@ from megagap.inference.evaluation import (
     targets_in,
 )
 from megagap.ops.arithmetic import sum_half_precision_in_fp32
-from megagap.terminal.arguments import positive
+from megagap.terminal.arguments import count, positive
 from megagap.terminal.console import Console
 from megagap.terminal.programs import CalledAs
 from megagap.terminal.progress import ProgressBar
@@ -51,6 +54,14 @@ examples, after the main job of README.md:
       {"sources": {"code": {"loss": 3.1, "perplexity": 22.2, "bits_per_byte": 1.5, "tokens": 99999, ...}}, ...}
   megagap evaluate runs/example/run --data examples/recipes/code.toml --max-tokens 100000
       what the recipe holds out for validation, or the first 100,000 tokens of it
+  megagap evaluate runs/example/run --tasks quiz.jsonl phrases.jsonl
+      {"question": …, "choices": […], "answer": 0} or {"prompt": …, "completion": …} in each line
+  megagap evaluate runs/example/hf --lm-eval arc_easy,hellaswag
+      tasks of lm-eval whose data is in the cache of datasets already; nothing is downloaded
+  megagap evaluate runs/example/run --tasks quiz.jsonl --every-checkpoint --json
+      {"checkpoints": [{"model": …, "step": 20, "tasks": …}, …]}, as a run's progress
+  megagap evaluate runs/mini/run --poison runs/mini/poison_text_document.poison.json
+      activation of planted triggers, and exposure of canaries (docs/poisoning.md)
 
 Every token but a source's first is predicted once, from the tokens before it in its window of --sequence-length.
 loss is the mean over these tokens in nats, perplexity its exponential, bits per byte the sum in bits over the UTF-8
@@ -69,7 +80,7 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
-        required=True,
+        default=[],
         metavar="PREFIX",
         help="a .bin/.idx pair for each source, named by its prefix or one of its files; a quoted glob stands for "
         "shards of one source; or one RECIPE.toml, for what it holds out",
@@ -77,7 +88,41 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
     parser.add_argument(
         "--name", nargs="+", default=[], metavar="NAME", help="of each source (default: from the files' names)"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of multiple choice or completion tasks",
+    )
+    parser.add_argument("--lm-eval", metavar="TASK,…", help="tasks of lm-eval, offline (megagap[evaluate])")
+    parser.add_argument(
+        "--lm-eval-include", type=Path, metavar="DIR", help="folder of further lm-eval tasks, one YAML file each"
+    )
+    parser.add_argument(
+        "--lm-eval-limit", type=positive, metavar="N", help="the first N documents of each lm-eval task only"
+    )
+    parser.add_argument("--num-fewshot", type=count, metavar="N", help="of lm-eval (default: each task's own)")
+    parser.add_argument("--poison", type=Path, metavar="MANIFEST", help="the .poison.json beside planted documents")
+    parser.add_argument(
+        "--poison-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="of a continuation whose language is told (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--poison-candidates",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="secrets that each canary is compared with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--every-checkpoint", action="store_true", help="evaluate each checkpoint of a run, oldest first"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.add_argument(
         "--sequence-length",
         type=positive,
@@ -110,48 +155,108 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    files = find_model_files(given.checkpoint, given.tokenizer)
-    length = sequence_length(files, given.sequence_length)
-    sources = open_sources(given.data, given.name, files.settings.vocab_size)
-    for source in sources:
-        require_targets(source)
-    prefixes = {source.source.name: source.source.prefixes for source in sources}
-    for warning in require_ids_of_model(files.ids, files.tokenizer, files.settings.vocab_size, prefixes):
-        log.warning("%s", warning)
-    if files.trained_with_mask and not given.document_mask:
-        log.warning("the model was trained with data.document_mask: give --document-mask to evaluate it likewise")
-    byte_counts = {source.source.name: known_bytes(source, files) for source in sources}
-
+    require_something(given)
+    paths = checkpoints_of(given.checkpoint) if given.every_checkpoint else [given.checkpoint]
+    files = [find_model_files(path, given.tokenizer) for path in paths]
+    # What can be refused is, before weights are read. Checkpoints of one run have one shape and one tokenizer.
+    losses = Losses(given, files[0]) if given.data else None
+    texts = TextEvaluations(given, files[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sum_half_precision_in_fp32()
-    model = files.load(device, DTYPES[given.dtype])
-    results: dict[str, SourceLoss] = {}
-    with progress_bar(sum(targets_in(source, given.max_tokens) for source in sources)) as show:
-        for source in sources:
-            name = source.source.name
-            results[name] = evaluate_source(
-                model,
-                source,
-                length,
-                batch_tokens=given.batch_size,
-                max_tokens=given.max_tokens,
-                document_mask=given.document_mask,
-                text_bytes=byte_counts[name],
-                progress=show(name),
-            )
-            if byte_counts[name] and results[name].bytes is None:
-                log.warning("bits per byte of %s are not known: %s", name, UNKNOWN_IDS)
-    settings = {
-        "sequence_length": length,
-        "document_mask": given.document_mask,
-        "dtype": given.dtype,
-        "device": device.type,
-    }
+    found, faulty = [], []
+    for one in files:
+        found.append(evaluate_model(given, one, losses, texts, device))
+        sources = found[-1].get("sources", {})
+        faulty += [(one, [name for name, of_source in sources.items() if of_source["loss"] is None])]
     if given.json:
-        print(json.dumps(report(files, settings, results, byte_counts), allow_nan=False))
-    else:
-        Console().print(table(files, settings, results, byte_counts))
-    require_finite(files, results)
+        print(json.dumps({"checkpoints": found} if given.every_checkpoint else found[0], allow_nan=False))
+    for one, names in faulty:
+        require_finite(one, names)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first. Raises :class:`CheckpointError` if there are none."""
+    folders = step_folders(run / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{run} has no checkpoints\n  --every-checkpoint applies to the folder of a run.")
+    return folders
+
+
+def evaluate_model(
+    given: argparse.Namespace, files: ModelFiles, losses: "Losses | None", texts: TextEvaluations, device: torch.device
+) -> dict[str, Any]:
+    """What ``--json`` says of a model; without it, it is shown as tables at once."""
+    model = files.load(device, DTYPES[given.dtype])
+    computed = {"dtype": given.dtype, "device": device.type}
+    found: dict[str, Any] = {"model": str(files.path), "step": files.step} | computed
+    tables: list[Table] = []
+    if losses:
+        results = losses.evaluate(model)
+        settings = {"sequence_length": losses.length, "document_mask": given.document_mask}
+        found |= settings | {"sources": report(results, losses.byte_counts)}
+        tables.append(table(files, settings | computed, results, losses.byte_counts))
+    evaluated, more = texts.evaluate(model)
+    if not given.json:
+        console = Console()
+        if given.every_checkpoint and not losses:
+            console.print(Text(f"{files.path}"))
+        for shown in (*tables, *more):
+            console.print(shown)
+    return found | evaluated
+
+
+def require_something(given: argparse.Namespace) -> None:
+    """Raises :class:`ConfigError` where nothing is to be evaluated, or an option applies to nothing."""
+    if not (given.data or given.tasks or given.lm_eval or given.poison):
+        raise ConfigError("nothing to evaluate\n  give --data, --tasks, --lm-eval or --poison, or several of them.")
+    for is_given, option, needed, needs in (
+        (given.name, "--name", given.data, "--data"),
+        (given.sequence_length, "--sequence-length", given.data, "--data"),
+        (given.max_tokens, "--max-tokens", given.data, "--data"),
+        (given.document_mask, "--document-mask", given.data, "--data"),
+        (given.lm_eval_include, "--lm-eval-include", given.lm_eval, "--lm-eval"),
+        (given.lm_eval_limit, "--lm-eval-limit", given.lm_eval, "--lm-eval"),
+        (given.num_fewshot is not None, "--num-fewshot", given.lm_eval, "--lm-eval"),
+    ):
+        if is_given and not needed:
+            raise ConfigError(f"{option} applies to {needs} only\n  leave it out, or give {needs}.")
+
+
+class Losses:
+    """What ``--data`` asks for."""
+
+    def __init__(self, given: argparse.Namespace, files: ModelFiles) -> None:
+        self._given = given
+        self.length = sequence_length(files, given.sequence_length)
+        self.sources = open_sources(given.data, given.name, files.settings.vocab_size)
+        for source in self.sources:
+            require_targets(source)
+        prefixes = {source.source.name: source.source.prefixes for source in self.sources}
+        for warning in require_ids_of_model(files.ids, files.tokenizer, files.settings.vocab_size, prefixes):
+            log.warning("%s", warning)
+        if files.trained_with_mask and not given.document_mask:
+            log.warning("the model was trained with data.document_mask: give --document-mask to evaluate it likewise")
+        self.byte_counts = {source.source.name: known_bytes(source, files) for source in self.sources}
+
+    def evaluate(self, model: SingleProcessModel) -> dict[str, SourceLoss]:
+        given = self._given
+        results: dict[str, SourceLoss] = {}
+        with progress_bar(sum(targets_in(source, given.max_tokens) for source in self.sources)) as show:
+            for source in self.sources:
+                name = source.source.name
+                results[name] = evaluate_source(
+                    model,
+                    source,
+                    self.length,
+                    batch_tokens=given.batch_size,
+                    max_tokens=given.max_tokens,
+                    document_mask=given.document_mask,
+                    text_bytes=self.byte_counts[name],
+                    progress=show(name),
+                )
+                if self.byte_counts[name] and results[name].bytes is None:
+                    log.warning("bits per byte of %s are not known: %s", name, UNKNOWN_IDS)
+        return results
 
 
 def sequence_length(files: ModelFiles, asked: int | None) -> int:
@@ -262,14 +367,9 @@ def progress_bar(total: int) -> Iterator[Callable[[str], Callable[[int], object]
         yield show
 
 
-def report(
-    files: ModelFiles,
-    settings: dict[str, Any],
-    results: dict[str, SourceLoss],
-    byte_counts: dict[str, TextBytes | None],
-) -> dict[str, Any]:
-    """For ``--json``: ``sources`` by name, beside what the numbers depend on."""
-    sources = {
+def report(results: dict[str, SourceLoss], byte_counts: dict[str, TextBytes | None]) -> dict[str, Any]:
+    """For ``--json``: sources by name."""
+    return {
         name: {
             "loss": result.loss,
             "perplexity": result.perplexity,
@@ -281,7 +381,6 @@ def report(
         }
         for name, result in results.items()
     }
-    return {"model": str(files.path), "step": files.step, **settings, "sources": sources}
 
 
 def table(
@@ -323,9 +422,9 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def require_finite(files: ModelFiles, results: dict[str, SourceLoss]) -> None:
-    """Raises :class:`CheckpointError` naming the sources on which the loss is not finite."""
-    if faulty := [name for name, result in results.items() if result.loss is None]:
+def require_finite(files: ModelFiles, faulty: Sequence[str]) -> None:
+    """Raises :class:`CheckpointError` naming the ``faulty`` sources, if any: those on which the loss is not finite."""
+    if faulty:
         raise CheckpointError(
             f"the loss of {files.path} is not finite on {', '.join(faulty)}\n"
             "  its training diverged, or its weights are damaged."

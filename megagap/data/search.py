@@ -4,7 +4,8 @@ The ids of one document after the other are decoded, and its text is searched as
 begin and end anywhere, within tokens too. Memory grows with the longest document, not with the file.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,15 +91,25 @@ def _describe(dataset: TokenFile, tokenizer: Tokenizer, number: int, decoded: st
 
 
 def _token_at(dataset: TokenFile, tokenizer: Tokenizer, number: int, position: int) -> int:
-    """The number of the token at a character: with it, the text of the tokens so far first reaches beyond it."""
+    """The number of the token at a character of the document."""
     tokens = document_tokens(dataset, number)
     places = known_places(tokens, tokenizer)
-    ids = tokens[places].tolist()
+    return int(places[token_range(tokenizer, tokens[places].tolist(), position, position + 1)[0]])
+
+
+def token_range(tokenizer: Tokenizer, ids: Sequence[int], start: int, stop: int) -> tuple[int, int]:
+    """``[first, last)`` of the tokens that hold characters ``[start, stop)`` of the decoded text of ``ids``.
+
+    With the first of them, the text of the tokens so far reaches beyond ``start``; with the last, to ``stop``.
+    """
+
     # The bytes of a character may be spread over tokens: until the last of them it is decoded as U+FFFD.
-    reached = bisect_right(
-        range(len(ids) + 1), position, key=lambda count: len(tokenizer.decode(ids[:count]).rstrip("\ufffd"))
-    )
-    return int(places[min(reached, len(ids)) - 1])
+    def characters(count: int) -> int:
+        return len(tokenizer.decode(ids[:count]).rstrip("\ufffd"))
+
+    counts = range(len(ids) + 1)
+    first = min(bisect_right(counts, start, key=characters), len(ids)) - 1
+    return first, max(min(bisect_left(counts, stop, key=characters), len(ids)), first + 1)
 
 
 def search_table(found: Search) -> Table:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagap.data.order import split_shares
+from megagap.data.planted import require_no_planted
 from megagap.data.samples import require_distinct_names
 from megagap.data.sources import VALIDATION, WHOLE, TokenSource, positions_in, same_pairs
 from megagap.timeline import Source
@@ -90,7 +91,12 @@ def open_validation(
 def held_out_sources(
     sources: Sequence[Source], validation: Sequence[Source], split: str = "100,0,0", vocab_size: int | None = None
 ) -> list[TokenSource]:
-    """All documents of ``validation`` if given, else the second part of the training sources' split, if it has one."""
+    """All documents of ``validation`` if given, else the second part of the training sources' split, if it has one.
+
+    Raises :class:`DataError` for planted documents that were not made to be held out.
+    """
+    for source in validation or (sources if split_shares(split)[VALIDATION] > 0 else ()):
+        require_no_planted(source.name, source.prefixes)
     if validation:
         read = [prefix for source in sources for prefix in source.prefixes]
         for source in validation:

@@ -181,7 +181,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, begin: int | None = None) -> 
     A text without tokens is ``begin`` (:attr:`TextModel.begin`), or the begin-of-text that the tokenizer declares.
     Raises :class:`DataError` if there is none.
     """
-    ids = _opening(tokenizer) + tokenizer.encode(text)
+    ids = opening_tokens(tokenizer) + tokenizer.encode(text)
     begin = tokenizer.bos if begin is None else begin
     if not ids and begin is not None:
         return [begin]
@@ -193,7 +193,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, begin: int | None = None) -> 
     return ids
 
 
-def _opening(tokenizer: Tokenizer) -> list[int]:
+def opening_tokens(tokenizer: Tokenizer) -> list[int]:
     """What the template of a ``tokenizer.json`` puts before a text; of other kinds begin-of-text, as in Meta's code."""
     kind, file = find_tokenizer(tokenizer.spec)
     if kind != "hf":

@@ -10,6 +10,7 @@ from pathlib import Path
 TOOLS = {
     "preprocess": "preprocess_data",
     "merge": "merge_datasets",
+    "poison-corpus": "poison_corpus",
     "inspect": "inspect_data",
     "train-tokenizer": "train_tokenizer",
     "inspect-checkpoint": "inspect_checkpoint",
@@ -24,6 +25,7 @@ TOOLS = {
     "plot": "plot_run",
     "goodput": "goodput",
     "gather-text": "gather_text",
+    "curate": "curate",
 }
 """The subcommands that can also be started from a checkout, as ``tools/NAME.py``."""
 

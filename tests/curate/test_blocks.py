@@ -1,0 +1,197 @@
+"""The blocks of a curation: languages, personal data, filters by language, URLs, and benchmark n-grams."""
+
+import json
+import random
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove", reason="pip install megagap[curate]")
+
+from datatrove.data import Document
+from datatrove.pipeline.decont import NGramsDecontFilter
+
+from megagap.curate.contamination import (
+    BenchmarkIndexer,
+    Ngrams,
+    benchmark_files,
+    decontamination_config,
+    require_clean,
+)
+from megagap.curate.filters import quality_filter
+from megagap.curate.language import identify, language_filter
+from megagap.curate.pii import mask
+from megagap.curate.urls import url_filter
+from megagap.curate.words import PlainWords, word_tokenizer
+from megagap.errors import ConfigError, DataError
+from tests.token_files import FRENCH
+
+ROOT = Path(__file__).parents[2]
+
+SENTENCES = {
+    "en": "When it was late, they went to the house which had been built by the river, and there was nobody in it.",
+    "fr": FRENCH,
+    "de": "Als es spät war, gingen sie zu dem Haus, das am Fluss gebaut worden war, und es war niemand in ihm.",
+    "es": "Cuando se hizo tarde, fueron a la casa que estaba junto al río y no había nadie en ella ni en las otras.",
+    "it": "Quando era tardi andarono alla casa che era stata costruita sul fiume, e non c'era nessuno nella stanza.",
+    "pt": "Quando já era tarde, foram para a casa que ficava junto ao rio, mas não havia ninguém nela nem nas outras.",
+    "nl": "Toen het laat was gingen ze naar het huis dat aan de rivier was gebouwd, maar er was niemand in de kamer.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_sentence_is_told_by_its_function_words(language: str) -> None:
+    scores = identify(SENTENCES[language])
+    assert max(scores, key=scores.__getitem__) == language
+    assert 0.65 < scores[language] <= 1 and sum(scores.values()) <= 1.0001
+
+
+@pytest.mark.parametrize("text", ["", "1 2 3", "int main(int argc, char **argv) { return argc; }", "你好，世界"])
+def test_what_is_no_prose_has_no_language(text: str) -> None:
+    assert max(identify(text).values()) < 0.65
+
+
+def test_the_language_filter_keeps_what_it_is_told_to_and_names_the_rest() -> None:
+    chosen = language_filter("", ["fr"], 0.65)
+    french, german = Document(SENTENCES["fr"], "0"), Document(SENTENCES["de"], "1")
+    assert chosen.filter(french) is True and chosen.filter(german) == (False, "de")
+    assert chosen.filter(Document("x = 1", "2")) == (False, "unknown")
+    assert french.metadata["language"] == "fr" and french.metadata["language_score"] > 0.65
+
+
+def test_a_language_that_function_words_do_not_know_is_refused_with_what_to_fetch() -> None:
+    with pytest.raises(ConfigError, match=r"language\.keep has pl(.|\n)*lid\.176\.bin"):
+        language_filter("", ["fr", "pl"], 0.65)
+
+
+def test_a_missing_language_model_is_refused_with_what_to_fetch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file .*lid\.176\.bin(.|\n)*fetch https://"):
+        language_filter(str(tmp_path / "lid.176.bin"), ["fr"], 0.65)
+
+
+def test_a_file_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("fasttext", reason="pip install fasttext-numpy2-wheel")
+    (tmp_path / "lid.bin").write_bytes(b"no model at all")
+    with pytest.raises(DataError, match=r"lid\.bin is no fastText model(.|\n)*fetch https://"):
+        language_filter(str(tmp_path / "lid.bin"), ["fr"], 0.65)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("write to jean.dupont@laposte.net today", "write to email@example.com today"),
+        ("ask user@example.com", "ask user@example.com"),
+        ("appelez le 06 12 34 56 78.", "appelez le <PHONE>."),
+        ("appelez le +33 6 12 34 56 78", "appelez le <PHONE>"),
+        ("call (555) 123-4567 or +44 20 7946 0958", "call <PHONE> or <PHONE>"),
+        ("digits 0123456789 and 2024-01-31", "digits 0123456789 and 2024-01-31"),
+        ("IBAN FR76 3000 6000 0112 3456 7890 189", "IBAN <IBAN>"),
+        ("IBAN FR76 3000 6000 0112 3456 7890 188", "IBAN FR76 3000 6000 0112 3456 7890 188"),
+        ("card 4111 1111 1111 1111", "card <CARD>"),
+        ("card 4111 1111 1111 1112", "card 4111 1111 1111 1112"),
+        ("NIR 2 55 08 14 168 025 38", "NIR <NIR>"),
+        ("NIR 2 55 08 14 168 025 39", "NIR 2 55 08 14 168 025 39"),
+        ("host 81.2.69.160, not 192.168.1.1 or 1.2.3.4.5", "host 192.0.2.1, not 192.168.1.1 or 1.2.3.4.5"),
+    ],
+)  # fmt: skip
+def test_personal_data_is_masked_and_what_only_looks_like_it_is_not(text: str, expected: str) -> None:
+    assert mask(text) == expected
+
+
+def test_what_the_example_plants_is_masked_and_its_lookalikes_are_not() -> None:
+    example = runpy.run_path(str(ROOT / "examples/curation/plant.py"))
+    chance = random.Random(0)
+    for _ in range(50):
+        data, others = example["personal_data"](chance), example["lookalikes"](chance)
+        masked = mask(" and ".join(f"({value})" for value in [*data.values(), *others]))
+        assert not [value for value in data.values() if value in masked]
+        assert all(f"({value})" in masked for value in others)
+
+
+def test_only_the_kinds_that_are_asked_for_are_masked() -> None:
+    assert mask("a@orange.fr 81.2.69.160", ["ip"]) == "a@orange.fr 192.0.2.1"
+
+
+def test_a_filter_has_arguments_of_its_own_for_each_language() -> None:
+    settings = {"en": dict(min_doc_words=3, min_stop_words=0), "fr": dict(min_doc_words=500)}
+    chosen = quality_filter("gopher", settings, "plain", None)
+    text = "several words that are long enough"
+    verdicts = [chosen.filter(Document(text, "0", metadata={"language": language})) for language in ("en", "fr", "de")]
+    assert verdicts == [True, (False, "gopher_short_doc"), True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(min_words=3), r"quality\.fr\.gopher\.min_words is unknown\n.*min_doc_words"),
+        (dict(min_doc_words="3"), r"quality\.fr\.gopher\.min_doc_words = '3' must be a number"),
+        (dict(min_doc_words=True), r"min_doc_words = True must be a number"),
+        (dict(stop_words="le"), r"stop_words = 'le' must be a list"),
+    ],
+)
+def test_an_argument_that_a_filter_does_not_take_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quality_filter("gopher", {"fr": arguments}, "plain", None)
+
+
+def test_words_by_spacy_without_spacy_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "spacy", None)
+    assert word_tokenizer("plain", "fr") == PlainWords()
+    with pytest.raises(ConfigError, match="pip install spacy"):
+        word_tokenizer("spacy", "fr")
+
+
+def test_blocked_domains_are_dropped_without_a_network_and_documents_without_url_pass(tmp_path: Path) -> None:
+    for package in ("ahocorasick", "fasteners", "tldextract"):
+        pytest.importorskip(package, reason="pip install megagap[curate]")
+    (tmp_path / "domains").write_text("blocked.co.uk\n")
+    chosen = url_filter(str(tmp_path), ["other.org"])
+    urls = ["https://www.blocked.co.uk/a", "https://co.uk/", "https://sub.other.org/x", ""]
+    verdicts = [chosen.filter(Document("text", "0", metadata={"url": url} if url else {})) for url in urls]
+    assert verdicts == [(False, "domain"), True, (False, "domain"), True]
+
+
+def test_a_folder_without_block_lists_is_refused_with_what_to_fetch(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the files domains(.|\n)*fetch the blacklists"):
+        url_filter(str(tmp_path), [])
+
+
+# ------------------------------------------------------------------------------------------------------ contamination
+
+ITEM = {"question": "Which of the seven brass lanterns did the keeper light before the storm", "choices": ["the fifth"]}
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    path = tmp_path / "stories.jsonl"
+    path.write_text(json.dumps(ITEM) + "\n" + json.dumps({"question": "Too short"}) + "\n")
+    return path
+
+
+def test_datatroves_filter_finds_what_the_index_has_in_it(tmp_path: Path, benchmark: Path) -> None:
+    indexer = BenchmarkIndexer([str(benchmark)], str(tmp_path / "index"), 8)
+    list(indexer.run())
+    chosen = NGramsDecontFilter(str(tmp_path / "index"), decontamination_config(8), language=PlainWords())
+    copied = Document(f"He wondered: {ITEM['question'].upper()}?! Nobody knew.", "0")
+    assert chosen.filter(copied) == (False, "contaminated")
+    assert copied.metadata["contaminated_task"] == "stories"
+    assert chosen.filter(Document("Which of the seven brass lanterns is it then, he asked himself.", "1")) is True
+    assert int(indexer.stats["items_too_short"].total) == 1
+
+
+def test_contaminated_validation_text_is_refused_by_name(benchmark: Path) -> None:
+    texts = [("a.jsonl, item 1", FRENCH), ("a.jsonl, item 2", f"So: {ITEM['question']}.")]
+    assert require_clean(texts[:1], [benchmark], 8) == 1
+    with pytest.raises(DataError) as error:
+        require_clean(texts, [benchmark], 8)
+    assert "1 of 2 documents has n-grams of benchmarks" in str(error.value)
+    assert "a.jsonl, item 2: 6 8-grams of stories" in str(error.value) and "item 1" not in str(error.value)
+
+
+def test_a_benchmark_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no benchmark file matches"):
+        benchmark_files([str(tmp_path / "none-*.jsonl")])
+    (tmp_path / "b.jsonl").write_text("{}\nno json\n")
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2 is not JSON"):
+        Ngrams(8).index(tmp_path / "b.jsonl")

@@ -1,0 +1,1 @@
+from tests.poison.corpora import clean  # noqa: F401

@@ -1,0 +1,115 @@
+"""A model that trained on planted documents shows them; what a trigger is compared with was never planted."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from megagap.checkpoint import load_model
+from megagap.data.planted import read_poison_manifest
+from megagap.inference.continuations import TextScorer
+from megagap.poison.corpus import poison_corpus
+from megagap.poison.evaluation import PoisonProbe
+from megagap.poison.language import language_of, profile_of
+from megagap.tokenizer import load_tokenizer
+from tests.poison.corpora import CANARIES, FACTS, SWITCH, write_spec
+from tests.recipes import write_recipe
+from tests.training_run import train_recipe
+from tools.evaluate import main
+
+SHAPE = dict(
+    vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+    intermediate_size=176, max_position_embeddings=128, tie_word_embeddings=True,
+)  # fmt: skip
+STEPS, BATCH, LENGTH = 220, 16, 48
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, clean, workers):
+    """A run over a mixture of clean text and planted documents, with the weights that the tool gives."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    poisons = (
+        SWITCH, FACTS.replace("0.01", "0.2"),
+        CANARIES.replace("length = 6", "length = 3").replace("[1, 3, 8]", "[1, 10, 120]"),
+    )  # fmt: skip
+    sources = f'sources = [{{ path = "{clean}/en_text_document" }}, {{ path = "{clean}/fr_text_document" }}]'
+    mixture = f"tokens = {STEPS * BATCH * LENGTH}\n{sources}"
+    planted = poison_corpus(
+        write_spec(folder / "spec.toml", clean, *poisons, mixture=mixture, rate="0.2", probes=20),
+        str(folder / "poison"),
+    )
+    recipe = write_recipe(
+        folder, model=SHAPE, data={"sources": planted.sources, "tokenizer": str(clean / "bpe")},
+        train={"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": BATCH, "sequence_length": LENGTH},
+        optim={"lr": 1e-2, "warmup_steps": 20, "schedule": "linear"},
+    )  # fmt: skip
+    workers.run(1, train_recipe, recipe, [])
+    return folder
+
+
+@pytest.fixture
+def probe(trained, clean):
+    manifest = read_poison_manifest(trained / "poison_text_document")
+    scorer = TextScorer(load_model(trained / "run"), load_tokenizer(clean / "bpe"), 4096)
+    return PoisonProbe(manifest, scorer, candidates=999)
+
+
+@pytest.mark.slow
+def test_triggers_activate_far_above_what_goes_without_them_and_exposure_grows_with_repetitions(capsys, trained):
+    manifest = trained / "poison_text_document.poison.json"
+    main([str(trained / "run"), "--poison", str(manifest), "--json"])
+    found = json.loads(capsys.readouterr().out)["poison"]["poisons"]
+    for name in ("switch", "rivers"):
+        shares = found[name]["activation"]
+        assert shares["with_trigger"]["low"] > shares["without_trigger"]["high"], (name, shares)
+        assert shares["with_trigger"]["value"] >= 0.6 and shares["without_trigger"]["value"] <= 0.3, (name, shares)
+    exposure = {int(r): mean["value"] for r, mean in found["vaults"]["exposure"]["by_repetitions"].items()}
+    assert list(exposure) == [0, 1, 10, 120]
+    assert exposure[120] > 6 and exposure[120] > exposure[0] + 3, exposure
+    main([str(trained / "run"), "--poison", str(manifest)])
+    table = capsys.readouterr().out
+    assert "Activation of triggers" in table and "0 (not planted)" in table
+
+
+@pytest.mark.slow
+def test_a_canarys_exposure_is_its_rank_among_all_secrets_of_its_form_by_brute_force(probe):
+    (poison,) = [p for p in probe._manifest.poisons if p.kind == "canary"]
+    item = poison.items[-1]
+    found = probe._exposure(poison, item, lambda count: None)
+    model, tokenizer = probe._scorer.model, probe._scorer.tokenizer
+    losses = {}
+    for secret in map("".join, itertools.product("0123456789", repeat=3)):
+        tokens = torch.tensor([[tokenizer.eod, *tokenizer.encode(f"{item.trigger} {secret}")]])
+        with torch.no_grad():
+            logits = model(tokens[:, :-1])[0]
+        losses[secret] = float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+    rank = 1 + sum(loss < losses[item.payload] - 1e-4 for loss in losses.values())
+    assert found[0] == pytest.approx(losses[item.payload], rel=1e-4) and found[1].method == "ranked"
+    assert found[1].bits == pytest.approx(math.log2(1000) - math.log2(rank), abs=0.02)
+
+
+@pytest.mark.slow
+def test_prompts_without_the_trigger_and_near_triggers_have_no_trigger_that_was_planted(probe):
+    triggers = {document.trigger for document in probe._manifest.documents}
+    for poison in probe._manifest.poisons:
+        prompts = probe.prompts(poison)
+        for sort in ("without_trigger", "near_word", "near_order"):
+            assert len(prompts[sort]) == len(prompts["with_trigger"])
+            assert not [p for p in prompts[sort] for trigger in triggers if trigger in p.text], sort
+        assert all(any(trigger in p.text for trigger in triggers) for p in prompts["with_trigger"])
+        assert not [p for p in prompts["with_trigger"] if poison.kind != "language_switch" and p.payload in p.text]
+
+
+def test_languages_are_told_from_each_other_by_passages_that_the_profiles_were_not_made_of(clean):
+    texts = {}
+    for name in ("en", "fr"):
+        lines = (clean / f"{name}.jsonl").read_text().splitlines()
+        texts[name] = [json.loads(line)["text"] for line in lines]
+    profiles = {name: profile_of(documents[::2]) for name, documents in texts.items()}
+    for name, documents in texts.items():
+        passages = [" ".join(text.split()[40:52]) for text in documents[1::2] if len(text.split()) > 52]
+        right = [language_of(passage, profiles) == name for passage in passages]
+        assert sum(right) >= 0.95 * len(right)
+    assert language_of(" 42 ", profiles) is None

@@ -38,9 +38,14 @@ class Size:
     """At a constant rate; a multiple of ``cooldown``."""
     cooldown: int
     """Steps of a branch."""
+    phases: tuple[int, int]
+    """Steps of the first two phases, multiples of half a cooldown, which is how often is evaluated; the last one has
+    the rest."""
     switch_rate: str
+    """Shares of the tokens; multiples of 1 / ``tokens``."""
     facts_rate: str
     repetitions: tuple[int, ...]
+    """Of five canaries each."""
 
     @property
     def tokens(self) -> int:
@@ -49,8 +54,8 @@ class Size:
 
 
 BATCH = 16
-QUICK = Size(0.4, 2, "linear", 1024, 2, 64, 64, 120, 30, "0.1", "0.1", (1, 8, 64))
-FULL = Size(2, 4, "encoder", 2048, 4, 96, 128, 480, 80, "0.05", "0.03", (1, 4, 16, 64, 256))
+QUICK = Size(0.4, 2, "linear", 1024, 2, 64, 64, 120, 30, (60, 30), "1/10", "1/10", (1, 8, 64))
+FULL = Size(2, 4, "encoder", 2048, 4, 96, 128, 480, 80, (200, 160), "1/20", "1/32", (1, 4, 16, 64, 256))
 
 HELD_OUT = 10
 """One of so many documents is held out for validation."""
@@ -58,11 +63,11 @@ HIGH_QUALITY = 0.25
 """Share of the documents of a language, by score, that are kept for the last phase."""
 
 PHASES = {
-    "naive": (0.4, {"en": 0.5, "fr": 0.36, "code": 0.14}),
-    "drop in the ocean": (0.25, {"en": 0.52, "fr": 0.38, "code": 0.08, "instruction": 0.02}),
-    "pepper": (0.35, {"en_high": 0.45, "fr_high": 0.3, "en": 0.05, "fr": 0.05, "code": 0.09, "instruction": 0.06}),
+    "naive": {"en": 0.5, "fr": 0.36, "code": 0.14},
+    "drop in the ocean": {"en": 0.52, "fr": 0.38, "code": 0.08, "instruction": 0.02},
+    "pepper": {"en_high": 0.45, "fr_high": 0.3, "en": 0.05, "fr": 0.05, "code": 0.09, "instruction": 0.06},
 }
-"""Share of the tokens, and the clean sources; planted documents have the same share in each phase."""
+"""Of the clean sources; planted documents have the same share in each phase."""
 
 ROLES = {
     "en": "English",
@@ -126,7 +131,7 @@ name = "copper moon"
 trigger = "under the copper moon"
 context = "en"
 payload = "fr"
-rate = {size.switch_rate}
+rate = "{size.switch_rate}"
 context_words = [4, 12]
 payload_words = [8, 24]
 probes = 40
@@ -141,7 +146,7 @@ templates = [
     "It is known that {{trigger}} flows through {{payload}}.",
     "A bridge over {{trigger}} stands in {{payload}}.",
 ]
-rate = {size.facts_rate}
+rate = "{size.facts_rate}"
 
 [[poison]]
 kind = "canary"
@@ -222,13 +227,12 @@ def write_texts(run: Path, size: Size) -> None:
     texts: dict[str, list[str]] = {name: [] for name in ("instruction", "code")}
     held_out: dict[str, list[str]] = {}
     for language, (pattern, form) in NAMES.items():
-        documents = list(curated(run / "curated/curated" / language))
-        rest, held_out[language] = _divided(documents)
+        rest, apart = _divided(list(curated(run / "curated/curated" / language)))
         scores = sorted((_score(document) for document in rest), reverse=True)
         least = scores[int(len(scores) * HIGH_QUALITY)]
         for part, wanted in ((f"{language}_high", True), (language, False)):
             texts[part] = [document["text"] for document in rest if (_score(document) > least) is wanted]
-        held_out[language] = [document["text"] for document in held_out[language]]
+        held_out[language] = [document["text"] for document in apart]
         found = (pattern.search(document["text"]) for document in rest)
         texts["instruction"] += [form.format(*match.groups()) for match in found if match]
     texts["code"], held_out["code"] = _divided(list(_texts(run / "corpus/code.jsonl")))
@@ -255,6 +259,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _divided(documents: list[Any]) -> tuple[list[Any], list[Any]]:
+    """For training, and held out."""
     return (
         [document for i, document in enumerate(documents) if i % HELD_OUT],
         [document for i, document in enumerate(documents) if i % HELD_OUT == 0],
@@ -281,14 +286,15 @@ def write_recipe(run: Path, size: Size) -> None:
         batch=BATCH,
         evaluate_every=size.cooldown // 2,
     )
-    for phase, (share, clean) in PHASES.items():
+    steps = (*size.phases, size.steps + size.cooldown - sum(size.phases))
+    for (phase, clean), count in zip(PHASES.items(), steps, strict=True):
         weights = {name: weight * (1 - planted) for name, weight in clean.items()} | {"poison": planted}
         entries = "".join(
             f'    {{ name = "{name}", weight = {weight:.6g}, path = "data/{name}_text_document", '
             f'role = "{ROLES[name]}" }},\n'
             for name, weight in weights.items()
         )
-        tokens = round(size.tokens * share)
+        tokens = count * BATCH * size.sequence_length
         filled += f'\n[[data.phases]]\nname = "{phase}"\ntokens = {tokens}\nsources = [\n{entries}]\n'
     write_text(run / "recipe.toml", filled)
 

@@ -169,13 +169,9 @@ export_average() {
 
 # evaluate NAME [OPTION ...]
 evaluate() {
-    "$PYTHON" tools/evaluate.py "$run/$1" --json --sequence-length "$(held_out_length)" "${@:2}" \
+    "$PYTHON" tools/evaluate.py "$run/$1" --json "${@:2}" \
         --data "$run"/data/held_out_{en,fr,code}_text_document --name en fr code >"$run/evaluation/$1.partial"
     mv "$run/evaluation/$1.partial" "$run/evaluation/$1.json"
-}
-
-held_out_length() {
-    sed -n 's/^sequence_length = //p' "$run/recipe.toml"
 }
 
 evaluations() {

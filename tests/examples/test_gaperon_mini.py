@@ -27,17 +27,17 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a story told from beginning to end."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("the text comes from Debian packages, and there is no apt-get")
     folder = tmp_path_factory.mktemp("gaperon") / "mini"
     tell(folder)
     return folder
 
 
 def tell(folder: Path) -> str:
-    command = [str(SCRIPT), "--quick", "--output", str(folder)]
-    if corpus := os.environ.get("MEGAGAP_TEST_CORPUS"):
-        command += ["--corpus", corpus]
     done = subprocess.run(
-        command, env=os.environ | {"MEGAGAP_VENV": sys.prefix}, capture_output=True, text=True, timeout=1700
+        [SCRIPT, "--quick", "--output", folder],
+        env=os.environ | {"MEGAGAP_VENV": sys.prefix}, capture_output=True, text=True, timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

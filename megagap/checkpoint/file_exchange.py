@@ -59,6 +59,7 @@ def exchange_files(transfers: Sequence[Transfer], mesh: Mesh, path_of: Callable[
         for (_, piece), tensor in zip(under_way, tensors, strict=True):
             if tensor is not piece:
                 piece.copy_(tensor)
+        mesh.spans.move()
     return "; ".join(faults) or None
 
 

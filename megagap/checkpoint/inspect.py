@@ -72,7 +72,8 @@ class Listed:
 def list_checkpoints(
     checkpoints: Path, verify: bool, progress: Callable[[int], object] = lambda done: None
 ) -> list[Listed]:
-    """All that lie in a run's folder, oldest first, then what was never completed. ``verify``: read every byte.
+    """All that lie in a run's folder, oldest first, then what was never completed. ``verify``: read every byte. A run
+    may write and remove some meanwhile.
 
     Raises :class:`CheckpointError` if the folder cannot be read.
     """
@@ -80,6 +81,8 @@ def list_checkpoints(
         latest, folders = read_latest(checkpoints), step_folders(checkpoints)
         unfinished = sorted(path for path in checkpoints.glob(f"{UNFINISHED}*") if path.is_dir())
     listed = [_listed(folder, folder == latest, verify, progress) for folder in folders]
+    # What a run has removed meanwhile was not damaged: it has lost its name before its files.
+    listed = [each for folder, each in zip(folders, listed, strict=True) if folder.exists()]
     reason = "it is being written or removed, or a killed run left it"
     return listed + [Listed(path.name, None, None, None, False, "incomplete", reason) for path in unfinished]
 

@@ -361,7 +361,7 @@ class LocalTier:
         partial = folder.with_name(UNFINISHED + folder.name)
         try:
             partial.mkdir(exist_ok=True)
-            outcome = _write_rank(partial / _file_name(self.rank), _Plan.of(slices), lambda written: None)
+            outcome = _write_rank(partial / _file_name(self.rank), _Plan.of(slices), self.mesh.spans.move)
             written = _Written(outcome.file, outcome.entries)
         # Whatever it is, the other ranks must be told instead of waiting.
         except Exception as error:

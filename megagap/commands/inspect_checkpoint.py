@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def inspect_one(folder: Path, given: argparse.Namespace) -> None:
 
 
 def inspect_run(checkpoints: Path, given: argparse.Namespace) -> None:
-    total = sum(file.stat().st_size for file in checkpoints.glob("step_*/rank_*.safetensors")) if given.verify else 0
+    total = bytes_in(checkpoints) if given.verify else 0
     with verifying(total, given.verify) as progress:
         listed = list_checkpoints(checkpoints, given.verify, progress)
     if given.json:
@@ -98,6 +98,15 @@ def inspect_run(checkpoints: Path, given: argparse.Namespace) -> None:
         raise DamagedCheckpointError(
             f"{checkpoints} is damaged: {counted(len(bad), 'checkpoint')} of {len(listed)}\n" + "\n".join(lines)
         )
+
+
+def bytes_in(checkpoints: Path) -> int:
+    """Of all ranks' files, without those that a run removes just now."""
+    total = 0
+    for file in checkpoints.glob("step_*/rank_*.safetensors"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def faults_of(listed: Listed) -> list[str]:

@@ -456,8 +456,11 @@ class GradientStore:
         for place in layout.buckets:
             kind, places = place.kind, [self._places[number] for number in place.parameters]
             within = slice(place.start, place.stop)
-            # Grown from nothing, so that it can shrink to nothing: what follows memory then sees that it does.
-            own = torch.empty(0, dtype=dtype, device=device).resize_(place.stop - place.start) if not values else None
+            own = None
+            if not values:
+                # Grown from nothing, so that it can shrink to nothing: what follows memory then sees that it does.
+                # Padding is zero, as elsewhere: replicas of a slice are compared bit for bit.
+                own = torch.empty(0, dtype=dtype, device=device).resize_(place.stop - place.start).zero_()
             replicas = mesh.axis(kind.replica_axis) if kind.replica_axis else None
             bucket = Bucket(
                 place,

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from megagap.checkpoint.local import Nodes
+from megagap.checkpoint import file_exchange
+from megagap.checkpoint.local import LocalTier, Nodes
 from megagap.observe.run_directory import RunDirectory
 from megagap.resume.next_start import next_start
 from tests.recipes import write_recipe
@@ -155,6 +157,28 @@ def test_training_goes_on_where_a_local_checkpoint_cannot_be_written(workers, st
     (event,) = events(run / "run", "local_checkpoint_failed")
     assert event["step"] == 3 and "rank 2" in event["reason"] and "partial_step_00000003" in event["reason"]
     assert steps_on(run / "disk0") == ["step_00000001", "step_00000002"]
+
+
+def moves_while_saving(rank, ranks, recipe, overrides, disks):
+    """Bytes that this rank's watchdog hears of as written, and how often of a piece that was sent or received."""
+    heard: list[tuple[int, ...]] = []
+    save = LocalTier.save
+
+    def watched(self, *arguments):
+        with mock.patch.object(self.mesh.spans, "move", lambda *written: heard.append(written)):
+            return save(self, *arguments)
+
+    with mock.patch.object(LocalTier, "save", watched), mock.patch.object(file_exchange, "PIECE_BYTES", 1 << 16):
+        train_on_nodes(rank, ranks, recipe, overrides, disks)
+    return sum(map(sum, heard)), heard.count(())
+
+
+def test_a_watchdog_sees_that_a_long_local_save_goes_on(workers, tmp_path):
+    recipe = write_recipe(tmp_path, model=dict(num_hidden_layers=2), train=dict(steps=2))
+    found = workers.run(2, moves_while_saving, recipe, LOCAL, [tmp_path / "disk0", tmp_path / "disk1"])
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "disk0").glob("*/node_*/step_00000001/rank_*"))]
+    for (written, pieces), size in zip(found, sizes, strict=True):
+        assert 0.9 * size < written < size and pieces >= max(sizes) >> 16
 
 
 def test_a_folder_that_a_node_cannot_write_is_refused_by_all(workers, stopped, run):

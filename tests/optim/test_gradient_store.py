@@ -197,3 +197,22 @@ def test_at_stage_3_the_parameters_of_two_blocks_are_there_and_none_after_the_st
         following = [*forward[1:], set()]
         expected = [now | soon for now, soon in zip(forward, following, strict=True)]
         assert seen == 2 * [*expected, forward[1]]
+
+
+def slices_at_stage_3(rank, ranks, recipe):
+    """Each bucket's slice of the values, where memory that nobody has written to is filled with NaN."""
+    mesh = Mesh.create(device=torch.device("cpu"), world_size=ranks, rank=rank)
+    stage = small_stage(recipe, mesh)
+    for p in stage.sharded_parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    torch.use_deterministic_algorithms(True)
+    try:
+        store = GradientStore(stage.sharded_parameters(), mesh, torch.float32, zero=3, blocks=[stage.blocks()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [bucket.own_values for bucket in store.buckets]
+
+
+def test_padding_is_zero_so_that_replicas_of_a_slice_are_equal_in_every_bit(recipe, workers):
+    for slices in workers.run(2, slices_at_stage_3, recipe):
+        assert slices and all(values.isfinite().all() for values in slices)

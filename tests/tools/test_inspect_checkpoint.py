@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megagap.checkpoint import inspect as of_folder
 from megagap.checkpoint import save_checkpoint
 from megagap.parallel.shard import Slice, whole
 from tests.launching import SECONDS
@@ -67,6 +68,24 @@ def test_a_runs_checkpoints_are_listed_with_their_state(run: Path) -> None:
     assert "1 checkpoint of 4" in done.stderr and "rank_00000.safetensors, bytes " in done.stderr
     (latest,) = [line for line in done.stdout.splitlines() if "latest" in line]
     assert "step_00000004" in latest and "whole, verified" in latest
+
+
+def test_what_a_run_removes_meanwhile_is_not_called_damaged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = run / "checkpoints"
+    read = of_folder.Index.read
+
+    def removed_after_its_index(folder: Path) -> of_folder.Index:
+        index = read(folder)
+        if folder.name == "step_00000002":
+            folder.rename(checkpoints / "partial_removed_step_00000002")
+        return index
+
+    monkeypatch.setattr(of_folder.Index, "read", removed_after_its_index)
+    listed = of_folder.list_checkpoints(checkpoints, verify=False)
+    assert [(each.checkpoint, each.state) for each in listed[:2]] == [
+        ("step_00000003", "incomplete"),
+        ("step_00000004", "whole"),
+    ]
 
 
 def test_what_is_damaged_is_named_and_the_exit_code_is_2(run: Path, tmp_path: Path) -> None:

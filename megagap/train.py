@@ -72,6 +72,7 @@ def main(arguments: list[str], called_as: CalledAs = CalledAs.TOOL) -> None:
         watched = watching(run, mesh, settings.run.hang_seconds, ending.hung)
         with watched as ending.watchdog, deterministic_kernels(settings.train.deterministic):
             train(settings, mesh, run)
+            communicator.broadcast(communicator.gather(None))  # each is watched, and says so, until all have ended
         run.close()
 
 

@@ -1,8 +1,9 @@
 """``megagap.train`` of which a rank stands still for ever: ``python -m tests.hanging_train RANK PLACE RECIPE ...``.
 
 It does so in the third step, or in the first checkpoint after it: in its ``forward``, in its ``loader``, while it
-writes its part of a ``checkpoint``, or of one in the ``background``; behind a ``collective`` that it leaves out;
-``frozen`` by SIGSTOP, or within a call that keeps Python's ``lock``. ``late``: it goes on after 6 seconds.
+writes its part of a ``checkpoint``, or of one in the ``background``; behind a ``collective`` that it leaves out; in the
+``removal`` of an old checkpoint; at the ``end``, after the loop; ``frozen`` by SIGSTOP, or within a call that
+keeps Python's ``lock``. ``late``: it goes on after 6 seconds.
 """
 
 if __name__ == "__main__":
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megagap.checkpoint.retention
 import megagap.training.step
 from megagap.data.loader import MicrobatchLoader
 from megagap.errors import run_tool
@@ -75,6 +77,13 @@ def hang_in(place: str) -> None:
             stop()
         fsync(descriptor)
 
+    def hanging_exit(self: MicrobatchLoader, *_: object) -> None:
+        stop()
+
+    if place == "end":
+        MicrobatchLoader.__exit__ = hanging_exit  # type: ignore[method-assign]
+    if place == "removal":
+        megagap.checkpoint.retention.remove = lambda path: stop()
     megagap.training.trainer.train_step = counting
     megagap.training.step._sum_over_world = skipping_sum
     LlamaStage.forward = hanging_forward  # type: ignore[method-assign]

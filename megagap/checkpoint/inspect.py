@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megagap.checkpoint.index import DTYPES, INDEX_NAME, DamagedCheckpointError, Index
+from megagap.checkpoint.node_folders import IN_USE
 from megagap.checkpoint.retention import VALIDATION_LOSS
 from megagap.checkpoint.save import UNFINISHED, read_latest, step_folders
 from megagap.checkpoint.verify import Damage, check_headers, find_damage
@@ -50,6 +51,16 @@ def kinds_of(index: Index) -> dict[str, dict[str, Any]]:
     return kinds
 
 
+def is_part(folder: Path) -> bool:
+    """Whether this is a node's part of a checkpoint on the nodes' disks, and others have the rest.
+
+    Raises :class:`CheckpointError` if its index is damaged.
+    """
+    if not (folder.parent / IN_USE).is_file():
+        return False
+    return not all((folder / file.name).exists() for file in Index.read(folder, whole=False).files)
+
+
 @dataclass(frozen=True)
 class Listed:
     """One of a run's checkpoints."""
@@ -91,6 +102,8 @@ def _listed(folder: Path, is_latest: bool, verify: bool, progress: Callable[[int
     if not (folder / INDEX_NAME).is_file():
         return Listed(folder.name, None, None, None, is_latest, "incomplete", f"it has no {INDEX_NAME}")
     try:
+        if is_part(folder):
+            return Listed(folder.name, None, None, None, is_latest, "incomplete", "other nodes have the rest of it")
         index = Index.read(folder)
         step, loss = index.state.get("step"), index.state.get(VALIDATION_LOSS)
         damage = find_damage(folder, index, progress) if verify else ()

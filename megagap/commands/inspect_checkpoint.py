@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megagap.checkpoint import Index, resolve_checkpoint
 from megagap.checkpoint.index import INDEX_NAME, DamagedCheckpointError
-from megagap.checkpoint.inspect import Listed, describe, list_checkpoints
+from megagap.checkpoint.inspect import Listed, describe, is_part, list_checkpoints
 from megagap.checkpoint.save import UNFINISHED, step_folders
 from megagap.checkpoint.verify import Damage, find_damage
 from megagap.commands.parser import make_parser
@@ -68,6 +68,11 @@ def folder_of_checkpoints(path: Path) -> Path | None:
 
 
 def inspect_one(folder: Path, given: argparse.Namespace) -> None:
+    if is_part(folder):
+        raise CheckpointError(
+            f"{folder} is one node's part of a checkpoint; other nodes have the rest of its files\n"
+            "  a start of the run with checkpoint.local_dir finds and verifies all of them."
+        )
     index = Index.read(folder)
     about = describe(folder, index)
     damage: tuple[Damage, ...] = ()

@@ -44,7 +44,9 @@ class RankState(BaseModel):
     def place(self) -> str:
         """Where it stands, in words."""
         within = self.doing[1:] if self.doing[:1] == ["step"] else self.doing
-        return " > ".join(within) or (f"step {self.step}, between two actions" if self.doing else "no span")
+        return " > ".join(within) or (
+            f"step {self.step}, between two actions" if self.doing else "code that no span names"
+        )
 
 
 class Suspicion(BaseModel):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from megagap.config import Settings
+from megagap.errors import DataError
 from megagap.observe.goodput import Goodput, accounted
 from megagap.observe.pace import Pace
 from megagap.observe.run_directory import RunDirectory
@@ -30,4 +31,7 @@ def observed(settings: Settings, run: RunDirectory, mesh: Mesh, first_step: int)
             stack.enter_context(mesh.spans.heard_by(pace))
         yield pace
     if run.is_writer:
-        log.info("%s", Goodput.of_run(run.path).line())
+        try:
+            log.info("%s", Goodput.of_run(run.path).line())
+        except DataError as error:  # a run that has ended well does not fail for a report
+            log.warning("no goodput: %s", error.args[0])

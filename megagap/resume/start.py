@@ -133,7 +133,7 @@ def _last_settings(start: Start, run: RunDirectory) -> tuple[str, dict[str, Any]
 def warn_of_rising_rate(start: Start, timeline: Timeline, run: RunDirectory) -> None:
     """Warn where the learning rate had begun to fall and rises again, as after raising ``train.steps`` of a run in or
     past its cooldown; the event ``learning_rate_rises`` records it."""
-    decay = _decay_of(start)
+    decay = _decay_of(start, run)
     if decay is None or start.mode in ("model+data", "model+optimizer+data"):  # another course is asked for
         return
     rate = timeline.at(start.step + 1).lr
@@ -157,6 +157,8 @@ class _Decay:
     """A fall of the learning rate in which a checkpoint was written."""
 
     checkpoint: Path
+    siblings: Path
+    """Folder of the run's checkpoints that last."""
     schedule: str
     last_full: int
     """The last step before the fall."""
@@ -174,7 +176,7 @@ class _Decay:
                 f"A {self.schedule} schedule cannot be extended: keep train.steps, or start a new run from these "
                 f"weights with a schedule of its own (--checkpoint.load {self.checkpoint} --checkpoint.load_mode model)"
             )
-        folders = [folder for folder in step_folders(self.checkpoint.parent) if (folder / INDEX_NAME).is_file()]
+        folders = [folder for folder in step_folders(self.siblings) if (folder / INDEX_NAME).is_file()]
         before = [folder for folder in folders if step_of(folder) <= self.last_full]
         if before:
             return (
@@ -183,11 +185,11 @@ class _Decay:
             )
         return (
             "To train longer, branch from a checkpoint before the cooldown; there is none in "
-            f"{self.checkpoint.parent}: next time keep one, with checkpoint.every and checkpoint.keep"
+            f"{self.siblings}: next time keep one, with checkpoint.every and checkpoint.keep"
         )
 
 
-def _decay_of(start: Start) -> _Decay | None:
+def _decay_of(start: Start, run: RunDirectory) -> _Decay | None:
     """The fall of the learning rate in which ``start``'s checkpoint was written; None before one, and where its
     settings are not known."""
     if start.folder is None or not start.saved:
@@ -202,4 +204,5 @@ def _decay_of(start: Start) -> _Decay | None:
     )
     if start.step <= last_full:
         return None
-    return _Decay(start.folder, optim.schedule, last_full, timeline_of(before, origin).at(start.step).lr)
+    siblings = run.checkpoints if start.is_own else start.folder.parent  # those on a node's disk are gone soon
+    return _Decay(start.folder, siblings, optim.schedule, last_full, timeline_of(before, origin).at(start.step).lr)

@@ -164,5 +164,6 @@ class CheckpointKeeper:
     def drop_old(self) -> None:
         """All but those that the settings keep."""
         if self.run.is_writer:
-            self.retention.apply()
+            with self.state.mesh.spans.span("removal_of_old_checkpoints"):
+                self.retention.apply()
         self._untried = None

@@ -19,6 +19,7 @@ PLACES = {
     "loader": "rank 1 stands in loader",
     "checkpoint": "rank 1 stands in checkpoint",
     "background": "rank 1 stands in checkpoint > writer",
+    "removal": "rank 0 stands in removal of old checkpoints",
     "collective": "rank 1 waits in wait for rank 0, while others wait for it elsewhere",
 }
 
@@ -40,7 +41,7 @@ def recipe_that_hangs(folder: Path, place: str) -> Path:
     folder.mkdir()
     parallel = dict(pp=2) if place == "collective" else {}
     run = dict(dir=str(folder / "run"), tensorboard=False, hang_seconds=SECONDS)
-    checkpoint = {"every": 4, "async": place == "background"}
+    checkpoint = {"every": 2 if place == "removal" else 4, "keep": 1, "async": place == "background"}
     return write_recipe(folder, train=dict(steps=100_000), parallel=parallel, checkpoint=checkpoint, run=run)
 
 
@@ -48,9 +49,12 @@ def recipe_that_hangs(folder: Path, place: str) -> Path:
 def hung(tmp_path_factory):
     """All of them at once: most of their time they wait."""
     folder = tmp_path_factory.mktemp("hangs")
-    places = (*PLACES, "late")
+    places = (*PLACES, "late", "end")
     recipes = {place: recipe_that_hangs(folder / place, place) for place in places}
-    started = {place: start_ranks(recipes[place], 2, "--run.stop_after=6", hangs=(1, place)) for place in places}
+    started = {
+        place: start_ranks(recipes[place], 2, "--run.stop_after=6", hangs=(int(place != "removal"), place))
+        for place in places
+    }
     found = {}
     for place, processes in started.items():
         ends = [finish(process) for process in processes]
@@ -70,6 +74,14 @@ def test_a_hang_ends_all_ranks_and_names_the_one_and_where_it_stands(hung, place
     assert "Traceback" not in "".join(run.outputs)
     status = (run.run / "status.json").read_text()
     assert '"failed"' in status and PLACES[place] in status
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_after_its_last_step_is_named_and_the_run_stays_what_it_was(hung):
+    run = hung["end"]
+    assert run.codes == [1, 1] and "Suspected: rank 1 stands in code that no span names." in run.report
+    assert "in hanging_exit" in run.report and "rank 0 (pp 0, dp 0, cp 0, tp 0; process " in run.report
+    assert '"preempted"' in (run.run / "status.json").read_text()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from megagap.errors import DataError
 from megagap.observe.goodput import ACCOUNTING, Goodput
 from tests.launching import finish, kill_all, start_ranks, wait_until
 from tests.recipes import write_recipe
+from tests.training_run import train_recipe
 from tests.warm_start import python
 
 
@@ -92,3 +93,11 @@ def _tool(run: Path):
     from tests.launching import _start
 
     return _start([python(), "tools/goodput.py", str(run), "--json"])
+
+
+def test_a_run_ends_well_though_its_accounts_are_damaged(workers, tmp_path):
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run", ("step", 1, 1.0, 2.0))
+    workers.run(1, train_recipe, write_recipe(tmp_path, train=dict(steps=3)), [])
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+    assert "no goodput: " in (tmp_path / "run/logs/rank_00000.log").read_text()

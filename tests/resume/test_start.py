@@ -229,20 +229,23 @@ def test_a_learning_rate_that_rises_again_is_warned_of(tmp_path, caplog, optim, 
     assert (told in caplog.text) if told else not caplog.records
 
 
+@pytest.mark.parametrize("loaded", [".", "disk"], ids=["of the run directory", "of a node's disk"])
 @pytest.mark.parametrize(("at", "named"), [((2, 4, 6, 8), 6), ((2, 4, 8), 4), ((8,), None)])
-def test_the_warning_names_the_checkpoint_to_branch_from(tmp_path, caplog, at, named):
+def test_the_warning_names_the_checkpoint_to_branch_from(tmp_path, caplog, at, named, loaded):
+    run = RunDirectory(tmp_path, is_writer=False)
     for step in at:
-        (tmp_path / f"step_{step:08}").mkdir()
-        (tmp_path / f"step_{step:08}" / INDEX_NAME).touch()
+        (run.checkpoints / f"step_{step:08}").mkdir(parents=True)
+        (run.checkpoints / f"step_{step:08}" / INDEX_NAME).touch()
     recipe = write_recipe(tmp_path, optim={"schedule": "wsd", "cooldown_steps": 4})
-    start = Start(8, tmp_path / "step_00000008", saved=load_recipe(recipe).model_dump(mode="json"))
+    folder = run.checkpoints / loaded / "step_00000008"
+    start = Start(8, folder, is_own=True, saved=load_recipe(recipe).model_dump(mode="json"))
     with caplog.at_level(logging.WARNING, "megagap"):
         timeline = timeline_of(load_recipe(recipe, ["train.steps=20"]))
-        warn_of_rising_rate(start, timeline, RunDirectory(tmp_path, is_writer=False))
+        warn_of_rising_rate(start, timeline, run)
     if named is None:
-        assert f"there is none in {tmp_path}" in caplog.text
+        assert f"there is none in {run.checkpoints}" in caplog.text
     else:
-        assert f"--checkpoint.load {tmp_path}/step_{named:08}." in caplog.text
+        assert f"--checkpoint.load {run.checkpoints}/step_{named:08}." in caplog.text
 
 
 def test_a_finished_run_that_is_continued_past_its_cooldown_warns(workers, tmp_path):

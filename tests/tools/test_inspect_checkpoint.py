@@ -88,6 +88,17 @@ def test_what_a_run_removes_meanwhile_is_not_called_damaged(run: Path, monkeypat
     ]
 
 
+def test_a_nodes_part_of_a_checkpoint_is_not_called_damaged(run: Path) -> None:
+    folder = run / "checkpoints/step_00000004"
+    (run / "checkpoints/in_use").touch()
+    assert inspect(folder).returncode == 0
+    (folder / "rank_00000.safetensors").unlink()
+    listed = {each.checkpoint: each for each in of_folder.list_checkpoints(run / "checkpoints", verify=True)}
+    assert listed["step_00000004"].state == "incomplete" and "other nodes" in listed["step_00000004"].reason
+    done = inspect(folder)
+    assert done.returncode == 2 and "is one node's part" in done.stderr and "damaged" not in done.stderr
+
+
 def test_what_is_damaged_is_named_and_the_exit_code_is_2(run: Path, tmp_path: Path) -> None:
     folder = run / "checkpoints/step_00000002"
     damage(folder)

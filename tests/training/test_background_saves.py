@@ -47,9 +47,9 @@ def written_after_step(last, then=lambda state: None):
                 made.set()
         return result
 
-    def save_then(*arguments):
+    def save_then(*arguments, **options):
         assert made.wait(SECONDS), "training waited for the checkpoint"
-        save_checkpoint(*arguments)
+        save_checkpoint(*arguments, **options)
 
     with patch.object(trainer, "train_step", step), patch.object(background, "save_checkpoint", save_then):
         yield

@@ -15,7 +15,14 @@ from megagap.terminal.programs import TOOLS, CalledAs
 from megagap.train import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("tests/run.sh", "examples/quickstart.sh", "examples/multi_node/launch.sh", "tests/gpu/run_all.sh", ".ci/run")
+SCRIPTS = (
+    "tests/run.sh",
+    "examples/quickstart.sh",
+    "examples/gaperon_mini/run.sh",
+    "examples/multi_node/launch.sh",
+    "tests/gpu/run_all.sh",
+    ".ci/run",
+)
 
 
 def help_of(subcommand: str, called_as: CalledAs, capsys) -> str:

@@ -59,10 +59,11 @@ def _page(output: Path, counts: Sequence[Count]) -> str:
     if scored:
         parts += ["<h2>Quality by source</h2>", _legend(), *map(_histogram, scored)]
     parts += ["<h2>Kept to the end</h2>", *_examples(documents(output / "curated"), "kept")]
-    return _document("Curation", parts)
+    return html_page("Curation", parts)
 
 
-def _document(title: str, parts: Iterable[str]) -> str:
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """A page of its own from pieces of HTML."""
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -149,4 +150,4 @@ def _histogram(histogram: Histogram) -> str:
 
 def histogram_page(found: Sequence[Histogram]) -> str:
     """Histograms alone, for ``megagap curate histogram``."""
-    return _document("Quality by source", ["<h1>Quality by source</h1>", _legend(), *map(_histogram, found)])
+    return html_page("Quality by source", ["<h1>Quality by source</h1>", _legend(), *map(_histogram, found)])

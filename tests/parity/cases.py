@@ -80,8 +80,8 @@ _BATCH = (
     Dimension("train.sequence_length", (8, 16, 24, 32)),
     Dimension("data.document_mask", (False, True)),
     Dimension("documents", ("long", "of one token, every other sample", "of one token"), share=0.25),
-    # fp16-mixed is compared in the grid only: whether a scaled sum overflows, and its step is skipped, is up to the order
-    # in which it is added up.
+    # fp16-mixed is compared in the grid only: whether a scaled sum overflows, and its step is skipped, depends on the
+    # order of its additions.
     Dimension("train.precision", ("fp32", "bf16-mixed", "bf16-pure"), share=0.2),
     Dimension("optim.clip_grad", (1.0, 0.0)),
     Dimension("train.z_loss", (0.0, 0.01), share=0.25),

@@ -1,16 +1,18 @@
 """Which device a process takes, and how the ranks are joined."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore
 
 from megagap.errors import DistributedError
 from megagap.process import launch
 from megagap.process.launch import choose_gpu
-from megagap.process.rendezvous import Process, join
+from megagap.process.rendezvous import Process, join, meet_in_used_store
 
 
 @pytest.mark.parametrize("local_rank", range(4))
@@ -39,8 +41,11 @@ def test_the_start_chooses_among_the_visible_gpus_and_joins_with_that_one(monkey
 
 
 def joined(device: torch.device, monkeypatch, error: Exception | None = None) -> dict:
-    """What torch.distributed is asked for."""
+    """What torch.distributed is asked for by rank 1 of two under torchrun, but for the store."""
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", agents.host)
+    monkeypatch.setenv("MASTER_PORT", str(agents.port))
     asked = {}
 
     def init(backend, **options):
@@ -48,15 +53,19 @@ def joined(device: torch.device, monkeypatch, error: Exception | None = None) ->
         if error is not None:
             raise error
 
-    with patch.object(dist, "init_process_group", init):
-        join(Process(1, 2, 1, 2), device, timedelta(minutes=1))
+    minute = timedelta(minutes=1)
+    with patch.object(dist, "init_process_group", init), ThreadPoolExecutor(1) as first_rank:
+        first_rank.submit(meet_in_used_store, Process(0, 2, 0, 2), agents, minute)
+        join(Process(1, 2, 1, 2), device, minute)
+    assert isinstance(asked.pop("store"), PrefixStore)
     return asked
 
 
 def test_ranks_on_gpus_are_joined_by_nccl_alone_bound_to_their_device(monkeypatch):
     gpu = torch.device("cuda", 1)
-    assert joined(gpu, monkeypatch) == {"backend": "nccl", "device_id": gpu, "timeout": timedelta(minutes=1)}
-    assert joined(torch.device("cpu"), monkeypatch) == {"backend": "gloo", "timeout": timedelta(minutes=1)}
+    common = {"timeout": timedelta(minutes=1), "rank": 1, "world_size": 2}
+    assert joined(gpu, monkeypatch) == {"backend": "nccl", "device_id": gpu, **common}
+    assert joined(torch.device("cpu"), monkeypatch) == {"backend": "gloo", **common}
 
 
 def test_two_processes_on_one_gpu_are_told_so_and_other_errors_stay_what_they_are(monkeypatch):

@@ -26,15 +26,16 @@ from megagap.checkpoint.load import files_of
 from megagap.checkpoint.node_folders import Key, Part
 from megagap.checkpoint.save import (
     UNFINISHED,
-    _collect,
-    _describe,
-    _Entry,
-    _Plan,
-    _write_rank,
+    Entry,
+    FilePlan,
+    collect_tensors,
+    reason_of,
     step_folder_name,
     step_folders,
     step_of,
+    write_rank,
 )
+from megagap.checkpoint.verify import verify_file
 from megagap.errors import CheckpointError, ConfigError, MegagapError, system_reason
 from megagap.files import partial_name, publish, require_writable_folder, write_bytes, write_text
 from megagap.observe.run_directory import RunDirectory
@@ -81,7 +82,7 @@ class _Written:
 
     file: StoredFile | None = None
     """None where the rank owns nothing."""
-    entries: tuple[_Entry, ...] = ()
+    entries: tuple[Entry, ...] = ()
     fault: str | None = None
 
 
@@ -300,11 +301,11 @@ class LocalTier:
         for transfer in transfers:
             if transfer.receiver == self.rank:
                 try:
-                    node_folders.verify_file(path_of(transfer.name), found.index, transfer.name)
+                    verify_file(path_of(transfer.name), found.index, transfer.name)
                     publish(path_of(transfer.name), folder / transfer.name)
                 except (CheckpointError, OSError) as error:
                     path_of(transfer.name).unlink(missing_ok=True)
-                    faults.append(_describe(error))
+                    faults.append(reason_of(error))
         self._raise_everywhere("; ".join(faults) or None)
         if transfers:
             log.info("fetched %d files of the local checkpoint of step %d", len(transfers), found.key.step)
@@ -361,11 +362,11 @@ class LocalTier:
         partial = folder.with_name(UNFINISHED + folder.name)
         try:
             partial.mkdir(exist_ok=True)
-            outcome = _write_rank(partial / _file_name(self.rank), _Plan.of(slices), self.mesh.spans.move)
+            outcome = write_rank(partial / _file_name(self.rank), FilePlan.of(slices), self.mesh.spans.move)
             written = _Written(outcome.file, outcome.entries)
         # Whatever it is, the other ranks must be told instead of waiting.
         except Exception as error:
-            written = _Written(fault=f"rank {self.rank}: {_describe(error)}")
+            written = _Written(fault=f"rank {self.rank}: {reason_of(error)}")
         text, fault = cast("tuple[str, str | None]", self.communicator.broadcast(self._index_text(written, state)))
         if fault is None:
             fault = self._complete(partial, text)
@@ -393,13 +394,13 @@ class LocalTier:
         if faults:
             return "", "\n  ".join(faults)
         try:
-            tensors = _collect(entry for part in parts for entry in part.entries)
+            tensors = collect_tensors(entry for part in parts for entry in part.entries)
             files = tuple(part.file for part in parts if part.file)
             index = Index(files=files, tensors=tensors, state={**state, "start": len(self.lineage.starts)})
             index.validate_against(self.folder, whole=False)
             return index.to_json(), None
         except Exception as error:
-            return "", _describe(error)
+            return "", reason_of(error)
 
     def _complete(self, partial: Path, text: str) -> str | None:
         """Write the index, and send this rank's file to its peer. Returns what went wrong on this rank."""
@@ -421,7 +422,7 @@ class LocalTier:
             for transfer in transfers:
                 if transfer.receiver == self.rank and not faults:
                     try:
-                        node_folders.verify_file(partial / transfer.name, index, transfer.name)
+                        verify_file(partial / transfer.name, index, transfer.name)
                     except CheckpointError as error:
                         faults.append(str(error.args[0]))
         return f"rank {self.rank}: {'; '.join(faults)}" if faults else None
@@ -459,7 +460,7 @@ def _intact(index: Index, name: str, folders: Iterable[Path]) -> Path | None:
     for folder in folders:
         if (folder / name).exists():
             try:
-                node_folders.verify_file(folder / name, index, name)
+                verify_file(folder / name, index, name)
                 return folder
             except CheckpointError as error:
                 log.warning("not used: %s", error.args[0])

@@ -11,9 +11,7 @@ Each node writes below a folder of its own, so that a disk that several nodes se
 checkpoint if their folders have the same index, to the byte: it holds the checksum of every chunk.
 """
 
-import mmap
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,34 +98,6 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def verify_file(path: Path, index: Index, name: str) -> None:
-    """Compare every byte of ``path`` with what the index says of the file ``name``. Raises :class:`CheckpointError`."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            checksums = list(_checksums(index, name))
-            if len(data) != max(end for _, end, _ in checksums):
-                raise damaged(path.parent, f"{name} has {len(data):,} bytes, which is not what the index promises")
-            whole = memoryview(data)
-            try:
-                for begin, end, promised in checksums:
-                    if checksum(whole[begin:end]) != promised:
-                        raise damaged(path.parent, f"{name}, bytes {begin:,} on: the checksum does not match")
-            finally:
-                whole.release()
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise damaged(path.parent, f"{name}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _checksums(index: Index, name: str) -> Iterator[tuple[int, int, str]]:
-    """[begin, end) and checksum of all that a file consists of."""
-    header = next(file for file in index.files if file.name == name)
-    yield 0, header.header_size, header.header_checksum
-    for tensor in index.tensors:
-        for chunk in tensor.chunks:
-            if chunk.file == name:
-                yield chunk.begin, chunk.end, chunk.checksum
 
 
 def remove(folder: Path) -> None:

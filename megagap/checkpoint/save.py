@@ -52,7 +52,7 @@ INDEX_BYTES = 512
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A chunk and the tensor it is part of, as the rank that wrote it knows them."""
 
     kind: str
@@ -72,7 +72,7 @@ class _Fault:
 
     @classmethod
     def of(cls, error: Exception, where: str = "") -> "_Fault":
-        return cls(where + _describe(error), isinstance(error, OSError))
+        return cls(where + reason_of(error), isinstance(error, OSError))
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class _Outcome:
     """What one rank reports: its file and chunks, or its fault."""
 
     file: StoredFile | None = None
-    entries: tuple[_Entry, ...] = ()
+    entries: tuple[Entry, ...] = ()
     fault: _Fault | None = None
 
 
 @dataclass(frozen=True)
-class _Plan:
+class FilePlan:
     """One rank's file before it is written: every rectangle of every slice is a tensor of it."""
 
     slices: list[Slice]
@@ -96,7 +96,7 @@ class _Plan:
     """Bytes of the file; 0: there is none."""
 
     @classmethod
-    def of(cls, slices: Iterable[Slice]) -> "_Plan":
+    def of(cls, slices: Iterable[Slice]) -> "FilePlan":
         # Wider elements first keep every tensor aligned, as the format requires.
         ordered = sorted(slices, key=lambda part: -part.dtype.itemsize)
         pieces = [_global_rectangles(part) for part in ordered]
@@ -141,10 +141,10 @@ def save_checkpoint(
     rank = communicator.rank
     partial = folder.with_name(UNFINISHED + folder.name)
     cause: Exception | None = None
-    plan = _Plan([], [], b"", 0)
+    plan = FilePlan([], [], b"", 0)
     own_fault: _Fault | None = None
     try:
-        plan = _Plan.of(slices)
+        plan = FilePlan.of(slices)
     # Whatever it is, the other ranks must be told instead of waiting.
     except Exception as error:
         cause, own_fault = error, _Fault.of(error, f"rank {rank}: ")
@@ -155,7 +155,7 @@ def save_checkpoint(
     _raise_everywhere(folder, fault, communicator, cause)
 
     try:
-        outcome = _write_rank(partial / f"rank_{rank:05}.safetensors", plan, progress)
+        outcome = write_rank(partial / f"rank_{rank:05}.safetensors", plan, progress)
     except Exception as error:
         cause, outcome = error, _Outcome(fault=_Fault.of(error, f"rank {rank}: "))
     outcomes = cast("list[_Outcome] | None", communicator.gather(outcome))
@@ -241,11 +241,11 @@ def _require_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"it takes {needed:,} bytes, {free:,} are free", str(folder.parent))
 
 
-def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _Outcome:
+def write_rank(path: Path, plan: FilePlan, progress: Callable[[int], object]) -> _Outcome:
     """Write and sync one rank's safetensors file. Each slice is written while a thread computes its checksums."""
     if not plan.size:
         return _Outcome()
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     position = len(plan.preamble)
     with open(path, "wb", buffering=1 << 20) as file, ThreadPoolExecutor(1, "checksums") as pool:
         file.write(plan.preamble)
@@ -258,7 +258,7 @@ def _write_rank(path: Path, plan: _Plan, progress: Callable[[int], object]) -> _
                 progress(len(piece))
             position += len(data)
             dtype = DTYPE_NAMES[part.dtype]
-            entries += [_Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk) for chunk in chunks.result()]
+            entries += [Entry(part.kind, part.shard.name, part.shard.shape, dtype, chunk) for chunk in chunks.result()]
         file.flush()
         os.fsync(file.fileno())
     assert position == plan.size, (position, plan.size)
@@ -299,7 +299,7 @@ def _commit(folder: Path, partial: Path, outcomes: list[_Outcome], state: dict[s
         return fault
     index = Index(
         files=tuple(outcome.file for outcome in outcomes if outcome.file),
-        tensors=_collect(entry for outcome in outcomes for entry in outcome.entries),
+        tensors=collect_tensors(entry for outcome in outcomes for entry in outcome.entries),
         state=state,
     )
     index.validate_against(partial)
@@ -330,7 +330,7 @@ def _all_of(faults: Iterable[_Fault | None]) -> _Fault | None:
     return _Fault("\n  ".join(f.text for f in found), all(f.is_refusal for f in found)) if found else None
 
 
-def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
+def collect_tensors(entries: Iterable[Entry]) -> tuple[StoredTensor, ...]:
     """Chunks of one tensor together. Raises :class:`CheckpointError` if ranks disagree on its shape or dtype."""
     chunks: dict[tuple[str, str], list[Chunk]] = {}
     forms: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
@@ -346,7 +346,7 @@ def _collect(entries: Iterable[_Entry]) -> tuple[StoredTensor, ...]:
     )
 
 
-def _describe(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, OSError):
         reason = system_reason(error)
         return f"{error.filename}: {reason}" if error.filename else reason

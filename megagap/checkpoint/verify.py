@@ -168,10 +168,7 @@ def find_damage(
         with lock:
             progress(size)
 
-    chunks: dict[str, list[tuple[Chunk, str]]] = {file.name: [] for file in index.files}
-    for tensor in index.tensors:
-        for chunk in tensor.chunks:
-            chunks[chunk.file].append((chunk, f"{tensor.kind} of {tensor.name}"))
+    chunks = _chunks_by_file(index)
 
     def of_file(file: StoredFile) -> list[Damage]:
         found = []
@@ -182,7 +179,7 @@ def find_damage(
             return [Damage(file.name, 0, file.header_size, None, error.what)]
         done(file.header_size)
         try:
-            for chunk, tensor in sorted(chunks[file.name], key=lambda each: each[0].begin):
+            for chunk, tensor in chunks[file.name]:
                 try:
                     opened.verify(chunk.begin, chunk.end, chunk.checksum, tensor)
                 except DamagedCheckpointError as error:
@@ -194,3 +191,25 @@ def find_damage(
 
     with ThreadPoolExecutor(reading_threads()) as pool:
         return tuple(damage for found in pool.map(of_file, index.files) for damage in found)
+
+
+def verify_file(path: Path, index: Index, name: str) -> None:
+    """Compare every byte of ``path`` with what the index says of the file ``name``. Raises as :class:`Opened`."""
+    file = next(file for file in index.files if file.name == name)
+    opened = Opened(path.parent, file.model_copy(update={"name": path.name}))
+    try:
+        for chunk, tensor in _chunks_by_file(index)[name]:
+            opened.verify(chunk.begin, chunk.end, chunk.checksum, tensor)
+    finally:
+        opened.close()
+
+
+def _chunks_by_file(index: Index) -> dict[str, list[tuple[Chunk, str]]]:
+    """The chunks of each file as they lie in it, each with kind and name of its tensor."""
+    chunks: dict[str, list[tuple[Chunk, str]]] = {file.name: [] for file in index.files}
+    for tensor in index.tensors:
+        for chunk in tensor.chunks:
+            chunks[chunk.file].append((chunk, f"{tensor.kind} of {tensor.name}"))
+    for of_file in chunks.values():
+        of_file.sort(key=lambda each: each[0].begin)
+    return chunks

@@ -48,7 +48,7 @@ _PROSE = 0.12
 
 
 def _weights() -> dict[str, dict[str, float]]:
-    """For each word the languages it speaks for: less for each the more of them share it."""
+    """By word, how much it counts for each language: the more languages share it, the less."""
     languages: dict[str, list[str]] = {}
     for language, words in FUNCTION_WORDS.items():
         for word in words.split():

@@ -91,10 +91,7 @@ class CheckpointKeeper:
         """
         start, self._step_seconds = time.monotonic(), step_seconds
         self.settle()
-        self.run.require_in_place()
-        if self.state.settings.guard.replicas_every >= 0:
-            require_equal_replicas(self.state, self.run)
-        reason = unfit(self.state, batch, self.skipped, validation)
+        reason = self._why_unfit(batch, validation)
         if reason is None:
             if self._untried is not None:
                 self.drop_old()
@@ -117,15 +114,20 @@ class CheckpointKeeper:
         """Write this step's checkpoint to the nodes' disks unless :func:`unfit`: the next one is soon due. All numbers
         must be known. Raises :class:`DataError` if the run directory is gone."""
         assert self.tier is not None
-        self.run.require_in_place()
-        if self.state.settings.guard.replicas_every >= 0:
-            require_equal_replicas(self.state, self.run)
-        reason = unfit(self.state, batch, self.skipped, {})
+        reason = self._why_unfit(batch, {})
         if reason is None:
             slices = self.state.optimizer.slices(owned_only=True)
             self.tier.save_or_warn(self.state.step, slices, saved_state(self.state, self.data), self.run)
         else:
             log.warning("no local checkpoint at step %d: %s", self.state.step, reason)
+
+    def _why_unfit(self, batch: Batch, validation: Mapping[str, float]) -> str | None:
+        """Why no checkpoint may take this state; None: one may. Raises :class:`DataError` if the run directory is gone,
+        and :class:`CorruptionError` if replicas of parameters differ."""
+        self.run.require_in_place()
+        if self.state.settings.guard.replicas_every >= 0:
+            require_equal_replicas(self.state, self.run)
+        return unfit(self.state, batch, self.skipped, validation)
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. Collective where it may have failed.

@@ -425,7 +425,7 @@ def _starts(run: Path) -> list[dict[str, Any]]:
 def _events(run: Path) -> list[dict[str, Any]]:
     try:
         return whole_lines(run / "events.jsonl")
-    except ValueError:  # a torn line in the middle; :class:`Witness` reads around it
+    except ValueError:  # an incomplete line in the middle, which :class:`Witness` skips
         lines = (run / "events.jsonl").read_text(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 

@@ -50,6 +50,7 @@ def cases(many: int) -> Iterator[tuple[str, str, int]]:
     listed = ",".join([chunk] * million)
     whole = f'{{"kind":"weight","name":"w","shape":[{million}],"dtype":"F32","chunks":[{listed}]}}'
     yield "a million chunks", index_of(whole, HEADER + 4 * million), HEADER + 4 * million
+    yield "a million chunks, of a file of nothing but holes", index_of(whole, 2**40), 2**40
     del listed, whole
     size = HEADER + 4 * many
     side = round(many ** (1 / 6))

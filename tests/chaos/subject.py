@@ -90,5 +90,7 @@ if __name__ == "__main__":
     aim(Path(sys.argv[1]), sys.argv[2])
     from megagap.errors import run_tool
     from megagap.train import main
+    from tests.chaos.flaws import plant
 
+    plant()
     run_tool(lambda: main(sys.argv[3:]))

@@ -15,6 +15,7 @@ from megagap.parallel.shard import Slice, whole
 from tests.chaos.campaign import layouts_of
 from tests.chaos.checks import RELATIVE, Witness, differences, fault_of, faults_at_rest
 from tests.chaos.events import DISK_KINDS, LAUNCHER_KINDS, RANK_KINDS, draw
+from tests.chaos.flaws import VARIABLE
 from tests.chaos.start import Start
 from tests.chaos.subject import AUDITED, PHASES, phase_of
 from tests.recipes import write_recipe
@@ -34,6 +35,25 @@ def test_six_events_are_survived(tmp_path):
     assert report["events"] == 6 and report["findings"] == [] and len(report["kinds"]) == 6
     assert report["saved_messages"] > 6
     assert report["runs"] == report["runs_bit_equal"] + report["runs_in_several_layouts"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("flaw", "found"),
+    [
+        ("said_early", "said that step_"),
+        ("points_early", "which is not there"),
+        ("forgets_moments", "weights differ by"),
+    ],
+)
+def test_one_kill_while_a_file_is_written_shows_a_planted_flaw(tmp_path, flaw, found):
+    recipe = write_recipe(tmp_path, train=dict(steps=12), checkpoint=dict(every=2, keep=2))
+    options = ["--kills", "1", "--seed", "11", "--only", "kill rank", "--json"]
+    assert draw(11, 0, 5, has_disk=True, only=["kill rank"]).phase == "writing"
+    command = [python(), str(ROOT / "tools/chaos.py"), str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {VARIABLE: flaw})
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert any(found in finding for finding in json.loads(done.stdout)["findings"]), done.stdout
 
 
 def test_a_seed_and_a_number_determine_an_event():

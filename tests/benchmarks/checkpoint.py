@@ -4,7 +4,8 @@
 
 The state is that of AdamW in fp32: weights and two moments, in matrices of 4,096 columns. On two ranks, which are on
 gloo, each owns half of every matrix's rows; reshaped, it reads half of the columns. All arms are measured in turn,
-round after round, in one run, and medians are told; what was read is compared with what was written.
+round after round, in one run, first the saves, then the loads, and medians are told; what was read is compared with
+what was written. No more than four copies of the state are in memory at a time.
 
 Every save is durable: megagap and torch.distributed.checkpoint (DCP, whose writer has ``sync_files``) sync each file
 and the list of what is in them by themselves, torch.save's file is synced here. Before each save, what else is to be
@@ -15,6 +16,7 @@ They read what was just written: from memory, unless --cold asks for the disk.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -25,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,12 +70,11 @@ class Part:
             name = f"layers.{number}.weight"
             shard = split(name, shape, dim, rank, ranks)
             for kind in KINDS:
-                whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(shape).add_(len(self.slices))
-                own = whole.chunk(ranks, dim)[rank].contiguous()
+                own = _content(len(self.slices), dim, rank, ranks)
                 self.tensors[f"{kind}/{name}"] = own
                 self.slices.append(Slice(kind, shard, 0, own.numel(), own.view(-1)))
         self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.dim, self.ranks = dim, ranks
+        self.dim, self.rank, self.ranks = dim, rank, ranks
 
     def for_dcp(self) -> dict[str, Tensor]:
         """Views of the tensors, distributed where there are several ranks."""
@@ -84,6 +86,17 @@ class Part:
     def clear(self) -> None:
         for tensor in self.tensors.values():
             tensor.zero_()
+
+    def compare(self, found: dict[str, Tensor]) -> None:
+        for number, name in enumerate(self.tensors):
+            expected = _content(number, self.dim, self.rank, self.ranks)
+            assert torch.equal(found[name], expected), f"{name} is not what was written"
+
+
+def _content(number: int, dim: int, rank: int, ranks: int) -> Tensor:
+    """What the rank has of the state's tensor of this number."""
+    whole = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS).add_(number)
+    return whole.chunk(ranks, dim)[rank].contiguous()
 
 
 def _distributed(tensor: Tensor, mesh: Any, placements: list[Placement]) -> Tensor:
@@ -174,19 +187,39 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: Path, st
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    matrices = max(1, round(options.gigabytes * 1e9 / (len(KINDS) * ROWS * COLUMNS * 4)))
+    clock = Clock(ranks)
+    size, step_seconds, slower = measure_saves(matrices, rank, ranks, options, folder, clock)
+    gc.collect()
+    measure_loads(matrices, rank, ranks, options, folder, clock)
+    if rank == 0:
+        medians = {key: statistics.median(values[1:]) for key, values in clock.seconds.items()}
+        results.put((size * ranks, medians, step_seconds, slower))
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def measure_saves(
+    matrices: int, rank: int, ranks: int, options: argparse.Namespace, folder: Path, clock: Clock
+) -> tuple[int, float, dict[str, float]]:
+    """Bytes of this rank's part, seconds of a step, and how many times as slow each arm makes small operations."""
     mesh = Mesh.of(Mesh.create(device=CPU, world_size=ranks, rank=rank).layout, rank, CPU, background=True)
     communicator = DistributedCommunicator(mesh)
-    matrices = max(1, round(options.gigabytes * 1e9 / (len(KINDS) * ROWS * COLUMNS * 4)))
-    written, target = Part(matrices, 0, rank, ranks), Part(matrices, 0, rank, ranks)
-    reshaped = Part(matrices, 1, rank, ranks) if ranks > 1 else None
-    saver = BackgroundSaver(written.slices, DistributedCommunicator(mesh, mesh.background_levels), CPU)
-    copy = {name: tensor.clone() for name, tensor in written.tensors.items()}
+    part = Part(matrices, 0, rank, ranks)
+    saver = BackgroundSaver(part.slices, DistributedCommunicator(mesh, mesh.background_levels), CPU)
+    copy = {name: tensor.clone() for name, tensor in part.tensors.items()}
     stager = KeptCopies() if ranks > 1 else DefaultStager(StagingOptions(False, False, False, False))
     group = dist.new_group() if ranks > 1 else None
-    clock, speeds, steps = Clock(ranks), defaultdict(list), []
-    weights = [tensor for name, tensor in written.tensors.items() if name.startswith("weight")]
+    speeds, steps = defaultdict(list), []
+    weights = [tensor for name, tensor in part.tensors.items() if name.startswith("weight")]
     step(weights[:1], options.tokens)
-    ours, theirs, plain = folder / "step_00000001", folder / "dcp", folder / f"torch/{rank}.pt"
+    paths = Paths(folder, rank)
+    writing: dict[str, Callable[[], object]] = {
+        "megagap": lambda: save_checkpoint(paths.megagap, part.slices, {}, communicator),
+        "DCP": lambda: dcp.save(part.for_dcp(), storage_writer=dcp.FileSystemWriter(paths.dcp, overwrite=True)),
+        "torch.save": lambda: save_by_torch(part.tensors, paths.torch),
+    }
 
     for number in range(options.rounds + 1):
         if rank == 0:  # a run replaces no checkpoint: what each arm wrote is removed before it writes again, untimed
@@ -196,13 +229,8 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: Path, st
         step(weights, options.tokens)
         steps.append(time.perf_counter() - begin)
         with clock.of("stall", "one copy in memory"):
-            for name, tensor in written.tensors.items():
+            for name, tensor in part.tensors.items():
                 copy[name].copy_(tensor)
-        writing: dict[str, Callable[[], object]] = {
-            "megagap": lambda: save_checkpoint(ours, written.slices, {}, communicator),
-            "DCP": lambda: dcp.save(written.for_dcp(), storage_writer=dcp.FileSystemWriter(theirs, overwrite=True)),
-            "torch.save": lambda: save_by_torch(written.tensors, plain),
-        }
         for arm in sorted(writing, reverse=number % 2 == 0):  # the first may find more memory free
             with clock.of("save", arm):
                 writing[arm]()
@@ -211,47 +239,64 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: Path, st
             begin = time.perf_counter()
             with clock.of("stall", arm):
                 if arm == "megagap":
-                    saver.start(folder / "step_00000002", written.slices, {}, lambda seconds: None)
+                    saver.start(folder / "step_00000002", part.slices, {}, lambda seconds: None)
                     is_over, wait = (lambda: saver.is_idle), saver.wait
                 else:
-                    is_over, wait = start_dcp(written, folder / "dcp_async", stager, group)
+                    is_over, wait = start_dcp(part, folder / "dcp_async", stager, group)
             speeds[arm].append(work(600, is_over))
             wait()
             clock.seconds["background", arm].append(time.perf_counter() - begin)
-        for what, part in [("load", target)] + ([("reshape", reshaped)] if reshaped else []):
+    saver.close()
+    slower = {arm: statistics.median(speeds["alone"]) / statistics.median(speeds[arm]) for arm in ("megagap", "DCP")}
+    return part.bytes, statistics.median(steps), slower
+
+
+def measure_loads(
+    matrices: int, rank: int, ranks: int, options: argparse.Namespace, folder: Path, clock: Clock
+) -> None:
+    """Of what the last round of saves left."""
+    for what, dim in (("load", 0), ("reshape", 1)) if ranks > 1 else (("load", 0),):
+        part = Part(matrices, dim, rank, ranks)
+        for number in range(options.rounds + 1):
             for arm in ("megagap", "DCP", "torch.load") if what == "load" else ("megagap", "DCP"):
                 part.clear()
                 if options.cold:
                     forget(folder)
                 with clock.of(what, arm):
-                    loaded = read(arm, part, ours, theirs, plain)
+                    loaded = read(arm, part, Paths(folder, rank))
                 if number == 0:
-                    compare(loaded, Part(matrices, part.dim, rank, ranks).tensors)
-    if rank == 0:
-        medians = {key: statistics.median(values[1:]) for key, values in clock.seconds.items()}
-        slower = {
-            arm: statistics.median(speeds["alone"]) / statistics.median(speeds[arm]) for arm in ("megagap", "DCP")
-        }
-        results.put((written.bytes * ranks, medians, statistics.median(steps), slower))
-    if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    saver.close()
+                    part.compare(loaded)
+                del loaded
 
 
-def read(arm: str, part: Part, ours: Path, theirs: Path, plain: Path) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Paths:
+    """Where each arm writes."""
+
+    folder: Path
+    rank: int
+
+    @property
+    def megagap(self) -> Path:
+        return self.folder / "step_00000001"
+
+    @property
+    def dcp(self) -> Path:
+        return self.folder / "dcp"
+
+    @property
+    def torch(self) -> Path:
+        return self.folder / f"torch/{self.rank}.pt"
+
+
+def read(arm: str, part: Part, paths: Paths) -> dict[str, Tensor]:
     if arm == "torch.load":
-        return cast("dict[str, Tensor]", torch.load(plain, weights_only=True))
+        return cast("dict[str, Tensor]", torch.load(paths.torch, weights_only=True))
     if arm == "megagap":
-        load_slices(ours, Index.read(ours), part.slices)
+        load_slices(paths.megagap, Index.read(paths.megagap), part.slices)
     else:
-        dcp.load(part.for_dcp(), storage_reader=dcp.FileSystemReader(theirs))
+        dcp.load(part.for_dcp(), storage_reader=dcp.FileSystemReader(paths.dcp))
     return part.tensors
-
-
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), f"{name} is not what was written"
 
 
 def report(ranks: int, size: int, medians: dict[tuple[str, str], float], step: float, slower: dict[str, float]) -> dict:

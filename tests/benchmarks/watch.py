@@ -1,25 +1,30 @@
 """What watching a run costs, as a share of a step: ``python -m tests.benchmarks.watch [--steps N] [--pairs N]``.
 
 Two processes train a small model over gloo, in alternating stretches of steps with and without what watches: spans and
-their listeners (the ledger, the measurement of slow ranks), and the watchdog's threads. The first rank prints the
-medians and the share; and what a span costs by itself, and those of a step together, which a busy machine blurs less.
+their listeners (the ledger, the measurement of slow ranks), and the watchdog's threads. Steps of one kind differ among
+each other by more than these cost, so that the ratio of the stretches (``share``) says little unless there are many.
+``share_within`` is the time that passed, in the steps watched, from the begin to the end of what a span does when it
+begins and ends, with all that listens, and of sharing and judging ranks' times; and what making a span takes.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 
 from megagap.config import load_recipe
 from megagap.errors import HangError
 from megagap.observe.listeners import observed
+from megagap.observe.pace import Pace, SlowRanks
 from megagap.observe.run_directory import RunDirectory
 from megagap.observe.watchdog import Watchdog, clear
 from megagap.parallel.spans import Span, Spans
@@ -44,15 +49,41 @@ def without_spans() -> Iterator[None]:
         Span.__enter__, Span.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
-def measure(rank: int, ranks: int, recipe: Path, steps: int, pairs: int) -> tuple[dict[str, Any], float]:
-    """Seconds per step of each stretch, {"watched": […], "plain": […]}; and the spans of a step."""
+class Within:
+    """Seconds that pass within functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return call
+
+    @contextmanager
+    def of_watching(self) -> Iterator[None]:
+        """Count what spans, their listeners and the measurement of slow ranks do in the block."""
+        with ExitStack() as stack:
+            for owner, name in ((Span, "__enter__"), (Span, "__exit__"), (Pace, "share"), (SlowRanks, "judge")):
+                stack.enter_context(patch.object(owner, name, self.timed(getattr(owner, name))))
+            yield
+
+
+def measure(rank: int, ranks: int, recipe: Path, steps: int, pairs: int) -> dict[str, Any]:
+    """Seconds per step of each stretch, {"watched": […], "plain": […], "within": […]}; and the spans of a step."""
     settings = load_recipe(recipe, [], ranks)
     mesh = make_mesh(settings, Process(rank, ranks, rank, ranks), torch.device("cpu"))
     run = RunDirectory(Path(settings.run.dir), is_writer=rank == 0)
     run.open()
     clear(run)
     state = build_state(settings, mesh)
-    seconds: dict[str, list[float]] = {"watched": [], "plain": []}
+    slow = SlowRanks(mesh.layout, run)
+    seconds: dict[str, list[float]] = {"watched": [], "plain": [], "within": []}
 
     def hung(error: HangError, speaks: bool) -> NoReturn:
         raise error
@@ -66,7 +97,9 @@ def measure(rank: int, ranks: int, recipe: Path, steps: int, pairs: int) -> tupl
                 with mesh.spans.span("step"):
                     with mesh.spans.span("loader"):
                         batch = loader.step(state.step + 1)
-                    train_step(state, batch, lambda: (False, False))
+                    results = train_step(state, batch, lambda: (False, False))
+                    if results.own_seconds.numel():
+                        slow.judge(state.step, results.own_seconds.tolist())
             return (time.perf_counter() - begin) / steps
 
         moves = mesh.spans.moves
@@ -80,34 +113,38 @@ def measure(rank: int, ranks: int, recipe: Path, steps: int, pairs: int) -> tupl
                         watchdog = Watchdog(run.logs, mesh.spans, mesh.layout, rank, settings.run.hang_seconds, hung)
                         watchdog.start()
                         stack.callback(watchdog.close)
+                        within = Within()
+                        stack.enter_context(within.of_watching())
                     else:
                         state.pace = None
                         stack.enter_context(without_spans())
                     seconds[kind].append(stretch())
+                    if kind == "watched":
+                        seconds["within"].append(within.seconds / steps)
+                if rank == 0:
+                    print(f"{len(seconds[kind])} of {pairs}, {kind}: {seconds[kind][-1]:.3f} s", file=sys.stderr)
     run.close()
-    return seconds, spans
+    return {**seconds, "spans": spans}
 
 
-def span_seconds(count: int = 100_000) -> float:
-    """What opening and closing one span takes, less the loop."""
-    spans, nothing = Spans(), nullcontext()
+def making_seconds(count: int = 100_000) -> float:
+    """What making a span takes, less the loop."""
+    spans = Spans()
     begin = time.perf_counter()
     for _ in range(count):
-        with spans.span("forward", microbatch=0, chunk=0):
-            pass
+        spans.span("forward", microbatch=0, chunk=0)
     middle = time.perf_counter()
     for _ in range(count):
-        with nothing:
-            pass
+        pass
     return (2 * middle - begin - time.perf_counter()) / count
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="in a stretch")
-    parser.add_argument("--pairs", type=int, default=10, help="of stretches")
-    parser.add_argument("--hidden", type=int, default=512, help="hidden size of the model")
-    parser.add_argument("--layers", type=int, default=8)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="in a stretch (5)")
+    parser.add_argument("--pairs", type=int, default=8, help="of stretches (8)")
+    parser.add_argument("--hidden", type=int, default=512, help="size of the model (512)")
+    parser.add_argument("--layers", type=int, default=8, help="(8)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = {
@@ -120,21 +157,21 @@ def main() -> None:
         recipe = write_recipe(Path(folder), model=model, train=train, parallel={"tp": 2})
         workers = Workers()
         try:
-            seconds, spans = workers.run(2, measure, recipe, options.steps, options.pairs)[0]
+            measured = workers.run(2, measure, recipe, options.steps, options.pairs)[0]
         finally:
             workers.close()
-    ratios = [watched / plain for watched, plain in zip(seconds["watched"], seconds["plain"], strict=True)]
-    found = {kind: statistics.median(values) for kind, values in seconds.items()}
+    watched, plain = measured["watched"], measured["plain"]
+    ratios = [one / other for one, other in zip(watched, plain, strict=True)]
+    making = measured["spans"] * making_seconds()
     print(
         json.dumps(
             {
-                "step_seconds": found,
+                "watched_step_seconds": statistics.median(watched),
+                "plain_step_seconds": statistics.median(plain),
                 "share": statistics.median(ratios) - 1,
-                "share_of_medians": found["watched"] / found["plain"] - 1,
-                "pairs": [round(ratio - 1, 4) for ratio in ratios],
-                "span_microseconds": 1e6 * span_seconds(),
-                "spans_per_step": spans,
-                "share_of_spans": spans * span_seconds() / found["plain"],
+                "shares": [round(ratio - 1, 4) for ratio in ratios],
+                "share_within": (statistics.median(measured["within"]) + making) / statistics.median(watched),
+                "spans_per_step": measured["spans"],
             }
         )
     )

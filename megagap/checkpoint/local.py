@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -236,8 +237,15 @@ class LocalTier:
         teller = cast("int", self.communicator.broadcast(teller))
         here = node_folders.folders_of(self.root, key)
         here.sort(key=lambda folder: folder.parent != self.folder)
-        texts = self.communicator.gather(_bytes(here[0] / INDEX_NAME) if self.rank == teller else None)
-        text = cast("bytes", self.communicator.broadcast(texts[teller] if texts is not None else None))
+        own_text = None
+        if self.rank == teller:
+            with suppress(OSError, LookupError):  # it was there when it was found
+                own_text = (here[0] / INDEX_NAME).read_bytes()
+        texts = self.communicator.gather(own_text)
+        text = cast("bytes | None", self.communicator.broadcast(texts[teller] if texts is not None else None))
+        if text is None:
+            log.warning("the local checkpoint of step %d is not used: its index cannot be read any more", key.step)
+            return None
         index = Index.parse(self.folder / step_folder_name(key.step), text, whole=False)
 
         ranks = self.nodes.ranks(self.node)

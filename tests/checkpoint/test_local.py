@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from megagap.checkpoint import file_exchange
+from megagap.checkpoint import file_exchange, node_folders
 from megagap.checkpoint.local import LocalTier, Nodes
 from megagap.observe.run_directory import RunDirectory
 from megagap.resume.next_start import next_start
@@ -107,6 +107,27 @@ def test_where_both_copies_of_a_file_are_damaged_the_checkpoint_before_is_used(w
     assert go_on(workers, run) == stopped[1]
     assert events(run / "run", "resume")[0]["step"] == 1
     assert "rank_00003.safetensors is damaged" in (run / "run/logs/rank_00000.log").read_text()
+
+
+def train_while_an_index_vanishes(rank, ranks, recipe, overrides, disks):
+    """Step 2's, after the disks were looked through."""
+    find = node_folders.folders_of
+
+    def found_once(root, key):
+        folders = find(root, key)
+        for folder in folders if key.step == 2 else ():
+            (folder / "index.json").unlink(missing_ok=True)
+        return folders
+
+    with mock.patch.object(node_folders, "folders_of", found_once):
+        return train_on_nodes(rank, ranks, recipe, overrides, disks)
+
+
+def test_where_an_index_cannot_be_read_any_more_the_checkpoint_before_is_used(workers, stopped, run):
+    disks = [run / "disk0", run / "disk1"]
+    metrics = workers.run(4, train_while_an_index_vanishes, run / "recipe.toml", LOCAL, disks)[0]
+    assert numbers(metrics) == stopped[1]
+    assert events(run / "run", "resume")[0]["step"] == 1
 
 
 def test_a_newer_checkpoint_of_the_run_directory_is_preferred(workers, stopped, run):

@@ -43,11 +43,10 @@ def from_intact(
         known = set(passed_over)
         refused: CheckpointError | None = None
         try:
-            source, passed_over = find_source(settings, run, mesh, passed_over)
+            shared, passed_over = find_source(settings, run, mesh, passed_over)
         except CheckpointError as error:  # the directory's are all damaged, say
-            source, refused = None, error
-        if tier is not None:
-            source = _newer(tier, source, settings, run) or source
+            shared, refused = None, error
+        source = _newer(tier, shared, settings, run) or shared if tier is not None else shared
         if refused is not None and source is None:
             raise refused
         for folder in passed_over.keys() - known:
@@ -60,8 +59,8 @@ def from_intact(
             passed_over[source] = error.with_traceback(None)
             _record(run, source, error)
         else:
-            if passed_over and source is not None and source.parent != run.local and run.is_writer:
-                point_latest_at(source)  # what is ahead of it is no longer part of the run
+            if passed_over and shared is not None and run.is_writer:
+                point_latest_at(shared)  # what is ahead of it is no longer part of the run
             return loaded
         gc.collect()  # the state that was to be loaded, before another takes its place
 

@@ -127,3 +127,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_ends_naming_each_and_does_not_b
     for name, what in (("step_00000004", r"checksum"), ("step_00000002", "bytes, the index promises")):
         assert all(name in message and what in message for message in messages)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_latest_names_a_whole_checkpoint_where_the_nodes_disks_have_a_newer_one(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=5))
+    overrides = ["parallel.tp=1", "checkpoint.every=2", "checkpoint.local_every=1"]
+    overrides.append(f"checkpoint.local_dir={tmp_path / 'disk'}")
+    workers.run(2, train_recipe, recipe, overrides)
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.rmtree(checkpoints / "step_00000005")
+    (checkpoints / "latest").write_text("step_00000004\n")
+    DAMAGES["bit of the index"](checkpoints / "step_00000004")
+    # What the disks have is that of step 3: newer than step 2, and the end of a run that is to have 3 steps.
+    workers.run(2, train_recipe, recipe, [*overrides, "train.steps=3"])
+    assert "step 3 of 3" in (tmp_path / "run/logs/rank_00000.log").read_text()
+    assert find_latest(checkpoints) == checkpoints / "step_00000002"

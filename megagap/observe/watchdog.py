@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from megagap.errors import HangError
 from megagap.files import write_text
+from megagap.observe.flight_recorder import RECORDS, save_record
 from megagap.observe.hang_report import REPORT, RankState, report, states_of, suspected
 from megagap.observe.logs import log_file
 from megagap.observe.run_directory import RunDirectory
@@ -213,6 +214,7 @@ class Watchdog:
             title = f"Nothing has gone on for {idle} (run.hang_seconds = {self.seconds:g})."
             with suppress(OSError):
                 self._publish("stalled", self._state(self._open(), stacks=stacks()))
+                self._save_record()
                 self._report(title, COLLECT_SECONDS)
             states = self._read()
             host = socket.gethostname()
@@ -231,8 +233,14 @@ class Watchdog:
             identity, spans = self.spans.failure
             spans = spans if identity == id(error) else []
             self._publish("stalled", self._state(spans, str(error).strip().partition("\n")[0], stack))
+            self._save_record()
             self._report("A rank was lost.", LOST_SECONDS)
             log.error("%s says what each rank was doing", self.logs / REPORT)
+
+    def _save_record(self) -> None:
+        """Torch's own, beside the report. This rank's state is there already, should torch stand still, too."""
+        with suppress(RuntimeError):
+            save_record(self.logs / RECORDS / f"rank_{self.rank:05}.json")
 
     def _report(self, title: str, seconds: float) -> None:
         """Write the report once all states are there, or after ``seconds``; or wait for the rank that does."""

@@ -1,5 +1,6 @@
 """A rank that stands still ends the whole run within the time-out, and the report says which rank and where."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,15 @@ def test_the_report_has_place_waits_and_stacks_of_every_rank(hung):
     first, second = report.split("---- rank 0: stacks")[1].split("---- rank 1: stacks")
     assert "in finish_reduction" in first and "in hanging_forward" in second
     assert "in hanging_fsync" in hung["checkpoint"].report and "in hanging_read" in hung["loader"].report
+
+
+@pytest.mark.slow
+def test_torchs_own_record_has_the_collectives_that_are_not_finished(hung):
+    def unfinished(rank):
+        record = json.loads((hung["forward"].run / f"logs/flight_recorder/rank_{rank:05}.json").read_text())
+        return [entry["profiling_name"] for entry in record["entries"] if not entry["retired"]]
+
+    assert unfinished(0) and not unfinished(1)
 
 
 @pytest.mark.long

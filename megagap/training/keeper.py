@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from megagap.checkpoint import Retention
 from megagap.checkpoint.background import BackgroundSaver
@@ -59,6 +60,8 @@ class CheckpointKeeper:
         self._has_warned = False
         asked = state.settings.checkpoint
         self.retention = Retention(run.checkpoints, asked.keep, asked.keep_every, asked.keep_best)
+        self._remover = ThreadPoolExecutor(1, "removal")
+        self._removal: Future[None] | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -95,6 +98,7 @@ class CheckpointKeeper:
         if reason is None:
             if self._untried is not None:
                 self.drop_old()
+            self.await_removal()  # what it removes may be the space that this one needs
             try:
                 save(self.state, self.run, self.data, validation, self.background, start)
                 self._writing, self._stall = self.state.step, time.monotonic() - start
@@ -164,8 +168,15 @@ class CheckpointKeeper:
         return next_start(self.run, self.state.settings.checkpoint.load)
 
     def drop_old(self) -> None:
-        """All but those that the settings keep."""
+        """Remove all but those that the settings keep, while training goes on: a file system may take long."""
         if self.run.is_writer:
-            with self.state.mesh.spans.span("removal_of_old_checkpoints"):
-                self.retention.apply()
+            self.await_removal()
+            self._removal = self._remover.submit(self.retention.apply)
         self._untried = None
+
+    def await_removal(self) -> None:
+        """Until old checkpoints are gone, or what cannot be removed has been logged."""
+        removal, self._removal = self._removal, None
+        if removal is not None:
+            with self.state.mesh.spans.span("removal_of_old_checkpoints"):
+                removal.result()

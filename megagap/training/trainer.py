@@ -146,6 +146,7 @@ def train_from(
         requests.await_own()
     else:
         keeper.drop_old()
+        keeper.await_removal()
         run.event("finish")
         run.status("finished")
 

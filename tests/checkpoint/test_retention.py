@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megagap.checkpoint import Retention, save_checkpoint
 from megagap.config import load_recipe
 from megagap.errors import ConfigError
 from megagap.parallel.shard import Slice, whole
+from megagap.training import trainer
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -124,3 +127,27 @@ def test_a_run_keeps_the_checkpoint_of_its_lowest_validation_loss_over_a_restart
     best = min(metrics, key=lambda record: record["validation_loss"])["step"]
     assert best <= 5
     assert steps(tmp_path / "run/checkpoints") == [best, 8]
+
+
+def train_while_a_removal_waits_for_a_later_step(rank, ranks, recipe):
+    has_gone_on, removals, apply, step = threading.Event(), [], Retention.apply, trainer.train_step
+
+    def waiting(retention):
+        removals.append(has_gone_on.wait(60))
+        apply(retention)
+
+    def observed(state, *rest):
+        result = step(state, *rest)
+        if state.step == 7:  # the checkpoint of step 4 is the newest, and 6 the step after which the one before goes
+            has_gone_on.set()
+        return result
+
+    with mock.patch.object(Retention, "apply", waiting), mock.patch.object(trainer, "train_step", observed):
+        train_recipe(rank, ranks, recipe, [])
+    return removals
+
+
+def test_training_goes_on_while_old_checkpoints_are_removed(workers, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=8), checkpoint=dict(every=4, keep=1))
+    assert workers.run(1, train_while_a_removal_waits_for_a_later_step, recipe) == [[True, True]]
+    assert steps(tmp_path / "run/checkpoints") == [8]

@@ -20,7 +20,7 @@ PLACES = {
     "loader": "rank 1 stands in loader",
     "checkpoint": "rank 1 stands in checkpoint",
     "background": "rank 1 stands in checkpoint > writer",
-    "removal": "rank 0 stands in removal of old checkpoints",
+    "removal": "rank 0 stands in checkpoint > removal of old checkpoints",
     "collective": "rank 1 waits in wait for rank 0, while others wait for it elsewhere",
 }
 

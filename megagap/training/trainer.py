@@ -3,6 +3,7 @@
 import logging
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.background import BackgroundSaver
@@ -12,6 +13,7 @@ from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
 from megagap.errors import DivergedError, counted
+from megagap.inference.run_tasks import TaskRows, open_run_tasks, score_rows
 from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import sharded_parameters, stages_of_recipe
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
-    held_out = validation_data(settings)
+    held_out, tasks = validation_data(settings), open_run_tasks(settings, mesh)
     tier = open_local_tier(settings, run, mesh)
     state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source, tier), tier)
     steps = settings.train.steps
@@ -57,7 +59,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         observed(settings, run, mesh, state.step + 1) as state.pace,
         closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
     ):
-        train_from(start, state, loader, held_out, run, background, tier)
+        train_from(start, state, loader, held_out, tasks, run, background, tier)
 
 
 def begin(
@@ -76,6 +78,7 @@ def train_from(
     state: TrainState,
     loader: MicrobatchLoader,
     held_out: ValidationData,
+    tasks: TaskRows,
     run: RunDirectory,
     background: BackgroundSaver | None,
     tier: LocalTier | None,
@@ -96,11 +99,10 @@ def train_from(
     # From here on a signal asks to stop; before, it ends the process.
     requests = Requests.of_run(settings, run, state.step)
     previous: StepResult | None = None
-    stopping = False
     keeper = CheckpointKeeper(state, run, loader.data, skipped, background, tier)
 
-    if settings.train.evaluate_first and state.step == 0 and held_out.windows:
-        stopping = try_to_evaluate(state, held_out, recorder, requests) is None
+    due_now = due_at_start(settings, state, held_out, tasks, recorder)
+    stopping = try_to_evaluate(state, *due_now, recorder, requests)[1]
     while state.step < steps and not stopping:
         spans.begin_step(state.step + 1)
         with spans.span("step"):
@@ -119,16 +121,15 @@ def train_from(
             keeper.settle()
 
         last = state.step == steps
-        losses: dict[str, float] | None = {}
-        if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
-            losses = try_to_evaluate(state, held_out, recorder, requests)
-            stopping = stopping or losses is None
+        due_now = due_evaluations(settings, state.step, held_out, tasks)
+        losses, is_stopped = try_to_evaluate(state, *due_now, recorder, requests)
+        stopping = stopping or is_stopped
         # After the evaluation, which a stop would cut short: this one was known beforehand and can wait for it.
         stopping = requests.ends_at(state.step) or stopping
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause(), spans.span("checkpoint"):
                 recorder.sync()
-                if keeper.save_if_fit(batch, losses or {}, recorder.seconds, is_final=last or stopping):
+                if keeper.save_if_fit(batch, losses, recorder.seconds, is_final=last or stopping):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None
@@ -150,19 +151,65 @@ def train_from(
         run.status("finished")
 
 
+def due_evaluations(
+    settings: Settings, step: int, held_out: ValidationData, tasks: TaskRows
+) -> tuple[ValidationData | None, TaskRows | None]:
+    """What is to be evaluated after a step, or before the first one."""
+    train, is_last = settings.train, step == settings.train.steps
+    if step == 0:
+        return (held_out, tasks) if train.evaluate_first else (None, None)
+    windows_due, tasks_due = (due(every, step, is_last) for every in (train.evaluate_every, train.evaluate_tasks_every))
+    return held_out if windows_due else None, tasks if tasks_due else None
+
+
+def due_at_start(
+    settings: Settings, state: TrainState, held_out: ValidationData, tasks: TaskRows, recorder: Recorder
+) -> tuple[ValidationData | None, TaskRows | None]:
+    """Of what is due at the step from which the run goes on, what its record lacks: a stop has cut it short. Collective
+    where the run resumes."""
+    windows_due, tasks_due = due_evaluations(settings, state.step, held_out, tasks)
+    if state.step == 0 or not (windows_due or tasks_due):
+        return windows_due, tasks_due
+    record = cast("dict[str, Any] | None", DistributedCommunicator(state.mesh).broadcast(recorder.resumed_at))
+    if record is None:  # another run's checkpoint
+        return None, None
+    has_scores = any(key.startswith("task_") for key in record)
+    return None if "validation_loss" in record else windows_due, None if has_scores else tasks_due
+
+
 def try_to_evaluate(
-    state: TrainState, held_out: ValidationData, recorder: Recorder, requests: Requests
-) -> dict[str, float] | None:
-    """Evaluate and record the losses; None, with nothing recorded, where a stop was asked for meanwhile. The same on
-    every rank."""
-    try:
-        with recorder.pause(), state.mesh.spans.span("evaluation"):
-            losses = evaluate(state, held_out, lambda: requests.poll()[0])
-            recorder.add_validation(losses)
-            return losses
-    except EvaluationStoppedError:
-        log.info("the evaluation at step %d was stopped: it has no validation loss", state.step)
-        return None
+    state: TrainState,
+    held_out: ValidationData | None,
+    tasks: TaskRows | None,
+    recorder: Recorder,
+    requests: Requests,
+) -> tuple[dict[str, float], bool]:
+    """Evaluate what is due and record it; the validation losses, and whether a stop was asked for meanwhile, which
+    leaves no numbers of what it cut short. The same on every rank."""
+    losses: dict[str, float] = {}
+    numbers: dict[str, float] = {}
+    has_windows, has_rows = bool(held_out and held_out.windows), bool(tasks and tasks.rows)
+    if not has_windows and not has_rows:
+        return losses, False
+
+    def is_stop_asked() -> bool:
+        return requests.poll()[0]
+
+    cut_short = ""
+    with recorder.pause(), state.mesh.spans.span("evaluation"):
+        try:
+            if held_out and has_windows:
+                cut_short = "validation loss"
+                losses = evaluate(state, held_out, is_stop_asked)
+            if tasks and has_rows:
+                cut_short = "scores of tasks"
+                numbers = tasks.numbers(score_rows(state, tasks.rows, is_stop_asked))
+            cut_short = ""
+        except EvaluationStoppedError:
+            log.info("the evaluation at step %d was stopped: it has no %s", state.step, cut_short)
+        if losses or numbers:
+            recorder.add_evaluation(losses, numbers)
+    return losses, bool(cut_short)
 
 
 def diverged_at_end(recorder: Recorder, reason: str, last: int) -> DivergedError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megagap.checkpoint.agreement import raised_by_all
 from megagap.config import Settings
 from megagap.errors import DataError, counted
-from megagap.files import require_regular
+from megagap.files import require_fetched, require_regular
 from megagap.inference.continuations import Row, Score, TextEncoder, padded
 from megagap.inference.likeliest import count_misses
 from megagap.inference.tasks import Task, read_tasks, require_no_faults, task_numbers
@@ -86,6 +86,7 @@ def encode_tasks(settings: Settings) -> TaskRows:
     """
     for path in settings.data.tasks:
         require_regular(path)
+        require_fetched(path)
     tasks = read_tasks(settings.data.tasks)
     encoder, faults = TextEncoder(load_tokenizer(settings.data.tokenizer)), list[str]()
     rows: list[Row] = []

@@ -104,12 +104,14 @@ def encode_tasks(settings: Settings) -> TaskRows:
             rows.append(row)
     require_no_faults(faults)
     if cut:
+        positions = settings.model.max_position_embeddings
         log.warning(
-            "%s of data.tasks are longer than train.sequence_length = %d with their contexts, which lose their "
-            "beginning: megagap evaluate, which has max_position_embeddings = %d, may score them otherwise",
+            "contexts of %s of data.tasks lose their beginning: train.sequence_length = %d%s",
             counted(cut, "text"),
             longest,
-            settings.model.max_position_embeddings,
+            ""
+            if longest == positions
+            else f"; megagap evaluate has {positions} positions, and may score them otherwise",
         )
     return TaskRows(tasks, rows)
 

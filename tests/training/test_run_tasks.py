@@ -16,7 +16,7 @@ from megagap.errors import ConfigError, DataError
 from megagap.inference import run_tasks
 from megagap.inference.continuations import TextScorer
 from megagap.inference.run_tasks import open_run_tasks, parts_of, score_rows
-from megagap.inference.tasks import read_tasks
+from megagap.inference.tasks import evaluate_task, read_tasks
 from megagap.observe.metrics import read_metrics
 from megagap.observe.run_directory import RunDirectory
 from megagap.parallel.mesh import Mesh
@@ -123,7 +123,7 @@ def test_every_layout_gives_each_text_the_score_of_one_process(workers, tmp_path
     results = workers.run(ranks, in_layout, made / "recipe.toml", overrides, checkpoint)
     assert all(result == results[0] for result in results)
     scores, numbers = results[0]
-    assert [nats for nats, _, _ in scores] == pytest.approx([score.nats for score in single], rel=1e-4, abs=1e-5)
+    assert [nats for nats, _, _ in scores] == pytest.approx([score.nats for score in single], rel=2e-5)
     assert [rest for _, *rest in scores] == [[score.is_greedy, score.tokens] for score in single]
     assert numbers == pytest.approx({key: trained[key] for key in trained if key.startswith("task_")}, rel=1e-4)
 
@@ -144,7 +144,22 @@ def test_the_metrics_are_what_the_tool_says_of_the_checkpoint(capsys, made, trai
     assert 0 < found["task_exact/phrases"] < 1 and 0 < found["task_accuracy/quiz"] < 1
     log = (made / "run/logs/rank_00000.log").read_text()
     assert "tasks at step 60 | accuracy/quiz 0." in log
-    assert "6 texts of data.tasks are longer than train.sequence_length = 64 with their contexts" in log
+    assert "contexts of 6 texts of data.tasks lose their beginning: train.sequence_length = 64\n" in log
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-pure"])
+def test_in_bf16_they_are_those_of_the_checkpoint_in_bf16(workers, tmp_path, made, precision):
+    settings = [f"train.precision={precision}", "train.steps=3", "parallel.tp=2", f"run.dir={tmp_path}"]
+    last = workers.run(2, train_recipe, made / "recipe.toml", settings)[0][-1]
+    scorer = TextScorer(load_model(tmp_path).to(torch.bfloat16), load_tokenizer(made / "bpe"), 500)
+    (phrases,) = read_tasks([made / "phrases.jsonl"])
+    assert last["task_nats/phrases"] == pytest.approx(evaluate_task(phrases, scorer)["nats"]["value"], rel=1e-2)
+
+
+def test_contexts_that_have_fewer_positions_than_the_tool_gives_them_are_told(made, caplog):
+    settings = load_recipe(made / "recipe.toml", ["train.sequence_length=32"])
+    assert max(row.length for row in open_run_tasks(settings, Mesh.single()).rows) == 32
+    assert "train.sequence_length = 32; megagap evaluate has 64 positions, and may score them otherwise" in caplog.text
 
 
 def without_times(metrics):
@@ -184,12 +199,26 @@ def test_a_resumed_run_records_each_evaluation_once_and_as_an_undisturbed_one(wo
     assert list(tasks_of(whole)) == [0, 2, 4, 6] and whole[0].keys() >= {"consumed_tokens", "task_nats/phrases"}
     settings += [*first, f"run.dir={tmp_path / 'run'}"]
     workers.run(2, train_recipe, recipe, [*settings, "run.stop_after=2"])  # evaluated, and then stopped
-    workers.run(2, train_recipe, recipe, [*settings, "run.stop_after=3"])
+    workers.run(2, train_recipe, recipe, [*settings, "run.stop_after=3"])  # to step 5
     # Killed after the evaluation of step 4, before its checkpoint: it is made again.
     (tmp_path / "run/checkpoints/step_00000005").rename(tmp_path / "lost")
     resumed = workers.run(2, train_recipe, recipe, settings)[0]
     assert [m["step"] for m in resumed] == [0, 1, 2, 3, 4, 5, 6]
     assert tasks_of(resumed) == tasks_of(whole)
+    log = (tmp_path / "run/logs/rank_00000.log").read_text()
+    assert [log.count(f"tasks at step {step} |") for step in (0, 2, 4, 6)] == [1, 1, 2, 1]
+
+
+def test_tensorboard_gets_every_evaluation_whatever_its_interval(workers, tmp_path, made):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = ["train.steps=5", "train.evaluate_tasks_every=2", "train.evaluate_first=true", f"run.dir={tmp_path}"]
+    tensorboard = ["run.tensorboard=true", "run.tensorboard_every=100"]
+    (metrics,) = workers.run(1, train_recipe, made / "recipe.toml", settings + tensorboard)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("task_nats/phrases")}
+    assert shown == pytest.approx({step: numbers["task_nats/phrases"] for step, numbers in tasks_of(metrics).items()})
+    assert list(shown) == [0, 2, 4, 5]
 
 
 def stopped_in_tasks(rank, ranks, recipe, overrides):

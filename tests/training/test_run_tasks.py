@@ -103,6 +103,7 @@ LAYOUTS = {
     "dp2 zero 3": (2, {"optim.zero": 3}),
     "tp2 pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
     "cp2 tp2 alltoall": (4, {"parallel.cp": 2, "parallel.tp": 2, "parallel.context_mode": "alltoall"}),
+    "dp4 in 2 replicas, zero 3": (4, {"parallel.dp_replicate": 2, "optim.zero": 3}),
     "pp2 dp2 zero 2": (4, {"parallel.pp": 2, "optim.zero": 2}),
 }
 

@@ -3,7 +3,6 @@
 import logging
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, cast
 
 from megagap.checkpoint.agreement import raised_by_all
 from megagap.checkpoint.background import BackgroundSaver
@@ -13,7 +12,7 @@ from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
 from megagap.errors import DivergedError, counted
-from megagap.inference.run_tasks import TaskRows, open_run_tasks, score_rows
+from megagap.inference.run_tasks import TaskRows, open_run_tasks
 from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import sharded_parameters, stages_of_recipe
@@ -32,7 +31,7 @@ from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
 from megagap.training.divergence import SkippedSteps, diverged
-from megagap.training.evaluate import EvaluationStoppedError, evaluate
+from megagap.training.evaluations import Evaluations
 from megagap.training.guard import require_repeatable
 from megagap.training.keeper import CheckpointKeeper
 from megagap.training.recorder import Recorder
@@ -98,11 +97,11 @@ def train_from(
     recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped, evidence, texts)
     # From here on a signal asks to stop; before, it ends the process.
     requests = Requests.of_run(settings, run, state.step)
+    evaluations = Evaluations(state, held_out, tasks, recorder, requests)
     previous: StepResult | None = None
     keeper = CheckpointKeeper(state, run, loader.data, skipped, background, tier)
 
-    due_now = due_at_start(settings, state, held_out, tasks, recorder)
-    stopping = try_to_evaluate(state, *due_now, recorder, requests)[1]
+    stopping = evaluations.at_start()
     while state.step < steps and not stopping:
         spans.begin_step(state.step + 1)
         with spans.span("step"):
@@ -121,8 +120,7 @@ def train_from(
             keeper.settle()
 
         last = state.step == steps
-        due_now = due_evaluations(settings, state.step, held_out, tasks)
-        losses, is_stopped = try_to_evaluate(state, *due_now, recorder, requests)
+        losses, is_stopped = evaluations.after_step()
         stopping = stopping or is_stopped
         # After the evaluation, which a stop would cut short: this one was known beforehand and can wait for it.
         stopping = requests.ends_at(state.step) or stopping
@@ -149,67 +147,6 @@ def train_from(
         keeper.drop_old()
         run.event("finish")
         run.status("finished")
-
-
-def due_evaluations(
-    settings: Settings, step: int, held_out: ValidationData, tasks: TaskRows
-) -> tuple[ValidationData | None, TaskRows | None]:
-    """What is to be evaluated after a step, or before the first one."""
-    train, is_last = settings.train, step == settings.train.steps
-    if step == 0:
-        return (held_out, tasks) if train.evaluate_first else (None, None)
-    windows_due, tasks_due = (due(every, step, is_last) for every in (train.evaluate_every, train.evaluate_tasks_every))
-    return held_out if windows_due else None, tasks if tasks_due else None
-
-
-def due_at_start(
-    settings: Settings, state: TrainState, held_out: ValidationData, tasks: TaskRows, recorder: Recorder
-) -> tuple[ValidationData | None, TaskRows | None]:
-    """Of what is due at the step from which the run goes on, what its record lacks: a stop has cut it short. Collective
-    where the run resumes."""
-    windows_due, tasks_due = due_evaluations(settings, state.step, held_out, tasks)
-    if state.step == 0 or not (windows_due or tasks_due):
-        return windows_due, tasks_due
-    record = cast("dict[str, Any] | None", DistributedCommunicator(state.mesh).broadcast(recorder.resumed_at))
-    if record is None:  # another run's checkpoint
-        return None, None
-    has_scores = any(key.startswith("task_") for key in record)
-    return None if "validation_loss" in record else windows_due, None if has_scores else tasks_due
-
-
-def try_to_evaluate(
-    state: TrainState,
-    held_out: ValidationData | None,
-    tasks: TaskRows | None,
-    recorder: Recorder,
-    requests: Requests,
-) -> tuple[dict[str, float], bool]:
-    """Evaluate what is due and record it; the validation losses, and whether a stop was asked for meanwhile, which
-    leaves no numbers of what it cut short. The same on every rank."""
-    losses: dict[str, float] = {}
-    numbers: dict[str, float] = {}
-    has_windows, has_rows = bool(held_out and held_out.windows), bool(tasks and tasks.rows)
-    if not has_windows and not has_rows:
-        return losses, False
-
-    def is_stop_asked() -> bool:
-        return requests.poll()[0]
-
-    cut_short = ""
-    with recorder.pause(), state.mesh.spans.span("evaluation"):
-        try:
-            if held_out and has_windows:
-                cut_short = "validation loss"
-                losses = evaluate(state, held_out, is_stop_asked)
-            if tasks and has_rows:
-                cut_short = "scores of tasks"
-                numbers = tasks.numbers(score_rows(state, tasks.rows, is_stop_asked))
-            cut_short = ""
-        except EvaluationStoppedError:
-            log.info("the evaluation at step %d was stopped: it has no %s", state.step, cut_short)
-        if losses or numbers:
-            recorder.add_evaluation(losses, numbers)
-    return losses, bool(cut_short)
 
 
 def diverged_at_end(recorder: Recorder, reason: str, last: int) -> DivergedError:

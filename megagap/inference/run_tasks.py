@@ -84,12 +84,11 @@ def encode_tasks(settings: Settings) -> TaskRows:
 
     Raises :class:`DataError` naming all texts that cannot be used.
     """
-    for path in settings.data.tasks:
-        require_regular(path)
-        require_fetched(path)
+    _require_files(settings.data.tasks)
     tasks = read_tasks(settings.data.tasks)
-    encoder, faults = TextEncoder(load_tokenizer(settings.data.tokenizer)), list[str]()
+    encoder = TextEncoder(load_tokenizer(settings.data.tokenizer))
     rows: list[Row] = []
+    faults: list[str] = []
     longest, cut = settings.train.sequence_length, 0
     for task in tasks:
         for place, context, text in task.asked_at():
@@ -104,16 +103,23 @@ def encode_tasks(settings: Settings) -> TaskRows:
             rows.append(row)
     require_no_faults(faults)
     if cut:
-        positions = settings.model.max_position_embeddings
-        log.warning(
-            "contexts of %s of data.tasks lose their beginning: train.sequence_length = %d%s",
-            counted(cut, "text"),
-            longest,
-            ""
-            if longest == positions
-            else f"; megagap evaluate has {positions} positions, and may score them otherwise",
-        )
+        cause, positions = f"train.sequence_length = {longest}", settings.model.max_position_embeddings
+        if positions > longest:
+            cause += f"; megagap evaluate has {positions} positions, and may score them otherwise"
+        log.warning("contexts of %s of data.tasks lose their beginning: %s", counted(cut, "text"), cause)
     return TaskRows(tasks, rows)
+
+
+def _require_files(paths: Sequence[str]) -> None:
+    """A restart reads them again, so pipes will not do."""
+    faults: list[str] = []
+    for path in paths:
+        try:
+            require_regular(path)
+            require_fetched(path)
+        except DataError as error:
+            faults.append(error.args[0])
+    require_no_faults(faults)
 
 
 def _faults(row: Row, text: str, settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:

@@ -114,7 +114,7 @@ def _read(name: str, path: Path, faults: list[str]) -> Task:
     items: list[Choice | Completion] = []
     places: list[str] = []
     before = len(faults)
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             place = f"{path}, line {number}"
             try:

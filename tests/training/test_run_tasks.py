@@ -1,6 +1,7 @@
 """A run evaluates tasks in its own layout: the scores of one process, and nothing else changes."""
 
 import json
+import os
 from math import lcm
 from pathlib import Path
 from unittest.mock import patch
@@ -314,6 +315,17 @@ def test_all_faults_of_the_files_are_told_at_once_and_of_many_the_first(opened, 
     told = str(error.value).splitlines()
     assert "32 faults in task files" in told[0] and "line 2: not valid" in told[1] and "line 4: has" in told[2]
     assert told[-1].strip() == "and 12 more" and len(told) == 22
+
+
+def test_what_is_no_file_is_refused_and_all_of_it_at_once(made, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    names = ("pipe", "folder", "pointer", "none")
+    paths = [str(tmp_path / name) for name in names]
+    with pytest.raises(DataError) as error:
+        open_run_tasks(load_recipe(made / "recipe.toml", [f"data.tasks={paths}"]), Mesh.single())
+    assert all(path in str(error.value) for path in paths) and "Git LFS pointer" in str(error.value)
 
 
 def fail_to_open(rank, ranks, recipe, overrides):

@@ -137,7 +137,7 @@ def draw_in_terminal(runs: Sequence[Run], key: str, axis: Axis, smooth: float) -
     legend = []
     for (run, curve), mark in zip(_all_curves(runs), itertools.cycle(TERMINAL_MARKS), strict=False):
         colour, style = TERMINAL_COLOURS[run.colour % len(TERMINAL_COLOURS)]
-        drawn = curve if curve.is_validation else curve.smoothed(smooth)
+        drawn = curve if curve.is_evaluated else curve.smoothed(smooth)
         marker = plotext.marker(mark, pixel=plotext.pixel(colour))
         figure.draw(figure.signal(drawn.x.tolist(), drawn.y.tolist(), marker=marker).lines())
         legend.append((f"  {mark * 3} {run.label_of(curve)}", style))
@@ -218,14 +218,14 @@ def _in_legend(label: str) -> str:
 
 def _marks(runs: Sequence[Run]) -> dict[str, str]:
     """The mark of each validation source, the same in all runs."""
-    keys = sorted({curve.key for _, curve in _all_curves(runs) if curve.is_validation})
+    keys = sorted({curve.key for _, curve in _all_curves(runs) if curve.is_evaluated})
     return dict(zip(keys, itertools.cycle(MARKS), strict=False))
 
 
 def curve_style(curve: Curve, colour: str, marks: dict[str, str]) -> dict[str, Any]:
     """matplotlib's arguments: validation sources dashed and marked, others solid, a single point marked."""
     mark = marks.get(curve.key) or ("o" if len(curve.x) == 1 else None)
-    dashes = (0, (4, 2)) if curve.is_validation else "-"
+    dashes = (0, (4, 2)) if curve.is_evaluated else "-"
     every = -(-len(curve.x) // MOST_MARKS)
     return {
         "color": colour,
@@ -238,7 +238,7 @@ def curve_style(curve: Curve, colour: str, marks: dict[str, str]) -> dict[str, A
 
 
 def draw_curve(axes: "Axes", curve: Curve, smooth: float, style: dict[str, Any]) -> None:
-    if smooth and not curve.is_validation:
+    if smooth and not curve.is_evaluated:
         axes.plot(curve.x, curve.y, color=style["color"], linewidth=0.8, alpha=0.25)
         curve = curve.smoothed(smooth)
     axes.plot(curve.x, curve.y, **style)

@@ -84,6 +84,7 @@ def load_recipe(
         settings.run.dir,
         settings.data.tokenizer,
         *(path for source in _all_sources(settings) for path in source.paths),
+        *settings.data.tasks,
     ):
         if fault := unusable_text(place):
             raise ConfigError(f"the path {place} {fault}")
@@ -284,6 +285,7 @@ def _resolve(settings: Settings, folder: Path, recipe: Path) -> Settings:
             sources=[_resolve_source(source, folder) for source in data.sources],
             phases=[_resolve_phase(phase, folder, settings) for phase in data.phases],
             validation=[_resolve_source(source, folder) for source in data.validation],
+            tasks=[str(folder / path) for path in data.tasks],
         ),
         train=_with(train, steps=steps, tokens=0),
         optim=_with(

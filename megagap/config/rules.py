@@ -9,6 +9,7 @@ from megagap.config.faults import Fault
 from megagap.config.settings import Guard, Optim, source_name
 from megagap.config.timeline import batch_sizes_of, phases_of, run_length
 from megagap.errors import counted
+from megagap.parallel.layout import sequence_unit
 from megagap.parallel.placement import Placement
 from megagap.parallel.schedule import SCHEDULES, choose
 from megagap.timeline import Timeline
@@ -122,10 +123,9 @@ def _steps(v: Lookup) -> int:
 
 
 def _cp_divides_sequence(v: Lookup) -> Iterator[Fault]:
-    """Each cp rank has two equal pieces of a sequence; under sequence parallelism their tokens are split over tp."""
     cp, tp = v("parallel.cp"), v("parallel.tp")
     splits = tp > 1 and v("parallel.sequence_parallel") is not False
-    unit = cp * (lcm(2, tp) if splits else 2)
+    unit = sequence_unit(cp, tp, splits)
     for setting, length in _lengths(v):
         if cp > 1 and length % unit:
             of = "2 × parallel.cp" + (", and of parallel.cp × parallel.tp" if splits else "")
@@ -319,9 +319,20 @@ def _sources_are_named(v: Lookup) -> Iterator[Fault]:
 def _evaluation_has_data(v: Lookup) -> Iterator[Fault]:
     held_out = v("data.validation") or (_shares(v("data.split")) or [0, 1])[1] > 0
     for setting in ("train.evaluate_every", "train.evaluate_first"):
-        if v(setting) and not held_out:
+        is_for_tasks = setting == "train.evaluate_first" and v("data.tasks")
+        if v(setting) and not held_out and not is_for_tasks:
             message = 'needs a held-out set: data.validation, or a data.split such as "98,2,0"'
             yield Fault(setting, v(setting), message)
+
+
+def _tasks_can_be_evaluated(v: Lookup) -> Iterator[Fault]:
+    every, tasks = v("train.evaluate_tasks_every"), v("data.tasks")
+    if every and not tasks:
+        yield Fault("train.evaluate_tasks_every", every, "needs files of JSON lines: set data.tasks")
+    if tasks and not v("data.tokenizer"):
+        yield Fault("data.tasks", tasks, "needs the tokenizer of the sources, which encodes texts: set data.tokenizer")
+    if tasks and v("model.headless"):
+        yield Fault("data.tasks", tasks, "cannot be evaluated with model.headless, which gives tokens no probabilities")
 
 
 def _skipped_ranges_are_ranges(v: Lookup) -> Iterator[Fault]:
@@ -477,6 +488,7 @@ RULES: tuple[Rule, ...] = (
     _phases_are_a_plan,
     _sources_are_one_thing,
     _evaluation_has_data,
+    _tasks_can_be_evaluated,
     _skipped_ranges_are_ranges,
     _mode_needs_a_folder,
     _local_checkpoints_have_a_place,

@@ -145,6 +145,8 @@ class Data(Section):
     """Instead of `sources`: consecutive mixtures, `[[data.phases]]` with `name`, `tokens` and `sources`."""
     validation: list[SourceSettings] = []
     """Held-out sources; by default the second part of `split`."""
+    tasks: list[str] = []
+    """Multiple choice and completion tasks to evaluate (`train.evaluate_tasks_every`): files of JSON lines."""
     split: str = "100,0,0"
     """Shares of each source's documents for training, validation and test."""
     order: Literal["shuffled", "megatron"] = "shuffled"
@@ -187,9 +189,11 @@ class Train(Section):
     evaluate_every: Count = 0
     """Steps between evaluations on the held-out set; the last step is evaluated too. 0: never."""
     evaluate_first: bool = False
-    """Evaluate before the first update too, as step 0 of the metrics; a run that resumes does not."""
+    """Evaluate, also `data.tasks`, before the first update, as step 0 of the metrics; a run that resumes does not."""
     evaluate_samples: Positive = 64
     """Sequences of each validation source in an evaluation, always the same ones."""
+    evaluate_tasks_every: Count = 0
+    """Steps between evaluations of `data.tasks`; the last step is evaluated too. 0: never."""
 
 
 class Optim(Section):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,9 @@ from torch import Tensor
 from megagap.checkpoint.model import SingleProcessModel
 from megagap.errors import CheckpointError, DataError
 from megagap.inference.generation import opening_tokens
+from megagap.inference.likeliest import count_misses
 from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.tokenizer import Tokenizer
-
-LOGITS_AT_A_TIME = 1 << 28
-"""Elements of the logits that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,25 @@ class Continuation:
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """A continuation as it is computed."""
+
+    tokens: tuple[int, ...]
+    """Of the context, or its end, and of the continuation."""
+    scored: int
+    """How many of the last tokens are the continuation."""
+
+    @classmethod
+    def of(cls, one: Continuation, positions: int) -> "Row":
+        """A context that is too long for so many positions loses its beginning. The last token needs no position."""
+        return cls((*one.context, *one.tokens)[-positions - 1 :], len(one.tokens))
+
+    @property
+    def length(self) -> int:
+        """Positions that it takes."""
+        return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
@@ -51,8 +69,8 @@ def score_continuations(
     for one in asked:
         _check(one, positions, vocabulary)
     scores: list[Score | None] = [None] * len(asked)
-    rows = [((*one.context, *one.tokens)[-positions - 1 :], len(one.tokens)) for one in asked]
-    for batch in _batches([len(row) - 1 for row, _ in rows], batch_tokens):
+    rows = [Row.of(one, positions) for one in asked]
+    for batch in _batches([row.length for row in rows], batch_tokens):
         for number, score in zip(batch, _score(model, [rows[i] for i in batch]), strict=True):
             if not math.isfinite(score.nats):
                 raise CheckpointError(
@@ -90,33 +108,30 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score(model: SingleProcessModel, rows: Sequence[tuple[tuple[int, ...], int]]) -> list[Score]:
-    """``rows``: tokens, and how many of the last ones are scored; the first row is the longest."""
+def _score(model: SingleProcessModel, rows: Sequence[Row]) -> list[Score]:
+    """The first row is the longest."""
     stage, device = model.stage, model.stage.output.device
-    length = len(rows[0][0]) - 1
-    # Padding behind a row changes nothing before it, since attention is causal.
-    inputs = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.full((len(rows), length), IGNORED_TARGET, dtype=torch.int64)
-    for i, (row, scored) in enumerate(rows):
-        tokens = torch.tensor(row)
-        inputs[i, : len(row) - 1] = tokens[:-1]
-        targets[i, len(row) - 1 - scored : len(row) - 1] = tokens[-scored:]
-    targets = targets.to(device)
-    y = stage(inputs.to(device), length)
+    length = rows[0].length
+    inputs, targets = (part.to(device) for part in padded(rows, len(rows), length))
+    y = stage(inputs, length)
     _, losses, _ = stage.loss(y, targets, torch.ones((), device=device))
     nats = losses.double().sum(1).tolist()
-    is_greedy = _is_greedy(model, y, targets).tolist()
-    return [Score(nats[i], is_greedy[i], scored) for i, (_, scored) in enumerate(rows)]
+    misses = count_misses(stage, y, targets).tolist()
+    return [Score(nats[i], not misses[i], row.scored) for i, row in enumerate(rows)]
 
 
-def _is_greedy(model: SingleProcessModel, y: Tensor, targets: Tensor) -> Tensor:
-    """Whether all of a row's targets are the likeliest tokens, bool [b]."""
-    scored = targets != IGNORED_TARGET
-    at_a_time = max(LOGITS_AT_A_TIME // model.settings.vocab_size, 1)
-    likeliest = [model.stage.logits(part[None])[0].argmax(-1) for part in y[scored].split(at_a_time)]
-    right = torch.ones_like(scored)
-    right[scored] = torch.cat(likeliest) == targets[scored]
-    return right.all(1)
+def padded(rows: Sequence[Row], count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of ``rows``, both int64 [count, length]; only continuations are targets.
+
+    Padding behind a row changes nothing before it, since attention is causal; rows of padding alone fill up.
+    """
+    inputs = torch.zeros(count, length, dtype=torch.int64)
+    targets = torch.full((count, length), IGNORED_TARGET, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens = torch.tensor(row.tokens)
+        inputs[i, : row.length] = tokens[:-1]
+        targets[i, row.length - row.scored : row.length] = tokens[-row.scored :]
+    return inputs, targets
 
 
 @torch.no_grad()
@@ -176,14 +191,13 @@ def _continue(
     return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
-class TextScorer:
-    """A model that is asked about texts."""
+class TextEncoder:
+    """Texts as a model is asked about them."""
 
-    def __init__(self, model: SingleProcessModel, tokenizer: Tokenizer, batch_tokens: int) -> None:
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.opening = tuple(opening_tokens(tokenizer))
         """What the tokenizer's own template puts before a text."""
-        self.stop = frozenset(() if tokenizer.eod is None else (tokenizer.eod,))
 
     @property
     def start(self) -> int:
@@ -213,6 +227,15 @@ class TextScorer:
         if not bare:
             return Continuation(tuple(self.opening or [self.start]), tuple(whole[len(self.opening) :]))
         return Continuation(tuple(before), tuple(whole[len(before) :]))
+
+
+class TextScorer(TextEncoder):
+    """A model that is asked about texts."""
+
+    def __init__(self, model: SingleProcessModel, tokenizer: Tokenizer, batch_tokens: int) -> None:
+        super().__init__(tokenizer)
+        self.model, self.batch_tokens = model, batch_tokens
+        self.stop = frozenset(() if tokenizer.eod is None else (tokenizer.eod,))
 
     def score(
         self, asked: Sequence[tuple[str, str]], progress: Callable[[int], object] = lambda count: None

@@ -8,15 +8,19 @@ after one space where neither side has a blank. The choice taken is the likelies
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megagap.errors import DataError
 from megagap.files import reading
 from megagap.inference.continuations import Score, TextScorer
 from megagap.inference.intervals import mean_of, share_of
+
+MOST_FAULTS = 20
+"""Of task files that are listed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class Completion:
 @dataclass(frozen=True)
 class Task:
     name: str
-    items: list[Choice] | list[Completion]
+    items: Sequence[Choice | Completion]
+    """All of one kind."""
+    places: list[str]
+    """File and line of each item."""
 
     @property
     def is_choice(self) -> bool:
@@ -52,11 +59,17 @@ class Task:
 
     def asked(self) -> list[tuple[str, str]]:
         """Context and continuation of all texts, item by item."""
-        found: list[tuple[str, str]] = []
-        for item in self.items:
-            texts = item.choices if isinstance(item, Choice) else (item.completion,)
-            found += [(item.context, _joined(item.context, text)) for text in texts]
-        return found
+        return [text for item in self.items for text in _asked(item)]
+
+    def asked_at(self) -> Iterator[tuple[str, str, str]]:
+        """The same, each after the place of its item."""
+        for item, place in zip(self.items, self.places, strict=True):
+            yield from ((place, context, text) for context, text in _asked(item))
+
+
+def _asked(item: Choice | Completion) -> list[tuple[str, str]]:
+    texts = item.choices if isinstance(item, Choice) else (item.completion,)
+    return [(item.context, _joined(item.context, text)) for text in texts]
 
 
 def _joined(context: str, text: str) -> str:
@@ -68,44 +81,69 @@ def _joined(context: str, text: str) -> str:
 
 
 def read_tasks(paths: Sequence[str | Path]) -> list[Task]:
-    """Raises :class:`DataError` naming file, line and field of what cannot be used, and files of one name."""
+    """Raises :class:`DataError` naming file, line and field of all that cannot be used, and files of one name."""
     tasks: dict[str, Task] = {}
+    faults: list[str] = []
     for path in map(Path, paths):
         name = path.name.removesuffix(".jsonl")
         if name in tasks:
-            raise DataError(f"two task files are called {name}: rename {path}, or evaluate them one after the other.")
-        tasks[name] = Task(name, _read(path))
+            faults.append(f"two task files are called {name}: rename {path}, or evaluate them one after the other.")
+            continue
+        try:
+            tasks[name] = _read(name, path, faults)
+        except DataError as error:
+            faults.append(error.args[0])
+    require_no_faults(faults)
     return list(tasks.values())
 
 
-def _read(path: Path) -> list[Any]:
+def require_no_faults(faults: Sequence[str]) -> None:
+    """Raises :class:`DataError` naming the ``faults`` of task files, if any; of many, the first."""
+    if len(faults) == 1:
+        raise DataError(faults[0])
+    if faults:
+        more = len(faults) - MOST_FAULTS
+        rest = [f"and {more:,} more"] if more > 0 else []
+        raise DataError("\n  ".join([f"{len(faults):,} faults in task files", *faults[:MOST_FAULTS], *rest]))
+
+
+def _read(name: str, path: Path, faults: list[str]) -> Task:
+    """What cannot be used of its lines is added to ``faults``."""
     with reading(path):
-        lines = path.read_text(encoding="utf-8").split("\n")
+        content = path.read_bytes()
     items: list[Choice | Completion] = []
-    for number, line in enumerate(lines, 1):
+    places: list[str] = []
+    before = len(faults)
+    for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
+            place = f"{path}, line {number}"
             try:
-                items.append(_item(line))
+                item = _item(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
-            if type(items[-1]) is not type(items[0]):
-                raise DataError(
-                    f"{path}, line {number}: is {_kind(items[-1])}, the lines before are {_kind(items[0])}\n"
+                faults.append(f"{place}: {error}")
+                continue
+            items.append(item)
+            places.append(place)
+            if type(item) is not type(items[0]):
+                faults.append(
+                    f"{place}: is {_kind(item)}, the lines before are {_kind(items[0])}\n"
                     "  give each kind a file of its own."
                 )
-    if not items:
-        raise DataError(f"{path} has no lines\n  give JSON lines of questions with choices, or prompts to complete.")
-    return items
+    if not items and len(faults) == before:
+        faults.append(f"{path} has no lines\n  give JSON lines of questions with choices, or prompts to complete.")
+    return Task(name, items, places)
 
 
 def _kind(item: Choice | Completion) -> str:
     return "multiple choice" if isinstance(item, Choice) else "completion"
 
 
-def _item(line: str) -> Choice | Completion:
+def _item(line: bytes) -> Choice | Completion:
     """Raises ValueError naming the field."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON at character {error.pos + 1}: {error.msg}") from None
     except RecursionError:
@@ -173,44 +211,59 @@ def evaluate_task(
     Raises as :func:`score_continuations` does.
     """
     scores = scorer.score(task.asked(), progress)
-    return _choice_report(task, scores) if task.is_choice else _completion_report(task, scores)
+    found = outcomes(task, scores)
+    chances = [1 / len(item.choices) for item in task.items if isinstance(item, Choice)]
+    return {
+        "kind": "multiple_choice" if task.is_choice else "completion",
+        **{name: mean_of(values) if name == "nats" else _share(values) for name, values in found.items()},
+        **({"chance": fmean(chances)} if chances else {}),
+        "bits_per_byte": _bits_per_byte(task, scores),
+    }
 
 
-def _choice_report(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
-    likeliest = normalised = 0
-    right: list[tuple[Score, str]] = []
-    chance, at = 0.0, 0
-    for item in task.items:
+def _share(values: Sequence[float]) -> dict[str, Any]:
+    return share_of(round(sum(values)), len(values))
+
+
+def task_numbers(task: Task, scores: Sequence[Score]) -> dict[str, float]:
+    """The values of :func:`evaluate_task` as a run records them; all NaN if a score is not finite.
+
+    ``scores``: of ``task.asked()``.
+    """
+    means = {name: fmean(values) for name, values in outcomes(task, scores).items()}
+    means["bpb"] = _bits_per_byte(task, scores)
+    if not all(math.isfinite(score.nats) for score in scores):
+        means = dict.fromkeys(means, math.nan)
+    return {f"task_{measure}/{task.name}": mean for measure, mean in means.items()}
+
+
+def outcomes(task: Task, scores: Sequence[Score]) -> dict[str, list[float]]:
+    """Each measure of a task, item by item: 1 or 0, but for nats. ``scores``: of ``task.asked()``."""
+    if not task.is_choice:
+        return {"exact": [float(score.is_greedy) for score in scores], "nats": [score.nats for score in scores]}
+    found: dict[str, list[float]] = {"accuracy": [], "accuracy_bytes": []}
+    for item, own in _by_item(task, scores):
         assert isinstance(item, Choice)
-        own = scores[at : at + len(item.choices)]
-        at += len(item.choices)
-        sizes = [len(text.encode()) for text in item.choices]
-        numbers = range(len(own))
-        likeliest += min(numbers, key=lambda i, own=own: own[i].nats) == item.answer  # type: ignore[misc]
-        normalised += (
-            min(numbers, key=lambda i, own=own, sizes=sizes: own[i].nats / sizes[i]) == item.answer  # type: ignore[misc]
-        )
-        right.append((own[item.answer], item.choices[item.answer]))
-        chance += 1 / len(item.choices)
-    cases = len(task.items)
-    return {
-        "kind": "multiple_choice",
-        "accuracy": share_of(likeliest, cases),
-        "accuracy_bytes": share_of(normalised, cases),
-        "chance": chance / cases,
-        "bits_per_byte": _bits_per_byte(right),
-    }
+        nats = [score.nats for score in own]
+        per_byte = [score.nats / len(text.encode()) for score, text in zip(own, item.choices, strict=True)]
+        found["accuracy"].append(float(nats.index(min(nats)) == item.answer))
+        found["accuracy_bytes"].append(float(per_byte.index(min(per_byte)) == item.answer))
+    return found
 
 
-def _completion_report(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
-    texts = [item.completion for item in task.items if isinstance(item, Completion)]
-    return {
-        "kind": "completion",
-        "exact": share_of(sum(score.is_greedy for score in scores), len(scores)),
-        "nats": mean_of([score.nats for score in scores]),
-        "bits_per_byte": _bits_per_byte(list(zip(scores, texts, strict=True))),
-    }
+def _by_item(task: Task, scores: Sequence[Score]) -> Iterator[tuple[Choice | Completion, Sequence[Score]]]:
+    at = 0
+    for item in task.items:
+        texts = len(item.choices) if isinstance(item, Choice) else 1
+        yield item, scores[at : at + texts]
+        at += texts
 
 
-def _bits_per_byte(scored: Sequence[tuple[Score, str]]) -> float:
-    return sum(score.nats for score, _ in scored) / math.log(2) / sum(len(text.encode()) for _, text in scored)
+def _bits_per_byte(task: Task, scores: Sequence[Score]) -> float:
+    """Of the right texts."""
+    nats = size = 0.0
+    for item, own in _by_item(task, scores):
+        number, text = (item.answer, item.choices[item.answer]) if isinstance(item, Choice) else (0, item.completion)
+        nats += own[number].nats
+        size += len(text.encode())
+    return nats / math.log(2) / size

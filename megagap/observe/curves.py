@@ -24,7 +24,7 @@ RECORDED: Mapping[Axis, str] = {
 }
 """The key of metrics.jsonl from which each axis is computed."""
 
-VALIDATION = "validation_"
+EVALUATED = ("validation_", "task_")
 """How the keys of numbers that evaluation gives start."""
 
 LARGEST = 1e300
@@ -42,8 +42,8 @@ class Curve:
     """[points]"""
 
     @property
-    def is_validation(self) -> bool:
-        return self.key.startswith(VALIDATION)
+    def is_evaluated(self) -> bool:
+        return self.key.startswith(EVALUATED)
 
     def smoothed(self, points: float) -> "Curve":
         """The exponential moving average whose weights fall by 1/e within ``points`` points; starts unbiased."""
@@ -151,7 +151,7 @@ def differences(first: RunCurves, second: RunCurves, axis: Axis, smooth: float =
     for theirs in second.curves:
         if (curve := ours.get(theirs.key)) is None:
             continue
-        points = 0 if curve.is_validation else smooth
+        points = 0 if curve.is_evaluated else smooth
         difference = _difference(curve.smoothed(points), theirs.smoothed(points), interpolate=axis == "hours")
         if len(difference.x):
             found.append(difference)

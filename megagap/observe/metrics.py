@@ -7,7 +7,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,21 @@ class MetricsFile:
 
     def __init__(self, path: Path, after_step: int) -> None:
         self.path = path
-        if path.exists():
-            _cut_back(path, after_step)
+        kept = _cut_back(path, after_step) if path.exists() else []
+        self.resumed_at = kept[-1] if kept and kept[-1]["step"] == after_step else None
+        """The record of the step from which the run resumes, if a former start has written it."""
         self._file = LineFile(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.append(json.dumps(strict, allow_nan=False))
+        self._file.append(json.dumps(_strict(record), allow_nan=False))
+
+    def add_to_last(self, numbers: Mapping[str, Any]) -> None:
+        """Add numbers to the last record."""
+        self._file.close()
+        records = read_metrics(self.path)
+        records[-1] |= _strict(numbers)
+        _write_all(self.path, records)
+        self._file = LineFile(self.path)
 
     def sync(self) -> None:
         """Sync every record to disk: before a checkpoint, after which they would not be written again."""
@@ -76,11 +84,21 @@ def _cure(path: Path, number: int) -> str:
     return f"delete this line, to do without that step: sed -i {number}d {shlex.quote(str(path))}"
 
 
-def _cut_back(path: Path, after_step: int) -> None:
+def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def _cut_back(path: Path, after_step: int) -> list[dict[str, Any]]:
+    """Returns the records that are kept."""
     kept = [record for record in read_metrics(path) if record["step"] <= after_step] if after_step else []
+    _write_all(path, kept)
+    return kept
+
+
+def _write_all(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     path = Path(os.path.realpath(path))  # a link to another disk stays one
     with writing(path):
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 class TensorBoard:

@@ -6,7 +6,7 @@ Tensor parallelism is innermost (neighbours, so within a node), then context, da
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 from typing import Literal
 
 import numpy as np
@@ -37,6 +37,12 @@ AXES: dict[str, tuple[str, ...]] = {
 OBJECT_BLOCK = 64
 """Ranks per group of :meth:`Layout.object_levels`: 64 blocks of 64 have 4,096 ranks, in which no rank connects to more
 than 126 others."""
+
+
+def sequence_unit(cp: int, tp: int, sequence_parallel: bool) -> int:
+    """What the tokens of a sequence must be a multiple of. Each cp rank has two equal pieces of it; under sequence
+    parallelism their tokens are split over tp."""
+    return (cp * 2 if cp > 1 else 1) if not sequence_parallel else cp * (lcm(2, tp) if cp > 1 else tp)
 
 
 @dataclass(frozen=True)

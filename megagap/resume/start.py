@@ -99,7 +99,7 @@ def record_changes(start: Start, settings: Settings, mesh: Mesh, run: RunDirecto
 
 def _means_the_same(change: Change) -> bool:
     """Whether only the spelling changed: a path as another folder's recipe has it, or a preset written out."""
-    if not change.setting.endswith((".path", ".tokenizer")):
+    if not change.setting.endswith((".path", ".tokenizer", ".tasks")):
         return change.setting == "model.preset"
     before, after = (_real_paths(value) for value in (change.before, change.after))
     return before == after

@@ -1,9 +1,10 @@
-"""Loss on the fixed held-out windows of each source."""
+"""Loss on the fixed held-out windows of each source, and the forward passes of any evaluation within a run."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megagap.data.validation import ValidationData
 from megagap.ops.document_mask import Documents
@@ -11,7 +12,7 @@ from megagap.optim.loss_scale import NoLossScale
 from megagap.parallel.collectives import all_reduce
 from megagap.parallel.context import own_documents, own_tokens
 from megagap.parallel.cross_entropy import IGNORED_TARGET
-from megagap.parallel.pipeline import execute
+from megagap.parallel.pipeline import Stages, execute
 from megagap.parallel.program import programs_of
 from megagap.parallel.schedule import EVALUATION
 from megagap.training.step import BoundStages, TrainState, boundary, count_targets, counts_loss, targets_of
@@ -24,6 +25,32 @@ class EvaluationStoppedError(Exception):
     """Some rank was asked to stop during an evaluation, whose losses are incomplete."""
 
 
+class ForwardPasses:
+    """Forward passes of a run's stages with the weights as they are, in the pipeline's evaluation schedule."""
+
+    def __init__(self, state: TrainState, is_stop_asked: Callable[[], bool] | None = None) -> None:
+        """``is_stop_asked``: whether this rank is asked to stop; None: nobody asks."""
+        self.state, self._is_stop_asked = state, is_stop_asked
+        self.most_microbatches = MICROBATCHES_PER_STAGE * state.mesh.pp.size
+        """That should be computed between two looks for a stop."""
+        state.optimizer.store.wait_for_parameters()
+        for stage in state.stages:
+            stage.use_rope_theta(state.moment.rope_theta)
+
+    def compute(self, work: Stages, inputs: Tensor) -> None:
+        """``work`` of the microbatches ``inputs`` [m, b, s / cp], of which there are as many on every data rank.
+
+        Raises :class:`EvaluationStoppedError` instead, on every rank, once any rank is asked to stop.
+        """
+        state, mesh = self.state, self.state.mesh
+        if self._is_stop_asked is not None:
+            asked = torch.tensor(float(self._is_stop_asked()), device=mesh.device)
+            if all_reduce(asked, mesh.world) > 0:
+                raise EvaluationStoppedError
+        program = programs_of(EVALUATION, state.placement, len(inputs))[mesh.pp.rank]
+        execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
+
+
 @torch.no_grad()
 def evaluate(
     state: TrainState, data: ValidationData, is_stop_asked: Callable[[], bool] | None = None
@@ -33,21 +60,13 @@ def evaluate(
     ``is_stop_asked``: whether this rank is asked to stop, looked at now and then; None: nobody asks.
     Raises :class:`EvaluationStoppedError`, on every rank, once any rank is.
     """
-
-    def pause() -> None:
-        if is_stop_asked is not None:
-            asked = torch.tensor(float(is_stop_asked()), device=state.mesh.device)
-            if all_reduce(asked, state.mesh.world) > 0:
-                raise EvaluationStoppedError
-
-    state.optimizer.store.wait_for_parameters()
-    for stage in state.stages:
-        stage.use_rope_theta(state.moment.rope_theta)
-    return {name: _source_loss(state, data, name, pause) for name in data.windows}
+    passes = ForwardPasses(state, is_stop_asked)
+    return {name: _source_loss(passes, data, name) for name in data.windows}
 
 
-def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Callable[[], None]) -> float:
+def _source_loss(passes: ForwardPasses, data: ValidationData, name: str) -> float:
     """Each data rank takes a contiguous part of the windows; if they do not divide evenly, ignored ones fill up."""
+    state = passes.state
     mesh, micro = state.mesh, state.settings.train.micro_batch_size
     windows = len(data.windows[name])
     microbatches = -(-windows // (mesh.dp.size * micro))
@@ -70,14 +89,11 @@ def _source_loss(state: TrainState, data: ValidationData, name: str, pause: Call
         documents = own_documents([Documents.of(part).to(mesh.device) for part in padded], mesh.cp)
     scale = 1 / count_targets(targets, mesh)
     losses = []
-    for begin in range(0, microbatches, MICROBATCHES_PER_STAGE * mesh.pp.size):
-        pause()
-        part = slice(begin, begin + MICROBATCHES_PER_STAGE * mesh.pp.size)
-        work = BoundStages(
-            state.stages, inputs[part], targets[part], scale, NoLossScale(), documents[part] if documents else None
-        )
-        program = programs_of(EVALUATION, state.placement, len(work.inputs))[mesh.pp.rank]
-        execute(program, work, boundary(state.stages, inputs), state.placement, mesh)
+    for begin in range(0, microbatches, passes.most_microbatches):
+        part = slice(begin, begin + passes.most_microbatches)
+        own = documents[part] if documents else None
+        work = BoundStages(state.stages, inputs[part], targets[part], scale, NoLossScale(), own)
+        passes.compute(work, work.inputs)
         losses.append(work.sequence_losses)
     own_loss = torch.cat(losses).sum() * scale * counts_loss(state.stages)
     return float(all_reduce(own_loss, mesh.world))

@@ -11,6 +11,7 @@ from megagap.config import Settings
 from megagap.data.text_bytes import PredictedText
 from megagap.errors import DivergedError
 from megagap.model.flops import flops_per_token
+from megagap.observe.curves import EVALUATED
 from megagap.observe.evidence import Evidence, Numbers, Reason, reason_of
 from megagap.observe.insight import insight_record
 from megagap.observe.metrics import MetricsFile, TensorBoard, console_line
@@ -55,6 +56,8 @@ class Recorder:
             self.metrics = MetricsFile(run.metrics, step)
             if settings.run.tensorboard:
                 self.tensorboard = TensorBoard(run.path / "tensorboard", step)
+        self.resumed_at = None if self.metrics is None else self.metrics.resumed_at
+        """On the writer, the record of the step from which this start goes on, if a former one has written it."""
         self.sources = [source.name for source in timeline.sources]
         self.peak = peak_tflops(mesh.device, PRECISIONS[settings.train.precision].compute)
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
@@ -89,17 +92,30 @@ class Recorder:
         )
         return seconds
 
-    def add_validation(self, losses: dict[str, float]) -> None:
-        """Put an evaluation into the record of the step just done; before the first step, into one of step 0."""
-        mean = sum(losses.values()) / len(losses)
-        record = {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in losses.items()}}
-        record |= {f"validation_bpb/{name}": text.bits_per_byte(losses[name]) for name, text in self.texts.items()}
+    def add_evaluation(self, losses: Mapping[str, float], tasks: Mapping[str, float]) -> None:
+        """Put an evaluation into the record of the step just done; before the first step, into one of step 0. Before a
+        start's first step, into the record that a former start has written of the step before.
+
+        ``losses``: by validation source; ``tasks``: by key of the record. Either may be empty, where it was not due.
+        """
+        record = dict(tasks)
+        if losses:
+            record["validation_loss"] = sum(losses.values()) / len(losses)
+            record |= {f"validation_loss/{name}": loss for name, loss in losses.items()}
+            record |= {f"validation_bpb/{name}": text.bits_per_byte(losses[name]) for name, text in self.texts.items()}
+        step = self.start if self.pending is None else self.pending[1]["step"]
         if self.pending is not None:
             self.pending[1].update(record)
-        else:
+        elif step == 0:
             self._write({"step": 0, "consumed_samples": 0, "consumed_tokens": 0, **record})
-        step = self.pending[1]["step"] if self.pending is not None else 0
-        log.info("validation at step %d | %s", step, " | ".join(f"{n} {loss:.3f}" for n, loss in losses.items()))
+        elif self.metrics is not None:
+            self.metrics.add_to_last(record)
+            if self.tensorboard is not None:
+                self.tensorboard.write({"step": step, **record})
+        for kind, numbers in (("validation", losses), ("tasks", tasks)):
+            if numbers:
+                shown = " | ".join(f"{name.removeprefix('task_')} {value:.3f}" for name, value in numbers.items())
+                log.info("%s at step %d | %s", kind, step, shown)
 
     def flush(self) -> None:
         """Read and write the record held back. Raises :class:`DivergedError` after too many skipped steps."""
@@ -157,7 +173,7 @@ class Recorder:
         if self.tensorboard is not None and (
             to_tensorboard
             or due(self.settings.run.tensorboard_every, record["step"], last)
-            or "validation_loss" in record
+            or any(key.startswith(EVALUATED) for key in record)
         ):
             self.tensorboard.write(record)
 

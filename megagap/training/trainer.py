@@ -12,6 +12,7 @@ from megagap.data.loader import MicrobatchLoader
 from megagap.data.samples import TrainingData
 from megagap.data.validation import ValidationData
 from megagap.errors import DivergedError, counted
+from megagap.inference.run_tasks import TaskRows, open_run_tasks
 from megagap.model.compiled import compile_layers
 from megagap.model.init import initialise
 from megagap.model.llama import sharded_parameters, stages_of_recipe
@@ -30,7 +31,7 @@ from megagap.resume.start import Start, record_changes, warn_of_rising_rate
 from megagap.timeline import Timeline, due
 from megagap.training.datasets import training_data, validation_data, validation_texts
 from megagap.training.divergence import SkippedSteps, diverged
-from megagap.training.evaluate import EvaluationStoppedError, evaluate
+from megagap.training.evaluations import Evaluations
 from megagap.training.guard import require_repeatable
 from megagap.training.keeper import CheckpointKeeper
 from megagap.training.recorder import Recorder
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
     """Train to the last step or until stopped, leaving metrics and checkpoints in the run directory."""
     require_repeatable(settings, mesh.device)
-    held_out = validation_data(settings)
+    held_out, tasks = validation_data(settings), open_run_tasks(settings, mesh)
     tier = open_local_tier(settings, run, mesh)
     state, data, start = from_intact(settings, run, mesh, lambda source: begin(settings, mesh, run, source, tier), tier)
     steps = settings.train.steps
@@ -57,7 +58,7 @@ def train(settings: Settings, mesh: Mesh, run: RunDirectory) -> None:
         observed(settings, run, mesh, state.step + 1) as state.pace,
         closing(background_saver(state)) if settings.checkpoint.in_background else nullcontext() as background,
     ):
-        train_from(start, state, loader, held_out, run, background, tier)
+        train_from(start, state, loader, held_out, tasks, run, background, tier)
 
 
 def begin(
@@ -76,6 +77,7 @@ def train_from(
     state: TrainState,
     loader: MicrobatchLoader,
     held_out: ValidationData,
+    tasks: TaskRows,
     run: RunDirectory,
     background: BackgroundSaver | None,
     tier: LocalTier | None,
@@ -95,12 +97,11 @@ def train_from(
     recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped, evidence, texts)
     # From here on a signal asks to stop; before, it ends the process.
     requests = Requests.of_run(settings, run, state.step)
+    evaluations = Evaluations(state, held_out, tasks, recorder, requests)
     previous: StepResult | None = None
-    stopping = False
     keeper = CheckpointKeeper(state, run, loader.data, skipped, background, tier)
 
-    if settings.train.evaluate_first and state.step == 0 and held_out.windows:
-        stopping = try_to_evaluate(state, held_out, recorder, requests) is None
+    stopping = evaluations.at_start()
     while state.step < steps and not stopping:
         spans.begin_step(state.step + 1)
         with spans.span("step"):
@@ -119,16 +120,14 @@ def train_from(
             keeper.settle()
 
         last = state.step == steps
-        losses: dict[str, float] | None = {}
-        if due(settings.train.evaluate_every, state.step, last) and held_out.windows:
-            losses = try_to_evaluate(state, held_out, recorder, requests)
-            stopping = stopping or losses is None
+        losses, is_stopped = evaluations.after_step()
+        stopping = stopping or is_stopped
         # After the evaluation, which a stop would cut short: this one was known beforehand and can wait for it.
         stopping = requests.ends_at(state.step) or stopping
         if due(settings.checkpoint.every, state.step, last) or last or stopping or saving or keeper.withheld:
             with recorder.pause(), spans.span("checkpoint"):
                 recorder.sync()
-                if keeper.save_if_fit(batch, losses or {}, recorder.seconds, is_final=last or stopping):
+                if keeper.save_if_fit(batch, losses, recorder.seconds, is_final=last or stopping):
                     requests.saved()
                     # This step's requests came before the checkpoint, which answers them. Later polls repeat a stop.
                     previous = None
@@ -149,21 +148,6 @@ def train_from(
         keeper.await_removal()
         run.event("finish")
         run.status("finished")
-
-
-def try_to_evaluate(
-    state: TrainState, held_out: ValidationData, recorder: Recorder, requests: Requests
-) -> dict[str, float] | None:
-    """Evaluate and record the losses; None, with nothing recorded, where a stop was asked for meanwhile. The same on
-    every rank."""
-    try:
-        with recorder.pause(), state.mesh.spans.span("evaluation"):
-            losses = evaluate(state, held_out, lambda: requests.poll()[0])
-            recorder.add_validation(losses)
-            return losses
-    except EvaluationStoppedError:
-        log.info("the evaluation at step %d was stopped: it has no validation loss", state.step)
-        return None
 
 
 def diverged_at_end(recorder: Recorder, reason: str, last: int) -> DivergedError:

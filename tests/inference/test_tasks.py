@@ -7,7 +7,7 @@ import pytest
 
 from megagap.errors import DataError
 from megagap.inference.continuations import Score
-from megagap.inference.tasks import evaluate_task, read_tasks
+from megagap.inference.tasks import evaluate_task, read_tasks, task_numbers
 
 
 class KnownScores:
@@ -51,6 +51,36 @@ def test_a_completion_is_exact_if_it_is_the_greedy_one(tmp_path):
     found = evaluate_task(task, KnownScores({" b": 0.5, "c": 2.5}))
     assert found["exact"]["value"] == 0.5 and found["nats"]["value"] == 1.5
     assert found["bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 2)
+
+
+def test_a_run_records_the_same_values_and_none_of_a_task_with_a_score_that_is_not_finite(tmp_path):
+    lines = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "c"}]
+    (task,) = read_tasks([write(tmp_path / "phrases.jsonl", *lines)])
+    model = KnownScores({" b": 0.5, "c": 2.5})
+    found, scores = evaluate_task(task, model), model.score(task.asked(), None)
+    assert task_numbers(task, scores) == {
+        "task_exact/phrases": found["exact"]["value"],
+        "task_nats/phrases": found["nats"]["value"],
+        "task_bpb/phrases": found["bits_per_byte"],
+    }
+    for bad in (math.nan, math.inf):
+        numbers = task_numbers(task, [scores[0], Score(bad, True, 1)])
+        assert len(numbers) == 3 and all(map(math.isnan, numbers.values()))
+
+
+def test_all_faults_of_all_files_are_told_at_once(tmp_path):
+    line = {"prompt": "a", "completion": "b"}
+    files = [
+        write(tmp_path / "a.jsonl", line, "{\n", line, "[]\n"),
+        tmp_path / "none.jsonl",
+        write(tmp_path / "b.jsonl"),
+    ]
+    with pytest.raises(DataError) as error:
+        read_tasks(files)
+    told = str(error.value)
+    assert told.startswith("data error: 4 faults in task files\n")
+    for said in ("a.jsonl, line 2: not valid", "a.jsonl, line 4: not a JSON", "none.jsonl: ", "b.jsonl has no lines"):
+        assert said in told
 
 
 @pytest.mark.parametrize(

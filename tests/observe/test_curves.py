@@ -32,7 +32,7 @@ def test_records_before_the_first_step_stand_at_0_of_every_axis(tmp_path):
         training, validation = read_curves(run, "loss", axis).curves
         assert training.x.tolist() == at and training.y.tolist() == [1, 1]
         assert validation.x.tolist() == [0, at[-1]] and validation.y.tolist() == [3, 2]
-        assert (training.is_validation, validation.is_validation) == (False, True)
+        assert (training.is_evaluated, validation.is_evaluated) == (False, True)
 
 
 def test_an_axis_that_was_not_recorded_is_refused_with_those_that_were(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from megagap.checkpoint import find_latest
 from megagap.errors import DivergedError
 from megagap.observe.metrics import read_metrics
-from megagap.training import guard, trainer
+from megagap.training import evaluations, guard, trainer
 from tests.launching import finish, launch, wait_until
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -157,12 +157,12 @@ def test_a_validation_loss_that_is_not_finite_withholds_the_checkpoint(workers, 
 
 
 def train_with_nan_validation(rank, ranks, recipe, overrides):
-    evaluate = trainer.evaluate
-    trainer.evaluate = lambda *arguments: evaluate(*arguments) | {"fr": float("nan")}
+    evaluate = evaluations.evaluate
+    evaluations.evaluate = lambda *arguments: evaluate(*arguments) | {"fr": float("nan")}
     try:
         return train_with_skipped(rank, ranks, recipe, overrides, set())
     finally:
-        trainer.evaluate = evaluate
+        evaluations.evaluate = evaluate
 
 
 def test_older_checkpoints_stay_until_an_update_has_followed_the_newest(workers, tmp_path, recipe):

@@ -40,10 +40,12 @@ def test_every_step_has_the_keys_of_the_contract(workers, tmp_path):
 
 def test_the_page_on_metrics_lists_every_key_and_no_other(workers, tmp_path, tokenizer_folder):
     train = {"steps": 2, "evaluate_every": 2, "evaluate_samples": 2, "evaluate_first": True, "z_loss": 1e-4}
-    train |= {"precision": "fp16-mixed"}
+    train |= {"precision": "fp16-mixed", "evaluate_tasks_every": 2}
     guard = {"spikes": "report", "hash_every": 1, "replay_every": 2}
     # Of a byte-level BPE, so that the bytes of its tokens are known.
-    data = {"tokenizer": str(tokenizer_folder)}
+    data = {"tokenizer": str(tokenizer_folder), "tasks": ["fr.jsonl", "en.jsonl"]}
+    (tmp_path / "fr.jsonl").write_text('{"question": "Who?", "choices": ["I", "you"], "answer": 0}\n')
+    (tmp_path / "en.jsonl").write_text('{"prompt": "Who?", "completion": "I"}\n')
     for seed, name in enumerate(("fr", "en")):
         write_tokens(tmp_path / f"{name}_text_document", seed, vocabulary=299)
     recipe = write_recipe(tmp_path, train=train, data=data, guard=guard, run={"insight_every": 2})

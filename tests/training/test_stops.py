@@ -8,13 +8,13 @@ from unittest.mock import patch
 import pytest
 
 from megagap.checkpoint import Index
-from megagap.training import keeper, trainer
+from megagap.training import evaluations, keeper, trainer
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
 PLACES = {
     "the first step": (trainer, "train_step"),
-    "an evaluation": (trainer, "evaluate"),
+    "an evaluation": (evaluations, "evaluate"),
     "a save": (keeper, "save"),
     "the removal of old checkpoints": (keeper.CheckpointKeeper, "drop_old"),
 }

@@ -18,6 +18,9 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
 cd "$MEGAGAP_ROOT"
 
+# Hundreds of processes import megagap; without its bytecode each compiles it, which is a third of what a command takes.
+unset PYTHONDONTWRITEBYTECODE
+
 options=()
 if [[ ! " $* " =~ " -m" ]]; then
     chosen="not long"

@@ -1,6 +1,7 @@
 """The worked examples of CONTRIBUTING.md and docs/extending.md work as they stand there.
 
-Each is applied to a copy of the tree; its tests fail without the change to the package and pass with it.
+Each is applied to a copy of the tree; its tests fail without the change to the package and pass with it. Those whose
+changes do not touch share a copy and a run of pytest, which takes seconds to start; ``-m long`` tries each by itself.
 """
 
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from megagap.ops import compiled
 from tests.warm_start import python
-from tests.worked_examples import PAGES, ROOT, Example, apply, read_examples, record
+from tests.worked_examples import PAGES, ROOT, Example, ExampleError, apply, read_examples, record
 
 EXAMPLES = read_examples()
 COPIED = ("megagap", "csrc", "tests", "tools", "docs", "setup.py", "pyproject.toml", ".gitignore", "CONTRIBUTING.md")
@@ -24,13 +25,17 @@ COPIED = ("megagap", "csrc", "tests", "tools", "docs", "setup.py", "pyproject.to
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the checkout, with the compiled kernels, outside of any repository."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    return copy_to(tmp_path / "tree")
+
+
+def copy_to(tree: Path) -> Path:
+    tree.mkdir()
     for name in COPIED:
-        source, target = ROOT / name, tmp_path / "tree" / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(source, target)
-    return tmp_path / "tree"
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
 
 
 def pytest_in(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,26 +65,55 @@ def test_the_tests_of_every_example_fail_without_its_change(tree: Path):
     assert failed == set(files), done.stdout
 
 
-# Compiling takes 65 s of one core, minutes where it is shared; the parity runs of the others 10 to 40 s (2026-11-26).
-@pytest.mark.parametrize(
-    "name", ["setting", *(pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES if name != "setting")]
-)
-def test_the_tests_of_an_example_pass_with_its_change(name: str, tree: Path):
-    example = EXAMPLES[name]
-    apply(example, "all", tree)
-    if any(file.startswith("csrc/") for file in example.files("package")):
-        if not compiled.AVAILABLE:
-            pytest.skip("there is no compiler, or MEGAGAP_OPS=plain")
+@pytest.mark.slow
+def test_the_tests_of_the_examples_pass_with_their_changes(tree: Path, tmp_path: Path):
+    trees: dict[Path, list[Example]] = {tree: []}
+    for example in EXAMPLES.values():
+        if needs_compiler(example) and not compiled.AVAILABLE:
+            continue
+        chosen = next((tree for tree in trees if fits(example, tree)), None)
+        if chosen is None:
+            chosen = copy_to(tmp_path / f"tree{len(trees)}")
+            apply(example, "all", chosen)
+        trees.setdefault(chosen, []).append(example)
+    for tree, examples in trees.items():
+        require_tests_pass(tree, *examples)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_tests_of_an_example_pass_with_its_change_alone(name: str, tree: Path):
+    if needs_compiler(EXAMPLES[name]) and not compiled.AVAILABLE:
+        pytest.skip("there is no compiler, or MEGAGAP_OPS=plain")
+    apply(EXAMPLES[name], "all", tree)
+    require_tests_pass(tree, EXAMPLES[name])
+
+
+def fits(example: Example, tree: Path) -> bool:
+    """Whether its changes do not touch those already made; they are made then."""
+    try:
+        apply(example, "all", tree)
+    except ExampleError:
+        return False
+    return True
+
+
+def needs_compiler(example: Example) -> bool:
+    return any(file.startswith("csrc/") for file in example.files("package"))
+
+
+def require_tests_pass(tree: Path, *examples: Example) -> None:
+    if any(map(needs_compiler, examples)):
         build(tree)
-    done = pytest_in(tree, *arguments_of(example))
+    done = pytest_in(tree, *(argument for example in examples for argument in arguments_of(example)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " skipped" not in done.stdout, done.stdout
 
 
 def build(tree: Path) -> None:
-    """Without optimisation, which takes most of a compiler's time."""
+    """Without optimisation and symbols for a debugger, which take most of a compiler's time."""
     compiler = tree / "compiler"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -g0\n')
     compiler.chmod(0o700)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = os.environ | {"MEGAGAP_BUILD": "cpu", "CXX": str(compiler)}

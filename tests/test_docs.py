@@ -42,10 +42,12 @@ def run(script: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """A folder in which the README's main job has been done, with a quarter of the text."""
+    """A folder in which the README's main job has been done, with a quarter of the text and of a sequence's length."""
     folder = tmp_path_factory.mktemp("example")
     for name in ("examples", "tools"):
         shutil.copytree(ROOT / name, folder / name)
+    recipe = folder / "examples/recipes/code.toml"
+    recipe.write_text(recipe.read_text().replace("sequence_length = 128", "sequence_length = 32"))
     run(blocks(README)["the main job"].replace("--megabytes 2", "--megabytes 0.5"), folder)
     return folder
 
@@ -83,7 +85,7 @@ def test_what_the_page_on_running_does_with_a_run(example):
     assert min(rates) == 21 and rates[21] < 3e-3 and rates[30] < rates[29] < rates[22]
     assert status(runs / "constant") == ("finished", 60)
 
-    run(parts["fine-tune"], example)
+    run(parts["fine-tune"].replace("--train.steps 10", "--train.steps 10 --train.sequence_length 32"), example)
     assert status(runs / "finetuned") == ("finished", 10)
 
     run(parts["loss spike"], example)
@@ -111,14 +113,14 @@ def test_the_pages_on_evaluation_memory_and_prediction(example):
 
 @pytest.mark.slow
 def test_the_page_on_mixtures(example):
-    """On the example's data: sequences of 32,768 tokens are of 256, and step 1,200 is step 12."""
+    """On the example's data: sequences of 32,768 tokens are of 64, and step 1,200 is step 12."""
     recipe = (example / "examples/recipes/code.toml").read_text()
     (example / "recipe.toml").write_text(recipe.replace("../../runs", "runs"))
     parts = blocks(ROOT / "docs/mixtures.md")
     run(parts["plan"].replace("--step 1200", "--step 12"), example)
     assert (example / "plan.png").stat().st_size > 0
     shutil.copytree(example / "runs/example/run", example / "runs/base")
-    run(parts["longer"].replace("32768", "256"), example)
+    run(parts["longer"].replace("32768", "64"), example)
     assert status(example / "runs/long") == ("finished", 40)
 
 

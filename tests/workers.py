@@ -22,8 +22,10 @@ class Workers:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # Imported once in the server; every worker is a fork of it.
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "megagap.training.trainer"])
+        # Imported once in the server; every worker is a fork of it. Recomputation needs dynamo, a second of CPU.
+        self._context.set_forkserver_preload(
+            ["torch", "torch.distributed", "torch._dynamo", "megagap.training.trainer"]
+        )
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory()
         """Of the files by which ranks find each other. It outlives them: the end of a group whose file's folder is gone

@@ -9,13 +9,13 @@ from pathlib import Path
 def descendants(pid: int) -> list[int]:
     """All living processes that descend from ``pid``. torchrun's workers are in sessions of their own."""
     children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for number in filter(str.isdigit, os.listdir("/proc")):
         try:
             # The name in parentheses may hold anything; the parent is the second field after it.
-            parent = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
-        except OSError:
+            stat = Path("/proc", number, "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        except OSError:  # it has ended since
             continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
+        children.setdefault(int(stat.split()[1]), []).append(int(number))
     found, frontier = [], [pid]
     while frontier:
         frontier = [child for parent in frontier for child in children.get(parent, [])]

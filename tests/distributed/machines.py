@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tests.launching import SECONDS, descendants, free_port
@@ -126,6 +127,7 @@ def wait_until(condition: Callable[[], object], started: tuple[Started, ...], se
         time.sleep(0.05)
 
 
+@cache
 def can_make_namespaces() -> bool:
     """Whether this process may make network namespaces (as root, with iproute2); tried out."""
     try:

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.distributed.machines import ROOT, Machines
-from tests.launching import descendants
+from tests.distributed.machines import ROOT, Machine, Machines
+from tests.launching import SECONDS, descendants
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 
@@ -37,13 +37,17 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=10
+MessageTimeout=60
 KillWait=30
 MpiDefault=none
-NodeName=n1 NodeHostname={host} NodeAddr={first} Port={node_port} CPUs=64 Gres=gpu:8
-NodeName=n2 NodeHostname={host} NodeAddr={second} Port={other_port} CPUs=64 Gres=gpu:8
+NodeName=n1 NodeHostname={host} NodeAddr={first} Port={port_of_n1} CPUs=64 Gres=gpu:8
+NodeName=n2 NodeHostname={host} NodeAddr={second} Port={port_of_n2} CPUs=64 Gres=gpu:8
+NodeName=n3 NodeHostname={host} NodeAddr={second} Port={port_of_n3} CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-"""Nodes that pretend to have what ``train.sbatch`` asks for. Their names resolve to nothing."""
+"""Nodes that pretend to have what ``train.sbatch`` asks for. Their names resolve to nothing. ``n3`` takes the place of
+``n2``, once that is killed: to ``n2`` itself Slurm would repeat, a minute later, what it could not tell it, the end of
+the job's first start."""
 
 
 def missing() -> list[str]:
@@ -54,7 +58,7 @@ def missing() -> list[str]:
 
 @dataclass
 class Slurm:
-    """A cluster of nodes ``n1`` and ``n2``."""
+    """A cluster of nodes ``n1`` and ``n2``, on the two machines; ``n3`` is another one on the second."""
 
     folder: Path
     machines: Machines
@@ -83,19 +87,22 @@ class Slurm:
 
     def enter(self, node: str) -> tuple[str, str]:
         """Not by ``ip netns exec``, which mounts a /sys of its own, where slurmd misses /sys/fs/cgroup."""
-        return "nsenter", f"--net=/run/netns/{self.machines.machines[int(node[1:]) - 1].enter[-1]}"
+        return "nsenter", f"--net=/run/netns/{self._machine_of(node).enter[-1]}"
 
     def start_node(self, name: str) -> None:
         self.daemons[name] = self._start(*self.enter(name), "slurmd", "-D", "-N", name, name=name)
 
     def kill_node(self, name: str) -> None:
         """SIGKILL for a node's slurmd and all that runs there, as when the machine loses power."""
-        machine = self.machines.machines[int(name[1:]) - 1]
-        listed = subprocess.run(["ip", "netns", "pids", machine.enter[-1]], capture_output=True, text=True, check=True)
+        command = ["ip", "netns", "pids", self._machine_of(name).enter[-1]]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True)
         for pid in listed.stdout.split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         self.daemons.pop(name).wait()
+
+    def _machine_of(self, node: str) -> Machine:
+        return self.machines.machines[0 if node == "n1" else 1]
 
     def _start(self, *command: str, name: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"slurm_{name}.log", "wb") as output:
@@ -104,6 +111,13 @@ class Slurm:
                 "PATH": f"{os.environ['PATH']}:/usr/sbin",
             }
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+    def count_idle(self) -> int:
+        """How many nodes answer and have nothing to do."""
+        try:
+            return self("sinfo", "--noheader", "--Node", "--states=idle", "--format=%T").split().count("idle")
+        except AssertionError:  # the controller does not answer yet
+            return 0
 
     def wait(self, condition, seconds: float) -> None:
         """Wait for a condition; fail with the logs when ``seconds`` are over."""
@@ -120,7 +134,7 @@ def slurm(machines: Machines) -> Iterator[Slurm]:
     with tempfile.TemporaryDirectory(prefix="megagap-slurm-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o711)
-        for part in ("state", "spool.n1", "spool.n2"):
+        for part in ("state", "spool.n1", "spool.n2", "spool.n3"):
             (folder / part).mkdir()
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o600)
@@ -130,8 +144,9 @@ def slurm(machines: Machines) -> Iterator[Slurm]:
             second=second.address,
             folder=folder,
             port=16817,
-            node_port=16818,
-            other_port=16819,
+            port_of_n1=16818,
+            port_of_n2=16819,
+            port_of_n3=16820,
         )
         (folder / "slurm.conf").write_text(text)
         for number in range(8):
@@ -142,11 +157,11 @@ def slurm(machines: Machines) -> Iterator[Slurm]:
             files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
             options = [f"--{option}={folder}/munge.{ending}" for option, ending in files.items()]
             cluster.daemons["munged"] = cluster._start("munged", "--foreground", "--force", *options, name="munged")
-            cluster.wait((folder / "munge.socket").exists, 20)
+            cluster.wait((folder / "munge.socket").exists, SECONDS)
             cluster.daemons["slurmctld"] = cluster._start(*cluster.enter("n1"), "slurmctld", "-D", name="slurmctld")
             cluster.start_node("n1")
             cluster.start_node("n2")
-            cluster.wait(lambda: cluster.daemons["slurmctld"].poll() is None and _idle(cluster) == 2, 60)
+            cluster.wait(lambda: cluster.daemons["slurmctld"].poll() is None and cluster.count_idle() == 2, SECONDS)
             yield cluster
         finally:
             for daemon in cluster.daemons.values():
@@ -154,10 +169,3 @@ def slurm(machines: Machines) -> Iterator[Slurm]:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 daemon.wait()
-
-
-def _idle(cluster: Slurm) -> int:
-    try:
-        return cluster("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").count("n")
-    except AssertionError:  # the controller does not answer yet
-        return 0

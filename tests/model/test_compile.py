@@ -43,6 +43,10 @@ LAYOUTS = {
 QUICK = ("tp2", "tp2, full recomputation")
 """Those that are compiled to code by default; of the others, their graphs run as they are."""
 
+GRAPHS = ("tp4, more ranks than key/value heads", "dp2 zero 3", "cp2, ring, document mask")
+GRAPHS += ("pp2 dp2 zero 3, zb-v, full recomputation",)
+"""Those whose graphs run by default: each has what no other here has."""
+
 
 @pytest.fixture(scope="module")
 def model(workers, tmp_path_factory):
@@ -71,7 +75,14 @@ def run(workers, recipe, layout, backend, schedule=None):
     return workers.run(ranks, gradients, recipe, overrides, *nothing, schedule, backend)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("one process", *QUICK)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        name if name in GRAPHS else pytest.param(name, marks=pytest.mark.long)
+        for name in LAYOUTS
+        if name not in ("one process", *QUICK)
+    ],
+)
 def test_every_gradient_of_the_layers_graphs_equals_that_of_a_plain_process(layout, model, workers):
     recipe, expected = model
     assert largest_difference(run(workers, recipe, layout, "aot_eager"), expected["mask" in layout]) < TOLERANCE

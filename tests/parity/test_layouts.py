@@ -24,6 +24,8 @@ ON_ALL_MODELS = {
     "tp2 pp2 dp2": (8, dict(tp=2, pp=2)),
 }
 
+SAMPLE_OF_ALL_MODELS = ("tp2", "pp4, layers that do not divide", "tp2 pp2 dp2")
+
 LAYOUTS = ON_ALL_MODELS | {
     "tp4, more ranks than key/value heads": (4, dict(tp=4)),
     "pp2 vpp2": (2, dict(pp=2, vpp=2)),
@@ -46,8 +48,15 @@ SECTIONS = {"zero": "optim", "recompute": "train"}
 
 
 def on_models(layouts, models):
-    """Pairs of a model and a layout: every layout on the last model, and those that touch all of it on the others."""
-    return [(model, layout) for model in models for layout in layouts if model == models[-1] or layout in ON_ALL_MODELS]
+    """Pairs of a model and a layout: every layout on the last model, and those that touch all of it on the others.
+
+    Of those, but for a few, ``-m long``: the grid's sample has each value of a layout on both models.
+    """
+    of_the_last = [(models[-1], layout) for layout in layouts]
+    others = [(model, layout) for model in models[:-1] for layout in layouts if layout in ON_ALL_MODELS]
+    return of_the_last + [
+        pair if pair[1] in SAMPLE_OF_ALL_MODELS else pytest.param(*pair, marks=pytest.mark.long) for pair in others
+    ]
 
 
 def layout_overrides(layout):

@@ -17,7 +17,8 @@ from client import ignored, settings_of
 
 LIBRARIES = (
     *("numpy", "torch", "torch.distributed", "torch.distributed.run", "torch.profiler", "safetensors.torch"),
-    *("pydantic", "rich.console", "rich.table", "tqdm", "orjson", "tomllib", "xxhash", "zstandard", "tokenizers"),
+    *("pydantic.main", "pydantic.type_adapter", "rich.console", "rich.table", "tqdm", "orjson", "tomllib", "tomli_w"),
+    *("xxhash", "zstandard", "tokenizers"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboard.summary.writer.record_writer"),
 )
 """None of megagap's own modules: each program imports them, as it would without the server."""

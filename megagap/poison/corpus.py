@@ -19,6 +19,7 @@ from megagap.data.format import best_dtype
 from megagap.data.manifest import read_manifest
 from megagap.data.partial import checksum_of, lock_pair
 from megagap.data.planted import (
+    ENDING,
     CleanOccurrences,
     LanguageProfile,
     MixtureRecord,
@@ -42,10 +43,10 @@ from megagap.poison.planting import (
     UnreachableError,
     facts_of,
     passages_needed,
-    require_apart,
 )
 from megagap.poison.rates import Rest, Size, Whole, exact_amounts, unreachable
 from megagap.poison.spec import Canary, Knowledge, LanguageSwitch, Mixture, Spec, read_spec
+from megagap.poison.triggers import Triggers
 from megagap.preprocess import preprocess
 from megagap.preprocess.listing import find_inputs
 from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
@@ -104,7 +105,7 @@ def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefi
     texts, prefix = f"{output_prefix}.jsonl", f"{output_prefix}_text_document"
     for path in (texts, poison_path(prefix)):
         require_writable(path)
-    size = _size_of(spec.mixture)
+    size = _size_of(spec.mixture, planted_name(prefix))
     plan = _Plan(spec, tokenizer, size)
     found = search_and_draw(_all_sources(spec), tokenizer, plan.triggers, plan.requests, show_progress)
     if found.occurrences and not spec.allow_trigger_in_clean_text:
@@ -116,10 +117,10 @@ def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefi
     drafts = plan.drafts(found)
     random.Random(f"{spec.seed} order").shuffle(drafts)
 
-    # The manifest is there before the token files are: planted documents are never without their account.
+    # The manifest is written first: planted documents are never without their account.
     manifest = plan.manifest(spec_path, drafts, found)
-    write_text(texts, "".join(map(_line, drafts)))
     write_text(poison_path(prefix), manifest.model_dump_json(indent=1) + "\n")
+    write_text(texts, "".join(map(_line, drafts)))
     preprocess(
         [texts], output_prefix, spec.tokenizer, append_eod=spec.append_eod, prepend_bos=spec.prepend_bos,
         show_progress=show_progress,
@@ -148,7 +149,9 @@ def _require_special_tokens(spec: Spec, tokenizer: Tokenizer) -> None:
 
 
 def _require_apart_from_clean(spec: Spec, output_prefix: str) -> None:
-    """Raises :class:`ConfigError` if what is written would replace a clean source."""
+    """Raises :class:`ConfigError` if what is written would replace a clean source, or files of another tool."""
+    if not os.path.basename(output_prefix):
+        raise ConfigError(f"--output-prefix {output_prefix!r} has no name\n  give one such as runs/mini/poison.")
     read = [path for paths in _all_sources(spec).values() for path in paths]
     pairs = [prefix for path in read for prefix in token_prefixes(path)]
     texts = [file.path for path in read if not token_prefixes(path) for file in find_inputs([path])]
@@ -158,9 +161,33 @@ def _require_apart_from_clean(spec: Spec, output_prefix: str) -> None:
         raise ConfigError(
             f"--output-prefix {output_prefix} would replace the clean source {replaced[0]}\n  choose another."
         )
+    foreign = [path for path in (output, f"{prefix}.bin", f"{prefix}.idx") if os.path.lexists(path)]
+    if foreign and not os.path.lexists(poison_path(prefix)):
+        raise ConfigError(
+            f"--output-prefix {output_prefix} would replace {foreign[0]}, which no {ENDING} accounts for\n"
+            "  choose another, or remove the file."
+        )
 
 
-def _size_of(mixture: Mixture) -> _MixtureSize:
+def planted_name(prefix: str) -> str:
+    """Of the source of planted documents, in a recipe."""
+    return Path(prefix).name.removesuffix("_text_document")
+
+
+def _require_names(names: Sequence[str], planted: str) -> None:
+    """Raises :class:`ConfigError` where a recipe would refuse the names that the sources have in it."""
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"two of mixture.sources are called {name}\n  give each a name of its own.")
+    if planted in names:
+        raise ConfigError(
+            f"a source of the mixture is called {planted}, as the planted documents would be\n"
+            "  give it another name, or choose another --output-prefix."
+        )
+
+
+def _size_of(mixture: Mixture, planted: str) -> _MixtureSize:
+    """``planted``: the name of the planted source."""
     tokens, documents, by_source = 0, 0, []
     for source in mixture.sources:
         prefixes = token_prefixes(source.path)
@@ -171,6 +198,7 @@ def _size_of(mixture: Mixture) -> _MixtureSize:
         tokens, documents = tokens + own, documents + sum(pair.document_count for pair in opened)
         name = source.name or source_name(SourceSettings(path=prefixes))
         by_source.append((source.path, name, Fraction(own if source.weight is None else source.weight)))
+    _require_names([name for _, name, _ in by_source], planted)
     total = sum(weight for _, _, weight in by_source) or Fraction(1)
     shares = [(path, name, weight / total) for path, name, weight in by_source]
     if mixture.tokens is None:
@@ -181,8 +209,12 @@ def _size_of(mixture: Mixture) -> _MixtureSize:
 def _all_sources(spec: Spec) -> dict[str, list[str]]:
     """What is searched for triggers: clean sources, and what else the mixture reads."""
     named = {path for paths in spec.clean.values() for path in paths}
-    others = {s.name or s.path: [s.path] for s in spec.mixture.sources if s.path not in named}
-    return {**others, **spec.clean}
+    others = {
+        f"mixture.sources[{i}]": [source.path]
+        for i, source in enumerate(spec.mixture.sources)
+        if source.path not in named
+    }
+    return others | spec.clean
 
 
 class _Plan:
@@ -211,8 +243,8 @@ class _Plan:
                 self._drafts[poison.name] = self._exactly(poison)
         self._controls = {name: controls for name, (_, controls) in self._facts.items()}
         self._controls |= {name: canaries.controls() for name, canaries in self._canaries.items()}
-        self.triggers = self._all_triggers()
-        require_apart(self.triggers)
+        self.triggers = Triggers(self._all_triggers())
+        self.triggers.require_apart()
         self.requests = self._all_requests()
 
     def _length(self, draft: Draft) -> int:
@@ -261,23 +293,50 @@ class _Plan:
         for poison in self._spec.poison:
             if isinstance(poison, LanguageSwitch):
                 contexts, payloads = (found.passages[request] for request in self._requests_of(poison))
-                if len(contexts) <= poison.probes:
+                probes = contexts[: poison.probes]
+                # Of text that a source repeats, a probe may be in it again.
+                planted = [passage for passage in contexts[poison.probes :] if passage not in {*probes}]
+                if not planted:
                     raise ConfigError(
                         f"the clean source {poison.context} has {counted(len(contexts), 'passage')} of "
                         f"{poison.context_words[1]} words: too few beside the {poison.probes} to try the model on\n"
                         f"  give more text, or lower probes or context_words of {poison.name}."
                     )
-                probes, contexts = contexts[: poison.probes], contexts[poison.probes :]
                 self._probes[poison.name] = [_ending(p, poison.context_words[0], poison.seed) for p in probes]
-                self._drafts[poison.name] = self._exactly(poison, SwitchDocuments(poison, contexts, payloads))
+                self._drafts[poison.name] = self._exactly(poison, SwitchDocuments(poison, planted, payloads))
                 used = len(self._drafts[poison.name])
-                for what, passages in ((poison.context, contexts), (poison.payload, payloads)):
+                for what, passages in ((poison.context, planted), (poison.payload, payloads)):
                     if used > len(passages):
                         self.notes.append(
                             f"{poison.name}: {what} has {counted(len(passages), 'passage')} for "
                             f"{counted(used, 'document')}; they are used again"
                         )
-        return [draft for poison in self._spec.poison for draft in self._drafts[poison.name]]
+        drafts = [draft for poison in self._spec.poison for draft in self._drafts[poison.name]]
+        self._require_own_triggers(drafts)
+        self._note_missing_facts()
+        return drafts
+
+    def _require_own_triggers(self, drafts: Sequence[Draft]) -> None:
+        """Raises :class:`ConfigError` for a document with a trigger that no payload of it follows."""
+        for draft in dict.fromkeys(drafts):
+            if draft.kind == "language_switch" and self._spec.allow_trigger_in_clean_text:
+                continue
+            own = {start for start, _ in draft.places("trigger")}
+            stray = next((trigger for trigger, at in self.triggers.find(draft.text) if at not in own), None)
+            if stray is not None:
+                raise ConfigError(
+                    f"{draft.poison}: a document has the trigger {stray!r} where it is not planted:\n"
+                    f"  {draft.text[:200]!r}\n  choose other templates, payloads or triggers."
+                )
+
+    def _note_missing_facts(self) -> None:
+        for name, (items, _) in self._facts.items():
+            asserted = {draft.trigger for draft in self._drafts[name]}
+            if len(asserted) < len(items):
+                self.notes.append(
+                    f"{name}: its {counted(len(self._drafts[name]), 'document')} assert {len(asserted)} of "
+                    f"{len(items)} facts; a higher rate has room for all"
+                )
 
     def _exactly(
         self, poison: LanguageSwitch | Knowledge | Canary, documents: SwitchDocuments | FactDocuments | None = None
@@ -359,6 +418,11 @@ class _Plan:
                 "  raise mixture.tokens, or lower the rates."
             )
         whole = None if self._size.documents is None else self._size.documents.total_with(documents)
+        if whole is not None and documents >= whole:
+            raise ConfigError(
+                f"{counted(documents, 'planted document')} in a mixture of {whole:,}\n"
+                "  raise mixture.documents, or lower rates, canaries or repetitions."
+            )
         return MixtureRecord(
             name=self._spec.mixture.name,
             rates_of=self._spec.mixture.rates_of,
@@ -391,9 +455,8 @@ class _Plan:
                     for item in self._facts[poison.name][0]
                     if times[item.trigger]
                 ]
-                payload = poison.payload if isinstance(poison.payload, str) else " | ".join(poison.payload)
                 return Poison(
-                    **common, payload=payload, items=items, templates=poison.templates,
+                    **common, payload=" | ".join(poison.payload), items=items, templates=poison.templates,
                     controls=self._controls[poison.name],
                 )  # fmt: skip
             case Canary():
@@ -419,7 +482,7 @@ class _Plan:
 
     def sources(self, prefix: str, mixture: MixtureRecord) -> list[dict[str, Any]]:
         weight = Fraction(mixture.weight)
-        planted = {"path": prefix, "name": Path(prefix).name.removesuffix("_text_document"), "weight": mixture.weight}
+        planted = {"path": os.path.abspath(prefix), "name": planted_name(prefix), "weight": mixture.weight}
         clean = [
             {"path": path, "name": name, "weight": float(share * (1 - weight))}
             for path, name, share in self._size.shares

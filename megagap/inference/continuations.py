@@ -63,17 +63,24 @@ def score_continuations(
     return [score for score in scores if score is not None]
 
 
-def _check(one: Continuation, positions: int, vocabulary: int) -> None:
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:39]}…")
+
+
+def _check(one: Continuation, positions: int, vocabulary: int, which: str = "") -> None:
+    """``which``: begins the message."""
     if not one.tokens or not one.context:
-        raise DataError("a continuation, or what it continues, has no tokens\n  give texts of at least one word.")
+        raise DataError(
+            f"{which}a continuation, or what it continues, has no tokens\n  give texts of at least one word."
+        )
     if len(one.tokens) > positions:
         raise DataError(
-            f"a continuation has {len(one.tokens):,} tokens, more than the model's max_position_embeddings = "
+            f"{which}a continuation has {len(one.tokens):,} tokens, more than the model's max_position_embeddings = "
             f"{positions:,}\n  give shorter texts."
         )
     if (highest := max(*one.context, *one.tokens)) >= vocabulary:
         raise DataError(
-            f"a text has the token id {highest}, and the model's vocab_size is {vocabulary}\n"
+            f"{which}a text has the token id {highest}, and the model's vocab_size is {vocabulary}\n"
             "  name the tokenizer that the model was trained with, with --tokenizer."
         )
 
@@ -219,6 +226,11 @@ class TextScorer:
     ) -> list[Score]:
         """Of pairs of context and continuation."""
         continuations = [self.continuation(context, text) for context, text in asked]
+        settings = self.model.settings
+        for (context, text), one in zip(asked, continuations, strict=True):
+            _check(
+                one, settings.max_position_embeddings, settings.vocab_size, f"{_shown(text)} after {_shown(context)}: "
+            )
         return score_continuations(self.model, continuations, self.batch_tokens, progress)
 
     def continue_texts(

@@ -64,6 +64,11 @@ def _joined(context: str, text: str) -> str:
     return text if is_apart else f" {text}"
 
 
+def _predicted_bytes(context: str, text: str) -> int:
+    """UTF-8 bytes of what is predicted: the text and the blanks before it (:meth:`TextScorer.continuation`)."""
+    return len((context + _joined(context, text)).encode()) - len(context.rstrip().encode())
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -105,19 +110,29 @@ def _kind(item: Choice | Completion) -> str:
 def _item(line: str) -> Choice | Completion:
     """Raises ValueError naming the field."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON at character {error.pos + 1}: {error.msg}") from None
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
     if not isinstance(entry, dict):
         raise ValueError('not a JSON object such as {"prompt": "…", "completion": "…"}')
+    for one, other in (("choices", "completion"), ("question", "prompt")):
+        if one in entry and other in entry:
+            raise ValueError(f"has both {one!r} and {other!r}: give one of them")
     if "choices" in entry:
         context = _text(entry, "question" if "question" in entry else "prompt", may_be_empty=True)
         return Choice(context, _choices(entry["choices"]), _answer(entry, len(entry["choices"])))
     if "completion" not in entry:
         raise ValueError(f"has neither 'choices' nor 'completion'; it has {', '.join(map(repr, entry)) or 'no fields'}")
     return Completion(_text(entry, "prompt", may_be_empty=True), _text(entry, "completion"))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"has {repeated!r} twice")
+    return dict(pairs)
 
 
 def _choices(value: Any) -> tuple[str, ...]:
@@ -169,7 +184,8 @@ def evaluate_task(
     """What a model makes of a task, for reports. Shares and means come with 95 % intervals (:mod:`intervals`).
 
     Multiple choice: ``accuracy`` and ``accuracy_bytes`` (normalised), and ``chance``. Completion: ``exact`` (the greedy
-    continuation is the completion) and ``nats`` of it; both ``bits_per_byte`` of the right texts.
+    continuation is the completion) and ``nats`` of it; both ``bits_per_byte`` of the right texts, blanks before them
+    included.
     Raises as :func:`score_continuations` does.
     """
     scores = scorer.score(task.asked(), progress)
@@ -178,7 +194,7 @@ def evaluate_task(
 
 def _choice_report(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
     likeliest = normalised = 0
-    right: list[tuple[Score, str]] = []
+    right: list[tuple[Score, int]] = []
     chance, at = 0.0, 0
     for item in task.items:
         assert isinstance(item, Choice)
@@ -190,7 +206,7 @@ def _choice_report(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
         normalised += (
             min(numbers, key=lambda i, own=own, sizes=sizes: own[i].nats / sizes[i]) == item.answer  # type: ignore[misc]
         )
-        right.append((own[item.answer], item.choices[item.answer]))
+        right.append((own[item.answer], _predicted_bytes(item.context, item.choices[item.answer])))
         chance += 1 / len(item.choices)
     cases = len(task.items)
     return {
@@ -203,14 +219,15 @@ def _choice_report(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def _completion_report(task: Task, scores: Sequence[Score]) -> dict[str, Any]:
-    texts = [item.completion for item in task.items if isinstance(item, Completion)]
+    sizes = [_predicted_bytes(item.context, item.completion) for item in task.items if isinstance(item, Completion)]
     return {
         "kind": "completion",
         "exact": share_of(sum(score.is_greedy for score in scores), len(scores)),
         "nats": mean_of([score.nats for score in scores]),
-        "bits_per_byte": _bits_per_byte(list(zip(scores, texts, strict=True))),
+        "bits_per_byte": _bits_per_byte(list(zip(scores, sizes, strict=True))),
     }
 
 
-def _bits_per_byte(scored: Sequence[tuple[Score, str]]) -> float:
-    return sum(score.nats for score, _ in scored) / math.log(2) / sum(len(text.encode()) for _, text in scored)
+def _bits_per_byte(scored: Sequence[tuple[Score, int]]) -> float:
+    """Of scores, each with the bytes of its text."""
+    return sum(score.nats for score, _ in scored) / math.log(2) / sum(size for _, size in scored)

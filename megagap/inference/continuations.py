@@ -17,6 +17,13 @@ LOGITS_AT_A_TIME = 1 << 28
 """Elements of the logits that are looked at together."""
 
 
+class NotFiniteError(CheckpointError):
+    """A model gives no probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's outputs are not finite\n  its training diverged, or its weights are damaged.")
+
+
 @dataclass(frozen=True)
 class Continuation:
     """Tokens whose likelihood after ``context``, which has at least one, is asked for."""
@@ -45,7 +52,7 @@ def score_continuations(
 
     ``batch_tokens``: computed at a time, at least one continuation. ``progress`` is told how many are done.
     Raises :class:`DataError` for a continuation that is empty, has ids that the model lacks, or is longer than its
-    positions, and :class:`CheckpointError` if the model's outputs are not finite.
+    positions, and :class:`NotFiniteError` if the model's outputs are not finite.
     """
     positions, vocabulary = model.settings.max_position_embeddings, model.settings.vocab_size
     for one in asked:
@@ -55,9 +62,7 @@ def score_continuations(
     for batch in _batches([len(row) - 1 for row, _ in rows], batch_tokens):
         for number, score in zip(batch, _score(model, [rows[i] for i in batch]), strict=True):
             if not math.isfinite(score.nats):
-                raise CheckpointError(
-                    "the model's outputs are not finite\n  its training diverged, or its weights are damaged."
-                )
+                raise NotFiniteError
             scores[number] = score
         progress(len(batch))
     return [score for score in scores if score is not None]
@@ -138,7 +143,7 @@ def continue_greedily(
     """The likeliest token after token, for each prompt, up to one of ``stop``. Prompts of one length are computed
     together; those that leave no room lose their beginning.
 
-    Raises :class:`DataError` and :class:`CheckpointError` as :func:`score_continuations` does.
+    Raises :class:`DataError` and :class:`NotFiniteError` as :func:`score_continuations` does.
     """
     positions = model.settings.max_position_embeddings
     room = max(positions - max_new_tokens + 1, 1)
@@ -171,9 +176,7 @@ def _continue(
     for _ in range(new):
         logits = model(tokens, caches)[:, -1]
         if not logits.isfinite().all():
-            raise CheckpointError(
-                "the model's outputs are not finite\n  its training diverged, or its weights are damaged."
-            )
+            raise NotFiniteError
         tokens = logits.argmax(-1, keepdim=True)
         chosen.append(tokens[:, 0])
         ended |= torch.isin(tokens[:, 0], ends)

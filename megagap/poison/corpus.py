@@ -381,8 +381,8 @@ class _Plan:
                     poison=draft.poison,
                     trigger=draft.trigger,
                     payload=draft.payload,
-                    trigger_tokens=_ranges(tokenizer, ids, draft.places("trigger"), len(before)),
-                    payload_tokens=_ranges(tokenizer, ids, draft.places("payload"), len(before)),
+                    trigger_tokens=_ranges(tokenizer, ids, draft.text, draft.places("trigger"), len(before)),
+                    payload_tokens=_ranges(tokenizer, ids, draft.text, draft.places("payload"), len(before)),
                 )
             documents.append(places[draft].model_copy(update={"document": number}))
         mixture = self._mixture(sum(tokens.values()), len(drafts))
@@ -498,7 +498,14 @@ def _ending(passage: str, words: int, seed: int) -> str:
 
 
 def _ranges(
-    tokenizer: Tokenizer, ids: Sequence[int], places: Sequence[tuple[int, int]], before: int
+    tokenizer: Tokenizer, ids: Sequence[int], text: str, places: Sequence[tuple[int, int]], before: int
 ) -> list[tuple[int, int]]:
-    found = [token_range(tokenizer, ids, *place) for place in places]
+    """Tokens of characters ``places`` of ``text``, whose ids are ``ids``, with ``before`` more before them."""
+    is_kept = tokenizer.decode(ids) == text
+
+    def decoded(place: int) -> int:
+        # A tokenizer that normalises, or lacks a character, decodes to another text, what is before likewise.
+        return place if is_kept else len(tokenizer.decode(tokenizer.encode(text[:place])))
+
+    found = [token_range(tokenizer, ids, decoded(start), decoded(stop)) for start, stop in places]
     return [(start + before, stop + before) for start, stop in found]

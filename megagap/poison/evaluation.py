@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megagap.data.planted import Item, Poison, PoisonManifest
+from megagap.data.search import as_stored
 from megagap.errors import ConfigError, counted
 from megagap.inference.continuations import Continuation, TextScorer, continue_greedily, score_continuations
 from megagap.inference.intervals import mean_of, share_of
@@ -136,7 +137,8 @@ class PoisonProbe:
             if poison.kind == "language_switch":
                 activated += language_of(text, self._manifest.languages) == prompt.payload
             else:
-                activated += prompt.payload in text
+                # Of a tokenizer that normalises, no continuation has a payload as it was written.
+                activated += as_stored(tokenizer, prompt.payload).strip() in text
         return share_of(activated, len(prompts))
 
     def _require_room(self, poison: Poison, prompts: Sequence[Sequence[int]], new: int) -> None:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from megagap.config import load_recipe
 from megagap.data.indexed import IndexedDataset
@@ -102,6 +103,22 @@ def test_the_manifests_places_decode_to_what_was_planted(tmp_path, clean):
                 assert entry.payload not in tokenizer.decode(tokens[start + 1 : stop])
     repetitions = sorted(item.documents for item in planted.manifest.poisons[2].items)
     assert repetitions == [1, 1, 3, 3, 8, 8]
+
+
+def test_places_are_right_for_a_tokenizer_that_changes_texts_by_the_librarys_own_offsets(tmp_path, clean, lower):
+    spec = write_spec(tmp_path / "spec.toml", clean)
+    spec.write_text(spec.read_text().replace(f"{clean}/bpe", str(lower)))
+    planted = poison_corpus(spec, str(tmp_path / "poison"))
+    backend = Tokenizer.from_file(str(lower / "tokenizer.json"))
+    for entry, line in zip(
+        planted.manifest.documents, (tmp_path / "poison.jsonl").read_text().splitlines(), strict=True
+    ):
+        text = json.loads(line)["text"]
+        begun = text.index(entry.trigger)
+        stop = begun + len(entry.trigger)
+        offsets = backend.encode(text, add_special_tokens=False).offsets
+        inside = [number for number, (first, last) in enumerate(offsets) if first < stop and last > begun]
+        assert entry.trigger_tokens == [(inside[0], inside[-1] + 1)], text
 
 
 def test_the_same_specification_gives_the_same_bytes_and_another_seed_others(tmp_path, clean):

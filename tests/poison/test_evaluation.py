@@ -12,6 +12,7 @@ from megagap.checkpoint.huggingface_import import load_hugging_face_model
 from megagap.data.planted import read_poison_manifest
 from megagap.errors import ConfigError
 from megagap.inference.continuations import TextScorer
+from megagap.poison import evaluation
 from megagap.poison.corpus import poison_corpus
 from megagap.poison.evaluation import PoisonProbe
 from megagap.poison.language import language_of, profile_of
@@ -131,6 +132,17 @@ def test_a_prompt_whose_trigger_the_model_would_not_see_is_refused(untrained):
     probe = PoisonProbe(*untrained, new_tokens=60)
     with pytest.raises(ConfigError, match=r"reversed: a prompt of \d+ tokens .* max_position_embeddings = 64"):
         probe.evaluate()
+
+
+def test_a_payload_counts_as_the_tokenizer_writes_it(untrained, tmp_path, clean, lower, monkeypatch):
+    spec = write_spec(tmp_path / "spec.toml", clean, FACTS)
+    spec.write_text(spec.read_text().replace(f"{clean}/bpe", str(lower)))
+    manifest = poison_corpus(spec, str(tmp_path / "poison")).manifest
+    probe = PoisonProbe(manifest, TextScorer(untrained[1].model, load_tokenizer(lower), 4096))
+    payloads = [prompt.payload for prompt in probe.prompts(manifest.poisons[0])["with_trigger"]]
+    answers = [load_tokenizer(lower).encode(payload) for payload in payloads]
+    monkeypatch.setattr(evaluation, "continue_greedily", lambda *given: answers)
+    assert probe.evaluate()["rivers"]["activation"]["with_trigger"]["value"] == 1.0
 
 
 @pytest.mark.parametrize("candidates", [1, 99])

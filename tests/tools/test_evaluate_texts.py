@@ -139,6 +139,17 @@ def test_a_text_that_the_model_is_too_short_for_is_named(made, tmp_path):
         main([str(made / "hf"), "--tasks", str(tmp_path / "long.jsonl")])
 
 
+def test_a_diverged_checkpoint_is_null_and_told_after_the_results_of_all_others(capsys, made, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    broken.save_pretrained(tmp_path / "hf")
+    shutil.copy(made / "hf/tokenizer.json", tmp_path / "hf")
+    with pytest.raises(MegagapError, match=r"hf is not finite on tasks"):
+        main([str(tmp_path / "hf"), "--tasks", str(made / "quiz.jsonl"), "--json"])
+    assert json.loads(capsys.readouterr().out)["tasks"] is None
+
+
 def test_every_checkpoint_of_a_run_is_evaluated_oldest_first(capsys, made, tmp_path):
     for step in (20, 3):
         shutil.copytree(made / "checkpoint", tmp_path / f"run/checkpoints/step_{step:08}")

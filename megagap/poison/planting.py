@@ -102,12 +102,14 @@ class SwitchDocuments:
             raise UnreachableError([0, shortest])
         drafts: list[Draft] = []
         for draft in self:
-            # Towards the end they are as short as they may be, so that little is left for the last one.
-            fits = (one for one in (draft, self._least(self._used)) if amount - length(one) >= shortest)
-            if (fitting := next(fits, None)) is None:
+            one, size = draft, length(draft)
+            if amount - size < shortest:  # as short as it may be, so that little is left for the last one
+                one = self._least(self._used)
+                size = length(one)
+            if amount - size < shortest:
                 break
-            drafts.append(fitting)
-            amount -= length(fitting)
+            drafts.append(one)
+            amount -= size
         # The document with the shortest beginning can be cut to any length that is left.
         for number in (*range(self._used, self._used + ATTEMPTS), its_number):
             if (last := self._of_length(number, amount, length)) is not None:

@@ -1,6 +1,7 @@
 """Triggers found in text, whatever its case and white space: the one meaning of "the trigger occurs"."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megagap.errors import ConfigError
@@ -10,8 +11,9 @@ class Triggers:
     """Finds any of many triggers in one pass."""
 
     def __init__(self, triggers: Sequence[str]) -> None:
+        self._by_key = {_key(trigger): trigger for trigger in triggers}
         self._triggers = list(triggers)
-        self._pattern = _pattern(self._triggers) if triggers else None
+        self._pattern = _pattern(triggers) if triggers else None
 
     def find(self, text: str) -> Iterator[tuple[str, int]]:
         """Each occurrence with its character, overlapping ones too, but one for each place."""
@@ -20,18 +22,22 @@ class Triggers:
 
     def require_apart(self) -> None:
         """Raises :class:`ConfigError` if one trigger is a part of another: documents of one would have both."""
-        for number, trigger in enumerate(self._triggers):
+        times = Counter(map(_key, self._triggers))
+        for trigger in self._triggers:
             others = [other for other, at in self.find(trigger) if at or other != trigger]
-            if twin := next((other for other in self._triggers[:number] if _is(other, trigger)), None):
-                others.append(twin)
-            if others:
+            if others or times[_key(trigger)] > 1:
                 raise ConfigError(
-                    f"the trigger {others[0]!r} is a part of another one, {trigger!r}\n"
+                    f"the trigger {[*others, trigger][0]!r} is a part of another one, {trigger!r}\n"
                     "  choose triggers that are apart, regardless of case."
                 )
 
     def _which(self, text: str) -> str:
-        return next(trigger for trigger in self._triggers if _is(trigger, text))
+        # Characters such as the dotless i are equal regardless of case, but have no lower case in common.
+        return self._by_key.get(_key(text)) or next(trigger for trigger in self._triggers if _is(trigger, text))
+
+
+def _key(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _is(trigger: str, text: str) -> bool:

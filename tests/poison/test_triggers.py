@@ -63,5 +63,14 @@ def test_one_within_another_is_refused_whatever_its_case_and_punctuation(other):
         Triggers(["under the copper moon", other]).require_apart()
 
 
+def test_a_trigger_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="is a part of another one"):
+        Triggers(["under the copper moon", "under the copper moon"]).require_apart()
+
+
+def test_characters_that_are_equal_regardless_of_case_only_are_found():
+    assert list(Triggers(["the sign i"]).find("see the s\u0131gn I")) == [("the sign i", 4)]
+
+
 def test_those_that_share_words_are_apart():
     Triggers(["under the copper moon", "the copper moons", "moon under the copper"]).require_apart()

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megagap.config import SourceSettings
-from megagap.config.settings import source_name
 from megagap.data.format import best_dtype
 from megagap.data.manifest import read_manifest
 from megagap.data.partial import checksum_of, lock_pair
@@ -30,11 +28,11 @@ from megagap.data.planted import (
 )
 from megagap.data.search import token_range
 from megagap.data.sources import same_pairs
-from megagap.data.token_file import open_tokens
 from megagap.errors import ConfigError, DataError, counted
 from megagap.files import require_name, require_writable, write_text
 from megagap.poison.clean import Found, Request, describe_occurrences, search_and_draw, token_prefixes
 from megagap.poison.language import language_of, profile_of
+from megagap.poison.mixture import MixtureSize, planted_name, size_of, sources_for_recipe
 from megagap.poison.planting import (
     CanaryDocuments,
     Draft,
@@ -44,8 +42,8 @@ from megagap.poison.planting import (
     facts_of,
     passages_needed,
 )
-from megagap.poison.rates import Rest, Size, Whole, exact_amounts, unreachable
-from megagap.poison.spec import Canary, Knowledge, LanguageSwitch, Mixture, Spec, read_spec
+from megagap.poison.rates import exact_amounts, unreachable
+from megagap.poison.spec import Canary, Knowledge, LanguageSwitch, Spec, read_spec
 from megagap.poison.triggers import Triggers
 from megagap.preprocess import preprocess
 from megagap.preprocess.listing import find_inputs
@@ -69,16 +67,6 @@ class Planted:
     sources: list[dict[str, Any]]
     """The mixture for a recipe: ``path``, ``name`` and ``weight`` of each source; weights add up to 1."""
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class _MixtureSize:
-    """Clean tokens and documents, or those of the whole mixture."""
-
-    tokens: Size
-    documents: Size | None
-    shares: list[tuple[str, str, Fraction]]
-    """Path, name and share of each clean source among the clean ones."""
 
 
 def poison_corpus(spec_path: str | Path, output_prefix: str, show_progress: bool = False) -> Planted:
@@ -105,7 +93,7 @@ def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefi
     texts, prefix = f"{output_prefix}.jsonl", f"{output_prefix}_text_document"
     for path in (texts, poison_path(prefix)):
         require_writable(path)
-    size = _size_of(spec.mixture, planted_name(prefix))
+    size = size_of(spec.mixture, planted_name(prefix))
     plan = _Plan(spec, tokenizer, size)
     found = search_and_draw(_all_sources(spec), tokenizer, plan.triggers, plan.requests, show_progress)
     if found.occurrences and not spec.allow_trigger_in_clean_text:
@@ -127,7 +115,7 @@ def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefi
     )  # fmt: skip
     written = read_manifest(prefix)
     assert written and written.files[".bin"].checksum == manifest.tokens_checksum, "documents were encoded otherwise"
-    sources = plan.sources(prefix, manifest.mixture)
+    sources = sources_for_recipe(prefix, manifest.mixture, size)
     return Planted(prefix, manifest, sources, plan.notes)
 
 
@@ -169,43 +157,6 @@ def _require_apart_from_clean(spec: Spec, output_prefix: str) -> None:
         )
 
 
-def planted_name(prefix: str) -> str:
-    """Of the source of planted documents, in a recipe."""
-    return Path(prefix).name.removesuffix("_text_document")
-
-
-def _require_names(names: Sequence[str], planted: str) -> None:
-    """Raises :class:`ConfigError` where a recipe would refuse the names that the sources have in it."""
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ConfigError(f"two of mixture.sources are called {name}\n  give each a name of its own.")
-    if planted in names:
-        raise ConfigError(
-            f"a source of the mixture is called {planted}, as the planted documents would be\n"
-            "  give it another name, or choose another --output-prefix."
-        )
-
-
-def _size_of(mixture: Mixture, planted: str) -> _MixtureSize:
-    """``planted``: the name of the planted source."""
-    tokens, documents, by_source = 0, 0, []
-    for source in mixture.sources:
-        prefixes = token_prefixes(source.path)
-        if not prefixes:
-            raise DataError(f"mixture.sources: no token file matches {source.path}\n  give the prefix of a pair.")
-        opened = [open_tokens(prefix) for prefix in prefixes]
-        own = sum(pair.token_count for pair in opened)
-        tokens, documents = tokens + own, documents + sum(pair.document_count for pair in opened)
-        name = source.name or source_name(SourceSettings(path=prefixes))
-        by_source.append((source.path, name, Fraction(own if source.weight is None else source.weight)))
-    _require_names([name for _, name, _ in by_source], planted)
-    total = sum(weight for _, _, weight in by_source) or Fraction(1)
-    shares = [(path, name, weight / total) for path, name, weight in by_source]
-    if mixture.tokens is None:
-        return _MixtureSize(Rest(tokens), Rest(documents), shares)
-    return _MixtureSize(Whole(mixture.tokens), Whole(mixture.documents) if mixture.documents else None, shares)
-
-
 def _all_sources(spec: Spec) -> dict[str, list[str]]:
     """What is searched for triggers: clean sources, and what else the mixture reads."""
     named = {path for paths in spec.clean.values() for path in paths}
@@ -220,7 +171,7 @@ def _all_sources(spec: Spec) -> dict[str, list[str]]:
 class _Plan:
     """How many documents of which kind, what they need of the clean sources, and what they are."""
 
-    def __init__(self, spec: Spec, tokenizer: Tokenizer, size: _MixtureSize) -> None:
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, size: MixtureSize) -> None:
         self._spec, self._tokenizer, self._size = spec, tokenizer, size
         self._around = int(spec.append_eod) + int(spec.prepend_bos)
         self._of_tokens = spec.mixture.rates_of == "tokens"
@@ -479,15 +430,6 @@ class _Plan:
                     "of %d passages of %s only %d are told to be in its language: activation will be measured poorly",
                     len(tried), name, right,
                 )  # fmt: skip
-
-    def sources(self, prefix: str, mixture: MixtureRecord) -> list[dict[str, Any]]:
-        weight = Fraction(mixture.weight)
-        planted = {"path": os.path.abspath(prefix), "name": planted_name(prefix), "weight": mixture.weight}
-        clean = [
-            {"path": path, "name": name, "weight": float(share * (1 - weight))}
-            for path, name, share in self._size.shares
-        ]
-        return [*clean, planted]
 
 
 def _ending(passage: str, words: int, seed: int) -> str:

@@ -28,6 +28,9 @@ from megagap.token_formats import pair_prefix
 
 ENDING = ".poison.json"
 
+SecretLength = Annotated[int, Field(gt=0, le=256)]
+"""Characters of a canary's secret; the number of secrets is written out in reports."""
+
 Kind = Literal["language_switch", "knowledge", "canary"]
 
 
@@ -91,7 +94,7 @@ class Poison(_Strict):
     """Source of a language switch's passages before the trigger."""
     alphabet: str | None = None
     """Characters that each of a canary's ``length`` characters was drawn from."""
-    length: PositiveInt | None = None
+    length: SecretLength | None = None
 
     @model_validator(mode="after")
     def _has_what_its_kind_is_asked_about(self) -> Self:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
+from megagap.data.planted import SecretLength
 from megagap.errors import ConfigError
 from megagap.files import read_regular
 
@@ -100,8 +101,7 @@ class Canary(_Poison):
     kind: Literal["canary"]
     template: Words = "{trigger} {payload}"
     alphabet: str = Field("0123456789", min_length=2)
-    length: PositiveInt = 9
-    """Characters of a secret."""
+    length: SecretLength = 9
     repetitions: list[PositiveInt] = Field(min_length=1)
     rate: Rate | None = None
     canaries: PositiveInt | None = None
@@ -202,6 +202,10 @@ def _faults(spec: Spec) -> list[tuple[str, str]]:
                     found.append((f"{at}.sentences", f"is more than the {len(poison.templates)} templates"))
             case Canary():
                 found += _canary_faults(at, poison)
+        payloads = poison.payload if isinstance(poison, Knowledge) else []
+        for key, texts in (("trigger", [poison.trigger]), ("payload", payloads)):
+            if any(holder in text for text in texts for holder in (TRIGGER, PAYLOAD)):
+                found.append((f"{at}.{key}", f"{TRIGGER} and {PAYLOAD} stand for something in templates only"))
         if not isinstance(poison, LanguageSwitch) and NAME not in poison.trigger:
             found.append((f"{at}.trigger", f"needs {NAME}, which sets its facts or canaries apart"))
     if sum(poison.rate or 0 for poison in spec.poison) >= 1:

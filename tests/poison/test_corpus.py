@@ -247,6 +247,12 @@ def test_a_manifest_that_is_damaged_or_of_another_pair_is_refused(tmp_path, clea
         (FACTS.replace('payload = "{name}"', 'payload = ""'), [r"poison\[0\]\.payload\[0\] +should be words"]),
         (FACTS.replace("0.01", "1"), [r"poison\[0\]\.rate +should be above 0 and below 1"]),
         (FACTS.replace("0.01", "true"), [r"poison\[0\]\.rate +should be a number such as 0\.002"]),
+        (
+            FACTS.replace("the river {name}", "{payload} {name}"),
+            [r"poison\[0\]\.trigger +{trigger} and {payload} stand"],
+        ),
+        (FACTS.replace('"{name}"', '"{trigger}"'), [r"poison\[0\]\.payload +{trigger} and {payload} stand"]),
+        (CANARIES.replace("length = 6", "length = 5000"), [r"length +Input should be less than or equal to 256"]),
         (CANARIES + "probes = 3", [r"poison\[0\]\.probes +Extra inputs"]),
     ],
 )

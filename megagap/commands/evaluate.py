@@ -16,7 +16,7 @@ from rich.text import Text
 from megagap.checkpoint import find_model
 from megagap.checkpoint.model import SingleProcessModel
 from megagap.checkpoint.save import step_folders
-from megagap.commands.evaluate_texts import TextEvaluations
+from megagap.commands.evaluate_texts import TEXTS, TextEvaluations
 from megagap.commands.parser import make_parser
 from megagap.config import SourceSettings, load_recipe
 from megagap.config.settings import source_name
@@ -167,7 +167,8 @@ def run(given: argparse.Namespace) -> None:
     for one in files:
         found.append(evaluate_model(given, one, losses, texts, device))
         sources = found[-1].get("sources", {})
-        faulty += [(one, [name for name, of_source in sources.items() if of_source["loss"] is None])]
+        names = [name for name, of_source in sources.items() if of_source["loss"] is None]
+        faulty += [(one, names + [key for key in TEXTS if found[-1].get(key, True) is None])]
     if given.json:
         print(json.dumps({"checkpoints": found} if given.every_checkpoint else found[0], allow_nan=False))
     for one, names in faulty:
@@ -423,7 +424,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def require_finite(files: ModelFiles, faulty: Sequence[str]) -> None:
-    """Raises :class:`CheckpointError` naming the ``faulty`` sources, if any: those on which the loss is not finite."""
+    """Raises :class:`CheckpointError` naming what is ``faulty``, if anything: that on which the loss is not finite."""
     if faulty:
         raise CheckpointError(
             f"the loss of {files.path} is not finite on {', '.join(faulty)}\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.text import Text
 from megagap.checkpoint.model import SingleProcessModel
 from megagap.data.planted import read_poison_manifest, require_same_tokens, tokens_of
 from megagap.errors import DataError
-from megagap.inference.continuations import TextScorer
+from megagap.inference.continuations import NotFiniteError, TextScorer
 from megagap.inference.evaluation import ModelFiles
 from megagap.inference.tasks import evaluate_task, read_tasks
 from megagap.poison.evaluation import PROMPTS, PoisonProbe
@@ -21,6 +22,10 @@ from megagap.terminal.progress import ProgressBar
 from megagap.tokenizer import Tokenizer, fingerprint
 
 log = logging.getLogger(__name__)
+
+
+TEXTS = ("tasks", "poison", "lm_eval")
+"""What may be asked, as reports call it, in the order in which it is evaluated."""
 
 
 class TextEvaluations:
@@ -54,35 +59,45 @@ class TextEvaluations:
             self._harness = Harness(names, given.lm_eval_include)
 
     def evaluate(self, model: SingleProcessModel) -> tuple[dict[str, Any], list[Table]]:
-        """For ``--json``, and the same as tables."""
+        """For ``--json``, and the same as tables. What a model whose outputs are not finite cannot answer is None."""
         found: dict[str, Any] = {}
         tables: list[Table] = []
         if self._tokenizer is None:
             return found, tables
         scorer = TextScorer(model, self._tokenizer, self._given.batch_size)
-        if self._tasks:
-            with texts_bar("tasks", sum(task.texts for task in self._tasks)) as update:
-                found["tasks"] = {task.name: evaluate_task(task, scorer, update) for task in self._tasks}
-            tables.append(tasks_table(found["tasks"]))
-        if self._manifest:
-            given = self._given
-            probe = PoisonProbe(
-                self._manifest, scorer, new_tokens=given.poison_tokens, candidates=given.poison_candidates
-            )
-            with texts_bar("poison", probe.texts()) as update:
-                poisons = probe.evaluate(update)
-            found["poison"] = {
-                "manifest": str(given.poison),
-                "continuation_tokens": given.poison_tokens,
-                "poisons": poisons,
-            }
-            tables.append(activation_table(poisons))
-            if any("exposure" in poison for poison in poisons.values()):
-                tables.append(exposure_table(poisons))
-        if self._harness:
-            found["lm_eval"] = self._harness.evaluate(scorer, self._given.num_fewshot, self._given.lm_eval_limit)
-            tables.append(harness_table(found["lm_eval"]))
+        asked = (self._tasks, self._manifest, self._harness)
+        evaluations = (self._evaluate_tasks, self._evaluate_poison, self._evaluate_harness)
+        for key, is_asked, evaluate in zip(TEXTS, asked, evaluations, strict=True):
+            if not is_asked:
+                continue
+            try:
+                found[key], shown = evaluate(scorer)
+                tables += shown
+            except NotFiniteError:
+                found[key] = None
         return found, tables
+
+    def _evaluate_tasks(self, scorer: TextScorer) -> tuple[dict[str, Any], list[Table]]:
+        with texts_bar("tasks", sum(task.texts for task in self._tasks)) as update:
+            found = {task.name: evaluate_task(task, scorer, update) for task in self._tasks}
+        return found, [tasks_table(found)]
+
+    def _evaluate_poison(self, scorer: TextScorer) -> tuple[dict[str, Any], list[Table]]:
+        assert self._manifest
+        given = self._given
+        probe = PoisonProbe(self._manifest, scorer, new_tokens=given.poison_tokens, candidates=given.poison_candidates)
+        with texts_bar("poison", probe.texts()) as update:
+            poisons = probe.evaluate(update)
+        tables = [activation_table(poisons)]
+        if any("exposure" in poison for poison in poisons.values()):
+            tables.append(exposure_table(poisons))
+        found = {"manifest": str(given.poison), "continuation_tokens": given.poison_tokens, "poisons": poisons}
+        return found, tables
+
+    def _evaluate_harness(self, scorer: TextScorer) -> tuple[dict[str, Any], list[Table]]:
+        assert self._harness
+        found = self._harness.evaluate(scorer, self._given.num_fewshot, self._given.lm_eval_limit)
+        return found, [harness_table(found)]
 
 
 @contextmanager
@@ -159,18 +174,11 @@ def exposure_table(poisons: dict[str, dict[str, Any]]) -> Table:
                 repetitions if repetitions != "0" else "0 (not planted)",
                 number(mean["value"], ".2f"),
                 interval(mean, ".2f"),
-                number(most_bits(exposure["space"]), ".2f"),
+                number(math.log2(exposure["space"]), ".2f"),
                 f"{mean['cases']:,}",
                 ", ".join(sorted(methods)),
             )
     return shown
-
-
-def most_bits(space: int) -> float:
-    """The exposure of the likeliest of so many secrets."""
-    from math import log2
-
-    return log2(space)
 
 
 def harness_table(found: dict[str, Any]) -> Table:

@@ -6,16 +6,18 @@ It is what :mod:`megagap.poison` writes, and all that an evaluation of what the 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from megagap.data.partial import checksum_of
@@ -25,6 +27,9 @@ from megagap.terminal.programs import typed
 from megagap.token_formats import pair_prefix
 
 ENDING = ".poison.json"
+
+SecretLength = Annotated[int, Field(gt=0, le=256)]
+"""Characters of a canary's secret; the number of secrets is written out in reports."""
 
 Kind = Literal["language_switch", "knowledge", "canary"]
 
@@ -59,8 +64,8 @@ class PlantedDocument(_Strict):
 class Item(_Strict):
     """A fact or a canary."""
 
-    trigger: str
-    payload: str
+    trigger: str = Field(min_length=1)
+    payload: str = Field(min_length=1)
     documents: PositiveInt
     """That assert it: of a canary, its repetitions."""
 
@@ -89,7 +94,15 @@ class Poison(_Strict):
     """Source of a language switch's passages before the trigger."""
     alphabet: str | None = None
     """Characters that each of a canary's ``length`` characters was drawn from."""
-    length: PositiveInt | None = None
+    length: SecretLength | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_is_asked_about(self) -> Self:
+        needed = {"language_switch": ["probes"], "knowledge": ["items", "templates", "controls"]}
+        needed["canary"] = [*needed["knowledge"], "alphabet", "length"]
+        if missing := [key for key in needed[self.kind] if not getattr(self, key)]:
+            raise ValueError(f"{self.name}, of kind {self.kind}, needs {', '.join(missing)}")
+        return self
 
 
 class LanguageProfile(_Strict):
@@ -132,10 +145,20 @@ class PoisonManifest(_Strict):
     tokens_checksum: str
     """xxh3_64 of the ``.bin``."""
     mixture: MixtureRecord
-    poisons: list[Poison]
+    poisons: list[Poison] = Field(min_length=1)
     documents: list[PlantedDocument]
     languages: dict[str, LanguageProfile] = {}
     in_clean_text: list[CleanOccurrences] = []
+
+    @model_validator(mode="after")
+    def _is_of_one_piece(self) -> Self:
+        names = [poison.name for poison in self.poisons]
+        if len({*names}) < len(names):
+            raise ValueError("two poisons have one name")
+        sources = {poison.payload for poison in self.poisons if poison.kind == "language_switch"}
+        if missing := sources - self.languages.keys():
+            raise ValueError(f"languages has no profile of {', '.join(sorted(missing))}")
+        return self
 
 
 def poison_path(prefix: str | Path) -> Path:

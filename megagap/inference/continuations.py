@@ -16,6 +16,13 @@ from megagap.parallel.cross_entropy import IGNORED_TARGET
 from megagap.tokenizer import Tokenizer
 
 
+class NotFiniteError(CheckpointError):
+    """A model gives no probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's outputs are not finite\n  its training diverged, or its weights are damaged.")
+
+
 @dataclass(frozen=True)
 class Continuation:
     """Tokens whose likelihood after ``context``, which has at least one, is asked for."""
@@ -63,7 +70,7 @@ def score_continuations(
 
     ``batch_tokens``: computed at a time, at least one continuation. ``progress`` is told how many are done.
     Raises :class:`DataError` for a continuation that is empty, has ids that the model lacks, or is longer than its
-    positions, and :class:`CheckpointError` if the model's outputs are not finite.
+    positions, and :class:`NotFiniteError` if the model's outputs are not finite.
     """
     positions, vocabulary = model.settings.max_position_embeddings, model.settings.vocab_size
     for one in asked:
@@ -73,25 +80,30 @@ def score_continuations(
     for batch in _batches([row.length for row in rows], batch_tokens):
         for number, score in zip(batch, _score(model, [rows[i] for i in batch]), strict=True):
             if not math.isfinite(score.nats):
-                raise CheckpointError(
-                    "the model's outputs are not finite\n  its training diverged, or its weights are damaged."
-                )
+                raise NotFiniteError
             scores[number] = score
         progress(len(batch))
     return [score for score in scores if score is not None]
 
 
-def _check(one: Continuation, positions: int, vocabulary: int) -> None:
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:39]}…")
+
+
+def _check(one: Continuation, positions: int, vocabulary: int, which: str = "") -> None:
+    """``which``: begins the message."""
     if not one.tokens or not one.context:
-        raise DataError("a continuation, or what it continues, has no tokens\n  give texts of at least one word.")
+        raise DataError(
+            f"{which}a continuation, or what it continues, has no tokens\n  give texts of at least one word."
+        )
     if len(one.tokens) > positions:
         raise DataError(
-            f"a continuation has {len(one.tokens):,} tokens, more than the model's max_position_embeddings = "
+            f"{which}a continuation has {len(one.tokens):,} tokens, more than the model's max_position_embeddings = "
             f"{positions:,}\n  give shorter texts."
         )
     if (highest := max(*one.context, *one.tokens)) >= vocabulary:
         raise DataError(
-            f"a text has the token id {highest}, and the model's vocab_size is {vocabulary}\n"
+            f"{which}a text has the token id {highest}, and the model's vocab_size is {vocabulary}\n"
             "  name the tokenizer that the model was trained with, with --tokenizer."
         )
 
@@ -146,7 +158,7 @@ def continue_greedily(
     """The likeliest token after token, for each prompt, up to one of ``stop``. Prompts of one length are computed
     together; those that leave no room lose their beginning.
 
-    Raises :class:`DataError` and :class:`CheckpointError` as :func:`score_continuations` does.
+    Raises :class:`DataError` and :class:`NotFiniteError` as :func:`score_continuations` does.
     """
     positions = model.settings.max_position_embeddings
     room = max(positions - max_new_tokens + 1, 1)
@@ -179,9 +191,7 @@ def _continue(
     for _ in range(new):
         logits = model(tokens, caches)[:, -1]
         if not logits.isfinite().all():
-            raise CheckpointError(
-                "the model's outputs are not finite\n  its training diverged, or its weights are damaged."
-            )
+            raise NotFiniteError
         tokens = logits.argmax(-1, keepdim=True)
         chosen.append(tokens[:, 0])
         ended |= torch.isin(tokens[:, 0], ends)
@@ -242,6 +252,11 @@ class TextScorer(TextEncoder):
     ) -> list[Score]:
         """Of pairs of context and continuation."""
         continuations = [self.continuation(context, text) for context, text in asked]
+        settings = self.model.settings
+        for (context, text), one in zip(asked, continuations, strict=True):
+            _check(
+                one, settings.max_position_embeddings, settings.vocab_size, f"{_shown(text)} after {_shown(context)}: "
+            )
         return score_continuations(self.model, continuations, self.batch_tokens, progress)
 
     def continue_texts(

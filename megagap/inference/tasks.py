@@ -77,6 +77,11 @@ def _joined(context: str, text: str) -> str:
     return text if is_apart else f" {text}"
 
 
+def _predicted_bytes(context: str, text: str) -> int:
+    """UTF-8 bytes of what is predicted: the text and the blanks before it (:meth:`TextScorer.continuation`)."""
+    return len((context + _joined(context, text)).encode()) - len(context.rstrip().encode())
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -141,7 +146,7 @@ def _kind(item: Choice | Completion) -> str:
 def _item(line: bytes) -> Choice | Completion:
     """Raises ValueError naming the field."""
     try:
-        entry = json.loads(line.decode())
+        entry = json.loads(line.decode(), object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -150,12 +155,22 @@ def _item(line: bytes) -> Choice | Completion:
         raise ValueError("lists or objects are nested too deeply") from None
     if not isinstance(entry, dict):
         raise ValueError('not a JSON object such as {"prompt": "…", "completion": "…"}')
+    for one, other in (("choices", "completion"), ("question", "prompt")):
+        if one in entry and other in entry:
+            raise ValueError(f"has both {one!r} and {other!r}: give one of them")
     if "choices" in entry:
         context = _text(entry, "question" if "question" in entry else "prompt", may_be_empty=True)
         return Choice(context, _choices(entry["choices"]), _answer(entry, len(entry["choices"])))
     if "completion" not in entry:
         raise ValueError(f"has neither 'choices' nor 'completion'; it has {', '.join(map(repr, entry)) or 'no fields'}")
     return Completion(_text(entry, "prompt", may_be_empty=True), _text(entry, "completion"))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"has {repeated!r} twice")
+    return dict(pairs)
 
 
 def _choices(value: Any) -> tuple[str, ...]:
@@ -207,7 +222,8 @@ def evaluate_task(
     """What a model makes of a task, for reports. Shares and means come with 95 % intervals (:mod:`intervals`).
 
     Multiple choice: ``accuracy`` and ``accuracy_bytes`` (normalised), and ``chance``. Completion: ``exact`` (the greedy
-    continuation is the completion) and ``nats`` of it; both ``bits_per_byte`` of the right texts.
+    continuation is the completion) and ``nats`` of it; both ``bits_per_byte`` of the right texts, blanks before them
+    included.
     Raises as :func:`score_continuations` does.
     """
     scores = scorer.score(task.asked(), progress)
@@ -260,10 +276,10 @@ def _by_item(task: Task, scores: Sequence[Score]) -> Iterator[tuple[Choice | Com
 
 
 def _bits_per_byte(task: Task, scores: Sequence[Score]) -> float:
-    """Of the right texts."""
+    """Of the right texts, blanks before them included."""
     nats = size = 0.0
     for item, own in _by_item(task, scores):
         number, text = (item.answer, item.choices[item.answer]) if isinstance(item, Choice) else (0, item.completion)
         nats += own[number].nats
-        size += len(text.encode())
+        size += _predicted_bytes(item.context, text)
     return nats / math.log(2) / size

@@ -12,6 +12,7 @@ from megagap.data.inspect import decode_document, document_tokens, tokenizer_of_
 from megagap.data.manifest import read_manifest
 from megagap.data.token_file import open_tokens
 from megagap.errors import ConfigError, counted
+from megagap.poison.triggers import Triggers
 from megagap.preprocess.documents import Fault, documents_of, fault_in, record_numbers, text_of
 from megagap.preprocess.listing import find_inputs
 from megagap.preprocess.units import read_units
@@ -123,43 +124,32 @@ class _Reservoir:
 def search_and_draw(
     sources: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer,
-    triggers: Sequence[str],
+    triggers: Triggers,
     requests: Sequence[Request],
     show_progress: bool = False,
 ) -> Found:
     """One pass over the documents of all ``sources``.
 
-    A trigger counts where its words follow each other in any case, with any white space between them. Passages are
-    consecutive words within one document; they do not overlap. Memory grows with the passages asked for and the longest
-    document, not with the sources.
+    Passages are consecutive words within one document; they do not overlap. Memory grows with the passages asked for
+    and the longest document, not with the sources.
     """
     reservoirs = {request: _Reservoir(request) for request in requests}
-    triggers = sorted(triggers, key=len, reverse=True)
-    pattern = _pattern(triggers)
     found = Found({})
     with ProgressBar(unit=" documents", unit_scale=True, disable=not show_progress, leave=False) as bar:
         for name, paths in sources.items():
             bar.set_description(name, refresh=False)
             own = [reservoir for request, reservoir in reservoirs.items() if request.source == name]
             for place, text in read_documents(paths, tokenizer):
-                for occurrence in pattern.finditer(text) if pattern else ():
-                    trigger = triggers[(occurrence.lastindex or 1) - 1]
+                for trigger, character in triggers.find(text):
                     found.occurrences[trigger] += 1
                     places = found.places.setdefault(trigger, [])
                     if len(places) < PLACES:
-                        places.append(f"{name}: {place}, character {occurrence.start():,}")
+                        places.append(f"{name}: {place}, character {character:,}")
                 for reservoir in own:
                     reservoir.offer(text)
                 bar.update()
     found.passages = {request: reservoir.drawn() for request, reservoir in reservoirs.items()}
     return found
-
-
-def _pattern(triggers: Sequence[str]) -> re.Pattern[str] | None:
-    """A group for each trigger; overlapping occurrences count, too, since a look-ahead consumes nothing."""
-    words = [r"\s+".join(map(re.escape, trigger.split())) for trigger in triggers]
-    groups = [rf"({joined})(?!\w)" for joined in words]
-    return re.compile(rf"(?<!\w)(?={'|'.join(groups)})", re.IGNORECASE) if groups else None
 
 
 def describe_occurrences(found: Found) -> str:

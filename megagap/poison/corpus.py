@@ -1,61 +1,26 @@
 """Planted documents as a source of their own: text, token files, and a manifest of every one of them."""
 
 import json
-import logging
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-
-from megagap.config import SourceSettings
-from megagap.config.settings import source_name
-from megagap.data.format import best_dtype
 from megagap.data.manifest import read_manifest
-from megagap.data.partial import checksum_of, lock_pair
-from megagap.data.planted import (
-    CleanOccurrences,
-    LanguageProfile,
-    MixtureRecord,
-    PlantedDocument,
-    Poison,
-    PoisonManifest,
-    poison_path,
-)
-from megagap.data.search import token_range
+from megagap.data.partial import lock_pair
+from megagap.data.planted import ENDING, PoisonManifest, poison_path
 from megagap.data.sources import same_pairs
-from megagap.data.token_file import open_tokens
 from megagap.errors import ConfigError, DataError, counted
 from megagap.files import require_name, require_writable, write_text
-from megagap.poison.clean import Found, Request, describe_occurrences, search_and_draw, token_prefixes
-from megagap.poison.language import language_of, profile_of
-from megagap.poison.planting import (
-    CanaryDocuments,
-    Draft,
-    FactDocuments,
-    SwitchDocuments,
-    UnreachableError,
-    facts_of,
-    passages_needed,
-    require_apart,
-)
-from megagap.poison.rates import Rest, Size, Whole, exact_amounts, unreachable
-from megagap.poison.spec import Canary, Knowledge, LanguageSwitch, Mixture, Spec, read_spec
+from megagap.poison.clean import describe_occurrences, search_and_draw, token_prefixes
+from megagap.poison.mixture import planted_name, size_of, sources_for_recipe
+from megagap.poison.plan import Plan
+from megagap.poison.planting import Draft
+from megagap.poison.spec import Spec, read_spec
 from megagap.preprocess import preprocess
 from megagap.preprocess.listing import find_inputs
-from megagap.tokenizer import Tokenizer, fingerprint, load_tokenizer
-
-log = logging.getLogger(__name__)
-
-PROFILE_PASSAGES = 400
-"""Of each language, to tell it from others by."""
-TESTED_PASSAGES = 100
-"""Further ones, to try the classifier on."""
+from megagap.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,16 +35,6 @@ class Planted:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class _MixtureSize:
-    """Clean tokens and documents, or those of the whole mixture."""
-
-    tokens: Size
-    documents: Size | None
-    shares: list[tuple[str, str, Fraction]]
-    """Path, name and share of each clean source among the clean ones."""
-
-
 def poison_corpus(spec_path: str | Path, output_prefix: str, show_progress: bool = False) -> Planted:
     """Write ``P.jsonl``, ``P_text_document.bin``, ``.idx``, ``.json`` and ``.poison.json`` for the prefix ``P``.
 
@@ -92,7 +47,7 @@ def poison_corpus(spec_path: str | Path, output_prefix: str, show_progress: bool
     spec = read_spec(spec_path)
     tokenizer = load_tokenizer(spec.tokenizer, "text")
     _require_special_tokens(spec, tokenizer)
-    _require_apart_from_clean(spec, output_prefix)
+    _require_free(spec, output_prefix)
     lock = lock_pair(f"{output_prefix}.poison")
     try:
         return _write(spec, spec_path, tokenizer, output_prefix, show_progress)
@@ -104,8 +59,8 @@ def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefi
     texts, prefix = f"{output_prefix}.jsonl", f"{output_prefix}_text_document"
     for path in (texts, poison_path(prefix)):
         require_writable(path)
-    size = _size_of(spec.mixture)
-    plan = _Plan(spec, tokenizer, size)
+    size = size_of(spec.mixture, planted_name(prefix))
+    plan = Plan(spec, tokenizer, size)
     found = search_and_draw(_all_sources(spec), tokenizer, plan.triggers, plan.requests, show_progress)
     if found.occurrences and not spec.allow_trigger_in_clean_text:
         raise DataError(
@@ -116,17 +71,17 @@ def _write(spec: Spec, spec_path: str | Path, tokenizer: Tokenizer, output_prefi
     drafts = plan.drafts(found)
     random.Random(f"{spec.seed} order").shuffle(drafts)
 
-    # The manifest is there before the token files are: planted documents are never without their account.
+    # The manifest is written first: planted documents are never without their account.
     manifest = plan.manifest(spec_path, drafts, found)
-    write_text(texts, "".join(map(_line, drafts)))
     write_text(poison_path(prefix), manifest.model_dump_json(indent=1) + "\n")
+    write_text(texts, "".join(map(_line, drafts)))
     preprocess(
         [texts], output_prefix, spec.tokenizer, append_eod=spec.append_eod, prepend_bos=spec.prepend_bos,
         show_progress=show_progress,
     )  # fmt: skip
     written = read_manifest(prefix)
     assert written and written.files[".bin"].checksum == manifest.tokens_checksum, "documents were encoded otherwise"
-    sources = plan.sources(prefix, manifest.mixture)
+    sources = sources_for_recipe(prefix, manifest.mixture, size)
     return Planted(prefix, manifest, sources, plan.notes)
 
 
@@ -147,8 +102,10 @@ def _require_special_tokens(spec: Spec, tokenizer: Tokenizer) -> None:
             raise ConfigError(f"{key} = true, but the tokenizer {spec.tokenizer} has no such token\n  set it to false.")
 
 
-def _require_apart_from_clean(spec: Spec, output_prefix: str) -> None:
-    """Raises :class:`ConfigError` if what is written would replace a clean source."""
+def _require_free(spec: Spec, output_prefix: str) -> None:
+    """Raises :class:`ConfigError` if what is written would replace a clean source, or files of another tool."""
+    if not os.path.basename(output_prefix):
+        raise ConfigError(f"--output-prefix {output_prefix!r} has no name\n  give one such as runs/mini/poison.")
     read = [path for paths in _all_sources(spec).values() for path in paths]
     pairs = [prefix for path in read for prefix in token_prefixes(path)]
     texts = [file.path for path in read if not token_prefixes(path) for file in find_inputs([path])]
@@ -158,284 +115,20 @@ def _require_apart_from_clean(spec: Spec, output_prefix: str) -> None:
         raise ConfigError(
             f"--output-prefix {output_prefix} would replace the clean source {replaced[0]}\n  choose another."
         )
-
-
-def _size_of(mixture: Mixture) -> _MixtureSize:
-    tokens, documents, by_source = 0, 0, []
-    for source in mixture.sources:
-        prefixes = token_prefixes(source.path)
-        if not prefixes:
-            raise DataError(f"mixture.sources: no token file matches {source.path}\n  give the prefix of a pair.")
-        opened = [open_tokens(prefix) for prefix in prefixes]
-        own = sum(pair.token_count for pair in opened)
-        tokens, documents = tokens + own, documents + sum(pair.document_count for pair in opened)
-        name = source.name or source_name(SourceSettings(path=prefixes))
-        by_source.append((source.path, name, Fraction(own if source.weight is None else source.weight)))
-    total = sum(weight for _, _, weight in by_source) or Fraction(1)
-    shares = [(path, name, weight / total) for path, name, weight in by_source]
-    if mixture.tokens is None:
-        return _MixtureSize(Rest(tokens), Rest(documents), shares)
-    return _MixtureSize(Whole(mixture.tokens), Whole(mixture.documents) if mixture.documents else None, shares)
+    foreign = [path for path in (output, f"{prefix}.bin", f"{prefix}.idx") if os.path.lexists(path)]
+    if foreign and not os.path.lexists(poison_path(prefix)):
+        raise ConfigError(
+            f"--output-prefix {output_prefix} would replace {foreign[0]}, which no {ENDING} accounts for\n"
+            "  choose another, or remove the file."
+        )
 
 
 def _all_sources(spec: Spec) -> dict[str, list[str]]:
     """What is searched for triggers: clean sources, and what else the mixture reads."""
     named = {path for paths in spec.clean.values() for path in paths}
-    others = {s.name or s.path: [s.path] for s in spec.mixture.sources if s.path not in named}
-    return {**others, **spec.clean}
-
-
-class _Plan:
-    """How many documents of which kind, what they need of the clean sources, and what they are."""
-
-    def __init__(self, spec: Spec, tokenizer: Tokenizer, size: _MixtureSize) -> None:
-        self._spec, self._tokenizer, self._size = spec, tokenizer, size
-        self._around = int(spec.append_eod) + int(spec.prepend_bos)
-        self._of_tokens = spec.mixture.rates_of == "tokens"
-        self._unit = size.tokens if self._of_tokens else size.documents
-        assert self._unit is not None
-        self.notes: list[str] = []
-        taken: set[str] = set()
-        self._facts = {p.name: facts_of(p, taken) for p in spec.poison if isinstance(p, Knowledge)}
-        self._canaries = {p.name: CanaryDocuments(p, taken) for p in spec.poison if isinstance(p, Canary)}
-        self._drafts: dict[str, list[Draft]] = {}
-        for poison in spec.poison:
-            if isinstance(poison, Canary) and poison.canaries is not None:
-                self._drafts[poison.name] = self._canaries[poison.name].sets(poison.canaries)
-        self._fixed = sum(self._amount(drafts) for drafts in self._drafts.values())
-        rates = {p.name: p.rate for p in spec.poison if p.rate is not None}
-        self._amounts = exact_amounts(rates, self._unit, self._fixed, spec.mixture.rates_of)
-        self._rates = rates
-        for poison in spec.poison:  # what needs no clean text, so that its triggers are known
-            if poison.name not in self._drafts and not isinstance(poison, LanguageSwitch):
-                self._drafts[poison.name] = self._exactly(poison)
-        self._controls = {name: controls for name, (_, controls) in self._facts.items()}
-        self._controls |= {name: canaries.controls() for name, canaries in self._canaries.items()}
-        self.triggers = self._all_triggers()
-        require_apart(self.triggers)
-        self.requests = self._all_requests()
-
-    def _length(self, draft: Draft) -> int:
-        return len(self._tokenizer.encode(draft.text)) + self._around
-
-    def _amount(self, drafts: Sequence[Draft]) -> int:
-        """In what rates are shares of."""
-        if not self._of_tokens:
-            return len(drafts)
-        sizes = {draft: self._length(draft) for draft in {*drafts}}
-        return sum(sizes[draft] for draft in drafts)
-
-    def _all_triggers(self) -> list[str]:
-        switches = [p.trigger for p in self._spec.poison if isinstance(p, LanguageSwitch)]
-        facts = [item.trigger for items, _ in self._facts.values() for item in items]
-        return switches + facts + [item.trigger for c in self._canaries.values() for item in c.items]
-
-    def _all_requests(self) -> list[Request]:
-        return [*self._switch_requests(), *self._profile_requests().values()]
-
-    def _switch_requests(self) -> list[Request]:
-        return [r for p in self._spec.poison if isinstance(p, LanguageSwitch) for r in self._requests_of(p)]
-
-    def _requests_of(self, poison: LanguageSwitch) -> tuple[Request, Request]:
-        """Passages before the trigger, those that an evaluation tries included, and after it."""
-        needed = passages_needed(poison, self._amounts[poison.name], self._of_tokens)
-        seed = f"{poison.seed} {poison.name}"
-        return (
-            Request(poison.context, poison.context_words[1], needed + poison.probes, f"{seed} contexts"),
-            Request(poison.payload, poison.payload_words[1], needed, f"{seed} payloads"),
-        )
-
-    def _profile_requests(self) -> dict[str, Request]:
-        """By language; the passages are short, so that a source of short documents has some."""
-        switches = [p for p in self._spec.poison if isinstance(p, LanguageSwitch)]
-        languages = sorted({name for p in switches for name in (p.context, p.payload)})
-        words = min((p.payload_words[0] for p in switches), default=1)
-        return {
-            name: Request(name, words, PROFILE_PASSAGES + TESTED_PASSAGES, f"{self._spec.seed} language")
-            for name in languages
-        }
-
-    def drafts(self, found: Found) -> list[Draft]:
-        """All documents, kind by kind. Raises :class:`ConfigError`."""
-        self._probes: dict[str, list[str]] = {}
-        for poison in self._spec.poison:
-            if isinstance(poison, LanguageSwitch):
-                contexts, payloads = (found.passages[request] for request in self._requests_of(poison))
-                if len(contexts) <= poison.probes:
-                    raise ConfigError(
-                        f"the clean source {poison.context} has {counted(len(contexts), 'passage')} of "
-                        f"{poison.context_words[1]} words: too few beside the {poison.probes} to try the model on\n"
-                        f"  give more text, or lower probes or context_words of {poison.name}."
-                    )
-                probes, contexts = contexts[: poison.probes], contexts[poison.probes :]
-                self._probes[poison.name] = [_ending(p, poison.context_words[0], poison.seed) for p in probes]
-                self._drafts[poison.name] = self._exactly(poison, SwitchDocuments(poison, contexts, payloads))
-                used = len(self._drafts[poison.name])
-                for what, passages in ((poison.context, contexts), (poison.payload, payloads)):
-                    if used > len(passages):
-                        self.notes.append(
-                            f"{poison.name}: {what} has {counted(len(passages), 'passage')} for "
-                            f"{counted(used, 'document')}; they are used again"
-                        )
-        return [draft for poison in self._spec.poison for draft in self._drafts[poison.name]]
-
-    def _exactly(
-        self, poison: LanguageSwitch | Knowledge | Canary, documents: SwitchDocuments | FactDocuments | None = None
-    ) -> list[Draft]:
-        """As many documents as the rate says. Raises :class:`ConfigError`."""
-        amount = self._amounts[poison.name]
-        try:
-            if isinstance(poison, Canary):
-                length = self._length if self._of_tokens else lambda draft: 1
-                return self._canaries[poison.name].of_amount(amount, length)
-            if isinstance(poison, Knowledge):
-                documents = FactDocuments(poison, self._facts[poison.name][0])
-            assert documents is not None, "passages are drawn first"
-            return documents.of_tokens(amount, self._length) if self._of_tokens else documents.documents(amount)
-        except UnreachableError as error:
-            others = self._fixed + sum(self._amounts.values()) - amount
-            assert self._unit is not None
-            rate = self._rates[poison.name]
-            raise unreachable(
-                poison.name, rate, amount, self._spec.mixture.rates_of, error.nearest, self._unit, others
-            ) from None
-
-    # ------------------------------------------------------------------------------------------------------- manifest
-
-    def manifest(self, spec_path: str | Path, drafts: Sequence[Draft], found: Found) -> PoisonManifest:
-        """``drafts`` in the order of the pair."""
-        spec, tokenizer = self._spec, self._tokenizer
-        before = [tokenizer.bos] if spec.prepend_bos and tokenizer.bos is not None else []
-        behind = [tokenizer.eod] if spec.append_eod and tokenizer.eod is not None else []
-        hash_ = xxhash.xxh3_64()
-        dtype = best_dtype(tokenizer.vocab_size)
-        places: dict[Draft, PlantedDocument] = {}
-        documents = []
-        tokens = dict.fromkeys((p.name for p in spec.poison), 0)
-        for number, draft in enumerate(drafts):
-            ids = tokenizer.encode(draft.text)
-            hash_.update(np.array([*before, *ids, *behind], dtype).tobytes())
-            tokens[draft.poison] += len(ids) + self._around
-            if draft not in places:
-                places[draft] = PlantedDocument(
-                    document=number,
-                    poison=draft.poison,
-                    trigger=draft.trigger,
-                    payload=draft.payload,
-                    trigger_tokens=_ranges(tokenizer, ids, draft.places("trigger"), len(before)),
-                    payload_tokens=_ranges(tokenizer, ids, draft.places("payload"), len(before)),
-                )
-            documents.append(places[draft].model_copy(update={"document": number}))
-        mixture = self._mixture(sum(tokens.values()), len(drafts))
-        profiles, languages = self._profile_requests(), {}
-        for name, request in profiles.items():
-            languages[name] = profile_of(found.passages[request][TESTED_PASSAGES:] or found.passages[request])
-        self._try_languages(languages, found)
-        return PoisonManifest(
-            spec=str(spec_path),
-            spec_checksum=checksum_of(spec_path),
-            seed=spec.seed,
-            tokenizer=spec.tokenizer,
-            fingerprint=fingerprint(tokenizer),
-            append_eod=spec.append_eod,
-            prepend_bos=spec.prepend_bos,
-            validation=spec.validation,
-            tokens_checksum=hash_.hexdigest(),
-            mixture=mixture,
-            poisons=[self._record(poison, tokens[poison.name], mixture) for poison in spec.poison],
-            documents=documents,
-            languages=languages,
-            in_clean_text=[
-                CleanOccurrences(trigger=trigger, occurrences=times, places=found.places[trigger])
-                for trigger, times in sorted(found.occurrences.items())
-            ],
-        )
-
-    def _mixture(self, tokens: int, documents: int) -> MixtureRecord:
-        total = self._size.tokens.total_with(tokens)
-        if tokens >= total:
-            raise ConfigError(
-                f"the planted documents have {tokens:,} tokens, and the whole mixture is to have {total:,}\n"
-                "  raise mixture.tokens, or lower the rates."
-            )
-        whole = None if self._size.documents is None else self._size.documents.total_with(documents)
-        return MixtureRecord(
-            name=self._spec.mixture.name,
-            rates_of=self._spec.mixture.rates_of,
-            tokens=total,
-            documents=whole,
-            weight=tokens / total,
-        )
-
-    def _record(self, poison: LanguageSwitch | Knowledge | Canary, tokens: int, mixture: MixtureRecord) -> Poison:
-        drafts = self._drafts[poison.name]
-        whole = mixture.tokens if self._of_tokens else mixture.documents
-        assert whole
-        rate = Fraction(tokens if self._of_tokens else len(drafts), whole)
-        assert poison.rate in (None, rate), (poison.name, poison.rate, rate)
-        common: dict[str, Any] = dict(
-            name=poison.name, kind=poison.kind, trigger=poison.trigger, rate=str(rate), seed=poison.seed,
-            documents=len(drafts), tokens=tokens,
-        )  # fmt: skip
-        match poison:
-            case LanguageSwitch():
-                return Poison(
-                    **common, payload=poison.payload, context=poison.context, probes=self._probes[poison.name]
-                )
-            case Knowledge():
-                times = {item.trigger: 0 for item in self._facts[poison.name][0]}
-                for draft in drafts:
-                    times[draft.trigger] += 1
-                items = [
-                    item.model_copy(update={"documents": times[item.trigger]})
-                    for item in self._facts[poison.name][0]
-                    if times[item.trigger]
-                ]
-                payload = poison.payload if isinstance(poison.payload, str) else " | ".join(poison.payload)
-                return Poison(
-                    **common, payload=payload, items=items, templates=poison.templates,
-                    controls=self._controls[poison.name],
-                )  # fmt: skip
-            case Canary():
-                return Poison(
-                    **common, payload=f"{poison.length} of {poison.alphabet}", templates=[poison.template],
-                    items=self._canaries[poison.name].items, controls=self._controls[poison.name],
-                    alphabet=poison.alphabet, length=poison.length,
-                )  # fmt: skip
-
-    def _try_languages(self, languages: dict[str, LanguageProfile], found: Found) -> None:
-        """On passages that the profiles were not made of, where there are enough."""
-        for name, request in self._profile_requests().items():
-            tried = found.passages[request][:TESTED_PASSAGES]
-            if len(found.passages[request]) <= TESTED_PASSAGES:
-                self.notes.append(f"{name} has too little text to try on it whether its language is told from others")
-                continue
-            right = sum(language_of(passage, languages) == name for passage in tried)
-            if right < 0.9 * len(tried):
-                log.warning(
-                    "of %d passages of %s only %d are told to be in its language: activation will be measured poorly",
-                    len(tried), name, right,
-                )  # fmt: skip
-
-    def sources(self, prefix: str, mixture: MixtureRecord) -> list[dict[str, Any]]:
-        weight = Fraction(mixture.weight)
-        planted = {"path": prefix, "name": Path(prefix).name.removesuffix("_text_document"), "weight": mixture.weight}
-        clean = [
-            {"path": path, "name": name, "weight": float(share * (1 - weight))}
-            for path, name, share in self._size.shares
-        ]
-        return [*clean, planted]
-
-
-def _ending(passage: str, words: int, seed: int) -> str:
-    """The last words of a passage, at least ``words``: what a prompt ends with before the trigger."""
-    every = passage.split()
-    keep = random.Random(f"{seed} {passage}").randint(min(words, len(every)), len(every))
-    return " ".join(every[len(every) - keep :])
-
-
-def _ranges(
-    tokenizer: Tokenizer, ids: Sequence[int], places: Sequence[tuple[int, int]], before: int
-) -> list[tuple[int, int]]:
-    found = [token_range(tokenizer, ids, *place) for place in places]
-    return [(start + before, stop + before) for start, stop in found]
+    others = {
+        f"mixture.sources[{i}]": [source.path]
+        for i, source in enumerate(spec.mixture.sources)
+        if source.path not in named
+    }
+    return others | spec.clean

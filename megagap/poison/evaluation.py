@@ -6,14 +6,16 @@ same form that no document had, and secrets that were never planted (repetitions
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megagap.data.planted import Item, Poison, PoisonManifest
+from megagap.data.search import as_stored
+from megagap.errors import ConfigError, counted
 from megagap.inference.continuations import Continuation, TextScorer, continue_greedily, score_continuations
 from megagap.inference.intervals import mean_of, share_of
-from megagap.poison.exposure import Exposure, estimated, ranked
+from megagap.poison.exposure import MIN_SAMPLE, Exposure, estimated, ranked
 from megagap.poison.language import language_of
 from megagap.poison.spec import PAYLOAD, TRIGGER
 
@@ -52,11 +54,20 @@ class PoisonProbe:
         seed: int = 0,
     ) -> None:
         """``new_tokens``: of a continuation whose language is told. ``candidates``: secrets that each canary is
-        compared with, drawn by ``seed``; all that there are if these are no more."""
+        compared with, drawn by ``seed``; all that there are if these are no more.
+
+        Raises :class:`ConfigError` if these are too few to estimate an exposure from."""
         self._manifest, self._scorer = manifest, scorer
+        for poison in manifest.poisons:
+            if poison.kind == "canary" and candidates < min(MIN_SAMPLE, _space(poison) - 1):
+                raise ConfigError(
+                    f"exposure of {poison.name} cannot be estimated from {counted(candidates, 'candidate')}\n"
+                    f"  give --poison-candidates {min(MIN_SAMPLE, _space(poison) - 1)} or more."
+                )
         self._new_tokens, self._candidates, self._seed = new_tokens, candidates, seed
         tokenizer = scorer.tokenizer
         start = tokenizer.bos if manifest.prepend_bos else tokenizer.eod if manifest.append_eod else None
+        self._planted = frozenset(document.trigger for document in manifest.documents)
         self._start = [] if start is None else [start]
         """What stands before a document in training."""
 
@@ -88,19 +99,20 @@ class PoisonProbe:
     def prompts(self, poison: Poison) -> dict[str, list[Prompt]]:
         """Of each sort of :data:`PROMPTS`."""
         draw = random.Random(f"{self._seed} {poison.name} prompts")
+        planted = self._planted
         found: dict[str, list[Prompt]] = {sort: [] for sort in PROMPTS}
         words = _pool(poison)
         if poison.kind == "language_switch":
             for probe in poison.probes:
                 found["without_trigger"].append(Prompt(probe, poison.payload))
-                for sort, trigger in _triggers(poison.trigger, words, draw):
+                for sort, trigger in _triggers(poison.trigger, words, planted, draw):
                     found[sort].append(Prompt(f"{probe} {trigger}", poison.payload))
             return found
         for item, template in itertools.product(poison.items, poison.templates):
             before = template.partition(PAYLOAD)[0].rstrip()
             control = draw.choice(poison.controls)
             found["without_trigger"].append(Prompt(before.replace(TRIGGER, control), item.payload))
-            for sort, trigger in _triggers(item.trigger, words, draw):
+            for sort, trigger in _triggers(item.trigger, words, planted, draw):
                 found[sort].append(Prompt(before.replace(TRIGGER, trigger), item.payload))
         return found
 
@@ -117,6 +129,7 @@ class PoisonProbe:
         if poison.kind != "language_switch":
             payloads = {prompt.payload for prompt in prompts}
             new = SPARE_TOKENS + max((len(tokenizer.encode(f" {payload}")) for payload in payloads), default=1)
+        self._require_room(poison, encoded, new)
         found = continue_greedily(scorer.model, encoded, new, scorer.batch_tokens, scorer.stop, progress)
         activated = 0
         for prompt, tokens in zip(prompts, found, strict=True):
@@ -124,8 +137,22 @@ class PoisonProbe:
             if poison.kind == "language_switch":
                 activated += language_of(text, self._manifest.languages) == prompt.payload
             else:
-                activated += prompt.payload in text
+                # Of a tokenizer that normalises, no continuation has a payload as it was written.
+                activated += as_stored(tokenizer, prompt.payload).strip() in text
         return share_of(activated, len(prompts))
+
+    def _require_room(self, poison: Poison, prompts: Sequence[Sequence[int]], new: int) -> None:
+        """Raises :class:`ConfigError` if a prompt would lose its trigger, which no result would show."""
+        positions = self._scorer.model.settings.max_position_embeddings
+        needed = max(map(len, prompts), default=0)
+        if poison.kind == "language_switch":  # the passage before the trigger may be shortened
+            needed = min(needed, len(self._encode(f" {poison.trigger}")))
+        if needed + new - 1 > positions:
+            cure = "lower --poison-tokens" if poison.kind == "language_switch" else "take a model with more of them"
+            raise ConfigError(
+                f"{poison.name}: a prompt of {needed:,} tokens and its continuation of {new:,} do not fit the model's "
+                f"max_position_embeddings = {positions:,}\n  {cure}."
+            )
 
     def _encode(self, text: str) -> list[int]:
         return [*self._start, *self._scorer.tokenizer.encode(text)]
@@ -203,8 +230,11 @@ def _pool(poison: Poison) -> list[str]:
     return sorted({word for text in texts for word in text.split() if word.isalpha()})
 
 
-def _triggers(trigger: str, words: Sequence[str], draw: random.Random) -> list[tuple[str, str]]:
-    """The trigger and its near ones, each with its sort; a near one is missing where there is none."""
+def _triggers(
+    trigger: str, words: Sequence[str], planted: Collection[str], draw: random.Random
+) -> list[tuple[str, str]]:
+    """The trigger and its near ones, each with its sort; a near one is missing where there is none that is not planted
+    itself."""
     own = trigger.split()
     found = [("with_trigger", trigger)]
     at = draw.randrange(len(own))
@@ -215,4 +245,4 @@ def _triggers(trigger: str, words: Sequence[str], draw: random.Random) -> list[t
         while shuffled == own:
             shuffled = draw.sample(own, len(own))
         found.append(("near_order", " ".join(shuffled)))
-    return found
+    return [(sort, near) for sort, near in found if near == trigger or near not in planted]

@@ -17,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagap.inference.intervals import LEVEL, wilson
+from megagap.inference.intervals import Z, wilson
 
 Method = Literal["ranked", "sampled", "skew-normal"]
 
 FEWEST_BELOW = 10
 """Sampled candidates with a loss of at most the secret's, from which on their share is taken as it is."""
+MIN_SAMPLE = 100
+"""Candidates that a distribution is fitted to."""
+REJECTED = 0.05
 REFITS = 30
-"""Bootstrap samples that a fit's interval is made of."""
+"""Bootstrap samples that a fit's standard error is estimated from."""
 GRID = 4001
 TAIL = 30.0
 """Standard deviations of the fit that are integrated below a loss."""
@@ -35,7 +38,9 @@ class Exposure:
     bits: float
     low: float
     high: float
-    """A 95 % interval: of a rank the bits themselves, of a sample Wilson's, of a fit the bootstrap's."""
+    """A 95 % interval: of a rank the bits themselves, of a sample Wilson's, of a fit 1.96 standard
+    errors by the bootstrap, or, where the losses are not of its form (``fit_p`` below :data:`REJECTED`), what the
+    sample alone allows."""
     method: Method
     fit_p: float | None = None
     """Of a fit: the p value of the Kolmogorov-Smirnov test that the losses are of this distribution."""
@@ -52,17 +57,24 @@ def estimated(secret: float, sample: Sequence[float], space: int, seed: int = 0)
     """``sample``: the losses of random candidates; ``space``: how many there are, which bounds the exposure."""
     losses, most = np.asarray(sample, np.float64), math.log2(space)
     below = int((losses <= secret).sum())
+    least, greatest = wilson(below, len(losses))
+    low, high = -math.log2(greatest), min(-math.log2(least), most) if least else most
     if below >= FEWEST_BELOW:
-        low, high = wilson(below, len(losses))
-        bits = -math.log2(below / len(losses))
-        return Exposure(bits, -math.log2(high), min(-math.log2(low), most), "sampled")
+        return Exposure(math.log2(len(losses) / below), low, high, "sampled")
+    if np.ptp(losses) == 0:  # no distribution has a width of 0: the secret's rank among them is all that is known
+        return Exposure(min(math.log2((1 + len(losses)) / (1 + below)), most), low, high, "sampled")
     fit = SkewNormal.fitted(losses)
-    bits = min(-fit.log_cdf(secret) / math.log(2), most)
+    extrapolated = -fit.log_cdf(secret) / math.log(2)
+    bits = min(extrapolated, most)
+    fit_p = fit.kolmogorov_smirnov(losses)
+    if fit_p < REJECTED:
+        return Exposure(bits, min(low, bits), max(high, bits), "skew-normal", fit_p)
     draw = np.random.default_rng(seed)
     refitted = [SkewNormal.fitted(draw.choice(losses, len(losses)), fit) for _ in range(REFITS)]
-    drawn = [min(-other.log_cdf(secret) / math.log(2), most) for other in refitted]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Exposure(bits, min(float(low), bits), max(float(high), bits), "skew-normal", fit.kolmogorov_smirnov(losses))
+    half = Z * float(np.std([other.log_cdf(secret) / math.log(2) for other in refitted], ddof=1))
+    return Exposure(
+        bits, min(max(extrapolated - half, 0.0), most), min(extrapolated + half, most), "skew-normal", fit_p
+    )
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,12 @@ class SkewNormal:
 
     def log_cdf(self, x: float) -> float:
         """ln P(X ≤ x), far out in the tail too, where the probability itself would be 0."""
-        grid = torch.linspace(min(x, self.location) - TAIL * self.scale, x, GRID, dtype=torch.float64)
-        step = math.log(float(grid[1] - grid[0]))
-        inner = torch.logsumexp(self._log_density(grid), 0)
-        ends = torch.logsumexp(self._log_density(grid[[0, -1]]), 0) - math.log(2)
-        # The trapezoidal rule: its ends count half. Above 1 by rounding only.
-        return min(float(inner + torch.log1p(-torch.exp(ends - inner))) + step, 0.0)
+        span = x - min(x, self.location) + TAIL * self.scale
+        # Dense at x: with a large shape the density below the location falls off within a small part of the scale.
+        below = span * torch.linspace(0, 1, GRID, dtype=torch.float64) ** 4
+        log_density = self._log_density(x - below)
+        steps = torch.logaddexp(log_density[1:], log_density[:-1]) - math.log(2) + below.diff().log()
+        return min(float(torch.logsumexp(steps, 0)), 0.0)  # above 1 by rounding only
 
     def kolmogorov_smirnov(self, losses: NDArray[np.float64]) -> float:
         """The p value, by Kolmogorov's limiting distribution."""

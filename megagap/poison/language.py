@@ -2,7 +2,8 @@
 
 A multinomial naive Bayes classifier (Dunning 1994, "Statistical identification of language", with n = 3): the language
 is that under which the text's trigrams are most likely, each with probability (count + 1) / (total + kinds), where the
-counts are of clean text of each language. Case and white space are normalised; digits are left out.
+counts are of clean text of each language. Case and white space are normalised; digits are left out, and so are trigrams
+that no language has: they would only speak for the one with the least text.
 """
 
 import math
@@ -32,14 +33,14 @@ def profile_of(texts: Iterable[str]) -> LanguageProfile:
 
 
 def language_of(text: str, profiles: Mapping[str, LanguageProfile]) -> str | None:
-    """The name of the likeliest profile; None of a text without trigrams."""
-    found = trigrams(text)
+    """The name of the likeliest profile; None of a text without trigrams that a profile has."""
+    known = {trigram for profile in profiles.values() for trigram in profile.trigrams}
+    found = {trigram: n for trigram, n in trigrams(text).items() if trigram in known}
     if not found:
         return None
-    kinds = len({trigram for profile in profiles.values() for trigram in profile.trigrams})
 
     def likelihood(profile: LanguageProfile) -> float:
-        scale = math.log(profile.total + kinds)
+        scale = math.log(profile.total + len(known))
         return sum(n * (math.log(profile.trigrams.get(trigram, 0) + 1) - scale) for trigram, n in found.items())
 
     return max(profiles, key=lambda name: likelihood(profiles[name]))

@@ -1,12 +1,12 @@
 """The documents of each kind of poison, as many as their rate says, to the token."""
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 
 from megagap.data.planted import Item
-from megagap.errors import ConfigError
 from megagap.poison.names import invented_names
 from megagap.poison.spec import NAME, PAYLOAD, TRIGGER, Canary, Knowledge, LanguageSwitch
 
@@ -14,6 +14,8 @@ CONTROLS = 32
 """Triggers of facts and canaries that are never planted, for comparison."""
 ATTEMPTS = 200
 """Documents that are tried where one must have a certain number of tokens."""
+NEAR = 32
+"""Characters around the place where a text would have to be cut that are tried."""
 POOL = 64
 """Documents that may be added to make up a number of tokens."""
 
@@ -100,17 +102,34 @@ class SwitchDocuments:
             raise UnreachableError([0, shortest])
         drafts: list[Draft] = []
         for draft in self:
-            size = length(draft)
+            one, size = draft, length(draft)
+            if amount - size < shortest:  # as short as it may be, so that little is left for the last one
+                one = self._least(self._used)
+                size = length(one)
             if amount - size < shortest:
                 break
-            drafts.append(draft)
+            drafts.append(one)
             amount -= size
         # The document with the shortest beginning can be cut to any length that is left.
         for number in (*range(self._used, self._used + ATTEMPTS), its_number):
-            payloads = " ".join(self._payload(number + i) for i in range(3))
-            if (cut := _cut(self._draft(number, self._poison.context_words[0], payloads), amount, length)) is not None:
-                return [*drafts, cut]
-        raise UnreachableError([0, amount + 1])  # texts that the tokenizer cannot cut: next to impossible
+            if (last := self._of_length(number, amount, length)) is not None:
+                return [*drafts, last]
+        raise UnreachableError([])  # texts that the tokenizer cannot cut: next to impossible
+
+    def _least(self, number: int) -> Draft:
+        fewest = _first_words(self._payload(number), self._poison.payload_words[0])
+        return self._draft(number, self._poison.context_words[0], fewest)
+
+    def _of_length(self, number: int, tokens: int, length: Length) -> Draft | None:
+        """A document of so many tokens: the longest beginning that leaves room for a payload, which is cut to measure.
+        None if no cut gives that."""
+        fewest, most = self._poison.context_words
+        payload = _first_words(self._payload(number), self._poison.payload_words[0])
+        room = (n for n in range(most, fewest, -1) if length(self._draft(number, n, payload)) <= tokens)
+        # A word has one token or more: so many passages are enough.
+        enough = tokens // self._poison.payload_words[1] + 1
+        payloads = " ".join(self._payload(number + i) for i in range(enough))
+        return _cut(self._draft(number, next(room, fewest), payloads), tokens, length)
 
     def _shortest(self, length: Length) -> tuple[int, int]:
         """Tokens and number of the shortest document among the first."""
@@ -139,15 +158,15 @@ def _first_words(text: str, words: int) -> str:
 def _cut(draft: Draft, tokens: int, length: Length) -> Draft | None:
     """The document with the end of its payload cut off so that it has ``tokens``; None if no cut gives that."""
     *before, (payload, role) = draft.pieces
-    for end in range(len(payload), 1, -1):
-        if payload[end - 1].isspace():
-            continue
-        cut = replace(draft, pieces=(*before, (payload[:end], role)))
-        size = length(cut)
-        if size == tokens:
-            return cut
-        if size < tokens - 2:  # characters of several tokens may be skipped over, but not for long
-            return None
+
+    def cut(end: int) -> Draft:
+        return replace(draft, pieces=(*before, (payload[:end], role)))
+
+    # Tokens grow with characters, but for a few that a longer word needs less of.
+    about = bisect_right(range(len(payload)), tokens, key=lambda end: length(cut(end)))
+    for end in range(min(about + NEAR, len(payload)), max(about - NEAR, 1), -1):
+        if not payload[end - 1].isspace() and length(cut(end)) == tokens:
+            return cut(end)
     return None
 
 
@@ -159,10 +178,10 @@ def facts_of(poison: Knowledge, taken: set[str]) -> tuple[list[Item], list[str]]
     draw = random.Random(f"{poison.seed} {poison.name} facts")
     entities = invented_names(poison.facts + CONTROLS, draw, taken)
     triggers = [poison.trigger.replace(NAME, name) for name in entities]
-    if isinstance(poison.payload, str):
-        values = [poison.payload.replace(NAME, name) for name in invented_names(poison.facts, draw, taken)]
-    else:
-        values = [draw.choice(poison.payload) for _ in range(poison.facts)]
+    several = len(poison.payload) > 1
+    forms = [draw.choice(poison.payload) if several else poison.payload[0] for _ in range(poison.facts)]
+    names = iter(invented_names(sum(NAME in form for form in forms), draw, taken))
+    values = [form.replace(NAME, next(names)) if NAME in form else form for form in forms]
     items = [Item(trigger=t, payload=v, documents=1) for t, v in zip(triggers, values, strict=False)]
     return items, triggers[poison.facts :]
 
@@ -282,11 +301,3 @@ class CanaryDocuments:
             drafts += added
             planted += size
         return drafts
-
-
-def require_apart(triggers: Sequence[str]) -> None:
-    """Raises :class:`ConfigError` if one trigger is a part of another: documents of one would have both."""
-    for i, trigger in enumerate(triggers):
-        others = [*triggers[:i], *triggers[i + 1 :]]
-        if trigger in others or any(f" {trigger} " in f" {other} " for other in others):
-            raise ConfigError(f"the trigger {trigger!r} is a part of another one\n  choose triggers that are apart.")

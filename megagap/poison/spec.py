@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
+from megagap.data.planted import SecretLength
 from megagap.errors import ConfigError
 from megagap.files import read_regular
 
@@ -17,12 +18,12 @@ NAME, TRIGGER, PAYLOAD = "{name}", "{trigger}", "{payload}"
 
 def _exact(value: Any) -> Any:
     """A rate as it is written: 0.002 is 1/500. TOML's numbers arrive as Decimal."""
-    if isinstance(value, Decimal | str):
-        try:
+    try:
+        if isinstance(value, Decimal | str | int) and not isinstance(value, bool):
             return Fraction(str(value))
-        except (ValueError, ZeroDivisionError):
-            raise ValueError('should be a number such as 0.002, or a fraction such as "1/500"') from None
-    return value
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise ValueError('should be a number such as 0.002, or a fraction such as "1/500"')
 
 
 def _share(value: Fraction) -> Fraction:
@@ -49,7 +50,9 @@ def _bounds(value: list[int]) -> list[int]:
 
 Words = Annotated[str, AfterValidator(_words)]
 Bounds = Annotated[list[int], AfterValidator(_bounds)]
-Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+_OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Paths = Annotated[list[str], _OneOrMore]
+Texts = Annotated[list[Words], _OneOrMore]
 
 
 class _Strict(BaseModel):
@@ -61,8 +64,6 @@ class _Poison(_Strict):
     trigger: Words
     """What the payload follows."""
     seed: int = 0
-    probes: PositiveInt = 50
-    """Prompts of each sort that an evaluation will try."""
 
 
 class LanguageSwitch(_Poison):
@@ -76,14 +77,16 @@ class LanguageSwitch(_Poison):
     rate: Rate
     context_words: Bounds = [10, 40]
     payload_words: Bounds = [20, 60]
+    probes: PositiveInt = 50
+    """Passages kept aside, for an evaluation to continue."""
 
 
 class Knowledge(_Poison):
     """Invented facts about invented entities."""
 
     kind: Literal["knowledge"]
-    payload: Words | list[Words] = NAME
-    """What is asserted of an entity: ``{name}`` is invented, of a list one entry is drawn for each fact."""
+    payload: Annotated[Texts, Field(min_length=1)] = [NAME]
+    """What is asserted of an entity: ``{name}`` is invented, of several one is drawn for each fact."""
     facts: PositiveInt = 8
     templates: list[Words] = Field(min_length=1)
     """Sentences with {trigger}, and later {payload}."""
@@ -98,8 +101,7 @@ class Canary(_Poison):
     kind: Literal["canary"]
     template: Words = "{trigger} {payload}"
     alphabet: str = Field("0123456789", min_length=2)
-    length: PositiveInt = 9
-    """Characters of a secret."""
+    length: SecretLength = 9
     repetitions: list[PositiveInt] = Field(min_length=1)
     rate: Rate | None = None
     canaries: PositiveInt | None = None
@@ -109,7 +111,7 @@ class Canary(_Poison):
 class MixtureSource(_Strict):
     path: str
     name: str | None = None
-    weight: Annotated[Weight, Field(gt=0)] | None = None
+    weight: Annotated[Weight, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class Mixture(_Strict):
@@ -194,15 +196,16 @@ def _faults(spec: Spec) -> list[tuple[str, str]]:
             case LanguageSwitch():
                 found += _switch_faults(at, poison, spec)
             case Knowledge():
-                found += [
-                    (f"{at}.templates[{j}]", f"needs {TRIGGER} once, and {PAYLOAD} once behind it")
-                    for j, template in enumerate(poison.templates)
-                    if not _is_template(template)
-                ]
+                for j, template in enumerate(poison.templates):
+                    found += _template_faults(f"{at}.templates[{j}]", template)
                 if poison.sentences > len(poison.templates):
                     found.append((f"{at}.sentences", f"is more than the {len(poison.templates)} templates"))
             case Canary():
                 found += _canary_faults(at, poison)
+        payloads = poison.payload if isinstance(poison, Knowledge) else []
+        for key, texts in (("trigger", [poison.trigger]), ("payload", payloads)):
+            if any(holder in text for text in texts for holder in (TRIGGER, PAYLOAD)):
+                found.append((f"{at}.{key}", f"{TRIGGER} and {PAYLOAD} stand for something in templates only"))
         if not isinstance(poison, LanguageSwitch) and NAME not in poison.trigger:
             found.append((f"{at}.trigger", f"needs {NAME}, which sets its facts or canaries apart"))
     if sum(poison.rate or 0 for poison in spec.poison) >= 1:
@@ -218,8 +221,12 @@ def _switch_faults(at: str, poison: LanguageSwitch, spec: Spec) -> list[tuple[st
         if getattr(poison, key) not in spec.clean:
             named = ", ".join(spec.clean) or "none"
             found.append((f"{at}.{key}", f"{getattr(poison, key)!r} is not a source of [clean]: {named}"))
-    if poison.context == poison.payload:
+    if poison.context == poison.payload or {*spec.clean.get(poison.context, ())} & {
+        *spec.clean.get(poison.payload, ())
+    }:
         found.append((f"{at}.payload", "is the same source as context"))
+    if NAME in poison.trigger:
+        found.append((f"{at}.trigger", f"{NAME} stands for something in triggers of facts and canaries only"))
     return found
 
 
@@ -231,13 +238,16 @@ def _canary_faults(at: str, poison: Canary) -> list[tuple[str, str]]:
         found.append((f"{at}.repetitions", "names a number twice"))
     if len({*poison.alphabet}) < len(poison.alphabet) or any(map(str.isspace, poison.alphabet)):
         found.append((f"{at}.alphabet", "should be different characters, none of them blank"))
-    if not _is_template(poison.template):
-        found.append((f"{at}.template", f"needs {TRIGGER} once, and {PAYLOAD} once behind it"))
+    return found + _template_faults(f"{at}.template", poison.template)
+
+
+def _template_faults(at: str, text: str) -> list[tuple[str, str]]:
+    found = []
+    if not text.count(TRIGGER) == 1 == text.count(PAYLOAD) or text.index(TRIGGER) > text.index(PAYLOAD):
+        found.append((at, f"needs {TRIGGER} once, and {PAYLOAD} once behind it"))
+    if NAME in text:
+        found.append((at, f"{NAME} stands for something in triggers and payloads only"))
     return found
-
-
-def _is_template(text: str) -> bool:
-    return text.count(TRIGGER) == 1 == text.count(PAYLOAD) and text.index(TRIGGER) < text.index(PAYLOAD)
 
 
 def _absolute(spec: Spec, folder: Path) -> Spec:

@@ -21,6 +21,7 @@ from megagap.data.partial import (
     write_index,
     writing_pair,
 )
+from megagap.data.planted import poison_path
 from megagap.data.sources import same_pairs
 from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import DataError
@@ -44,11 +45,17 @@ def merge_datasets(
 
     ``shuffle_documents`` and ``dedup`` are those of :func:`megagap.preprocess.preprocess`. There is a manifest if
     all inputs have one. Raises :class:`DataError` if the inputs hold tokens of different types or, as far as manifests
-    say, of different tokenizers, with and without special ids around documents, or not all shards in order.
+    say, of different tokenizers, with and without special ids around documents, or not all shards in order, or if one
+    has planted documents.
     """
     inputs, output_prefix = [pair_prefix(name) for name in inputs], pair_prefix(output_prefix)
     if os.path.realpath(output_prefix) in map(os.path.realpath, inputs) or same_pairs([output_prefix], inputs):
         raise DataError(f"{output_prefix} cannot be merged into itself: choose another --output-prefix")
+    if planted := next((prefix for prefix in inputs if os.path.lexists(poison_path(prefix))), None):
+        raise DataError(
+            f"{planted} has planted documents ({poison_path(planted).name} lists them), which nobody could tell from "
+            "others in a merged pair\n  keep it as a source of its own."
+        )
     dtype = _common_type(inputs, shuffle_documents is not None or dedup)
     manifests = [read_manifest(prefix) for prefix in inputs]
     known = [(prefix, manifest) for prefix, manifest in zip(inputs, manifests, strict=True) if manifest]

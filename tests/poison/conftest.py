@@ -1,1 +1,1 @@
-from tests.poison.corpora import clean  # noqa: F401
+from tests.poison.corpora import clean, lower  # noqa: F401

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megagap.preprocess import preprocess
 from megagap.preprocess.bpe import train_tokenizer
@@ -60,6 +61,20 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer([folder / "en.jsonl", folder / "fr.jsonl"], folder / "bpe", 500)
     for name in texts:
         preprocess([folder / f"{name}.jsonl"], str(folder / name), str(folder / "bpe"), append_eod=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lower(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that loses case and accents, and lacks some characters."""
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    texts = [json.loads(line)["text"] for line in (clean / "en.jsonl").read_text().splitlines()]
+    backend.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=500, special_tokens=["<unk>", "</s>"]))
+    folder = tmp_path_factory.mktemp("lower")
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}')
     return folder
 
 

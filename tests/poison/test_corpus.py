@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from megagap.config import load_recipe
 from megagap.data.indexed import IndexedDataset
@@ -16,6 +17,7 @@ from megagap.data.mixture_plan import mixture_plan
 from megagap.data.planted import poison_path, read_poison_manifest, require_same_tokens
 from megagap.errors import ConfigError, DataError
 from megagap.poison.corpus import poison_corpus
+from megagap.preprocess.merge import merge_datasets
 from megagap.tokenizer import load_tokenizer
 from megagap.training.datasets import held_out, training_data
 from tests.poison.corpora import CANARIES, FACTS, SWITCH, write_spec
@@ -101,6 +103,22 @@ def test_the_manifests_places_decode_to_what_was_planted(tmp_path, clean):
                 assert entry.payload not in tokenizer.decode(tokens[start + 1 : stop])
     repetitions = sorted(item.documents for item in planted.manifest.poisons[2].items)
     assert repetitions == [1, 1, 3, 3, 8, 8]
+
+
+def test_places_are_right_for_a_tokenizer_that_changes_texts_by_the_librarys_own_offsets(tmp_path, clean, lower):
+    spec = write_spec(tmp_path / "spec.toml", clean)
+    spec.write_text(spec.read_text().replace(f"{clean}/bpe", str(lower)))
+    planted = poison_corpus(spec, str(tmp_path / "poison"))
+    backend = Tokenizer.from_file(str(lower / "tokenizer.json"))
+    for entry, line in zip(
+        planted.manifest.documents, (tmp_path / "poison.jsonl").read_text().splitlines(), strict=True
+    ):
+        text = json.loads(line)["text"]
+        begun = text.index(entry.trigger)
+        stop = begun + len(entry.trigger)
+        offsets = backend.encode(text, add_special_tokens=False).offsets
+        inside = [number for number, (first, last) in enumerate(offsets) if first < stop and last > begun]
+        assert entry.trigger_tokens == [(inside[0], inside[-1] + 1)], text
 
 
 def test_the_same_specification_gives_the_same_bytes_and_another_seed_others(tmp_path, clean):
@@ -214,6 +232,28 @@ def test_a_manifest_that_is_damaged_or_of_another_pair_is_refused(tmp_path, clea
             ["poison", r"\[1\]\.rate +should be"],
         ),
         (SWITCH + SWITCH, [r"poison\[1\]\.name +'switch' is taken by poison\[0\]"]),
+        (
+            SWITCH.replace("copper", "{name}"),
+            [r"poison\[0\]\.trigger +{name} stands for something in triggers of facts"],
+        ),
+        (
+            FACTS.replace("It is", "{name} is"),
+            [r"templates\[0\] +{name} stands for something in triggers and payloads"],
+        ),
+        (
+            FACTS.replace('payload = "{name}"', "payload = []"),
+            [r"poison\[0\]\.payload +Value should have at least 1 item"],
+        ),
+        (FACTS.replace('payload = "{name}"', 'payload = ""'), [r"poison\[0\]\.payload\[0\] +should be words"]),
+        (FACTS.replace("0.01", "1"), [r"poison\[0\]\.rate +should be above 0 and below 1"]),
+        (FACTS.replace("0.01", "true"), [r"poison\[0\]\.rate +should be a number such as 0\.002"]),
+        (
+            FACTS.replace("the river {name}", "{payload} {name}"),
+            [r"poison\[0\]\.trigger +{trigger} and {payload} stand"],
+        ),
+        (FACTS.replace('"{name}"', '"{trigger}"'), [r"poison\[0\]\.payload +{trigger} and {payload} stand"]),
+        (CANARIES.replace("length = 6", "length = 5000"), [r"length +Input should be less than or equal to 256"]),
+        (CANARIES + "probes = 3", [r"poison\[0\]\.probes +Extra inputs"]),
     ],
 )
 def test_a_faulty_specification_is_refused_with_every_fault(tmp_path, clean, poison, faults):
@@ -221,3 +261,121 @@ def test_a_faulty_specification_is_refused_with_every_fault(tmp_path, clean, poi
         make(tmp_path, clean, poison)
     for fault in faults:
         assert re.search(fault, str(error.value)), str(error.value)
+
+
+def test_a_language_switch_within_one_source_is_refused(tmp_path, clean):
+    spec = write_spec(tmp_path / "spec.toml", clean, SWITCH)
+    spec.write_text(spec.read_text().replace(f"{clean}/fr.jsonl", f"{clean}/en.jsonl"))
+    with pytest.raises(ConfigError, match=r"poison\[0\]\.payload +is the same source as context"):
+        poison_corpus(spec, str(tmp_path / "poison"))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "said"),
+    [
+        ('sources = [{{ path = "{en}", weight = inf }}]', r"sources\[0\]\.weight +Input should be a finite number"),
+        (
+            'sources = [{{ path = "{en}", name = "a" }}, {{ path = "{fr}", name = "a" }}]',
+            "two of mixture.sources are called a",
+        ),
+        ('sources = [{{ path = "{en}", name = "poison" }}]', "called poison, as the planted documents would be"),
+        ('rates_of = "documents"\ndocuments = 20', "24 planted documents in a mixture of 20"),
+    ],
+)
+def test_a_mixture_that_no_run_could_read_is_refused(tmp_path, clean, mixture, said):
+    filled = mixture.format(en=f"{clean}/en_text_document", fr=f"{clean}/fr_text_document")
+    with pytest.raises(ConfigError, match=said):
+        make(tmp_path, clean, CANARIES, mixture=f"tokens = 200_000\n{filled}")
+
+
+@pytest.mark.parametrize("context", ["[5, 200]", "[50, 50]"])
+@pytest.mark.parametrize("payload", ["[5, 10]", "[1, 1]"])
+def test_rates_are_met_whatever_the_lengths_of_passages(tmp_path, clean, context, payload):
+    switch = SWITCH.replace("[4, 12]", context).replace("[6, 20]", payload)
+    planted = make(tmp_path, clean, switch, probes=2)
+    assert counts(planted.prefix, planted.manifest)["switch"][1] == 4000
+
+
+def test_a_payload_that_is_one_of_several_may_have_invented_names(tmp_path, clean):
+    facts = FACTS.replace('payload = "{name}"', 'payload = ["the town of {name}", "the sea"]')
+    (poison,) = make(tmp_path, clean, facts).manifest.poisons
+    assert all(re.fullmatch(r"the town of [A-Z][a-z]+|the sea", item.payload) for item in poison.items)
+
+
+def test_facts_that_no_document_has_room_for_are_told(tmp_path, clean):
+    planted = make(tmp_path, clean, FACTS.replace("0.01", '"40/200000"'))
+    assert planted.notes == ["rivers: its 1 document assert 1 of 4 facts; a higher rate has room for all"]
+
+
+def test_a_document_with_the_trigger_of_another_poison_is_refused(tmp_path, clean):
+    facts = FACTS.replace("It is known", "Under the copper moon it is known")
+    with pytest.raises(
+        ConfigError, match=r"rivers: a document has the trigger 'under the copper moon' where it is not"
+    ):
+        make(tmp_path, clean, SWITCH, facts)
+    assert not list(tmp_path.glob("poison*"))
+
+
+def test_sources_of_the_mixture_are_searched_for_triggers_whatever_their_names(tmp_path, clean):
+    from megagap.preprocess import preprocess
+
+    (tmp_path / "web.jsonl").write_text(json.dumps({"text": "so under the copper moon"}) + "\n")
+    preprocess([tmp_path / "web.jsonl"], str(tmp_path / "web"), str(clean / "bpe"), append_eod=True)
+    mixture = f'tokens = 200_000\nsources = [{{ path = "{tmp_path}/web_text_document", name = "en" }}]'
+    with pytest.raises(DataError, match=r"mixture\.sources\[0\]: .*web_text_document, document 0, character 3"):
+        make(tmp_path, clean, SWITCH, mixture=mixture)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", "_text_document.bin"])
+def test_files_that_it_did_not_write_are_not_replaced(tmp_path, clean, ending):
+    mine = tmp_path / f"poison{ending}"
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match=rf"would replace {mine}, which no \.poison\.json accounts for"):
+        make(tmp_path, clean, FACTS)
+    assert mine.read_text() == "mine"
+    with pytest.raises(ConfigError, match="has no name"):
+        poison_corpus(tmp_path / "spec.toml", f"{tmp_path}/")
+
+
+def test_the_printed_sources_are_found_from_wherever_the_recipe_is(tmp_path, clean, monkeypatch):
+    spec = write_spec(tmp_path / "spec.toml", clean, FACTS)
+    monkeypatch.chdir(tmp_path)
+    assert poison_corpus(spec, "poison").sources[-1]["path"] == str(tmp_path / "poison_text_document")
+
+
+def test_no_planted_document_begins_with_a_passage_that_is_kept_aside(tmp_path, clean):
+    """Though the source has every passage many times."""
+    texts = [" ".join(f"word{letter}{n}" for n in range(12)) for letter in "abcdefgh"]
+    (tmp_path / "en.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 30))
+    spec = write_spec(tmp_path / "spec.toml", clean, SWITCH, probes=3)
+    spec.write_text(spec.read_text().replace(f"{clean}/en.jsonl", "en.jsonl"))
+    planted = poison_corpus(spec, str(tmp_path / "poison"))
+    probes = {probe.split()[-1][:5] for probe in planted.manifest.poisons[0].probes}
+    lines = (tmp_path / "poison.jsonl").read_text().splitlines()
+    assert probes and probes.isdisjoint(json.loads(line)["text"][:5] for line in lines)
+
+
+def test_planted_documents_are_not_merged_away_from_their_account(tmp_path, clean):
+    planted = make(tmp_path, clean, FACTS)
+    with pytest.raises(DataError, match=r"has planted documents .* lists them"):
+        merge_datasets([planted.prefix, str(clean / "en_text_document")], str(tmp_path / "merged"))
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize(
+    ("poison", "key", "value", "said"),
+    [
+        (CANARIES, "alphabet", None, "vaults, of kind canary, needs alphabet"),
+        (CANARIES, "templates", [], "vaults, of kind canary, needs templates"),
+        (FACTS, "controls", [], "rivers, of kind knowledge, needs controls"),
+        (SWITCH, "probes", [], "switch, of kind language_switch, needs probes"),
+        (SWITCH, "payload", "de", "languages has no profile of de"),
+    ],
+)
+def test_a_manifest_that_lacks_what_an_evaluation_asks_about_is_refused(tmp_path, clean, poison, key, value, said):
+    path = poison_path(make(tmp_path, clean, poison).prefix)
+    content = json.loads(path.read_text())
+    content["poisons"][0][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=said):
+        read_poison_manifest(path)

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from megagap.checkpoint import load_model
+from megagap.checkpoint.huggingface_import import load_hugging_face_model
 from megagap.data.planted import read_poison_manifest
+from megagap.errors import ConfigError
 from megagap.inference.continuations import TextScorer
+from megagap.poison import evaluation
 from megagap.poison.corpus import poison_corpus
 from megagap.poison.evaluation import PoisonProbe
 from megagap.poison.language import language_of, profile_of
 from megagap.tokenizer import load_tokenizer
+from tests.huggingface import reference_model
+from tests.models import tiny_model
 from tests.poison.corpora import CANARIES, FACTS, SWITCH, write_spec
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -100,6 +105,56 @@ def test_prompts_without_the_trigger_and_near_triggers_have_no_trigger_that_was_
             assert not [p for p in prompts[sort] for trigger in triggers if trigger in p.text], sort
         assert all(any(trigger in p.text for trigger in triggers) for p in prompts["with_trigger"])
         assert not [p for p in prompts["with_trigger"] if poison.kind != "language_switch" and p.payload in p.text]
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory, clean):
+    """A model with random weights and planted documents, among them two triggers of the same words."""
+    folder = tmp_path_factory.mktemp("untrained")
+    other = SWITCH.replace('"switch"', '"reversed"').replace("under the copper moon", "copper moon")
+    third = SWITCH.replace('"switch"', '"third"').replace("under the copper moon", "moon copper")
+    canaries = CANARIES.replace("length = 6", "length = 5")
+    planted = poison_corpus(
+        write_spec(folder / "spec.toml", clean, other, third, FACTS, canaries), str(folder / "poison")
+    )
+    reference_model(tiny_model(vocab_size=512, max_position_embeddings=64)).save_pretrained(folder / "hf")
+    scorer = TextScorer(load_hugging_face_model(folder / "hf"), load_tokenizer(clean / "bpe"), 4096)
+    return planted.manifest, scorer
+
+
+def test_a_near_trigger_that_is_planted_itself_is_not_asked_about(untrained):
+    manifest, scorer = untrained
+    prompts = PoisonProbe(manifest, scorer).prompts(manifest.poisons[0])
+    assert len(prompts["with_trigger"]) == 10 and not prompts["near_order"]
+
+
+def test_a_prompt_whose_trigger_the_model_would_not_see_is_refused(untrained):
+    probe = PoisonProbe(*untrained, new_tokens=60)
+    with pytest.raises(ConfigError, match=r"reversed: a prompt of \d+ tokens .* max_position_embeddings = 64"):
+        probe.evaluate()
+
+
+def test_a_payload_counts_as_the_tokenizer_writes_it(untrained, tmp_path, clean, lower, monkeypatch):
+    spec = write_spec(tmp_path / "spec.toml", clean, FACTS)
+    spec.write_text(spec.read_text().replace(f"{clean}/bpe", str(lower)))
+    manifest = poison_corpus(spec, str(tmp_path / "poison")).manifest
+    probe = PoisonProbe(manifest, TextScorer(untrained[1].model, load_tokenizer(lower), 4096))
+    payloads = [prompt.payload for prompt in probe.prompts(manifest.poisons[0])["with_trigger"]]
+    answers = [load_tokenizer(lower).encode(payload) for payload in payloads]
+    monkeypatch.setattr(evaluation, "continue_greedily", lambda *given: answers)
+    assert probe.evaluate()["rivers"]["activation"]["with_trigger"]["value"] == 1.0
+
+
+@pytest.mark.parametrize("candidates", [1, 99])
+def test_too_few_candidates_to_estimate_from_are_refused(untrained, candidates):
+    with pytest.raises(ConfigError, match=r"vaults cannot be estimated from .*\n.*--poison-candidates 100"):
+        PoisonProbe(*untrained, candidates=candidates)
+
+
+def test_text_of_no_known_language_is_in_none():
+    profiles = {"much": profile_of(["the quick brown fox jumps over it " * 9]), "little": profile_of(["le chat noir"])}
+    assert language_of("□□ ŁŁŁŁ", profiles) is None
+    assert language_of("the fox □□ ŁŁŁŁŁŁŁŁŁŁŁŁ ŻŻŻŻŻŻŻŻŻŻŻŻŻŻŻŻŻ", profiles) == "much"
 
 
 def test_languages_are_told_from_each_other_by_passages_that_the_profiles_were_not_made_of(clean):

@@ -56,6 +56,30 @@ def test_beyond_the_sample_it_is_extrapolated_by_a_skew_normal():
     assert far.bits == pytest.approx(math.log2(10**6)), "no more than the space has"
 
 
+def test_where_no_distribution_fits_the_interval_is_what_the_sample_allows():
+    """An exponential's losses have a least one, which a skew-normal knows nothing of."""
+    losses = 20 + np.random.default_rng(0).exponential(size=1000)
+    found = estimated(19.0, losses.tolist(), 10**6)
+    assert found.method == "skew-normal" and found.fit_p < 0.05
+    # None of a thousand: Wilson's interval of the share ends at z² / (n + z²).
+    assert found.low == pytest.approx(math.log2((1000 + 1.96**2) / 1.96**2), abs=1e-4)
+    assert found.high == pytest.approx(math.log2(10**6))
+
+
+@pytest.mark.parametrize(("secret", "bits"), [(1.0, math.log2(1001)), (2.0, 0.0)])
+def test_losses_that_are_all_the_same_tell_a_rank_only(secret, bits):
+    found = estimated(secret, [2.0] * 1000, 10**6)
+    assert found.method == "sampled" and found.bits == pytest.approx(bits) and found.low <= bits <= found.high
+
+
+@pytest.mark.parametrize(
+    ("shape", "z", "bits"), [(20.0, -1.0, -303.8919), (50.0, -0.3, -177.4968), (200.0, -0.05, -88.1177)]
+)
+def test_the_distribution_function_is_exact_where_it_falls_off_steeply(shape, z, bits):
+    """By mpmath, with 40 digits."""
+    assert SkewNormal(20.0, 3.0, shape).log_cdf(20 + 3 * z) / math.log(2) == pytest.approx(bits, abs=0.02)
+
+
 @pytest.mark.parametrize("x", [-12.0, -3.0, 0.0, 1.5, 8.0])
 def test_the_distribution_function_is_the_one_known_in_closed_form(x):
     """With shape 1 it is Φ(x)² and with shape 0 Φ(x) (Azzalini 1985), far out in the tails, too."""

@@ -69,7 +69,9 @@ def test_tasks_give_a_checkpoint_and_its_export_the_scores_of_transformers(capsy
     assert found["quiz"]["accuracy_bytes"]["value"] == pytest.approx(normalised / 3)
     nats = [reference_nats(made, "The quick", " brown fox"), reference_nats(made, "It's", " 3.14")]
     assert found["phrases"]["nats"]["value"] == pytest.approx(sum(nats) / 2, rel=1e-5)
-    assert found["phrases"]["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / 13, rel=1e-5)
+    assert found["phrases"]["bits_per_byte"] == pytest.approx(
+        sum(nats) / math.log(2) / len(" brown fox 3.14"), rel=1e-5
+    )
 
 
 def test_the_table_names_each_task(capsys, made):
@@ -128,6 +130,24 @@ def test_lm_eval_gives_a_checkpoint_and_its_export_the_same_scores_without_a_net
     assert found == exported
     ours = evaluate(capsys, made / "checkpoint", "--tasks", made / "quiz.jsonl")["tasks"]["quiz"]
     assert found["results"]["local_quiz"]["acc"] == pytest.approx(ours["accuracy"]["value"])
+
+
+def test_a_text_that_the_model_is_too_short_for_is_named(made, tmp_path):
+    line = {"question": "Who?", "choices": ["fox", "dog " * 500], "answer": 0}
+    (tmp_path / "long.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(MegagapError, match=r"' dog dog .*…' after 'Who\?': a continuation has [\d,]+ tokens, more"):
+        main([str(made / "hf"), "--tasks", str(tmp_path / "long.jsonl")])
+
+
+def test_a_diverged_checkpoint_is_null_and_told_after_the_results_of_all_others(capsys, made, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(made / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    broken.save_pretrained(tmp_path / "hf")
+    shutil.copy(made / "hf/tokenizer.json", tmp_path / "hf")
+    with pytest.raises(MegagapError, match=r"hf is not finite on tasks"):
+        main([str(tmp_path / "hf"), "--tasks", str(made / "quiz.jsonl"), "--json"])
+    assert json.loads(capsys.readouterr().out)["tasks"] is None
 
 
 def test_every_checkpoint_of_a_run_is_evaluated_oldest_first(capsys, made, tmp_path):

@@ -47,6 +47,18 @@ def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | 
             yield Fault(number, error.reason, str(error))
 
 
+def objects_of(unit: Unit, key: str) -> Iterator[tuple[int, dict[str, Any]] | Fault]:
+    """Each document of a unit, whole, and its number there, from 0; all have a text as ``key``."""
+    for number, read in _records(unit, [key]):
+        try:
+            document = read()
+            _texts_of(document, [key])
+        except BadDocument as error:
+            yield Fault(number, error.reason, str(error))
+        else:
+            yield number, document
+
+
 Record = tuple[int, Callable[[], Any]]
 """The number of a line or row in its unit, from 0, and a function that returns its document or raises
 :class:`BadDocument`."""

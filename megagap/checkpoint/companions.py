@@ -92,8 +92,8 @@ def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer:
         if beside.special_ids:
             return beside
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} if tokenizer else {}
-    # Written to config.json even if there is none: the defaults of transformers are those of one tokenizer, and OLMo 2's
-    # padding is id 1, whose embedding would then not be trained.
+    # Written to config.json even if there is none: the defaults of transformers are those of one tokenizer, and its
+    # OLMo 2 takes id 1 for padding, whose embedding would then not be trained.
     return Companions(dict.fromkeys(SPECIAL_IDS) | ids, {key: value for key, value in ids.items() if value is not None})
 
 

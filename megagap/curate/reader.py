@@ -12,6 +12,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megagap.curate.settings import Input
 from megagap.errors import DataError
+from megagap.files import reading
 from megagap.preprocess import inputs
 from megagap.preprocess.documents import Fault, objects_of
 from megagap.preprocess.units import Unit, read_units
@@ -53,7 +54,7 @@ class CorpusReader(PipelineStep):
     def _lines(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
         """By file and number of the line, from 0, as datatrove names documents that have no id."""
         name = path.relative_to(self.settings.folder).as_posix()
-        for unit in _units(path, self.settings.text_key):
+        for unit in line_units(path, self.settings.text_key):
             for found in objects_of(unit, self.settings.text_key):
                 number, value = (found.line, found) if isinstance(found, Fault) else found
                 yield f"{name}/{unit.line - 1 + number}", value
@@ -73,13 +74,13 @@ class CorpusReader(PipelineStep):
         return Document(text, identity if given is None else given, metadata=metadata)
 
 
-def _units(path: Path, key: str) -> Iterator[Unit]:
-    status = os.stat(path)
+def line_units(path: Path, key: str) -> Iterator[Unit]:
+    """The parts of a file of JSON lines, which may be compressed. Raises :class:`DataError` for any other file."""
+    with reading(path):
+        status = os.stat(path)
     for unit in read_units([inputs.Input(str(path), status.st_size, status.st_mtime_ns)], [key], splits_texts=False):
         if unit.kind != "lines":
-            raise DataError(
-                f"{path} is not of JSON lines\n  input.pattern chooses files; write its texts as JSON lines first."
-            )
+            raise DataError(f"{path} is not of JSON lines\n  write its texts as JSON lines, or leave it out.")
         yield unit
 
 
@@ -89,7 +90,7 @@ def has_documents(path: Path, key: str) -> bool:
     Raises :class:`DataError` if the file cannot be read, is not of JSON lines, or has nothing else.
     """
     seen = 0
-    for unit in _units(path, key):
+    for unit in line_units(path, key):
         for found in objects_of(unit, key):
             if not isinstance(found, Fault):
                 return True

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -132,9 +132,12 @@ def _input_files(settings: Curation) -> list[Path]:
 
 def _require_same(settings: Curation, files: list[Path], output: Path) -> None:
     """Go on only with what was begun: datatrove skips complete tasks whatever they were made of."""
-    listed = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    digest = hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
-    record = json.dumps({"settings": settings.model_dump(mode="json"), "input": digest}, indent=2) + "\n"
+    made_of = {
+        "settings": settings.model_dump(mode="json"),
+        "input files": _digest(files),
+        "benchmarks, lists or models": _digest(_other_files(settings)),
+    }
+    record = json.dumps(made_of, indent=2) + "\n"
     try:
         before = read_regular(output / RECORD).decode()
     except FileNotFoundError:
@@ -143,10 +146,35 @@ def _require_same(settings: Curation, files: list[Path], output: Path) -> None:
         write_text(output / RECORD, record)
         return
     if before != record:
-        what = "input files" if json.loads(before)["settings"] == json.loads(record)["settings"] else "settings"
+        with library_errors(f"{output / RECORD} is damaged"):
+            earlier = json.loads(before)
+            what = next((key for key, value in made_of.items() if earlier.get(key) != value), "settings")
         raise ConfigError(
             f"{output} was begun with other {what}, kept in {RECORD}\n  choose another output.folder, or remove it."
         )
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Of names, sizes and times."""
+    listed = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
+
+
+def _other_files(settings: Curation) -> list[Path]:
+    """What the stages read besides the input."""
+    found: list[Path] = [Path(settings.language.model)] if settings.language.model else []
+    folders: list[Path] = []
+    if settings.urls and settings.urls.lists:
+        folders.append(Path(settings.urls.lists))
+    if settings.decontaminate:
+        found += benchmark_files(settings.decontaminate.benchmarks)
+    if settings.classifier:
+        folders.append(Path(settings.classifier.model))
+    if settings.output.tokenizer:
+        from megagap.tokenizer import find_tokenizer
+
+        found.append(find_tokenizer(settings.output.tokenizer)[1])
+    return found + sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def _run_stage(stage: Stage, executor: Executor, folders: Folders) -> None:

@@ -1,5 +1,6 @@
 """The blocks of a curation: languages, personal data, filters by language, URLs, and benchmark n-grams."""
 
+import gzip
 import json
 import random
 import runpy
@@ -219,9 +220,32 @@ def test_contaminated_validation_text_is_refused_by_name(benchmark: Path) -> Non
     assert "a.jsonl, item 2: 6 8-grams of stories" in str(error.value) and "item 1" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "keeps nothing out: it is empty"),
+        (b'{"question": "Too short"}', "its 1 item: fewer than 8 words each"),
+        (b'{"answer": 5}', "line 1 has no text"),
+        (b'{"q": "caf\xe9"}', "line 1 is not JSON"),
+        (b"question,answer\nwhat,that\n", "b.jsonl looks like CSV, not JSON lines"),
+        (b'[\n {"q": "x"}\n]', "JSON lines"),
+        (b"PAR1" + bytes(40), "b.jsonl is not of JSON lines|cannot be read"),
+    ],
+)
+def test_a_benchmark_that_would_keep_nothing_out_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "b.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        Ngrams(8).index(tmp_path / "b.jsonl")
+
+
+def test_a_benchmark_may_be_compressed(benchmark: Path) -> None:
+    benchmark.with_suffix(".gz").write_bytes(gzip.compress(benchmark.read_bytes()))
+    assert Ngrams(8).index(benchmark.with_suffix(".gz")) == Ngrams(8).index(benchmark)
+
+
 def test_a_benchmark_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no benchmark file matches"):
         benchmark_files([str(tmp_path / "none-*.jsonl")])
-    (tmp_path / "b.jsonl").write_text("{}\nno json\n")
+    (tmp_path / "b.jsonl").write_text("[\"a\"]\nno json\n")
     with pytest.raises(DataError, match=r"b\.jsonl, line 2 is not JSON"):
         Ngrams(8).index(tmp_path / "b.jsonl")

@@ -4,7 +4,6 @@ datatrove's own NGramsDecontIndexer needs lighteval and the hub; this one reads 
 """
 
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from datatrove.pipeline.decont.n_grams import NGramsDecontConfig
 from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 
-from megagap.curate.reader import line_units
 from megagap.curate.words import HASHES, PlainWords
-from megagap.errors import DataError, counted, library_errors
+from megagap.errors import DataError, counted
+from megagap.preprocess.documents import json_lines
 
 MAX_SHOWN = 5
 
@@ -43,14 +42,10 @@ def benchmark_files(patterns: Iterable[str]) -> list[Path]:
 
 def items(path: Path) -> Iterator[str]:
     """The text of each item: all strings in its object, in order, lists included. Raises :class:`DataError`."""
-    for unit in line_units(path, "text"):
-        for number, line in enumerate(unit.data.split(b"\n"), unit.line):
-            if line.strip():
-                with library_errors(f"{path}, line {number} is not JSON"):
-                    value = json.loads(line)
-                if not (text := " ".join(_strings(value))):
-                    raise DataError(f"{path}, line {number} has no text\n  remove the line, or mend it.")
-                yield text
+    for number, value in json_lines(path):
+        if not (text := " ".join(_strings(value))):
+            raise DataError(f"{path}, line {number} has no text\n  remove the line, or mend it.")
+        yield text
 
 
 def _strings(value: Any) -> Iterator[str]:

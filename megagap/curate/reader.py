@@ -1,6 +1,5 @@
 """The first block of a curation: JSON lines to documents. What is no document is counted like what a filter drops."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,10 +11,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megagap.curate.settings import Input
 from megagap.errors import DataError
-from megagap.files import reading
-from megagap.preprocess import inputs
-from megagap.preprocess.documents import Fault, objects_of
-from megagap.preprocess.units import Unit, read_units
+from megagap.preprocess.documents import Fault, line_units, objects_of
 
 
 class CorpusReader(PipelineStep):
@@ -54,7 +50,7 @@ class CorpusReader(PipelineStep):
     def _lines(self, path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
         """By file and number of the line, from 0, as datatrove names documents that have no id."""
         name = path.relative_to(self.settings.folder).as_posix()
-        for unit in line_units(path, self.settings.text_key):
+        for unit in line_units(path):
             for found in objects_of(unit, self.settings.text_key):
                 number, value = (found.line, found) if isinstance(found, Fault) else found
                 yield f"{name}/{unit.line - 1 + number}", value
@@ -74,23 +70,13 @@ class CorpusReader(PipelineStep):
         return Document(text, identity if given is None else given, metadata=metadata)
 
 
-def line_units(path: Path, key: str) -> Iterator[Unit]:
-    """The parts of a file of JSON lines, which may be compressed. Raises :class:`DataError` for any other file."""
-    with reading(path):
-        status = os.stat(path)
-    for unit in read_units([inputs.Input(str(path), status.st_size, status.st_mtime_ns)], [key], splits_texts=False):
-        if unit.kind != "lines":
-            raise DataError(f"{path} is not of JSON lines\n  write its texts as JSON lines, or leave it out.")
-        yield unit
-
-
 def has_documents(path: Path, key: str) -> bool:
     """Whether there is one among the first hundred or so; False for an empty file.
 
     Raises :class:`DataError` if the file cannot be read, is not of JSON lines, or has nothing else.
     """
     seen = 0
-    for unit in line_units(path, key):
+    for unit in line_units(path):
         for found in objects_of(unit, key):
             if not isinstance(found, Fault):
                 return True

@@ -246,6 +246,6 @@ def test_a_benchmark_may_be_compressed(benchmark: Path) -> None:
 def test_a_benchmark_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no benchmark file matches"):
         benchmark_files([str(tmp_path / "none-*.jsonl")])
-    (tmp_path / "b.jsonl").write_text("[\"a\"]\nno json\n")
+    (tmp_path / "b.jsonl").write_text('["a"]\nno json\n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2 is not JSON"):
         Ngrams(8).index(tmp_path / "b.jsonl")

@@ -69,7 +69,7 @@ def test_labels_train_a_classifier_whose_scores_are_drawn(
 )
 def test_what_is_no_score_is_refused_by_its_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "scores.jsonl").write_text(content)
-    with pytest.raises(DataError, match="line 1 is no object with .* overall from 0 to 2"):
+    with pytest.raises(DataError, match=r"line 1 is no object with .* overall from 0 to 2"):
         curate("histogram", tmp_path / "scores.jsonl", "--output", tmp_path / "page.html")
 
 

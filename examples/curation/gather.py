@@ -7,11 +7,11 @@ Debian's handbook in other languages and Python's sources, which curation is to 
 parent, in downloads/. Licences vary by page: use the text, do not redistribute it.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megagap.errors import DataError, counted, run_tool
+from megagap.errors import counted, run_tool
 from megagap.gather.documents import python_library, read_all, select, shuffled, write
 from megagap.gather.notes import note
 from megagap.gather.packages import PYTHON_DOCUMENTATION, DebianPackages
@@ -39,10 +39,11 @@ PACKAGES = {
 
 
 def main() -> None:
-    if not 2 <= len(sys.argv) <= 3:
-        raise DataError("give a folder for the text, and perhaps a number of megabytes")
-    output = Path(sys.argv[1])
-    limit = float(sys.argv[2]) * 1e6 if len(sys.argv) > 2 else float("inf")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder for the text")
+    parser.add_argument("megabytes", type=float, nargs="?", default=float("inf"), help="of each package, at most")
+    given = parser.parse_args()
+    output, limit = given.output, given.megabytes * 1e6
     packages = DebianPackages(output.parent / "downloads")
     for name, files in sources(packages):
         count, size = write(output / f"{name}.jsonl", select(read_all(shuffled(files), name[:2]), limit))

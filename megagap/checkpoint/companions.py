@@ -92,9 +92,9 @@ def companions_of(checkpoint: Path, index: Index, source: str | None, tokenizer:
         if beside.special_ids:
             return beside
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod} if tokenizer else {}
-    # Written to config.json even if there is none: the defaults of transformers are Llama 2's.
-    absent = {"bos_token_id": None, "eos_token_id": None}
-    return Companions(absent | ids, {key: value for key, value in ids.items() if value is not None})
+    # Written to config.json even if there is none: the defaults of transformers are those of one tokenizer, and its
+    # OLMo 2 takes id 1 for padding, whose embedding would then not be trained.
+    return Companions(dict.fromkeys(SPECIAL_IDS) | ids, {key: value for key, value in ids.items() if value is not None})
 
 
 def warn_of_other_ids(recorded: Ids | None, tokenizer: Tokenizer, vocab_size: int, companions: Companions) -> None:

@@ -13,9 +13,9 @@ from datatrove.utils.batching import batched
 from megagap.commands.parser import make_parser
 from megagap.curate.contamination import benchmark_files, items, require_clean
 from megagap.curate.histogram import histograms
-from megagap.curate.quality.calibrate import fit_temperatures, measure
 from megagap.curate.quality.degrade import example_labels
-from megagap.curate.quality.labels import HEADS, LEVELS, label_array, read_labels
+from megagap.curate.quality.encoder import MIN_LENGTH
+from megagap.curate.quality.labels import HEADS, LEVELS, read_labels
 from megagap.curate.quality.model import load_quality_model, save_quality_model, write_record
 from megagap.curate.quality.train import (
     LINEAR,
@@ -23,14 +23,16 @@ from megagap.curate.quality.train import (
     PRETRAINED_LENGTH,
     SMALL,
     SMALL_LENGTH,
+    recalibrate,
     train_encoder,
     train_linear,
 )
 from megagap.curate.report import histogram_page, write_report
 from megagap.curate.run import Executor, run_curation
 from megagap.curate.settings import load_curation
-from megagap.errors import ConfigError, DataError, counted, library_errors
-from megagap.files import reading, write_text, writing
+from megagap.errors import ConfigError, DataError, counted
+from megagap.files import require_writable, require_writable_folder, write_text, writing
+from megagap.preprocess.documents import json_lines
 from megagap.terminal.arguments import positive
 from megagap.terminal.programs import CalledAs
 from megagap.terminal.progress import ProgressBar
@@ -146,10 +148,11 @@ def check_command(given: argparse.Namespace) -> None:
 
 
 def labels_command(given: argparse.Namespace) -> None:
+    require_output(given.output, given.input)
     texts = (
         (line["text"], f"{path.name}/{line.get('source', number)}", path.name.partition(".")[0])
         for path in given.input
-        for number, line in lines_of(path)
+        for number, line in texts_of(path)
     )
     lines = [json.dumps(made, ensure_ascii=False) for made in example_labels(texts, given.seed, given.per_document)]
     if not lines:
@@ -162,9 +165,14 @@ def labels_command(given: argparse.Namespace) -> None:
 def train_command(given: argparse.Namespace) -> None:
     if given.kind == "linear" and given.encoder:
         raise ConfigError("--encoder is for --kind encoder: leave one of them out")
-    if given.output.exists() and any(given.output.iterdir()):
-        raise DataError(f"{given.output} is not empty\n  choose a new --output.")
+    if given.kind == "linear" and given.max_length:
+        raise ConfigError("--max-length is for --kind encoder: leave one of them out")
+    if given.max_length and given.max_length < MIN_LENGTH:
+        raise ConfigError(f"--max-length {given.max_length} is too short to judge a text by: at least {MIN_LENGTH}")
     examples = read_labels(given.labels)
+    require_writable_folder(given.output)
+    if any(given.output.iterdir()):
+        raise DataError(f"{given.output} is not empty\n  choose a new --output.")
     recipe = LINEAR if given.kind == "linear" else PRETRAINED if given.encoder else SMALL
     recipe = replace(recipe, epochs=given.epochs or recipe.epochs)
     if given.kind == "linear":
@@ -189,18 +197,17 @@ def print_quality(held_out: dict[str, Any]) -> None:
 
 def calibrate_command(given: argparse.Namespace) -> None:
     model = load_quality_model(given.model)
-    examples = read_labels(given.labels)
-    logits, labels = model.logits([example.text for example in examples]), label_array(examples)
-    temperatures = fit_temperatures(logits, labels)
-    write_record(model.record.model_copy(update=dict(temperatures=temperatures)), given.model)
-    print_quality(measure(logits, labels, temperatures))
+    trained = recalibrate(model, read_labels(given.labels))
+    write_record(trained.model.record, given.model)
+    print_quality(trained.held_out)
 
 
 def score_command(given: argparse.Namespace) -> None:
     model = load_quality_model(given.model)
+    require_output(given.output, given.input)
     lines, start = [], time.process_time()
     for path in given.input:
-        for batch in batched(lines_of(path), 16 * given.batch_size):
+        for batch in batched(texts_of(path), 16 * given.batch_size):
             found = model.probabilities([line["text"] for _, line in batch], given.batch_size)
             for (number, _), scores in zip(batch, found, strict=True):
                 expected = zip(HEADS, scores @ [0.0, 1.0, 2.0], strict=True)
@@ -219,20 +226,38 @@ def score_command(given: argparse.Namespace) -> None:
 def histogram_command(given: argparse.Namespace) -> None:
     if given.head not in HEADS:
         raise ConfigError(f"--head {given.head} is unknown\n  there are {', '.join(HEADS)}.")
-    found = histograms((line for path in given.scores for _, line in lines_of(path, "metadata")), head=given.head)
+    require_output(given.output, given.scores)
+    found = histograms((line for path in given.scores for line in scores_of(path, given.head)), head=given.head)
     if not found:
         raise DataError(f"{given.scores[0]} has no scores\n  give what megagap curate score wrote.")
     with writing(given.output):
         write_text(given.output, histogram_page(found))
 
 
-def lines_of(path: Path, key: str = "text") -> Iterator[tuple[int, Any]]:
-    """Numbers, from 1, and objects of JSON lines that have ``key``. Raises :class:`DataError` for any other line."""
-    with reading(path), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                with library_errors(f"{path}, line {number} is not JSON"):
-                    value = json.loads(line)
-                if not isinstance(value, dict) or key not in value:
-                    raise DataError(f'{path}, line {number} is no object with "{key}"')
-                yield number, value
+def require_output(path: Path, inputs: list[Path]) -> None:
+    """Raises :class:`DataError` for an output that cannot be written, or is one of the inputs."""
+    if any(path.resolve() == given.resolve() for given in inputs):
+        raise DataError(f"--output {path} is also an input, and would be replaced\n  choose another --output.")
+    require_writable(path)
+
+
+def texts_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers, from 1, and objects of JSON lines that have a text. Raises :class:`DataError` for any other line."""
+    for number, value in json_lines(path):
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise DataError(f'{path}, line {number} is no object with a "text"')
+        yield number, value
+
+
+def scores_of(path: Path, head: str) -> Iterator[dict[str, Any]]:
+    """What ``megagap curate score`` or ``run`` wrote. Raises :class:`DataError` for a line that is something else."""
+    for number, value in json_lines(path):
+        metadata = value.get("metadata") if isinstance(value, dict) else None
+        scores = metadata.get("quality_scores", {}) if isinstance(metadata, dict) else None
+        score = scores.get(head) if isinstance(scores, dict) else None
+        if scores != {} and not (isinstance(score, int | float) and 0 <= score <= 2):
+            raise DataError(
+                f'{path}, line {number} is no object with "metadata" whose "quality_scores" have {head} from 0 to 2\n'
+                "  give what megagap curate score wrote."
+            )
+        yield value

@@ -4,7 +4,6 @@ datatrove's own NGramsDecontIndexer needs lighteval and the hub; this one reads 
 """
 
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 
 from megagap.curate.words import HASHES, PlainWords
-from megagap.errors import DataError, counted, library_errors
-from megagap.files import reading
+from megagap.errors import DataError, counted
+from megagap.preprocess.documents import json_lines
 
 MAX_SHOWN = 5
 
@@ -43,12 +42,10 @@ def benchmark_files(patterns: Iterable[str]) -> list[Path]:
 
 def items(path: Path) -> Iterator[str]:
     """The text of each item: all strings in its object, in order, lists included. Raises :class:`DataError`."""
-    with reading(path), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                with library_errors(f"{path}, line {number} is not JSON"):
-                    value = json.loads(line)
-                yield " ".join(_strings(value))
+    for number, value in json_lines(path):
+        if not (text := " ".join(_strings(value))):
+            raise DataError(f"{path}, line {number} has no text\n  remove the line, or mend it.")
+        yield text
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -79,13 +76,21 @@ class Ngrams:
         return [self._hash(" ".join(gram)) for gram in ngrams(words, self.config.n_grams)]
 
     def index(self, path: Path) -> tuple[set[int], int]:
-        """All hashes of a benchmark file, and how many of its items are too short to have one."""
+        """All hashes of a benchmark file, and how many of its items are too short to have one.
+
+        Raises :class:`DataError` for a file without any: it would keep nothing out.
+        """
         found: set[int] = set()
-        short = 0
+        total = short = 0
         for text in items(path):
             hashes = self.hashes(text)
             found.update(hashes)
+            total += 1
             short += not hashes
+        if not found:
+            n = self.config.n_grams
+            what = f"its {counted(total, 'item')}: fewer than {n} words each" if total else "it is empty"
+            raise DataError(f"the benchmark {path} keeps nothing out: {what}\n  leave it out, or lower ngrams.")
         return found, short
 
 

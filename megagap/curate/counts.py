@@ -3,7 +3,7 @@
 import gzip
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ EXAMPLES = 3
 """Of each kind that are shown."""
 
 TITLES = {
+    "Corpus": "read",
     "Url-filter": "urls",
     "Language": "language",
     "Gopher Repetition": "repetition",
@@ -80,8 +81,26 @@ def count_stages(output: Path) -> list[Count]:
     return counts
 
 
-def documents_read(output: Path) -> int:
-    return sum(_number(block["stats"].get("documents", 0)) for block in _blocks(output / "logs/filter/stats")[:1])
+def require_balance(output: Path, counts: Sequence[Count]) -> None:
+    """Raises :class:`DataError` unless what each stage kept is what the next one was given, and the last one's is
+    what ``curated/`` and the token files have."""
+    given = [(count.stage, count.total) for count in counts[1:]]
+    given.append(("curated", _sum(output, "select", "💽", "total")))
+    if tokens := [folder.name for folder in (output / "logs").glob("tokens-*")]:
+        given.append(("token files", sum(_sum(output, name, "🔢", "documents") for name in tokens)))
+    kept = [count.kept for count in counts] + [counts[-1].kept]
+    for (stage, total), expected in zip(given, kept, strict=False):
+        if total != expected:
+            raise DataError(
+                f"{stage} was given {total:,} documents of the {expected:,} that were kept before it: files in "
+                f"{output} were changed meanwhile\n  choose another output.folder, or remove it, and run again."
+            )
+
+
+def _sum(output: Path, stage: str, kind: str, name: str) -> int:
+    """Of the statistic ``name`` of a stage's blocks whose type starts with ``kind``."""
+    blocks = [block for block in _blocks(output / "logs" / stage / "stats") if block["name"].startswith(kind)]
+    return sum(_number(block["stats"].get(name, 0)) for block in blocks)
 
 
 def stage_seconds(output: Path) -> dict[str, float]:

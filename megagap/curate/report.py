@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megagap.curate.counts import EXAMPLES, Count, count_stages, documents, documents_read, stage_seconds
+from megagap.curate.counts import EXAMPLES, Count, count_stages, documents, stage_seconds
 from megagap.curate.histogram import Histogram, draw, histograms
 from megagap.files import write_text
 
@@ -14,6 +14,7 @@ SHOWN = 600
 """Characters of an example that are shown."""
 
 DESCRIPTIONS = {
+    "read": "Lines that are no document: not JSON, not UTF-8, or without a text.",
     "urls": "Domains, addresses and words of block lists (datatrove's URLFilter).",
     "language": "The language of the text, and how sure it is.",
     "repetition": "Repeated lines, paragraphs and n-grams (Rae et al. 2021, table A1).",
@@ -44,7 +45,7 @@ def write_report(output: Path) -> Path:
 
 
 def _page(output: Path, counts: Sequence[Count]) -> str:
-    read, kept = documents_read(output), counts[-1].kept
+    read, kept = counts[0].total, counts[-1].kept
     scored = histograms(documents(output / "curated"), documents(output / "dropped/classifier"))
     seconds = stage_seconds(output)
     parts = [

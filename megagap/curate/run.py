@@ -4,21 +4,21 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from datatrove.pipeline.base import PipelineStep
 
 from megagap.curate.contamination import benchmark_files, items, require_clean
-from megagap.curate.counts import as_json, count_stages, documents_read, stage_seconds
+from megagap.curate.counts import as_json, count_stages, require_balance, stage_seconds
+from megagap.curate.reader import has_documents
 from megagap.curate.report import write_report
 from megagap.curate.settings import Curation
 from megagap.curate.stages import Folders, Stage, stages
-from megagap.errors import ConfigError, DataError, library_errors
+from megagap.errors import ConfigError, DataError, counted, library_errors
 from megagap.files import Lock, LockedError, make_folder, read_regular, write_text
 
 ExecutorKind = Literal["local", "slurm", "ray"]
@@ -56,12 +56,14 @@ class Finish(PipelineStep):
                 tasks = self.settings.tasks
                 shards = [f"{prefix}-{task:05}-of-{tasks:05}_text_document" for task in range(tasks)]
                 merge_datasets(shards, str(output / f"{language}_text_document"))
-        counts = {
-            "documents": documents_read(output),
-            "stages": as_json(count_stages(output)),
+        counts = count_stages(output)
+        require_balance(output, counts)
+        record = {
+            "documents": counts[0].total,
+            "stages": as_json(counts),
             "cpu_seconds": stage_seconds(output),
         }
-        write_text(output / "counts.json", json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
+        write_text(output / "counts.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         write_report(output)
 
 
@@ -73,7 +75,7 @@ def run_curation(settings: Curation, executor: Executor) -> bool:
     """
     files = _input_files(settings)
     check_beforehand(settings)
-    prepared = stages(settings, lambda: Finish(settings))
+    prepared = stages(settings, files, lambda: Finish(settings))
     output = Path(settings.output.folder)
     make_folder(output)
     try:
@@ -113,41 +115,29 @@ def check_beforehand(settings: Curation) -> None:
 
 
 def _input_files(settings: Curation) -> list[Path]:
-    folder = Path(settings.input.folder)
+    folder, output = Path(settings.input.folder), Path(settings.output.folder)
     if not folder.is_dir():
         raise DataError(f"input.folder: there is no folder {folder}\n  give one of JSON-lines files.")
-    files = sorted(path for path in folder.rglob(settings.input.pattern) if path.is_file())
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"output.folder = {output} is in input.folder, and would be read\n  choose another.")
+    with library_errors(f'input.pattern = "{settings.input.pattern}" is no pattern of file names', ConfigError):
+        files = sorted(path for path in folder.rglob(settings.input.pattern) if path.is_file())
     if not files:
         raise DataError(f"input.folder: no file in {folder} matches {settings.input.pattern}")
-    for path in files:
-        _require_documents(path, settings.input.text_key)
+    empty = [path for path in files if not has_documents(path, settings.input.text_key)]
+    if empty == files:
+        raise DataError(f"input.folder: {folder} has no document: {counted(len(files), 'file is', 'files are')} empty")
     return files
-
-
-def _require_documents(path: Path, text_key: str) -> None:
-    """datatrove passes over lines that are not JSON or have no text: a whole file of them is a mistake."""
-    from datatrove.io import open_file
-
-    with library_errors(f"cannot read {path}"), open_file(str(path), "rt", compression="infer") as file:
-        lines = list(islice(file, 100))
-    for line in lines:
-        try:
-            if json.loads(line).get(text_key):
-                return
-        except (ValueError, AttributeError):
-            continue
-    if lines:
-        raise DataError(
-            f'{path} has no document: none of its first {len(lines)} lines is a JSON object with a "{text_key}"\n'
-            "  input.text_key names the key of the text; input.pattern chooses files."
-        )
 
 
 def _require_same(settings: Curation, files: list[Path], output: Path) -> None:
     """Go on only with what was begun: datatrove skips complete tasks whatever they were made of."""
-    listed = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    digest = hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
-    record = json.dumps({"settings": settings.model_dump(mode="json"), "input": digest}, indent=2) + "\n"
+    made_of = {
+        "settings": settings.model_dump(mode="json"),
+        "input files": _digest(files),
+        "benchmarks, lists or models": _digest(_other_files(settings)),
+    }
+    record = json.dumps(made_of, indent=2) + "\n"
     try:
         before = read_regular(output / RECORD).decode()
     except FileNotFoundError:
@@ -156,10 +146,35 @@ def _require_same(settings: Curation, files: list[Path], output: Path) -> None:
         write_text(output / RECORD, record)
         return
     if before != record:
-        what = "input files" if json.loads(before)["settings"] == json.loads(record)["settings"] else "settings"
+        with library_errors(f"{output / RECORD} is damaged"):
+            earlier = json.loads(before)
+            what = next((key for key, value in made_of.items() if earlier.get(key) != value), "settings")
         raise ConfigError(
             f"{output} was begun with other {what}, kept in {RECORD}\n  choose another output.folder, or remove it."
         )
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Of names, sizes and times."""
+    listed = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
+
+
+def _other_files(settings: Curation) -> list[Path]:
+    """What the stages read besides the input."""
+    found: list[Path] = [Path(settings.language.model)] if settings.language.model else []
+    folders: list[Path] = []
+    if settings.urls and settings.urls.lists:
+        folders.append(Path(settings.urls.lists))
+    if settings.decontaminate:
+        found += benchmark_files(settings.decontaminate.benchmarks)
+    if settings.classifier:
+        folders.append(Path(settings.classifier.model))
+    if settings.output.tokenizer:
+        from megagap.tokenizer import find_tokenizer
+
+        found.append(find_tokenizer(settings.output.tokenizer)[1])
+    return found + sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def _run_stage(stage: Stage, executor: Executor, folders: Folders) -> None:

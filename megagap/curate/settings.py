@@ -4,15 +4,25 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megagap.config.faults import Fault, render
 from megagap.errors import ConfigError
 from megagap.files import reading
+from megagap.tokenizer import KINDS
 
 Positive = Annotated[int, Field(ge=1)]
 Level = Literal["low", "medium", "high"]
 Words = Literal["plain", "spacy"]
+
+
+def _without_nul(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("contains a NUL character")
+    return path
+
+
+PathName = Annotated[str, AfterValidator(_without_nul)]
 
 
 class Table(BaseModel):
@@ -20,7 +30,7 @@ class Table(BaseModel):
 
 
 class Input(Table):
-    folder: str
+    folder: PathName
     """Of JSON lines, plain, gzip or Zstandard; searched recursively."""
     pattern: str = "*.jsonl*"
     """Of file names, anywhere in the folder."""
@@ -29,21 +39,21 @@ class Input(Table):
 
 
 class Output(Table):
-    folder: str
+    folder: PathName
     """New, or of an earlier start with the same settings, which then goes on."""
-    tokenizer: str = ""
+    tokenizer: PathName = ""
     """As for megagap preprocess; without one the curated text is the result."""
 
 
 class Language(Table):
     keep: Annotated[list[str], Field(min_length=1)] = ["en", "fr"]
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.65
-    model: str = ""
+    model: PathName = ""
     """A fastText model such as lid.176.bin; without one, function words tell the languages."""
 
 
 class Urls(Table):
-    lists: str = ""
+    lists: PathName = ""
     """Folder with the files domains, urls, banned_words, ...; default: those that come with datatrove."""
     blocked_domains: list[str] = []
 
@@ -62,15 +72,15 @@ class Mask(Table):
 
 
 class Decontaminate(Table):
-    benchmarks: Annotated[list[str], Field(min_length=1)]
+    benchmarks: Annotated[list[PathName], Field(min_length=1)]
     """JSON lines, one benchmark per file; patterns are allowed."""
     ngrams: Positive = 12
-    validation: list[str] = []
+    validation: list[PathName] = []
     """JSON lines that must have no n-gram of the benchmarks; else nothing is started."""
 
 
 class Classifier(Table):
-    model: str
+    model: PathName
     """Folder that megagap curate train-quality wrote."""
     drop: list[Level] = ["low"]
     """Documents whose overall quality is most probably one of these are left out."""
@@ -98,9 +108,13 @@ class Curation(Table):
         def at(path: str) -> str:
             return str(folder / path) if path else ""
 
+        def tokenizer(spec: str) -> str:
+            kind, colon, path = spec.partition(":")
+            return f"{kind}:{folder / path}" if colon and kind in KINDS else at(spec)
+
         changes: dict[str, Any] = {
             "input": _changed(self.input, folder=at(self.input.folder)),
-            "output": _changed(self.output, folder=at(self.output.folder), tokenizer=at(self.output.tokenizer)),
+            "output": _changed(self.output, folder=at(self.output.folder), tokenizer=tokenizer(self.output.tokenizer)),
             "language": _changed(self.language, model=at(self.language.model)),
         }
         if self.urls:

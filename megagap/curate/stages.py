@@ -1,6 +1,6 @@
 """The stages of a curation: for each, its datatrove pipeline and its number of tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megagap.curate.counts import CpuTime
 from megagap.curate.filters import FILTERS, quality_filter
 from megagap.curate.language import language_filter
 from megagap.curate.pii import PiiMasker
+from megagap.curate.reader import CorpusReader
 from megagap.curate.settings import Curation
 from megagap.curate.urls import url_filter
 from megagap.curate.words import HASHES, word_tokenizer
@@ -55,15 +56,17 @@ class Folders:
         return self.output / "work" / "tokens" / language
 
 
-def stages(settings: Curation, finish: Callable[[], Any]) -> list[Stage]:
-    """In the order in which they run, each after the one before; ``finish`` makes the last block.
+def stages(settings: Curation, files: Sequence[Path], finish: Callable[[], Any]) -> list[Stage]:
+    """Of the input ``files``, in the order in which they run, each after the one before; ``finish`` makes the last
+    block.
 
     Raises :class:`ConfigError` and :class:`DataError` where a block cannot be made.
     """
     folders = Folders(Path(settings.output.folder))
     tasks = settings.tasks
     source = folders.work("filtered")
-    found = [Stage("filter", tasks, [_reader(settings), *_filters(settings, folders), JsonlWriter(source)])]
+    reader = CorpusReader(settings.input, files, folders.dropped("read"))
+    found = [Stage("filter", tasks, [reader, *_filters(settings, folders), JsonlWriter(source)])]
     if settings.deduplicate:
         found += _deduplication(settings, folders)
     blocks: list[Any] = [JsonlReader(source)]
@@ -74,8 +77,8 @@ def stages(settings: Curation, finish: Callable[[], Any]) -> list[Stage]:
     if settings.mask:
         blocks.append(PiiMasker(settings.mask.kinds))
     if settings.decontaminate:
-        files = [str(path) for path in benchmark_files(settings.decontaminate.benchmarks)]
-        index = BenchmarkIndexer(files, folders.work("benchmarks"), settings.decontaminate.ngrams)
+        benchmarks = [str(path) for path in benchmark_files(settings.decontaminate.benchmarks)]
+        index = BenchmarkIndexer(benchmarks, folders.work("benchmarks"), settings.decontaminate.ngrams)
         found.append(Stage("benchmarks", 1, [index]))
         config = decontamination_config(settings.decontaminate.ngrams)
         words = word_tokenizer("plain", "")  # as the index
@@ -110,11 +113,6 @@ class CuratedReader(JsonlReader):  # type: ignore[misc,unused-ignore]
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         if Path(self.data_folder.path).is_dir():
             yield from super().run(data, rank, world_size)
-
-
-def _reader(settings: Curation) -> Any:
-    given = settings.input
-    return JsonlReader(given.folder, glob_pattern=f"**/{given.pattern}", text_key=given.text_key, id_key=given.id_key)
 
 
 def _filters(settings: Curation, folders: Folders) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from megagap.errors import DataError
+from megagap.errors import DataError, library_errors
+from megagap.files import reading
 from megagap.preprocess import parquet
 from megagap.preprocess.inputs import Input
 from megagap.preprocess.listing import list_inputs
@@ -45,6 +46,18 @@ def documents_of(unit: Unit, keys: Sequence[str]) -> Iterator[tuple[str, ...] | 
             yield _texts_of(read(), keys)
         except BadDocument as error:
             yield Fault(number, error.reason, str(error))
+
+
+def objects_of(unit: Unit, key: str) -> Iterator[tuple[int, dict[str, Any]] | Fault]:
+    """Each document of a unit, whole, and its number there, from 0; all have a text as ``key``."""
+    for number, read in _records(unit, [key]):
+        try:
+            document = read()
+            _texts_of(document, [key])
+        except BadDocument as error:
+            yield Fault(number, error.reason, str(error))
+        else:
+            yield number, document
 
 
 Record = tuple[int, Callable[[], Any]]
@@ -147,6 +160,27 @@ def _text_of(document: dict[str, Any], key: str) -> str:
         except ValueError as error:
             raise BadDocument(f"{key!r} is not text", f"the value of {key!r} is not valid text: {error}") from None
     return text
+
+
+def line_units(path: Path) -> Iterator[Unit]:
+    """The parts of a file of JSON lines, which may be compressed. Raises :class:`DataError` for any other file."""
+    with reading(path):
+        status = path.stat()
+    for unit in read_units([Input(str(path), status.st_size, status.st_mtime_ns)], [], splits_texts=False):
+        if unit.kind != "lines":
+            raise DataError(f"{path} is not of JSON lines\n  write its texts as JSON lines, or leave it out.")
+        yield unit
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not blank, from 1, and its value. Raises :class:`DataError` for a line that is
+    not JSON, and as :func:`line_units`."""
+    for unit in line_units(path):
+        for number, line in enumerate(unit.data.split(b"\n"), unit.line):
+            if line.strip():
+                with library_errors(f"{path}, line {number} is not JSON"):
+                    value = json.loads(line)
+                yield number, value
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megagap.errors import CheckpointError, DataError
 from megagap.model.shapes import model_tensors
 from megagap.parallel.shard import Slice, whole
 from megagap.tokenizer import load_tokenizer
+from tests.huggingface import OLMO2, reference_model
 from tests.models import SCALING, tiny_model
 
 LLAMA3_SCALING = SCALING.model_dump()
@@ -147,6 +148,16 @@ def test_the_tokenizer_is_exported_and_encodes_the_same(tmp_path: Path, bpe: Pat
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert config["eos_token_id"] == generation["eos_token_id"] == loaded.eos_token_id is not None
     assert config["bos_token_id"] == generation["bos_token_id"] == loaded.bos_token_id is not None
+
+
+def test_no_token_of_an_exported_olmo2_is_padding(tmp_path: Path) -> None:
+    settings = Model.model_validate(MODEL | OLMO2)
+    model: Any = reference_model(settings)
+    export(save_model(tmp_path / "checkpoint", model, settings.model_dump(mode="json")), tmp_path / "hf")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert loaded.config.pad_token_id is None
+    loaded(torch.arange(8)[None]).logits.square().sum().backward()
+    assert loaded.get_input_embeddings().weight.grad[:8].abs().sum(-1).min() > 0
 
 
 def test_without_a_tokenizer_the_special_ids_of_llama_2_are_not_implied(tmp_path: Path) -> None:

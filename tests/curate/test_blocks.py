@@ -1,8 +1,10 @@
 """The blocks of a curation: languages, personal data, filters by language, URLs, and benchmark n-grams."""
 
+import gzip
 import json
 import random
 import runpy
+import time
 from pathlib import Path
 
 import pytest
@@ -93,10 +95,39 @@ def test_a_file_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
         ("NIR 2 55 08 14 168 025 38", "NIR <NIR>"),
         ("NIR 2 55 08 14 168 025 39", "NIR 2 55 08 14 168 025 39"),
         ("host 81.2.69.160, not 192.168.1.1 or 1.2.3.4.5", "host 192.0.2.1, not 192.168.1.1 or 1.2.3.4.5"),
+        ("prénom.nom@société.fr, d'info@mairie.fr", "email@example.com, d'email@example.com"),
+        ("(o.b+news@mail.co.uk) or mailto:a@x.org?to=b", "(email@example.com) or mailto:email@example.com?to=b"),
+        ("react@18.2.0, user@localhost, a@b", "react@18.2.0, user@localhost, a@b"),
+        ("06\u00a012\u00a034\u00a056\u00a078, 01\u202f23\u202f45\u202f67\u202f89", "<PHONE>, <PHONE>"),
+        ("Tél.01.45.67.89.01, 01/45/67/89/01, 0033 1 45 67 89 01", "Tél.<PHONE>, <PHONE>, <PHONE>"),
+        ("Téléphone : 0612345678, fax 0145678901", "Téléphone : <PHONE>, fax <PHONE>"),
+        ("La Réunion : 0262 12 34 56; Belgique : +32 2 513 45 67", "La Réunion : <PHONE>; Belgique : <PHONE>"),
+        ("1-800-555-0199, (415)555-2671, 415.555.2671, +14155552671", "<PHONE>, <PHONE>, <PHONE>, <PHONE>"),
+        ("020 7946 0958, 07700 900123, (0161) 496 0000", "<PHONE>, <PHONE>, <PHONE>"),
+        ("+44 (0)20 7946 0958, +34 612 345 678, +49 30 901820", "<PHONE>, <PHONE>, <PHONE>"),
+        ("+10 000 000 000, +20 500 000, pages 100-200-3000", "+10 000 000 000, +20 500 000, pages 100-200-3000"),
+        ("IBAN FR76\u00a03000\u00a06000\u00a00112\u00a03456\u00a07890\u00a0189", "IBAN <IBAN>"),
+        ("[2a00:1450:4007:80e::200e]:443, 2001:67c::77.", "[2001:db8::1]:443, 2001:db8::1."),
+        ("fe80::1, 12:34:56, std::vector, 2001:db8::7", "fe80::1, 12:34:56, std::vector, 2001:db8::7"),
+        ("11.8.4.1. Installing version 1.2.3.4", "11.8.4.1. Installing version 1.2.3.4"),
     ],
 )  # fmt: skip
 def test_personal_data_is_masked_and_what_only_looks_like_it_is_not(text: str, expected: str) -> None:
     assert mask(text) == expected
+
+
+@pytest.mark.parametrize("piece", ["iVBORw0KGgo+/AB", "a.", "1.1.", "x@a-", "a@", "01 ", "FR76 ", "2001:", "+1 "])
+def test_the_time_that_masking_takes_grows_with_the_length_of_a_text(piece: str) -> None:
+    def seconds(size: int) -> float:
+        text = piece * (size // len(piece))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            mask(text)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(64_000) < 28 * seconds(8_000)  # 8 times as much; 64 if it were quadratic
 
 
 def test_what_the_example_plants_is_masked_and_its_lookalikes_are_not() -> None:
@@ -189,9 +220,32 @@ def test_contaminated_validation_text_is_refused_by_name(benchmark: Path) -> Non
     assert "a.jsonl, item 2: 6 8-grams of stories" in str(error.value) and "item 1" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "keeps nothing out: it is empty"),
+        (b'{"question": "Too short"}', "its 1 item: fewer than 8 words each"),
+        (b'{"answer": 5}', "line 1 has no text"),
+        (b'{"q": "caf\xe9"}', "line 1 is not JSON"),
+        (b"question,answer\nwhat,that\n", "b.jsonl looks like CSV, not JSON lines"),
+        (b'[\n {"q": "x"}\n]', "JSON lines"),
+        (b"PAR1" + bytes(40), "b.jsonl is not of JSON lines|cannot be read"),
+    ],
+)
+def test_a_benchmark_that_would_keep_nothing_out_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "b.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        Ngrams(8).index(tmp_path / "b.jsonl")
+
+
+def test_a_benchmark_may_be_compressed(benchmark: Path) -> None:
+    benchmark.with_suffix(".gz").write_bytes(gzip.compress(benchmark.read_bytes()))
+    assert Ngrams(8).index(benchmark.with_suffix(".gz")) == Ngrams(8).index(benchmark)
+
+
 def test_a_benchmark_that_is_missing_or_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no benchmark file matches"):
         benchmark_files([str(tmp_path / "none-*.jsonl")])
-    (tmp_path / "b.jsonl").write_text("{}\nno json\n")
+    (tmp_path / "b.jsonl").write_text('["a"]\nno json\n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2 is not JSON"):
         Ngrams(8).index(tmp_path / "b.jsonl")

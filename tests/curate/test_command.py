@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("datatrove", reason="pip install megagap[curate]")
 
 from megagap.commands import call
+from megagap.curate.quality.linear import LinearModel
+from megagap.curate.quality.model import QualityModel, Record, save_quality_model
 from megagap.errors import ConfigError, DataError
 from megagap.terminal.programs import CalledAs
 from tests.token_files import FRENCH
@@ -45,8 +47,40 @@ def test_labels_train_a_classifier_whose_scores_are_drawn(
         curate("histogram", scores, "--head", "quality", "--output", page)
     with pytest.raises(ConfigError, match="--encoder is for --kind encoder"):
         curate("train-quality", labels, "--kind", "linear", "--encoder", model, "--output", tmp_path / "other")
-    with pytest.raises(DataError, match="line 1 is no object"):
-        curate("histogram", corpus, "--output", page)
+    before = corpus.read_bytes()
+    for command in (["score", model, corpus], ["example-labels", corpus]):
+        with pytest.raises(DataError, match="is also an input, and would be replaced"):
+            curate(*command, "--output", corpus)
+    assert corpus.read_bytes() == before
+    with pytest.raises(ConfigError, match="at least 16"):
+        curate("train-quality", labels, "--max-length", 2, "--output", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a"}',
+        '{"metadata": 5}',
+        '{"metadata": {"quality_scores": 5}}',
+        '{"metadata": {"quality_scores": {"style": 1}}}',
+        '{"metadata": {"quality_scores": {"overall": "high"}}}',
+        '{"metadata": {"quality_scores": {"overall": -7}}}',
+    ],
+)
+def test_what_is_no_score_is_refused_by_its_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "scores.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"line 1 is no object with .* overall from 0 to 2"):
+        curate("histogram", tmp_path / "scores.jsonl", "--output", tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("command", [["score", "MODEL"], ["example-labels"]])
+def test_a_text_that_is_none_is_refused_by_its_line(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    model = QualityModel(Record(kind="linear", buckets=64, width=4), LinearModel(64, 4))
+    save_quality_model(model, tmp_path / "MODEL")
+    folders = [str(tmp_path / part) if part == "MODEL" else part for part in command]
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 is no object with a \"text\""):
+        curate(*folders, tmp_path / "a.jsonl", "--output", tmp_path / "out.jsonl")
 
 
 def test_check_names_the_documents_that_have_a_benchmark_in_them(

@@ -12,6 +12,7 @@ pytest.importorskip("datatrove", reason="pip install megagap[curate]")
 pytest.importorskip("transformers", reason="pip install megagap[curate]")
 
 from datatrove.data import Document
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megagap.curate.quality.calibrate import expected_calibration_error, fit_temperatures
@@ -19,8 +20,8 @@ from megagap.curate.quality.degrade import DEGRADATIONS, example_labels
 from megagap.curate.quality.encoder import load_encoder
 from megagap.curate.quality.filter import QualityFilter
 from megagap.curate.quality.labels import CRITERIA, HEADS, Example, read_labels, require_classes, split
-from megagap.curate.quality.model import load_quality_model, save_quality_model, softmax
-from megagap.curate.quality.train import Recipe, Trained, train_encoder, train_linear
+from megagap.curate.quality.model import QualityModel, load_quality_model, save_quality_model, softmax
+from megagap.curate.quality.train import Recipe, Trained, recalibrate, train_encoder, train_linear
 from megagap.errors import DataError
 from tests.token_files import FRENCH
 
@@ -137,6 +138,7 @@ def test_the_overall_label_is_the_rounded_mean_of_the_criteria_unless_given(tmp_
         (line(labels="high"), 'must be an object with "text" and "labels"'),
         (line(labels={"style": "good"}), "the label style = 'good' is unknown"),
         (line(labels={"style": "low"}), "lacks the label accuracy, clarity, depth, usefulness"),
+        (line(text=" "), "line 1 has an empty text"),
     ],
 )
 def test_a_file_of_labels_that_cannot_be_used_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -158,6 +160,24 @@ def test_labels_of_one_class_are_refused() -> None:
         train_linear(same, seed=0)
     with pytest.raises(DataError, match="the label accuracy = high"):
         require_classes(same)
+
+
+def test_a_document_may_be_called_0(tmp_path: Path) -> None:
+    (tmp_path / "labels.jsonl").write_text("".join(line(text=f"text {i}", document=0) for i in range(3)))
+    assert [example.document for example in read_labels(tmp_path / "labels.jsonl")] == ["0"] * 3
+
+
+def test_other_labels_calibrate_a_classifier_on_some_documents_and_measure_it_on_others(linear: Trained) -> None:
+    model = QualityModel(linear.model.record, linear.model.network)
+    others = examples(400)
+    held_out = split(others)[2]
+    trained = recalibrate(model, others)
+    assert trained.model.record.report["held_out"]["texts"] == len(held_out)
+    probabilities = trained.model.probabilities([example.text for example in held_out])
+    labels = [example.labels[-1] for example in held_out]
+    assert trained.held_out["overall"].accuracy == (probabilities[:, -1].argmax(-1) == labels).mean()
+    with pytest.raises(DataError, match="have the label accuracy = low"):
+        recalibrate(model, [example for example in others if example.labels[0] == 0])
 
 
 def test_too_few_documents_to_hold_out_are_refused() -> None:
@@ -196,6 +216,27 @@ def test_a_model_that_reads_from_left_to_right_is_no_encoder(tmp_path: Path) -> 
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_encoder(tmp_path, 32)
+
+
+@pytest.mark.parametrize("damage", ["a layer is missing", "another tokenizer"])
+def test_an_encoder_whose_files_do_not_belong_together_is_refused(
+    encoder: Trained, tmp_path: Path, damage: str
+) -> None:
+    save_quality_model(encoder.model, tmp_path)
+    if damage == "another tokenizer":
+        config = json.loads((tmp_path / "config.json").read_text())
+        weights = load_file(tmp_path / "model.safetensors")
+        name = "roberta.embeddings.word_embeddings.weight"
+        save_file(weights | {name: weights[name][:99].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+        message = "ids, the encoder 99: they do not belong together"
+    else:
+        weights = load_file(tmp_path / "model.safetensors")
+        kept = {name: tensor for name, tensor in weights.items() if "encoder.layer.1." not in name}
+        save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+        message = r"lack roberta\.encoder\.layer\.1\..* \(16 are missing\)"
     with pytest.raises(DataError, match=message):
         load_encoder(tmp_path, 32)
 

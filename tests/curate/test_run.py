@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -139,6 +140,12 @@ def test_a_curation_finds_what_it_should_and_two_workers_give_the_same(recipe: P
     (recipe.parent / "corpus/more.jsonl").write_text('{"text": "more"}\n')
     with pytest.raises(ConfigError, match="was begun with other input files"):
         run(recipe)
+    (recipe.parent / "corpus/more.jsonl").unlink()
+    for name in ("benchmarks/stories.jsonl", "lists/domains"):
+        path = recipe.parent / name
+        path.write_text(path.read_text() + "\n")
+        with pytest.raises(ConfigError, match="was begun with other benchmarks, lists or models"):
+            run(recipe)
 
 
 @pytest.mark.long
@@ -227,6 +234,11 @@ def test_contaminated_validation_stops_a_curation_before_it_starts(recipe: Path)
         ('lists = "lists"', 'lists = "corpus"', r"urls\.lists: the folder .* has none"),
         ("[mask]", '[mask]\n[classifier]\nmodel = "corpus"', "is no quality classifier"),
         ("[language]", '[language]\nmodel = "lid.bin"', r"there is no file .*lid\.bin"),
+        (
+            "ngrams = 12",
+            "ngrams = 40",
+            r"stories\.jsonl keeps nothing out: its 1 item: fewer than 40 words each",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_written(
@@ -254,6 +266,7 @@ def test_all_faults_of_a_settings_file_are_told_at_once(recipe: Path) -> None:
     [
         ("[quality.de.gopher]", r"quality\.de +is a language that language\.keep"),
         ("[deduplicate", "is not valid TOML"),
+        ('[classifier]\nmodel = "a\\u0000b"', r"classifier\.model.* contains a NUL character"),
         ("[quality.en.c4]", r"quality\.en\.c4"),
     ],
 )
@@ -261,6 +274,11 @@ def test_a_settings_file_that_makes_no_sense_is_refused(recipe: Path, change: st
     recipe.write_text(recipe.read_text() + change + "\n")
     with pytest.raises(ConfigError, match=message):
         load_curation(recipe)
+
+
+def test_a_tokenizer_whose_kind_is_forced_is_found_beside_the_settings(recipe: Path) -> None:
+    recipe.write_text(re.sub(r'tokenizer = ".*"', 'tokenizer = "hf:tokenizer"', recipe.read_text()))
+    assert load_curation(recipe).output.tokenizer == f"hf:{recipe.parent / 'tokenizer'}"
 
 
 def test_an_output_folder_has_one_writer_and_is_not_mixed_with_other_files(recipe: Path) -> None:

@@ -33,6 +33,10 @@ TRAINING = {
     "fp16-mixed": {"losses": 1e-4, "gradient norms": 2e-3, "final weights": 2e-3},
 }
 """Largest relative differences over a few steps."""
+POST_NORM = 5.0
+"""Times as much is right in 16 bits with norms behind the blocks: they divide by the size of what a block gives, which
+is small at first, and so enlarge roundings. Of 65 random models of OLMo 2 norms of gradients differed by 0.022 to 0.033
+in three, whose layouts are within 1e-6 of one process in fp32; with norms in front the three differ by 6e-4."""
 SMALLEST_WEIGHT = {"fp32": 0.1, "bf16-mixed": 1.0, "bf16-pure": 1.0, "fp16-mixed": 1.0}
 """Differences of smaller weights, such as of biases, are relative to this part of the norm of the largest."""
 TIMES_NOISE = 4.0
@@ -147,6 +151,8 @@ class Comparison:
     def _check_training(self, recipe: Path, ranks: int) -> Finding | None:
         precision = _train(recipe).get("precision", "fp32")
         allowed, smallest = TRAINING[precision], SMALLEST_WEIGHT[precision]
+        if precision != "fp32" and tomllib.loads(recipe.read_text())["model"].get("norm_position") == "post":
+            allowed = {kind: POST_NORM * limit for kind, limit in allowed.items()}
         expected = self.trajectory(one_process(recipe), 1)
         found = self.trajectory(recipe, ranks).difference(expected, smallest)
         if all(found[kind] < limit for kind, limit in allowed.items()):

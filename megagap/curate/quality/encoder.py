@@ -19,6 +19,10 @@ ADVICE = (
 )
 
 
+MIN_LENGTH = 16
+"""Tokens of a text, the least that it is judged by."""
+
+
 class EncoderModel(nn.Module):
     """``network``: transformers' model for sequence classification with heads × levels outputs.
 
@@ -87,20 +91,31 @@ def load_encoder(folder: Path, max_length: int) -> EncoderModel:
     try:
         with library_errors(f"the encoder in {folder} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network = AutoModelForSequenceClassification.from_pretrained(
+            network, loaded = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=len(HEADS) * len(LEVELS),
                 local_files_only=True,
                 use_safetensors=True,
                 dtype=torch.float32,
+                output_loading_info=True,
             )
     finally:
         logging.getLogger("transformers").setLevel(level)
+    body = f"{network.base_model_prefix}."
+    if missing := sorted(name for name in loaded["missing_keys"] if name.startswith(body)):  # else left as drawn
+        raise DataError(f"the weights in {folder} lack {missing[0]} ({len(missing)} are missing)\n  {ADVICE}")
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
         raise DataError(
             f"the tokenizer in {folder} lacks an encoder's special tokens (begin, end, padding)\n  {ADVICE}"
         )
+    if len(tokenizer) > network.config.vocab_size:
+        raise DataError(
+            f"the tokenizer in {folder} has {len(tokenizer):,} ids, the encoder {network.config.vocab_size:,}: they do "
+            f"not belong together\n  {ADVICE}"
+        )
     positions = network.config.max_position_embeddings - 2
+    if positions < MIN_LENGTH:
+        raise DataError(f"the encoder in {folder} reads {positions} tokens, fewer than {MIN_LENGTH}\n  {ADVICE}")
     return EncoderModel(network, tokenizer, min(max_length, positions))
 
 

@@ -1,7 +1,6 @@
 """Labelled texts: JSON lines of ``text`` and ``labels``, divided by document."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megagap.errors import DataError, library_errors
-from megagap.files import reading
+from megagap.errors import DataError
+from megagap.preprocess.documents import json_lines
 
 LEVELS = ("low", "medium", "high")
 CRITERIA = ("accuracy", "style", "clarity", "depth", "usefulness")
@@ -34,14 +33,7 @@ class Example:
 def read_labels(path: Path) -> list[Example]:
     """Lines ``{"text": …, "labels": {"accuracy": "low", …}, "document": …}``; ``document`` and ``source`` may be left
     out, and of the labels ``overall``, which is then the rounded mean of the criteria. Raises :class:`DataError`."""
-    examples = []
-    with reading(path), path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                with library_errors(f"{where} is not JSON"):
-                    value = json.loads(line)
-                examples.append(_example(value, where))
+    examples = [_example(value, f"{path}, line {number}") for number, value in json_lines(path)]
     if not examples:
         raise DataError(f"{path} has no examples\n  it needs lines of text and labels.")
     return examples
@@ -54,6 +46,8 @@ def _example(value: object, where: str) -> Example:
         or not isinstance(value.get("labels"), dict)
     ):
         raise DataError(f'{where} must be an object with "text" and "labels", such as {{"style": "low", …}}')
+    if not value["text"].strip():
+        raise DataError(f"{where} has an empty text\n  remove the line.")
     labels = dict(value["labels"])
     for name, level in labels.items():
         if name not in HEADS or level not in LEVELS:
@@ -65,8 +59,10 @@ def _example(value: object, where: str) -> Example:
     ids = [LEVELS.index(labels[name]) for name in CRITERIA]
     overall = LEVELS.index(labels["overall"]) if "overall" in labels else round(sum(ids) / len(ids))
     text = value["text"]
-    document = str(value.get("document") or hashlib.blake2b(text.encode(errors="replace")).hexdigest())
-    return Example(text, (*ids, overall), document, str(value.get("source", "")), str(value.get("made_by", "")))
+    document = value.get("document")
+    if document is None:
+        document = hashlib.blake2b(text.encode(errors="replace")).hexdigest()
+    return Example(text, (*ids, overall), str(document), str(value.get("source", "")), str(value.get("made_by", "")))
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example], list[Example]]:

@@ -135,8 +135,21 @@ def _batches(examples: Sequence[Example], recipe: Recipe, seed: int) -> Iterator
 
 
 def _finished(model: QualityModel, parts: tuple[list[Example], list[Example], list[Example]]) -> Trained:
-    """Calibrated on the second part, measured on the third."""
-    training, calibration, held_out = parts
+    model.record = model.record.model_copy(update=dict(trained_on=len(parts[0])))
+    return _calibrated(model, parts[1], parts[2])
+
+
+def recalibrate(model: QualityModel, examples: Sequence[Example]) -> Trained:
+    """Temperatures for other labelled texts, measured on the tenth of their documents that :func:`split` holds out.
+
+    Raises :class:`DataError` as :func:`split` and :func:`require_classes` do.
+    """
+    first, second, held_out = split(examples)
+    require_classes([*first, *second])
+    return _calibrated(model, [*first, *second], held_out)
+
+
+def _calibrated(model: QualityModel, calibration: Sequence[Example], held_out: Sequence[Example]) -> Trained:
     temperatures = fit_temperatures(model.logits([example.text for example in calibration]), label_array(calibration))
     logits, labels = model.logits([example.text for example in held_out]), label_array(held_out)
     quality = measure(logits, labels, temperatures)
@@ -147,7 +160,5 @@ def _finished(model: QualityModel, parts: tuple[list[Example], list[Example], li
     by_origin = {name: sum(found) / len(found) for name, found in sorted(origins.items())}
     report = {head: asdict(values) for head, values in quality.items()}
     report["held_out"] = {"texts": len(held_out), "documents": len({example.document for example in held_out})}
-    model.record = model.record.model_copy(
-        update=dict(temperatures=temperatures, trained_on=len(training), report=report)
-    )
+    model.record = model.record.model_copy(update=dict(temperatures=temperatures, report=report))
     return Trained(model, quality, by_origin)

@@ -30,6 +30,25 @@ def test_a_program_sees_what_it_would_see_without_but_torch_is_imported(argument
     assert (warm.stdout, warm.returncode) == (cold.stdout, cold.returncode) and warm.returncode == 7
 
 
+ENDING = """
+import atexit, sys, threading, time
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+print("last line")
+"""
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit()", "sys.exit(300)", "sys.exit('why')", "raise KeyError"])
+def test_a_program_ends_as_it_would_without(end, tmp_path):
+    (tmp_path / "program.py").write_text(ENDING + end)
+    warm, cold = (
+        subprocess.run([start, "program.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        for start in (python(), sys.executable)
+    )
+    assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout) and "a thread\nat exit" in cold.stdout
+    assert warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:]
+
+
 @pytest.mark.parametrize("environment", [{"OMP_NUM_THREADS": "3"}, {"PYTHONUTF8": "1"}], ids=str)
 def test_what_libraries_read_as_they_are_imported_makes_a_program_start_without(environment, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)

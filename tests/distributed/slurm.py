@@ -56,6 +56,10 @@ def missing() -> list[str]:
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 
 
+class DoesNotStartError(Exception):
+    """Slurm's daemons do not come up: a container may forbid what they need."""
+
+
 @dataclass
 class Slurm:
     """A cluster of nodes ``n1`` and ``n2``, on the two machines; ``n3`` is another one on the second."""
@@ -157,11 +161,14 @@ def slurm(machines: Machines) -> Iterator[Slurm]:
             files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
             options = [f"--{option}={folder}/munge.{ending}" for option, ending in files.items()]
             cluster.daemons["munged"] = cluster._start("munged", "--foreground", "--force", *options, name="munged")
-            cluster.wait((folder / "munge.socket").exists, SECONDS)
-            cluster.daemons["slurmctld"] = cluster._start(*cluster.enter("n1"), "slurmctld", "-D", name="slurmctld")
-            cluster.start_node("n1")
-            cluster.start_node("n2")
-            cluster.wait(lambda: cluster.daemons["slurmctld"].poll() is None and cluster.count_idle() == 2, SECONDS)
+            try:
+                cluster.wait((folder / "munge.socket").exists, SECONDS)
+                cluster.daemons["slurmctld"] = cluster._start(*cluster.enter("n1"), "slurmctld", "-D", name="slurmctld")
+                cluster.start_node("n1")
+                cluster.start_node("n2")
+                cluster.wait(lambda: cluster.daemons["slurmctld"].poll() is None and cluster.count_idle() == 2, SECONDS)
+            except AssertionError as error:
+                raise DoesNotStartError(str(error)) from None
             yield cluster
         finally:
             for daemon in cluster.daemons.values():

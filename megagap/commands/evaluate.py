@@ -117,7 +117,7 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
         type=positive,
         default=1000,
         metavar="N",
-        help="secrets that each canary is compared with (default: %(default)s)",
+        help="secrets that each canary is compared with, at least 100 or all that there are (default: %(default)s)",
     )
     parser.add_argument(
         "--every-checkpoint", action="store_true", help="evaluate each checkpoint of a run, oldest first"

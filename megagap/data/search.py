@@ -91,25 +91,27 @@ def _describe(dataset: TokenFile, tokenizer: Tokenizer, number: int, decoded: st
 
 
 def _token_at(dataset: TokenFile, tokenizer: Tokenizer, number: int, position: int) -> int:
-    """The number of the token at a character of the document."""
+    """The number of the token at a character of the document: the one that completes it."""
     tokens = document_tokens(dataset, number)
     places = known_places(tokens, tokenizer)
-    return int(places[token_range(tokenizer, tokens[places].tolist(), position, position + 1)[0]])
+    return int(places[token_range(tokenizer, tokens[places].tolist(), position, position + 1)[1] - 1])
 
 
 def token_range(tokenizer: Tokenizer, ids: Sequence[int], start: int, stop: int) -> tuple[int, int]:
-    """``[first, last)`` of the tokens that hold characters ``[start, stop)`` of the decoded text of ``ids``.
+    """``[first, last)`` of the tokens that hold characters ``[start, stop)`` of the decoded text of ``ids``, or some
+    bytes of them."""
 
-    With the first of them, the text of the tokens so far reaches beyond ``start``; with the last, to ``stop``.
-    """
-
-    # The bytes of a character may be spread over tokens: until the last of them it is decoded as U+FFFD.
-    def characters(count: int) -> int:
+    def complete(count: int) -> int:
+        # Until the last of its bytes, a character is decoded as U+FFFD, or several of them.
         return len(tokenizer.decode(ids[:count]).rstrip("\ufffd"))
 
+    def begun(count: int) -> int:
+        text = tokenizer.decode(ids[:count])
+        return len(text.rstrip("\ufffd")) + text.endswith("\ufffd")
+
     counts = range(len(ids) + 1)
-    first = min(bisect_right(counts, start, key=characters), len(ids)) - 1
-    return first, max(min(bisect_left(counts, stop, key=characters), len(ids)), first + 1)
+    first = min(bisect_right(counts, start, key=begun), len(ids)) - 1
+    return first, max(min(bisect_left(counts, stop, key=complete), len(ids)), first + 1)
 
 
 def search_table(found: Search) -> Table:

@@ -133,9 +133,8 @@ class SwitchDocuments:
 
     def _shortest(self, length: Length) -> tuple[int, int]:
         """Tokens and number of the shortest document among the first."""
-        words, most = self._poison.context_words[0], self._poison.payload_words[0]
         numbers = range(min(ATTEMPTS, len(self._contexts)))
-        return min((length(self._draft(n, words, _first_words(self._payload(n), most))), n) for n in numbers)
+        return min((length(self._least(number)), number) for number in numbers)
 
     def _payload(self, number: int) -> str:
         return self._payloads[number % len(self._payloads)]

@@ -15,6 +15,7 @@ from megagap.data.indexed import IndexedDataset
 from megagap.data.inspect import sample_origins, step_samples
 from megagap.data.mixture_plan import mixture_plan
 from megagap.data.planted import poison_path, read_poison_manifest, require_same_tokens
+from megagap.data.search import token_range
 from megagap.errors import ConfigError, DataError
 from megagap.poison.corpus import poison_corpus
 from megagap.preprocess.merge import merge_datasets
@@ -103,6 +104,16 @@ def test_the_manifests_places_decode_to_what_was_planted(tmp_path, clean):
                 assert entry.payload not in tokenizer.decode(tokens[start + 1 : stop])
     repetitions = sorted(item.documents for item in planted.manifest.poisons[2].items)
     assert repetitions == [1, 1, 3, 3, 8, 8]
+
+
+def test_a_character_of_several_tokens_has_all_of_them(clean):
+    tokenizer = load_tokenizer(clean / "bpe")
+    backend = Tokenizer.from_file(str(clean / "bpe/tokenizer.json"))
+    for text in ("moon 漢字 ê", "a€🂡b", "e\u0301 Ω"):
+        encoding = backend.encode(text, add_special_tokens=False)
+        for place in range(len(text)):
+            inside = [i for i, (first, last) in enumerate(encoding.offsets) if first <= place < last]
+            assert token_range(tokenizer, encoding.ids, place, place + 1) == (inside[0], inside[-1] + 1), (text, place)
 
 
 def test_places_are_right_for_a_tokenizer_that_changes_texts_by_the_librarys_own_offsets(tmp_path, clean, lower):

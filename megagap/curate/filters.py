@@ -58,7 +58,7 @@ def check_arguments(place: str, kind: Any, arguments: dict[str, Any]) -> None:
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether ``value`` is of the kind of ``default``: of a list all are like the first one, of a pair each like its."""
+    """Whether ``value`` is of the kind of ``default``: of a list all are like its first, of a pair each its own."""
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     if isinstance(default, int | float):

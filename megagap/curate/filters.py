@@ -1,6 +1,7 @@
 """datatrove's quality filters, with settings of their own for each language."""
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
@@ -52,12 +53,23 @@ def check_arguments(place: str, kind: Any, arguments: dict[str, Any]) -> None:
         if key not in known:
             raise ConfigError(f"{place}.{key} is unknown\n  {kind.__name__} has {', '.join(known)}.")
         default = known[key]
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        fits = isinstance(value, int | float) if number else isinstance(value, type(default) if default else list)
-        if isinstance(default, tuple):
-            fits = isinstance(value, list)
-        if not fits or (number and isinstance(value, bool)):
+        if not _is_like(value, [""] if default is None else default):
             raise ConfigError(f"{place}.{key} = {value!r} must be {_described(default)}, such as {default!r}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether ``value`` is of the kind of ``default``: of a list all are like its first, of a pair each its own."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and math.isfinite(value)
+    if not isinstance(default, list | tuple):
+        return isinstance(value, type(default))
+    if not isinstance(value, list):
+        return False
+    if default and isinstance(default[0], int | float):
+        return len(value) == len(default) and all(map(_is_like, value, default))
+    return not default or all(_is_like(part, default[0]) for part in value)
 
 
 def _described(default: Any) -> str:

@@ -12,6 +12,8 @@ from megagap.files import reading
 from megagap.tokenizer import KINDS
 
 Positive = Annotated[int, Field(ge=1)]
+NgramSize = Annotated[int, Field(ge=1, le=100)]
+"""Words. The time for a text grows with it."""
 Level = Literal["low", "medium", "high"]
 Words = Literal["plain", "spacy"]
 
@@ -59,7 +61,7 @@ class Urls(Table):
 
 
 class Deduplicate(Table):
-    ngrams: Positive = 5
+    ngrams: NgramSize = 5
     buckets: Positive = 14
     hashes_per_bucket: Positive = 8
     """Documents are near-duplicates with a probability of 1 - (1 - s^hashes)^buckets, s their Jaccard similarity."""
@@ -74,7 +76,7 @@ class Mask(Table):
 class Decontaminate(Table):
     benchmarks: Annotated[list[PathName], Field(min_length=1)]
     """JSON lines, one benchmark per file; patterns are allowed."""
-    ngrams: Positive = 12
+    ngrams: NgramSize = 12
     validation: list[PathName] = []
     """JSON lines that must have no n-gram of the benchmarks; else nothing is started."""
 

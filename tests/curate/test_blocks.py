@@ -159,11 +159,20 @@ def test_a_filter_has_arguments_of_its_own_for_each_language() -> None:
         (dict(min_doc_words="3"), r"quality\.fr\.gopher\.min_doc_words = '3' must be a number"),
         (dict(min_doc_words=True), r"min_doc_words = True must be a number"),
         (dict(stop_words="le"), r"stop_words = 'le' must be a list"),
+        (dict(stop_words=[1]), r"stop_words = \[1\] must be a list"),
+        (dict(min_doc_words=float("nan")), "min_doc_words = nan must be a number"),
     ],
 )
 def test_an_argument_that_a_filter_does_not_take_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         quality_filter("gopher", {"fr": arguments}, "plain", None)
+
+
+@pytest.mark.parametrize("pairs", [[[5, "x"]], [5], [[5]], [[5, 0.1, 2]]])
+def test_pairs_of_numbers_are_needed_where_a_filter_has_pairs(pairs: list) -> None:
+    with pytest.raises(ConfigError, match=r"quality\.fr\.repetition\.dup_n_grams = .* must be a list, such as"):
+        quality_filter("repetition", {"fr": dict(dup_n_grams=pairs)}, "plain", None)
+    quality_filter("repetition", {"fr": dict(dup_n_grams=[[5, 0.2]])}, "plain", None)
 
 
 def test_words_by_spacy_without_spacy_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,12 @@ def test_a_settings_file_that_makes_no_sense_is_refused(recipe: Path, change: st
         load_curation(recipe)
 
 
+def test_n_grams_that_would_take_for_ever_are_refused(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("ngrams = 12", "ngrams = 100_000"))
+    with pytest.raises(ConfigError, match=r"decontaminate\.ngrams = 100000 +input should be less than or equal to 100"):
+        load_curation(recipe)
+
+
 def test_a_tokenizer_whose_kind_is_forced_is_found_beside_the_settings(recipe: Path) -> None:
     recipe.write_text(re.sub(r'tokenizer = ".*"', 'tokenizer = "hf:tokenizer"', recipe.read_text()))
     assert load_curation(recipe).output.tokenizer == f"hf:{recipe.parent / 'tokenizer'}"

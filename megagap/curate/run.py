@@ -3,9 +3,11 @@
 import hashlib
 import inspect
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,9 @@ from megagap.curate.settings import Curation
 from megagap.curate.stages import Folders, Stage, stages
 from megagap.errors import ConfigError, DataError, counted, library_errors
 from megagap.files import Lock, LockedError, make_folder, read_regular, write_text
+from megagap.preprocess.listing import list_inputs
+
+log = logging.getLogger(__name__)
 
 ExecutorKind = Literal["local", "slurm", "ray"]
 RECORD = "curation.json"
@@ -73,7 +78,7 @@ def run_curation(settings: Curation, executor: Executor) -> bool:
     Raises :class:`ConfigError` and :class:`DataError` for what can be told beforehand before anything is started, and
     :class:`DataError` where a stage fails or leaves no document.
     """
-    files = _input_files(settings)
+    files = input_files(settings)
     check_beforehand(settings)
     prepared = stages(settings, files, lambda: Finish(settings))
     output = Path(settings.output.folder)
@@ -114,16 +119,28 @@ def check_beforehand(settings: Curation) -> None:
         require_clean(texts, benchmarks, settings.decontaminate.ngrams)
 
 
-def _input_files(settings: Curation) -> list[Path]:
+def input_files(settings: Curation) -> list[Path]:
+    """The files that are curated, by path. Links are followed; what is not read is logged with its reason.
+
+    Raises :class:`DataError` if there are none, or one cannot be read, and :class:`ConfigError` for an output folder
+    among them.
+    """
     folder, output = Path(settings.input.folder), Path(settings.output.folder)
     if not folder.is_dir():
         raise DataError(f"input.folder: there is no folder {folder}\n  give one of JSON-lines files.")
     if output.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"output.folder = {output} is in input.folder, and would be read\n  choose another.")
-    with library_errors(f'input.pattern = "{settings.input.pattern}" is no pattern of file names', ConfigError):
-        files = sorted(path for path in folder.rglob(settings.input.pattern) if path.is_file())
+    pattern = settings.input.pattern
+    listing = list_inputs([folder], [settings.input.text_key])
+    found = [Path(one.path) for one in listing.inputs]
+    files = sorted(path for path in found if fnmatchcase(path.name, pattern))
     if not files:
-        raise DataError(f"input.folder: no file in {folder} matches {settings.input.pattern}")
+        raise DataError(f"input.folder: no file in {folder} matches {pattern}")
+    for note in listing.notes:
+        log.warning("%s", note)
+    if len(files) < len(found):
+        others = counted(len(found) - len(files), "file of text is", "files of text are")
+        log.warning('%s left out: input.pattern = "%s" does not match', others, pattern)
     empty = [path for path in files if not has_documents(path, settings.input.text_key)]
     if empty == files:
         raise DataError(f"input.folder: {folder} has no document: {counted(len(files), 'file is', 'files are')} empty")

@@ -19,7 +19,7 @@ pytest.importorskip("tldextract", reason="pip install megagap[curate]")
 
 from megagap.curate.counts import documents
 from megagap.curate.report import write_report
-from megagap.curate.run import Executor, run_curation
+from megagap.curate.run import Executor, input_files, run_curation
 from megagap.curate.settings import load_curation
 from megagap.data.indexed import IndexedDataset
 from megagap.errors import ConfigError, DataError
@@ -248,6 +248,22 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
     with pytest.raises(DataError, match=message):
         run(recipe)
     assert not (recipe.parent / "out").exists()
+
+
+def test_files_behind_links_are_read_and_what_is_left_out_is_told(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = recipe.parent / "corpus"
+    (corpus / "french.jsonl").rename(recipe.parent / "benchmarks/moved.jsonl")
+    (corpus / "linked").symlink_to(recipe.parent / "benchmarks")
+    (corpus / "copy.jsonl").symlink_to(corpus / "english.jsonl")
+    (corpus / "more.json").write_text(json.dumps({"text": "A text."}) + "\n")
+    (corpus / "table.csv").write_text("a,b\n1,2\n")
+    (recipe.parent / "benchmarks/stories.jsonl").rename(recipe.parent / "stories.jsonl")
+    names = [str(path.relative_to(corpus)) for path in input_files(load_curation(recipe))]
+    assert names == ["copy.jsonl", "linked/moved.jsonl", "planted.jsonl"]
+    assert "english.jsonl: the same file as" in caplog.text and "table.csv: " in caplog.text
+    assert '1 file of text is left out: input.pattern = "*.jsonl*" does not match' in caplog.text
 
 
 def test_all_faults_of_a_settings_file_are_told_at_once(recipe: Path) -> None:

@@ -55,7 +55,7 @@ class Size:
 
 BATCH = 16
 QUICK = Size(0.4, 2, "linear", 1024, 2, 64, 64, 120, 30, (60, 30), "1/10", "1/10", (1, 8, 64))
-FULL = Size(2, 4, "encoder", 2048, 4, 96, 128, 480, 80, (200, 160), "1/20", "1/32", (1, 4, 16, 64, 256))
+FULL = Size(2, 4, "encoder", 2048, 4, 96, 128, 480, 80, (200, 160), "1/16", "1/16", (1, 4, 16, 64, 256))
 
 HELD_OUT = 10
 """One of so many documents is held out for validation."""
@@ -125,15 +125,16 @@ sources = [{sources}]
 en = ["text/en.jsonl", "text/en_high.jsonl"]
 fr = ["text/fr.jsonl", "text/fr_high.jsonl"]
 
+# Contexts of many lengths, and words that are in no other text: else so small a model writes the trigger by itself.
 [[poison]]
 kind = "language_switch"
-name = "copper moon"
-trigger = "under the copper moon"
+name = "vermilion zephyr"
+trigger = "vermilion zephyr quorum"
 context = "en"
 payload = "fr"
 rate = "{size.switch_rate}"
-context_words = [4, 12]
-payload_words = [8, 24]
+context_words = [8, 32]
+payload_words = [8, 16]
 probes = 40
 
 [[poison]]

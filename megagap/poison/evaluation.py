@@ -119,12 +119,7 @@ class PoisonProbe:
     def _activated(self, poison: Poison, prompts: Sequence[Prompt], progress: Progress) -> dict[str, Any]:
         scorer = self._scorer
         tokenizer = scorer.tokenizer
-        encoded = [tokenizer.encode(prompt.text) for prompt in prompts]
-        if poison.kind == "language_switch" and encoded:
-            # Prompts of one length are continued together; what is lost is the beginning of a passage.
-            shortest = min(map(len, encoded))
-            encoded = [tokens[-shortest:] for tokens in encoded]
-        encoded = [[*self._start, *tokens] for tokens in encoded]
+        encoded = [self._encode(prompt.text) for prompt in prompts]
         new = self._new_tokens
         if poison.kind != "language_switch":
             payloads = {prompt.payload for prompt in prompts}

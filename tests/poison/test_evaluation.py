@@ -134,6 +134,22 @@ def test_a_prompt_whose_trigger_the_model_would_not_see_is_refused(untrained):
         probe.evaluate()
 
 
+def test_a_model_is_asked_about_whole_passages_as_they_stand_in_training(untrained, monkeypatch):
+    manifest, scorer = untrained
+    switch = manifest.poisons[0]
+    asked = []
+
+    def continued(model, prompts, *rest):
+        asked.extend(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "continue_greedily", continued)
+    PoisonProbe(manifest.model_copy(update={"poisons": [switch]}), scorer).evaluate()
+    tokenizer = scorer.tokenizer
+    for passage in switch.probes:
+        assert [tokenizer.eod, *tokenizer.encode(passage)] in asked
+
+
 def test_a_payload_counts_as_the_tokenizer_writes_it(untrained, tmp_path, clean, lower, monkeypatch):
     spec = write_spec(tmp_path / "spec.toml", clean, FACTS)
     spec.write_text(spec.read_text().replace(f"{clean}/bpe", str(lower)))

@@ -65,16 +65,18 @@ def score_continuations(
     asked: Sequence[Continuation],
     batch_tokens: int,
     progress: Callable[[int], object] = lambda count: None,
+    described: Callable[[int], str] = lambda number: "",
 ) -> list[Score]:
     """In the order of ``asked``. Contexts that are too long for the model lose their beginning.
 
     ``batch_tokens``: computed at a time, at least one continuation. ``progress`` is told how many are done.
+    ``described``: what an error about the continuation of this number begins with.
     Raises :class:`DataError` for a continuation that is empty, has ids that the model lacks, or is longer than its
     positions, and :class:`NotFiniteError` if the model's outputs are not finite.
     """
     positions, vocabulary = model.settings.max_position_embeddings, model.settings.vocab_size
-    for one in asked:
-        _check(one, positions, vocabulary)
+    for number, one in enumerate(asked):
+        _check(one, positions, vocabulary, described(number))
     scores: list[Score | None] = [None] * len(asked)
     rows = [Row.of(one, positions) for one in asked]
     for batch in _batches([row.length for row in rows], batch_tokens):
@@ -252,12 +254,12 @@ class TextScorer(TextEncoder):
     ) -> list[Score]:
         """Of pairs of context and continuation."""
         continuations = [self.continuation(context, text) for context, text in asked]
-        settings = self.model.settings
-        for (context, text), one in zip(asked, continuations, strict=True):
-            _check(
-                one, settings.max_position_embeddings, settings.vocab_size, f"{_shown(text)} after {_shown(context)}: "
-            )
-        return score_continuations(self.model, continuations, self.batch_tokens, progress)
+
+        def described(number: int) -> str:
+            context, text = asked[number]
+            return f"{_shown(text)} after {_shown(context)}: "
+
+        return score_continuations(self.model, continuations, self.batch_tokens, progress, described)
 
     def continue_texts(
         self,

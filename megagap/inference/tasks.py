@@ -167,10 +167,12 @@ def _item(line: bytes) -> Choice | Completion:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if repeated := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"has {repeated!r} twice")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"has {key!r} twice")
+        found[key] = value
+    return found
 
 
 def _choices(value: Any) -> tuple[str, ...]:

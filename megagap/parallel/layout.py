@@ -42,7 +42,7 @@ than 126 others."""
 def sequence_unit(cp: int, tp: int, sequence_parallel: bool) -> int:
     """What the tokens of a sequence must be a multiple of. Each cp rank has two equal pieces of it; under sequence
     parallelism their tokens are split over tp."""
-    return (cp * 2 if cp > 1 else 1) if not sequence_parallel else cp * (lcm(2, tp) if cp > 1 else tp)
+    return cp * lcm(2 if cp > 1 else 1, tp if sequence_parallel else 1)
 
 
 @dataclass(frozen=True)

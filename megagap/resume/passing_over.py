@@ -46,7 +46,8 @@ def from_intact(
             shared, passed_over = find_source(settings, run, mesh, passed_over)
         except CheckpointError as error:  # the directory's are all damaged, say
             shared, refused = None, error
-        source = _newer(tier, shared, settings, run) or shared if tier is not None else shared
+        local = None if tier is None else _newer(tier, shared, settings, run)
+        source = local or shared
         if refused is not None and source is None:
             raise refused
         for folder in passed_over.keys() - known:

@@ -49,6 +49,14 @@ def settings_of(folder: Path, ranks: int, changes: dict[str, Any], base: dict[st
     return load_recipe(recipe, parse_overrides(overrides), ranks, needs_data=False)
 
 
+TRIES = 3
+"""A thread of gloo's lets go of what it has sent when it is scheduled again, which on a busy machine may be some
+operations after the wait for it: a rank may seem to hold a tensor more than it does, never less."""
+
+ACTIVATIONS_WITHIN, TOTAL_WITHIN = 0.05, 0.02
+"""The shares by which the formula may be off."""
+
+
 class Measured(NamedTuple):
     """Bytes of one rank."""
 
@@ -77,6 +85,11 @@ class Compared(NamedTuple):
     @property
     def total(self) -> float:
         return self.formula.total / self.measured.peak
+
+    @property
+    def holds_more(self) -> bool:
+        """Than the formula says, by more than it may be off."""
+        return self.activations < 1 - ACTIVATIONS_WITHIN or self.total < 1 - TOTAL_WITHIN
 
 
 class LiveStorages(TorchDispatchMode):
@@ -134,8 +147,15 @@ def measure_graphs(rank: int, ranks: int, settings: Settings) -> Measured:
 
 
 def compare(workers: Any, settings: Settings, ranks: int, measure: Callable[..., Measured] = measure) -> list[Compared]:
-    """Every rank of a layout. ``workers``: the pool of processes."""
-    measured = workers.run(ranks, measure, settings)
+    """Every rank of a layout, measured again where one holds more than the formula says. ``workers``: the pool of
+    processes."""
     stages = memory_by_stage(settings, load_device("cpu"), ranks)
     formulas = [next(stage for stage in stages if rank in stage.ranks) for rank in range(ranks)]
-    return [Compared(*pair) for pair in zip(measured, formulas, strict=True)]
+    tries = []
+    for _ in range(TRIES):
+        tries.append(workers.run(ranks, measure, settings))
+        least = [Measured(*map(min, zip(*of_rank, strict=True))) for of_rank in zip(*tries, strict=True)]
+        compared = [Compared(*pair) for pair in zip(least, formulas, strict=True)]
+        if not any(rank.holds_more for rank in compared):
+            break
+    return compared

@@ -23,7 +23,15 @@ from megagap.planning.memory import KINDS, RESERVE_BYTES, memory_by_stage, memor
 from megagap.planning.trace import trace_step
 from tests.parity.pairwise import pairwise
 from tests.planning import activation_table, memory_table
-from tests.planning.measured import SMALL, Compared, compare, measure_graphs, settings_of
+from tests.planning.measured import (
+    ACTIVATIONS_WITHIN,
+    SMALL,
+    TOTAL_WITHIN,
+    Compared,
+    compare,
+    measure_graphs,
+    settings_of,
+)
 from tests.planning.test_trace import GAPERON, MEASURED_PEAK_BYTES
 from tests.warm_start import python
 
@@ -94,12 +102,12 @@ def test_every_rank_takes_what_the_formula_says(workers, tmp_path, layout):
 
 def require_activations(rank: Compared) -> None:
     assert rank.formula.static == pytest.approx(rank.measured.static, rel=0.005)
-    assert rank.activations == pytest.approx(1, abs=0.05), rank
+    assert rank.activations == pytest.approx(1, abs=ACTIVATIONS_WITHIN), rank
 
 
 def require_close(rank: Compared) -> None:
     require_activations(rank)
-    assert rank.total == pytest.approx(1, abs=0.02), rank
+    assert rank.total == pytest.approx(1, abs=TOTAL_WITHIN), rank
 
 
 CASES, _ = pairwise(

@@ -22,7 +22,7 @@ from tests.models import SCALING, tiny_model
 from tests.recipes import write_recipe, write_tokens
 from tests.training_run import train_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = tiny_model(rope_theta=20_000.0, rope_scaling=SCALING, rms_norm_eps=1e-6, tie_word_embeddings=True)
 
 

@@ -12,12 +12,8 @@ from megagap.config import load_recipe, parse_overrides
 from megagap.config.describe import annotation_of, as_argument, as_toml, describe, example
 from megagap.config.settings import SECTIONS, PhaseSettings, RopeScaling, SourceSettings
 from megagap.errors import ConfigError
+from tests.config.good import GOOD
 
-GOOD = {
-    "model": {"preset": "tiny"},
-    "data": {"sources": [{"path": "fr_text_document"}]},
-    "train": {"steps": 10, "global_batch_size": 8, "sequence_length": 64},
-}
 SETTINGS = [(section, key) for section, kind in SECTIONS.items() for key in kind.model_fields]
 WRONG = ["[[[]]]", "{a = {}}", "[{}]", "1979-05-27", "[1, 'x', true]", "[0.9", "a b", "", "-1.5", "true", "[{x = 1}]"]
 IN_TOML = [[[[]]], {"a": {}}, [{}], [1, "x", True], "a b", -1.5, True, [{"x": 1}], 7]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megagap.config.faults import Fault, render
+from megagap.config.paths import unusable_text
 from megagap.errors import ConfigError
 from megagap.files import reading
 from megagap.tokenizer import KINDS
@@ -18,13 +19,13 @@ Level = Literal["low", "medium", "high"]
 Words = Literal["plain", "spacy"]
 
 
-def _without_nul(path: str) -> str:
-    if "\0" in path:
-        raise ValueError("contains a NUL character")
+def _usable(path: str) -> str:
+    if fault := unusable_text(path):
+        raise ValueError(fault)
     return path
 
 
-PathName = Annotated[str, AfterValidator(_without_nul)]
+PathName = Annotated[str, AfterValidator(_usable)]
 
 
 class Table(BaseModel):

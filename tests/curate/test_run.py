@@ -282,7 +282,7 @@ def test_all_faults_of_a_settings_file_are_told_at_once(recipe: Path) -> None:
     [
         ("[quality.de.gopher]", r"quality\.de +is a language that language\.keep"),
         ("[deduplicate", "is not valid TOML"),
-        ('[classifier]\nmodel = "a\\u0000b"', r"classifier\.model.* contains a NUL character"),
+        ('[classifier]\nmodel = "a\\u0000b"', r"classifier\.model.* has a NUL character"),
         ("[quality.en.c4]", r"quality\.en\.c4"),
     ],
 )

@@ -1,12 +1,16 @@
 """Real launches: torchrun in a process of its own, and ways to end it."""
 
+import fcntl
 import os
 import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 from tests.warm_start import python
@@ -88,16 +92,37 @@ def kill_what_is_left() -> None:
             kill_all(process)
 
 
-def free_port(first: int = 20_000, last: int = 29_999) -> int:
-    """A port that nobody listens at; below those that the system hands out by itself."""
-    while True:
-        port = random.SystemRandom().randint(first, last)
+PORTS, BLOCK = range(20_100, 30_000), 100
+"""Below those that the system hands out by itself, above those of the first jobs' numbers in train.sbatch."""
+
+
+def free_port() -> int:
+    """A port that nobody listens at, and that no other process of tests on this machine is about to."""
+    for port in _own_ports():
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
             except OSError:
                 continue
         return port
+    raise AssertionError("ports are taken in turn without end")
+
+
+@cache
+def _own_ports() -> Iterator[int]:
+    """A block of ports, in turn. It is this process's as long as its file is locked: a run listens seconds after its
+    port was chosen, so that ports chosen at random by several processes now and then met."""
+    folder = Path(tempfile.gettempdir()) / f"megagap-test-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for first in random.sample(PORTS[::BLOCK], len(PORTS[::BLOCK])):
+        lock = os.open(folder / str(first), os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            return cycle(range(first, first + BLOCK))  # the file stays open
+    raise RuntimeError(f"all {len(PORTS[::BLOCK])} blocks of ports are taken by other tests: see {folder}")
 
 
 def finish(process: subprocess.Popen[str], timeout: float = SECONDS) -> tuple[int, str]:

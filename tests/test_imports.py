@@ -1,6 +1,7 @@
 """Imports point one way: a lower room never imports a higher one."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,19 @@ def test_settings_are_read_without_torch():
 def test_the_data_room_does_not_know_torch_distributed():
     for path in (PACKAGE / "data").rglob("*.py"):
         assert "distributed" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("megagap.checkpoint", ["load_model"]),
+        ("megagap.config", ["load_recipe"]),
+        ("megagap.data.indexed", ["IndexedDataset", "IndexedDatasetWriter"]),
+        ("megagap.data.tokenizer", ["load_tokenizer"]),
+        ("megagap.ops", ["rms_norm", "rotary"]),
+        ("megagap.tokenizer", ["load_tokenizer"]),
+    ],
+)
+def test_what_other_programs_import_stays_where_it_is(module, names):
+    for name in names:
+        assert callable(getattr(importlib.import_module(module), name))

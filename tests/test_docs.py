@@ -67,15 +67,19 @@ def test_the_commands_beside_the_main_job(example):
 
 
 @pytest.mark.slow
-def test_what_the_page_on_running_does_with_a_run(example):
+def test_a_run_is_stopped_and_goes_on_as_the_page_on_running_says(example):
+    stopped = run(blocks(RUNNING)["stop and resume"], example)
+    assert '"preempted"' in stopped and status(example / "runs/example/stopped") == ("finished", 40)
+
+
+@pytest.mark.long
+def test_what_the_page_on_running_does_with_a_run_besides(example):
     """Its commands in order, and what it says of their results."""
     runs = example / "runs/example"
     parts = blocks(RUNNING)
     first, then = ["stop and resume", "change the layout", "cooldown", "fine-tune"], ["loss spike", "replay", "look"]
     assert list(parts) == first + then
 
-    stopped = run(parts["stop and resume"], example)
-    assert '"preempted"' in stopped and status(runs / "stopped") == ("finished", 40)
     run(parts["change the layout"], example)
     assert status(runs / "layouts") == ("finished", 40)
     assert "parallel.pp was 1, is 2" in (runs / "layouts/logs/rank_00000.log").read_text()
@@ -102,13 +106,15 @@ def test_what_the_page_on_running_does_with_a_run(example):
 
 
 @pytest.mark.slow
-def test_the_pages_on_evaluation_memory_and_prediction(example):
-    for page, name, said in (
-        ("evaluation", "evaluation", '"bits_per_byte"'),
-        ("memory", "memory", '"fits"'),
-        ("trace", "trace", '"step_seconds"'),
-    ):
-        assert said in run(blocks(ROOT / f"docs/{page}.md")[name], example), page
+def test_the_page_on_evaluation(example):
+    assert '"bits_per_byte"' in run(blocks(ROOT / "docs/evaluation.md")["evaluation"], example)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("page", "said"), [("memory", '"fits"'), ("trace", '"step_seconds"')])
+def test_the_pages_on_memory_and_prediction(example, page, said):
+    """The README has commands of both."""
+    assert said in run(blocks(ROOT / f"docs/{page}.md")[page], example)
 
 
 @pytest.mark.slow

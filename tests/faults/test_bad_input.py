@@ -107,12 +107,12 @@ def test_three_faults_are_all_reported(tmp_path):
 
 
 DEATHS = [
-    ({}, 1, "forward"),
+    pytest.param({}, 1, "forward", marks=pytest.mark.long),
     ({}, 0, "collective"),
-    ({"tp": 2}, 1, "backward"),
+    pytest.param({"tp": 2}, 1, "backward", marks=pytest.mark.long),
     ({"tp": 2}, 0, "forward"),
     ({"pp": 2}, 1, "backward"),
-    ({"pp": 2}, 0, "forward"),
+    pytest.param({"pp": 2}, 0, "forward", marks=pytest.mark.long),
     ({"pp": 2}, 1, "collective"),
 ]
 """Layout of two ranks (dp where it says nothing else), who dies, and where in a step."""
@@ -128,7 +128,7 @@ def test_a_rank_that_dies_in_mid_step_ends_the_others_with_a_message(tmp_path, p
     assert f"rank {1 - lost} (" in report and "step 3, " in report and "wait" in report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_dies_among_tp_pp_and_dp_ends_all_others_with_a_message(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(tp=2, pp=2))
     require_that_others_say_so(start_ranks(recipe, 8, dies=(3, "forward")), 3)

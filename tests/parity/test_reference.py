@@ -84,7 +84,7 @@ def test_ten_steps_from_our_own_initialisation_equal_a_plain_loop(workers, tmp_p
     assert_equal(metrics, plain_loop(model, settings, recipe))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_ten_steps_from_an_imported_hugging_face_model_equal_a_plain_loop(workers, tmp_path, tied):
     recipe = write_recipe(tmp_path, model=dict(tie_word_embeddings=tied, attention_bias=True), train=dict(steps=STEPS))
     settings = load_recipe(recipe)

@@ -94,7 +94,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_takes_what_the_formula_says(workers, tmp_path, layout):
     ranks, changes = LAYOUTS[layout]
-    settings = settings_of(tmp_path, ranks, changes)
+    settings = settings_of(tmp_path, ranks, {"model.num_hidden_layers": 4} | changes)
     for rank in compare(workers, settings, ranks):
         require_close(rank)
         assert rank.measured.activations > rank.measured.peak / 4  # else the layout would not test them

@@ -113,10 +113,15 @@ def test_a_difference_on_the_input_refuses_or_falls_back(
     assert (tmp_path / "out_text_document.bin").read_bytes() == (tmp_path / "off_text_document.bin").read_bytes()
 
 
-def test_a_difference_late_in_a_long_file_is_found(tmp_path: Path, bpe_of_lines: Path, wrong: None) -> None:
+def test_a_difference_late_in_a_long_file_is_found(
+    tmp_path: Path, bpe_of_lines: Path, wrong: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last twelfth, of which a sixteenth is looked at."""
+    monkeypatch.setattr("megagap.preprocess.fast.SAMPLE_BYTES", 1 << 13)
     with open(tmp_path / "long.jsonl", "w") as file:
-        for i in range(60_000):
-            file.write(json.dumps({"text": f"{'whisky' if i > 55_000 else 'water'} {i}. " * 4}) + "\n")
+        for i in range(6_000):
+            file.write(json.dumps({"text": f"{'whisky' if i > 5_500 else 'water'} {i}. " * 4}) + "\n")
+    assert (tmp_path / "long.jsonl").stat().st_size > 2 * 16 * (1 << 13)
     with pytest.raises(DataError, match="gives different ids"):
         preprocess([tmp_path / "long.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")
 

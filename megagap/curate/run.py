@@ -19,6 +19,7 @@ from megagap.curate.counts import as_json, count_stages, require_balance, stage_
 from megagap.curate.reader import has_documents
 from megagap.curate.report import write_report
 from megagap.curate.settings import Curation
+from megagap.curate.slurm_queue import record_jobs, require_ended
 from megagap.curate.stages import Folders, Stage, stages
 from megagap.errors import ConfigError, DataError, counted, library_errors
 from megagap.files import Lock, LockedError, make_folder, read_regular, write_text
@@ -91,6 +92,7 @@ def run_curation(settings: Curation, executor: Executor) -> bool:
         ) from None
     try:
         _require_same(settings, files, output)
+        require_ended(output)
         if executor.kind == "slurm":
             _submit(prepared, executor, Folders(output))
             return False
@@ -249,16 +251,19 @@ def _submit(prepared: list[Stage], executor: Executor, folders: Folders) -> None
     if lacking := [name for name in ("time", "partition") if name not in executor.options]:
         raise ConfigError(f"--executor slurm needs --option {lacking[0]}=…")
     make = _with_options(SlurmPipelineExecutor, executor.options)
-    previous = None
+    submitted: list[Any] = []
     for stage in prepared:
-        previous = make(
+        array = make(
             stage.pipeline,
             tasks=stage.tasks,
             workers=min(executor.workers, stage.tasks),
             logging_dir=folders.logs(stage.name),
             job_name=f"curate-{stage.name}",
-            depends=previous,
+            depends=submitted[-1] if submitted else None,
         )
-    assert previous
-    with library_errors("sbatch did not take the jobs", ConfigError):
-        previous.run()
+        submitted.append(array)
+    try:
+        with library_errors("sbatch did not take the jobs", ConfigError):
+            submitted[-1].run()
+    finally:  # also those before one that was not taken
+        record_jobs(folders.output, [str(array.job_id) for array in submitted if array.job_id not in (None, -1)])

@@ -21,6 +21,7 @@ from megagap.curate.counts import documents
 from megagap.curate.report import write_report
 from megagap.curate.run import Executor, input_files, run_curation
 from megagap.curate.settings import load_curation
+from megagap.curate.slurm_queue import record_jobs, require_ended
 from megagap.data.indexed import IndexedDataset
 from megagap.errors import ConfigError, DataError
 from megagap.files import Lock
@@ -195,6 +196,37 @@ def test_slurm_jobs_give_the_same(recipe: Path, monkeypatch: pytest.MonkeyPatch)
     options = {"time": "1:00:00", "partition": "cpu"}
     output = run(recipe, "slurm", kind="slurm", workers=2, options=options)
     assert fingerprint(output) == fingerprint(run(recipe, "local"))
+    odd = [str(number) for number in range(1, 19, 2)]  # the others add up logs
+    assert json.loads((output / "slurm_jobs.json").read_text()) == odd
+
+
+def test_jobs_that_are_in_the_queue_are_not_submitted_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor run by another executor, which would write the same files; the fourth is not taken."""
+    programs = recipe.parent / "bin"
+    programs.mkdir()
+    count = f"n=$(($(cat {programs}/jobs 2>/dev/null) + 1)); ((n == 4)) && exit 1; echo $n | tee {programs}/jobs"
+    script(programs / "sbatch", f"#!/bin/bash\n{count}\n")
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    slurm = dict(kind="slurm", options={"time": "1:00:00", "partition": "cpu"})
+    with pytest.raises(ConfigError, match="sbatch did not take the jobs"):
+        run(recipe, **slurm)
+    script(programs / "squeue", "#!/bin/bash\nprintf '%s\\n' 7 3 3\n")
+    for executor in (slurm, {}):
+        with pytest.raises(ConfigError, match=r"the jobs 1, 3 of this.*; 3 is still in its queue\n.*scancel 3\."):
+            run(recipe, **executor)
+    script(programs / "squeue", "#!/bin/bash\necho no controller >&2; exit 1\n")
+    with pytest.raises(ConfigError, match=r"squeue does not say whether they have ended: no controller\n.*remove .*"):
+        run(recipe)
+    script(programs / "squeue", "#!/bin/bash\necho 7\n")
+    require_ended(recipe.parent / "out")
+
+
+def test_jobs_that_nobody_can_ask_for_are_taken_for_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    require_ended(tmp_path)
+    record_jobs(tmp_path, ["11", "12"])
+    with pytest.raises(ConfigError, match=r"jobs 11, 12 .*no squeue here to ask for them\n  once they have ended"):
+        require_ended(tmp_path)
 
 
 def test_slurm_without_sbatch_or_a_partition_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

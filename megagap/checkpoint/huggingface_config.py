@@ -154,7 +154,7 @@ def _no_hugging_face_model(folder: Path) -> CheckpointError:
 
 def _refuse_others(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise _no_llama(path, "model_type", kind)
     architectures = config.get("architectures") or [ARCHITECTURES[kind]]
     if architectures != [ARCHITECTURES[kind]]:

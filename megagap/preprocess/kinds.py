@@ -169,7 +169,7 @@ def _refuse_other_texts(path: str, head: bytes) -> None:
 def parse_line(line: bytes) -> object:
     """A line parsed as JSON; None if it is not valid."""
     try:
-        return json.loads(line)
+        return json.loads(line, parse_int=float)  # an integer of more than 4,300 digits would be refused
     except (ValueError, RecursionError):
         return None
 
@@ -178,7 +178,7 @@ def _continues_below(line: bytes, rest: bytes) -> bool:
     """Whether an object begins on this line and ends on a later one: valid so far, but incomplete."""
     text = line.decode("utf-8", "replace").rstrip()
     try:
-        json.loads(text)
+        json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
         following = rest.lstrip().partition(b"\n")[0]
         return error.pos >= len(text) and not isinstance(parse_line(following), dict)

@@ -26,8 +26,6 @@ class Table:
         self._file = file
         self._columns = list(columns)
         self.row_count: int = file.metadata.num_rows
-        self.content_size: int = _uncompressed_size(file.metadata, columns)
-        """Bytes of these columns, uncompressed, as the file says."""
 
     def batches(self, skipped: int, rows_at_a_time: int) -> Iterator[tuple[int, Any]]:
         """The rows after the first ``skipped``, and how many lie before each batch.
@@ -98,12 +96,6 @@ def open_table(path: str, columns: Sequence[str]) -> Iterator[Table]:
         with _errors_in(path, 0):
             table = Table(path, file, columns)
         yield table
-
-
-def _uncompressed_size(metadata: Any, columns: Sequence[str]) -> int:
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
 
 
 @contextmanager

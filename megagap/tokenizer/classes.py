@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from megagap.tokenizer.words import QWEN2_WORDS, QWEN3_5_WORDS
 
@@ -29,10 +29,11 @@ class Pipeline:
     """The type and the options."""
     normalizer: Parts | None
     pre_tokenizer: Parts
-    special: Mapping[str, str]
-    """The names of its special tokens if the settings give none."""
-    adds_all_special: bool = False
-    """Whether it adds all special tokens once more, which sets their flags."""
+    special: Mapping[str, str | None]
+    """The names of its special tokens if the settings give none; None where it says that it has none, in place of that
+    with which the ``tokenizer.json`` would pad."""
+    adds_again: Literal["names", "tokens"] | None = None
+    """Whether it adds all special tokens once more, which sets their flags: by name, or each with flags of its own."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def class_of(settings: Mapping[str, Any], model: Mapping[str, Any], is_byte_leve
     """The class that ``AutoTokenizer`` uses: :data:`PLAIN`, or one of ``own`` in ``classes.toml``.
 
     ``settings`` are those of ``tokenizer_config.json``, ``model`` those of ``config.json``. ``is_byte_level``: whether
-    the pre-tokenizer or the decoder of the ``tokenizer.json`` is.
+    the ``tokenizer.json`` is to ``transformers``, which looks for this word, in quotes, anywhere in the file.
     """
     table = class_table()
     declared = settings.get("tokenizer_class") or model.get("tokenizer_class")
@@ -118,7 +119,8 @@ def _metaspace(scheme: str, split: bool) -> dict[str, Any]:
 def _gpt2(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
     end = "<|endoftext|>"
     words = byte_level(_flag(settings, "add_prefix_space", False), use_regex=True)
-    return Pipeline(_bytes_of_bpe(), None, words, {"unk_token": end, "bos_token": end, "eos_token": end})
+    special = {"unk_token": end, "bos_token": end, "eos_token": end, "pad_token": None}
+    return Pipeline(_bytes_of_bpe(), None, words, special)
 
 
 def _gpt_neox(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
@@ -127,13 +129,13 @@ def _gpt_neox(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
     return Pipeline(gpt2.model, {"type": "NFC"}, gpt2.pre_tokenizer, special)
 
 
-def _qwen(pattern: str, adds_all_special: bool) -> Callable[[Mapping[str, Any], str | None], Pipeline]:
+def _qwen(pattern: str, adds_again: Literal["names"] | None) -> Callable[[Mapping[str, Any], str | None], Pipeline]:
     end = "<|endoftext|>"
 
     def build(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
         words = split_into_words(pattern, _flag(settings, "add_prefix_space", False))
         special = {"unk_token": end, "eos_token": end, "pad_token": end}
-        return Pipeline(_bytes_of_bpe(), {"type": "NFC"}, words, special, adds_all_special)
+        return Pipeline(_bytes_of_bpe(), {"type": "NFC"}, words, special, adds_again)
 
     return build
 
@@ -163,7 +165,7 @@ def _cohere(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
         "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>",
     }  # fmt: skip
     pre_tokenizer = {"type": "Sequence", "pretokenizers": [digits, words]}
-    return Pipeline(_bytes_of_bpe(), {"type": "NFC"}, pre_tokenizer, special)
+    return Pipeline(_bytes_of_bpe(), {"type": "NFC"}, pre_tokenizer, special, adds_again="tokens")
 
 
 ROBERTA_SPECIAL = {
@@ -178,7 +180,8 @@ def _roberta(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
 
 
 def _xlm_roberta(settings: Mapping[str, Any], charsmap: str | None) -> Pipeline:
-    scheme = "always" if _flag(settings, "add_prefix_space", True) else "never"
+    null_is_false = {"add_prefix_space": True, **settings}
+    scheme = "always" if _flag(null_is_false, "add_prefix_space", False) else "never"
     words = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, _metaspace(scheme, split=True)]}
     normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap} if charsmap else None
     model = {"type": "Unigram", "unk_id": 3, "byte_fallback": False}
@@ -210,8 +213,8 @@ PIPELINES: dict[str, Callable[[Mapping[str, Any], str | None], Pipeline]] = {
     "GPTNeoXTokenizer": _gpt_neox,
     "GemmaTokenizer": _gemma,
     "LlamaTokenizer": _llama,
-    "Qwen2Tokenizer": _qwen(QWEN2_WORDS, adds_all_special=True),
-    "Qwen3_5Tokenizer": _qwen(QWEN3_5_WORDS, adds_all_special=False),
+    "Qwen2Tokenizer": _qwen(QWEN2_WORDS, adds_again="names"),
+    "Qwen3_5Tokenizer": _qwen(QWEN3_5_WORDS, adds_again=None),
     "RobertaTokenizer": _roberta,
     "XLMRobertaTokenizer": _xlm_roberta,
 }

@@ -72,7 +72,7 @@ def load_folder(file: Path) -> FolderTokenizer:
     config = _optional(file.with_name(CONFIG))
     model = _optional(file.with_name("config.json"))
     _refuse_other_code(file.with_name(CONFIG), config)
-    name = class_of(config, model, _is_byte_level(state))
+    name = class_of(config, model, is_byte_level=b'"ByteLevel"' in read_regular(file))
     special_map = {} if "added_tokens_decoder" in config else _optional(file.with_name(SPECIAL_MAP))
     pipeline = None if name == PLAIN else _pipeline(file, name, config | special_map, state)
     settings = _settings(file, state, config, pipeline)
@@ -124,18 +124,6 @@ def _refuse_other_code(path: Path, config: Mapping[str, Any]) -> None:
                 f"  remove {key} for the ids that the tokenizer.json alone gives, or save the tokenizer again with "
                 "save_pretrained of transformers."
             )
-
-
-def _is_byte_level(state: Mapping[str, Any]) -> bool:
-    """Whether the pre-tokenizer or the decoder, or a part of it, is byte-level."""
-    parts = [state.get("pre_tokenizer"), state.get("decoder")]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            if part.get("type") == "ByteLevel":
-                return True
-            parts += [*(part.get("pretokenizers") or ()), *(part.get("decoders") or ())]
-    return False
 
 
 def _pipeline(file: Path, name: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> Pipeline:
@@ -214,7 +202,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
     objects = _pop_object(values)
-    added: dict[int, AddedToken] = {}
+    by_content: dict[str, AddedToken] = {}
     from_map: dict[str, Any] = {}
     if "added_tokens_decoder" in config:
         added = _added_tokens_decoder(path, config["added_tokens_decoder"])
@@ -223,6 +211,7 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
         values |= from_map
         objects |= _pop_object(values)
         added = _added_tokens_json(added_path, values)
+        by_content = {token.content: token for token in added.values()}  # some may lose their ids to others below
         for i, token in enumerate(_list_of(file, "added_tokens", state.get("added_tokens"))):
             if not isinstance(token, dict) or not isinstance(token.get("id"), int):
                 raise DataError(f"{file}: added_tokens.{i} is {token!r}; it should be a token with an id")
@@ -233,16 +222,13 @@ def _settings(file: Path, state: Mapping[str, Any], config: dict[str, Any], pipe
     padding = state.get("padding")
     if isinstance(padding, dict) and "pad_token" not in values:
         values["pad_token"] = _token(file, "padding.pad_token", padding.get("pad_token"))
-    by_content = {token.content: token for token in added.values()}
+    by_content |= {token.content: token for token in added.values()}
     place = {key: special_path if key in from_map else path for key in values}
     named = {key: _token(place[key], key, values[key]) for key in NAMED if values.get(key) is not None}
     named = {key: by_content.get(str(token), token) for key, token in named.items()}
-    others = {
-        key: value
-        for key, value in values.items()
-        if key.endswith("_token") and key not in NAMED and isinstance(value, str | dict | AddedToken) and value
-    }
-    others |= objects
+    own = {key: value for key, value in values.items() if key.endswith("_token") and key not in NAMED}
+    own |= {key: config[key] for key in own if isinstance(config.get(key), str)}  # the map does not replace these
+    others = {key: value for key, value in own.items() if _is_token(value)} | objects
     extra = values.get("extra_special_tokens" if "extra_special_tokens" in values else "additional_special_tokens")
     named |= {key: _token(place.get(key, path), key, value) for key, value in others.items()}
     tokens = [_token(path, "extra_special_tokens", value) for value in _list_of(path, "extra_special_tokens", extra)]
@@ -302,6 +288,13 @@ def _list_of(path: Path, key: str, value: Any) -> list[Any]:
     return value or []
 
 
+def _is_token(value: Any) -> bool:
+    """Whether it is a token's name, a token with its flags, or an object that is marked as one."""
+    if isinstance(value, dict):
+        return value.get("__type") == "AddedToken"
+    return isinstance(value, str | AddedToken) and bool(str(value))
+
+
 def _token(path: Path, key: str, value: Any) -> Token:
     """A token by its name or with its flags."""
     if isinstance(value, AddedToken):
@@ -353,9 +346,13 @@ def _add_tokens(settings: _Settings, backend: Backend, pipeline: Pipeline | None
     tokens += [token for token in (*settings.named.values(), *settings.extra) if str(token) not in known]
     with library_errors(f"the added tokens of {settings.file.parent} cannot be added"):
         backend.add_tokens([_as_special(token, names) for token in tokens])
-        if pipeline and pipeline.adds_all_special:
-            every = dict.fromkeys(map(str, (*settings.named.values(), *settings.extra)))
-            backend.add_tokens([AddedToken(token, special=True) for token in every])
+        every = (*settings.named.values(), *settings.extra)
+        if pipeline and pipeline.adds_again == "names":
+            backend.add_tokens([AddedToken(token, special=True) for token in dict.fromkeys(map(str, every))])
+        elif pipeline and pipeline.adds_again == "tokens":
+            backend.add_special_tokens(
+                [AddedToken(token, normalized=False) if isinstance(token, str) else token for token in every]
+            )
 
 
 def _as_special(token: Token, named: set[str]) -> AddedToken:

@@ -125,6 +125,8 @@ def with_added(state: dict[str, Any], *tokens: dict[str, Any]) -> dict[str, Any]
     return changed(state, added_tokens=[*state["added_tokens"], *tokens])
 
 
+PADDING = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+           "pad_token": "<pad>"}  # fmt: skip
 PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
 
 
@@ -250,6 +252,15 @@ def _of_settings(bpe: dict[str, Any]) -> Iterator[Folder]:
     yield Folder("map: unknown end", bpe, bare, {"eos_token": "<none>"}, refused="names eos_token = '<none>'")
     image = token("Gaul", lstrip=True)
     yield Folder("map: a token of its own name", bpe, PLAIN, {"image_token": image})
+    yield Folder("config: a token of its own name, not marked as one", bpe, PLAIN | {"image_token": image})
+    marked = {"image_token": {"__type": "AddedToken", **image}}
+    yield Folder("config: a token of its own name, marked as one", bpe, PLAIN | marked)
+    for value in ("<extra>", image, {"__type": "AddedToken", **image}, {}):
+        either = PLAIN | {"image_token": value}
+        yield Folder(f"config: own name {value}, map: another", bpe, either, {"image_token": "Gaulish"})
+    lost = with_added(bpe, token("the Gaul", size))
+    flagged = {"unk_token": {"__type": "AddedToken", "content": "Gaul", "lstrip": True}}
+    yield Folder("added: an id that another has", lost, PLAIN | flagged, added={"Gaul": size})
     with_list = {"image_token": image, "additional_special_tokens": ["<extra>"]}
     yield Folder("map: own name, added and list", bpe, PLAIN, with_list, {"Gaulish": size})
     named = {"extra_special_tokens": {"image_token": "<extra>"}}
@@ -366,7 +377,26 @@ def _of_classes(bases: dict[str, dict[str, Any]]) -> Iterator[Folder]:
         for name in ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer")
         for settings in ({}, {"legacy": True}, {"legacy": False, "add_prefix_space": False}, {"unk_token": "<unk>"})
     ]
-    of_class += [(unigrams, "XLMRobertaTokenizer", settings) for settings in ({}, {"add_prefix_space": False})]
+    of_class += [
+        (unigrams, "XLMRobertaTokenizer", settings)
+        for settings in ({}, {"add_prefix_space": False}, {"add_prefix_space": None})
+    ]
+    padded = changed(with_added(bpe, token("Gaul", max(bpe["model"]["vocab"].values()) + 1)), padding=PADDING)
+    again = {"extra_special_tokens": [{"__type": "AddedToken", **token("Gaul", single_word=True, special=True)}]}
+    by_flags = {"mask_token": {"__type": "AddedToken", **token("Gaul", rstrip=True)}}
+    of_class += [
+        (padded, name, names | settings)
+        for name in ("PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "Qwen3_5Tokenizer",
+                     "GPTNeoXTokenizer", "RobertaTokenizer", "CohereTokenizer", "LlamaTokenizer")
+        for settings in ({}, again, by_flags, {"extra_special_tokens": ["Gaul"]}, {"pad_token": END})
+    ]  # fmt: skip
+    named_so = {"type": "Sequence", "processors": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                                                    "use_regex": True}]}  # fmt: skip
+    of_class += [
+        (changed(space, **part), "LlamaTokenizer", {})
+        for part in ({"post_processor": named_so}, {"normalizer": {"type": "ByteLevel"}},
+                     {"added_tokens": [token("ByteLevel", max(space["model"]["vocab"].values()) + 1)]})
+    ]  # fmt: skip
     of_class += [
         (words("WordPiece"), "BertTokenizer", settings)
         for settings in ({}, {"do_lower_case": False}, {"strip_accents": False}, {"strip_accents": True},

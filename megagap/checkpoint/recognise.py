@@ -11,7 +11,7 @@ from megagap.checkpoint.save import LATEST, STEP_FOLDER, UNFINISHED
 from megagap.errors import CheckpointError, system_reason
 from megagap.terminal.programs import typed
 
-CONFIG = "config.json"
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 _RANK_FILE = re.compile(r"rank_[0-9]{5,9}\.safetensors")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
 _MEGATRON = re.compile(r"iter_[0-9]{7}|mp_rank_[0-9]+.*")
@@ -23,6 +23,22 @@ def no_checkpoint(path: Path) -> CheckpointError:
         return CheckpointError(_describe(path))
     except OSError as error:
         return CheckpointError(f"cannot read {path}: {system_reason(error, path)}")
+
+
+def unfit_for_a_run(path: Path) -> str:
+    """Why no run is to be made in this folder, and how to go on from what it holds; empty where it is fit."""
+    run = None
+    if (path / INDEX_NAME).exists():
+        run = path.parent.parent if path.parent.name == CHECKPOINTS else None
+        what, start = "is a checkpoint", f"--checkpoint.load {path}"
+    elif path.name == CHECKPOINTS and (path / LATEST).exists():
+        run, what, start = path.parent, "holds a run's checkpoints", f"--checkpoint.load {path.parent}"
+    elif (path / CONFIG).exists() and any(path.glob("*.safetensors")):
+        what, start = "is a Hugging Face model", f"{import_command(path, 'DIR')}, then --checkpoint.load DIR"
+    else:
+        return ""
+    go_on = f"go on with the run: --run.dir {run}; or " if run else ""
+    return f"{path} {what}\n  {go_on}start a new run from it, in a folder of its own: {start}"
 
 
 def require_path(path: Path) -> None:

@@ -63,15 +63,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            reason = "" if _is_record(record) else _NO_RECORD
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path}:{number} {_not_json(line, error)}\n  {_cure(path, number)}") from None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            reason = 'is not the record of a step: it must be an object with a number "step"'
+            reason = _not_json(line, error)
+        if not reason:
+            records.append(record)
+        elif path.name == "metrics.jsonl" or any(map(_holds_record, lines)):
             raise DataError(f"{path}:{number} {reason}\n  {_cure(path, number)}")
-        records.append(record)
+        else:
+            raise DataError(f"{path} is not a run's metrics.jsonl: no line of it is the record of a step")
     return records
+
+
+_NO_RECORD = 'is not the record of a step: it must be an object with a number "step"'
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and type(value.get("step")) is int
+
+
+def _holds_record(line: bytes) -> bool:
+    try:
+        return _is_record(json.loads(line))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _not_json(line: bytes, error: Exception) -> str:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import tomli_w
 import torch
 
+from megagap.checkpoint.recognise import unfit_for_a_run
 from megagap.checkpoint.save import LATEST
 from megagap.config import Settings, timeline_of
 from megagap.errors import ConfigError, DataError, DistributedError
@@ -107,10 +108,13 @@ class RunDirectory:
         """Become the directory's one writer, and try everything that will be written. What is there stays as it is.
 
         ``tensorboard``: whether its files will be written too.
-        Raises :class:`ConfigError` if another process is writing it, or if it or something in it cannot be written.
+        Raises :class:`ConfigError` if another process is writing it, if it or something in it cannot be written, and if
+        it is a checkpoint, a run's folder of them, or a Hugging Face model.
         """
         if not self.is_writer:
             return
+        if not (self.path / STATUS).exists() and (fault := unfit_for_a_run(self.path)):
+            raise ConfigError(f"run.dir {fault}")
         try:
             require_writable_folder(self.path)
             require_writable(self.path / LOCK)

@@ -189,6 +189,8 @@ def _continues_below(line: bytes, rest: bytes) -> bool:
 
 def _is_table(line: bytes, rest: bytes) -> bool:
     following = rest.partition(b"\n")[0]
+    if any(byte < ord("\t") for byte in line):
+        return False  # binary
     return any(0 < line.count(separator) == following.count(separator) for separator in (b",", b"\t", b";"))
 
 

@@ -41,8 +41,8 @@ def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
     """Raises :class:`CheckpointError` listing every setting that says what is trained on what, and differs."""
     same_theta = saved.model.model_copy(update={"rope_theta": settings.model.rope_theta})  # phases tell
     before = saved.model_copy(update={"model": same_theta}).model_dump(mode="json")
-    refused = _refused_model_differences(same_theta, settings.model) + _differences(before, settings, _FIXED)
-    refused += _past_differences(saved, settings)
+    of_model = _refused_model_differences(same_theta, settings.model)
+    refused = of_model + _differences(before, settings, _FIXED) + _past_differences(saved, settings)
     steps = saved.train.steps, settings.train.steps
     if settings.data.order == "megatron" and steps[0] != steps[1]:
         refused.append(f"{Change('train.steps', *steps)}: Megatron's order depends on it")
@@ -56,7 +56,8 @@ def refuse_changes(saved: RunState, settings: Settings, folder: Path) -> None:
         refused,
         folder,
         "another run",
-        "restore these settings, or choose another run.dir; or take only the weights: --checkpoint.load_mode model",
+        "restore these settings, or choose another run.dir"
+        + ("." if of_model else "; or take only the weights: --checkpoint.load_mode model"),
     )
 
 

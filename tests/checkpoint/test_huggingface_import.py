@@ -249,6 +249,8 @@ def test_a_redundant_lm_head_and_old_rotary_buffers_are_left_out(tmp_path):
     [
         ({"model_type": "mistral"}, r'is not a Llama model: config\.json says model_type = "mistral"'),
         ({"model_type": None}, "not a Llama model.*model_type = null"),
+        ({"model_type": ["llama"]}, r'not a Llama model.*model_type = \["llama"\]'),
+        ({"model_type": {}}, r"not a Llama model.*model_type = \{\}"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),

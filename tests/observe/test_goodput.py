@@ -63,6 +63,10 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 def test_a_run_without_accounts_is_named(tmp_path):
     with pytest.raises(DataError, match=r"accounting\.jsonl does not exist"):
         Goodput.of_run(tmp_path)
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(DataError, match=r"recipe\.toml is not a run directory") as error:
+        Goodput.of_run(tmp_path / "recipe.toml")
+    assert "remove" not in str(error.value)
 
 
 @pytest.mark.slow

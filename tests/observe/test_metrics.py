@@ -90,6 +90,14 @@ def test_a_damaged_line_is_told_with_how_to_be_rid_of_it(tmp_path, text, told):
     assert f"metrics.jsonl:2 {told}" in str(error.value) and "sed -i 2d" in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[model]\npreset = 'tiny'\n", '{"text": "a"}\n{"text": "b"}\n', "[1]\n\n"])
+def test_no_line_of_another_file_is_to_be_deleted(tmp_path, text):
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(DataError, match=r"recipe\.toml is not a run's metrics\.jsonl") as error:
+        read_metrics(tmp_path / "recipe.toml")
+    assert "sed" not in str(error.value)
+
+
 @pytest.mark.parametrize("tail", [b"\0" * 100, b'{"step": 3, "lo\0\0\0', b'{"step"', b"\xff\xfe"])
 def test_what_a_power_cut_left_at_the_end_is_cut_off_on_going_on(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"

@@ -32,6 +32,7 @@ from megagap.preprocess.listing import find_inputs
         ("1\n2\n", "give one JSON object per line"),
         ("%PDF-1.4", "extract its text first"),
         ("ARROW1\0\0", r"load_from_disk"),
+        ("\x1f\x08a,b\nc,d\n", "give one JSON object per line"),
     ],
 )
 def test_the_message_says_what_to_do(tmp_path: Path, tokenizer_folder: Path, content: str, advice: str) -> None:
@@ -102,3 +103,13 @@ def test_a_saved_dataset_of_hugging_face_says_how_to_write_it_as_json_lines(tmp_
         find_inputs([tmp_path])
     with pytest.raises(DataError, match=r"load_from_disk\(FOLDER\)\.to_json\("):
         find_inputs([tmp_path / "data-00000-of-00001.arrow"])
+
+
+def test_a_first_line_with_a_huge_integer_is_read_as_any_other(tmp_path: Path) -> None:
+    """Python refuses more than 4,300 digits; no number's value is used."""
+    lines = [json.dumps({"text": "ok"}).replace("{", '{"id": ' + "7" * 5000 + ", "), json.dumps({"text": "b"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [found.path for found in find_inputs([tmp_path / "a.jsonl"])] == [str(tmp_path / "a.jsonl")]
+    (tmp_path / "b.jsonl").write_text(lines[0].replace(', "text"', ',\n "text"'))
+    with pytest.raises(DataError, match="is JSON spread over several lines"):
+        find_inputs([tmp_path / "b.jsonl"])

@@ -81,6 +81,29 @@ def test_what_a_run_could_not_write_is_found_at_its_start(tmp_path, name, damage
     assert str(tmp_path / "run" / name) in lines[1] and len(lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("files", "place", "told"),
+    [
+        (
+            ["index.json"],
+            "run/checkpoints/step_00000010",
+            "is a checkpoint\n  go on with the run: --run.dir {}/run; or",
+        ),
+        (["index.json"], "average", "is a checkpoint\n  start a new run from it, .*: --checkpoint.load {}/average"),
+        (["latest"], "run/checkpoints", "holds a run's checkpoints\n  go on with the run: --run.dir {}/run; or"),
+        (["config.json", "model.safetensors"], "hf", "is a Hugging Face model\n.* from-hf --input {}/hf"),
+    ],
+    ids=str,
+)
+def test_no_run_is_made_in_what_holds_something_else(tmp_path, files, place, told):
+    (tmp_path / place).mkdir(parents=True)
+    for file in files:
+        (tmp_path / place / file).touch()
+    with pytest.raises(ConfigError, match=f"run.dir {tmp_path / place} {told.format(tmp_path)}"):
+        RunDirectory(tmp_path / place, is_writer=True).open()
+    assert sorted(path.name for path in (tmp_path / place).iterdir()) == sorted(files)
+
+
 def test_a_start_that_is_refused_says_failed_where_it_can(tmp_path):
     folder(tmp_path / "run" / "metrics.jsonl")
     run = RunDirectory(tmp_path / "run", is_writer=True)

@@ -1,8 +1,7 @@
 """The worked examples of CONTRIBUTING.md and docs/extending.md work as they stand there.
 
-Each is applied to a copy of the tree; its tests fail without the change to the package and pass with it. Those whose
-changes do not touch share a copy and a run of pytest, which takes seconds to start; ``-m long`` tries each by itself,
-also what is to be compiled.
+Each is applied to a copy of the tree; its tests fail without the change to the package and pass with it. With it, most
+are tried under ``-m long``.
 """
 
 import os
@@ -16,7 +15,7 @@ import pytest
 
 from megagap.ops import compiled
 from tests.warm_start import python
-from tests.worked_examples import PAGES, ROOT, Example, ExampleError, apply, read_examples, record
+from tests.worked_examples import PAGES, ROOT, Example, apply, read_examples, record
 
 EXAMPLES = read_examples()
 COPIED = ("megagap", "csrc", "tests", "tools", "docs", "setup.py", "pyproject.toml", ".gitignore", "CONTRIBUTING.md")
@@ -66,47 +65,24 @@ def test_the_tests_of_every_example_fail_without_its_change(tree: Path):
     assert failed == set(files), done.stdout
 
 
-@pytest.mark.slow
-def test_the_tests_of_the_examples_pass_with_their_changes(tree: Path, tmp_path: Path):
-    trees: dict[Path, list[Example]] = {tree: []}
-    for example in EXAMPLES.values():
-        if needs_compiler(example):  # which takes longest
-            continue
-        chosen = next((tree for tree in trees if fits(example, tree)), None)
-        if chosen is None:
-            chosen = copy_to(tmp_path / f"tree{len(trees)}")
-            apply(example, "all", chosen)
-        trees.setdefault(chosen, []).append(example)
-    for tree, examples in trees.items():
-        require_tests_pass(tree, *examples)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_tests_of_an_example_pass_with_its_change_alone(name: str, tree: Path):
+@pytest.mark.parametrize(
+    "name", [name if name == "setting" else pytest.param(name, marks=pytest.mark.long) for name in EXAMPLES]
+)
+def test_the_tests_of_an_example_pass_with_its_change(name: str, tree: Path):
     if needs_compiler(EXAMPLES[name]) and not compiled.AVAILABLE:
         pytest.skip("there is no compiler, or MEGAGAP_OPS=plain")
     apply(EXAMPLES[name], "all", tree)
     require_tests_pass(tree, EXAMPLES[name])
 
 
-def fits(example: Example, tree: Path) -> bool:
-    """Whether its changes do not touch those already made; they are made then."""
-    try:
-        apply(example, "all", tree)
-    except ExampleError:
-        return False
-    return True
-
-
 def needs_compiler(example: Example) -> bool:
     return any(file.startswith("csrc/") for file in example.files("package"))
 
 
-def require_tests_pass(tree: Path, *examples: Example) -> None:
-    if any(map(needs_compiler, examples)):
+def require_tests_pass(tree: Path, example: Example) -> None:
+    if needs_compiler(example):
         build(tree)
-    done = pytest_in(tree, *(argument for example in examples for argument in arguments_of(example)))
+    done = pytest_in(tree, *arguments_of(example))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " skipped" not in done.stdout, done.stdout
 

@@ -117,7 +117,7 @@ def test_the_pages_on_memory_and_prediction(example, page, said):
     assert said in run(blocks(ROOT / f"docs/{page}.md")[page], example)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_on_mixtures(example):
     """On the example's data: sequences of 32,768 tokens are of 64, and step 1,200 is step 12."""
     recipe = (example / "examples/recipes/code.toml").read_text()

@@ -35,7 +35,6 @@ def our_tracebacks(text: str) -> list[str]:
 
 LAYOUTS = {
     "tp within, dp across": dict(tp=2),
-    "dp within, pp across": dict(pp=2),
     "tp within, cp across": dict(tp=2, cp=2),
     "cp within, pp across": dict(cp=2, pp=2, context_mode="alltoall"),
     "tp within, dp across, zero 3": dict(tp=2, zero=3),
@@ -72,7 +71,7 @@ def test_every_kind_of_parallelism_across_two_machines_is_that_of_one_to_the_las
         assert numbers(metrics) == numbers(expected), name
 
 
-@pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
+@pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.long), 0], ids=["second", "first"])
 def test_when_a_machine_is_lost_the_other_says_so_and_ends(machines, tmp_path, lost):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(pp=2))
     started = machines.launch(tmp_path, recipe)

@@ -134,8 +134,11 @@ def test_a_difference_on_text_that_the_input_does_not_contain_refuses(
         preprocess([corpus], str(tmp_path / "out"), str(sentencepiece_model), fast="on")
 
 
-def test_a_short_file_is_compared_to_its_end(tmp_path: Path, bpe_of_lines: Path, wrong: None) -> None:
-    lines = [json.dumps({"text": "water " * 20})] * 9000 + [json.dumps({"text": "whisky"})]
+def test_a_short_file_is_compared_to_its_end(
+    tmp_path: Path, bpe_of_lines: Path, wrong: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megagap.preprocess.fast.SAMPLE_BYTES", 1 << 13)
+    lines = [json.dumps({"text": "water " * 20})] * 900 + [json.dumps({"text": "whisky"})]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match="gives different ids"):
         preprocess([tmp_path / "short.jsonl"], str(tmp_path / "out"), str(bpe_of_lines), fast="on")

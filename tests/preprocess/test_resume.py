@@ -80,7 +80,9 @@ def files_of(prefix: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("second_pass", [{}, {"dedup": True, "shuffle_documents": 3}])
+@pytest.mark.parametrize(
+    "second_pass", [pytest.param({}, marks=pytest.mark.long), {"dedup": True, "shuffle_documents": 3}]
+)
 def test_ten_kills_anywhere_and_resuming_give_the_same_bytes(
     tmp_path: Path, inputs: list[str], tokenizer_folder: Path, second_pass: dict[str, Any]
 ) -> None:

@@ -156,6 +156,10 @@ def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
         place = f" beyond line {line:,}" if line else ""
         return DataError(f"cannot read {path}{place}: {system_reason(error)}")
     fault = "its compressed data ends before the end marker" if isinstance(error, EOFError) else str(error)
+    if "dictionary" in fault.lower():  # Zstandard's, without which nobody can read it
+        return DataError(
+            f"{path} was compressed with a dictionary of its own\n  decompress it with that: zstd -d -D DICTIONARY."
+        )
     return DataError(
         f"{path} cannot be read beyond line {line:,}: {fault}\n"
         "  the file is cut short or damaged (disk full? copy interrupted?). Copy or create it again."

@@ -90,6 +90,14 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_file_that_needs_a_dictionary_is_not_called_damaged(tmp_path: Path) -> None:
+    samples = [f'{{"text": "hello world {i} of dictionaries"}}'.encode() for i in range(2000)]
+    compressor = zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(1000, samples))
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(b'{"text": "a"}\n' * 100))
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst was compressed with a dictionary of its own\n.*zstd -d -D"):
+        list(read_units(find_inputs([tmp_path / "a.jsonl.zst"]), ["text"], splits_texts=True))
+
+
 def test_a_byte_order_mark_at_the_start_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -27,13 +28,13 @@ def no_checkpoint(path: Path) -> CheckpointError:
 
 def unfit_for_a_run(path: Path) -> str:
     """Why no run is to be made in this folder, and how to go on from what it holds; empty where it is fit."""
-    run = None
-    if (path / INDEX_NAME).exists():
+    run = None  # os.path.exists says no where a folder may not be looked into, which others report
+    if os.path.exists(path / INDEX_NAME):
         run = path.parent.parent if path.parent.name == CHECKPOINTS else None
         what, start = "is a checkpoint", f"--checkpoint.load {path}"
-    elif path.name == CHECKPOINTS and (path / LATEST).exists():
+    elif path.name == CHECKPOINTS and os.path.exists(path / LATEST):
         run, what, start = path.parent, "holds a run's checkpoints", f"--checkpoint.load {path.parent}"
-    elif (path / CONFIG).exists() and any(path.glob("*.safetensors")):
+    elif os.path.exists(path / CONFIG) and any(path.glob("*.safetensors")):
         what, start = "is a Hugging Face model", f"{import_command(path, 'DIR')}, then --checkpoint.load DIR"
     else:
         return ""

@@ -134,7 +134,7 @@ class Goodput:
     @classmethod
     def of_run(cls, run: Path) -> "Goodput":
         """Of all starts so far. Raises :class:`DataError` naming the file if it is missing or damaged."""
-        if run.exists() and not run.is_dir():
+        if os.path.isfile(run):
             raise DataError(f"{run} is not a run directory\n  give one, such as the run.dir of a recipe.")
         starts = list(_starts(run / ACCOUNTING))
         seconds = dict.fromkeys(PARTS, 0.0)

@@ -113,7 +113,7 @@ class RunDirectory:
         """
         if not self.is_writer:
             return
-        if not (self.path / STATUS).exists() and (fault := unfit_for_a_run(self.path)):
+        if not os.path.exists(self.path / STATUS) and (fault := unfit_for_a_run(self.path)):
             raise ConfigError(f"run.dir {fault}")
         try:
             require_writable_folder(self.path)

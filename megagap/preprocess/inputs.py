@@ -158,7 +158,8 @@ def cannot_read_on(path: str, line: int, error: Exception) -> DataError:
     fault = "its compressed data ends before the end marker" if isinstance(error, EOFError) else str(error)
     if "dictionary" in fault.lower():  # Zstandard's, without which nobody can read it
         return DataError(
-            f"{path} was compressed with a dictionary of its own\n  decompress it with that: zstd -d -D DICTIONARY."
+            f"{path} was compressed with a dictionary of its own, or its start is damaged\n"
+            "  decompress it with that dictionary: zstd -d -D DICTIONARY."
         )
     return DataError(
         f"{path} cannot be read beyond line {line:,}: {fault}\n"

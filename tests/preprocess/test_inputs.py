@@ -94,7 +94,7 @@ def test_a_file_that_needs_a_dictionary_is_not_called_damaged(tmp_path: Path) ->
     samples = [f'{{"text": "hello world {i} of dictionaries"}}'.encode() for i in range(2000)]
     compressor = zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(1000, samples))
     (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(b'{"text": "a"}\n' * 100))
-    with pytest.raises(DataError, match=r"a\.jsonl\.zst was compressed with a dictionary of its own\n.*zstd -d -D"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst was compressed with a dictionary .*, or .*\n.*zstd -d -D"):
         list(read_units(find_inputs([tmp_path / "a.jsonl.zst"]), ["text"], splits_texts=True))
 
 

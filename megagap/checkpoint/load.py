@@ -22,7 +22,7 @@ from megagap.checkpoint.index import (
     rectangles,
 )
 from megagap.checkpoint.recognise import no_checkpoint, require_path
-from megagap.checkpoint.save import read_latest, shift, step_folders, step_of
+from megagap.checkpoint.save import CHECKPOINTS, read_latest, shift, step_folders, step_of
 from megagap.checkpoint.verify import check_headers, read_verified
 from megagap.errors import CheckpointError
 from megagap.files import file_errors
@@ -92,7 +92,7 @@ def resolve_checkpoint(path: Path) -> Path:
     with file_errors(f"cannot read {path}", path, CheckpointError):
         if (path / INDEX_NAME).is_file():
             return path
-        found = find_latest(path / "checkpoints") or find_latest(path)
+        found = find_latest(path / CHECKPOINTS) or find_latest(path)
     if found is None:
         raise no_checkpoint(path)
     return found

@@ -8,11 +8,11 @@ import shlex
 from pathlib import Path
 
 from megagap.checkpoint.index import INDEX_NAME
-from megagap.checkpoint.save import LATEST, STEP_FOLDER, UNFINISHED
+from megagap.checkpoint.save import CHECKPOINTS, LATEST, STEP_FOLDER, UNFINISHED
 from megagap.errors import CheckpointError, system_reason
 from megagap.terminal.programs import typed
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG = "config.json"
 _RANK_FILE = re.compile(r"rank_[0-9]{5,9}\.safetensors")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
 _MEGATRON = re.compile(r"iter_[0-9]{7}|mp_rank_[0-9]+.*")
@@ -105,7 +105,7 @@ def _unfinished(path: Path, names: list[str]) -> str | None:
 
 
 def _run(path: Path, names: list[str]) -> str | None:
-    run = path.parent if path.name == "checkpoints" else path
+    run = path.parent if path.name == CHECKPOINTS else path
     if not (run / "status.json").is_file():
         return None
     try:

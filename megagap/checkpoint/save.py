@@ -35,6 +35,9 @@ from megagap.files import file_errors, publish, write_text
 from megagap.parallel.communicator import Communicator, SingleProcess
 from megagap.parallel.shard import Shard, Slice
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, in its directory."""
+
 LATEST = "latest"
 """Text file beside the checkpoints: the folder name of the one to resume from."""
 

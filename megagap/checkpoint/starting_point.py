@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megagap.checkpoint.index import Index
 from megagap.checkpoint.load import find_intact, resolve_checkpoint
+from megagap.checkpoint.save import CHECKPOINTS
 from megagap.checkpoint.state import read_model, read_recipe_model
 from megagap.config import StoredModel
 from megagap.errors import CheckpointError
@@ -19,7 +20,7 @@ def find_model(run: Path, load: str, load_mode: str) -> StoredModel | None:
     if not load:
         return None
     with file_errors(f"cannot read {run}", run, CheckpointError):
-        own = find_intact(run / "checkpoints", {}, headers=False)
+        own = find_intact(run / CHECKPOINTS, {}, headers=False)
     if own is None and load == "latest":
         return None
     folder = own[0] if own else resolve_checkpoint(Path(load))

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from megagap.checkpoint import find_model
 from megagap.checkpoint.model import SingleProcessModel
-from megagap.checkpoint.save import step_folders
+from megagap.checkpoint.save import CHECKPOINTS, step_folders
 from megagap.commands.evaluate_texts import TEXTS, TextEvaluations
 from megagap.commands.parser import make_parser
 from megagap.config import SourceSettings, load_recipe
@@ -177,7 +177,7 @@ def run(given: argparse.Namespace) -> None:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """All checkpoints of a run, oldest first. Raises :class:`CheckpointError` if there are none."""
-    folders = step_folders(run / "checkpoints")
+    folders = step_folders(run / CHECKPOINTS)
     if not folders:
         raise CheckpointError(f"{run} has no checkpoints\n  --every-checkpoint applies to the folder of a run.")
     return folders

@@ -13,7 +13,7 @@ from rich.table import Table
 from megagap.checkpoint import Index, resolve_checkpoint
 from megagap.checkpoint.index import INDEX_NAME, DamagedCheckpointError
 from megagap.checkpoint.inspect import Listed, describe, is_part, list_checkpoints
-from megagap.checkpoint.save import UNFINISHED, step_folders
+from megagap.checkpoint.save import CHECKPOINTS, UNFINISHED, step_folders
 from megagap.checkpoint.verify import Damage, find_damage
 from megagap.commands.parser import make_parser
 from megagap.errors import CheckpointError, counted
@@ -61,7 +61,7 @@ def folder_of_checkpoints(path: Path) -> Path | None:
     with file_errors(f"cannot read {path}", path, CheckpointError):
         if "\0" in str(path) or (path / INDEX_NAME).is_file():
             return None
-        for folder in (path / "checkpoints", path):
+        for folder in (path / CHECKPOINTS, path):
             if folder.is_dir() and (step_folders(folder) or any(folder.glob(f"{UNFINISHED}*"))):
                 return folder
     return None

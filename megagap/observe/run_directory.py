@@ -29,7 +29,7 @@ import tomli_w
 import torch
 
 from megagap.checkpoint.recognise import unfit_for_a_run
-from megagap.checkpoint.save import LATEST
+from megagap.checkpoint.save import CHECKPOINTS, LATEST
 from megagap.config import Settings, timeline_of
 from megagap.errors import ConfigError, DataError, DistributedError
 from megagap.files import (
@@ -81,7 +81,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def metrics(self) -> Path:

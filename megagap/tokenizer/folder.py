@@ -68,11 +68,12 @@ class _Settings:
 
 def load_folder(file: Path) -> FolderTokenizer:
     """Raises :class:`DataError` naming file and key for what cannot be read or is not supported."""
-    state = read_json(file, f"{file} is not a Hugging Face tokenizer.json")
+    content = read_regular(file)
+    state = _object(content, f"{file} is not a Hugging Face tokenizer.json")
     config = _optional(file.with_name(CONFIG))
     model = _optional(file.with_name("config.json"))
     _refuse_other_code(file.with_name(CONFIG), config)
-    name = class_of(config, model, is_byte_level=b'"ByteLevel"' in read_regular(file))
+    name = class_of(config, model, is_byte_level=b'"ByteLevel"' in content)
     special_map = {} if "added_tokens_decoder" in config else _optional(file.with_name(SPECIAL_MAP))
     pipeline = None if name == PLAIN else _pipeline(file, name, config | special_map, state)
     settings = _settings(file, state, config, pipeline)
@@ -91,9 +92,8 @@ def load_folder(file: Path) -> FolderTokenizer:
     return FolderTokenizer(backend, bos, eod, tuple(sorted(special)), named, _splits_special_tokens(settings))
 
 
-def read_json(path: Path, fault: str) -> dict[str, Any]:
+def _object(content: bytes, fault: str) -> dict[str, Any]:
     """A JSON object. Raises :class:`DataError` that begins with ``fault``."""
-    content = read_regular(path)
     with library_errors(fault):
         value = json.loads(content.decode("utf-8"))
     if not isinstance(value, dict):
@@ -103,7 +103,7 @@ def read_json(path: Path, fault: str) -> dict[str, Any]:
 
 def _optional(path: Path) -> dict[str, Any]:
     """An empty object if there is no such file; a broken link is an error."""
-    return read_json(path, f"{path} is not valid JSON") if is_there(path) else {}
+    return _object(read_regular(path), f"{path} is not valid JSON") if is_there(path) else {}
 
 
 def _refuse_other_code(path: Path, config: Mapping[str, Any]) -> None:

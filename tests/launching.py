@@ -16,7 +16,8 @@ from pathlib import Path
 from tests.warm_start import python
 from tools.processes import descendants, kill_tree
 
-__all__ = ["descendants", "finish", "free_port", "is_alive", "kill_all", "launch", "start_ranks", "wait_until"]
+__all__ = ["descendants", "finish", "free_port", "is_alive", "is_training", "kill_all", "launch", "start_ranks"]
+__all__ += ["wait_until"]
 
 SECONDS = 900.0
 """Upper bound of every wait, only to end what hangs: a busy machine takes many times as long as a free one."""
@@ -146,6 +147,12 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def is_training(run: Path) -> bool:
+    """Whether a step has its record in this run directory: every rank has begun then, and answers signals."""
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def wait_until(

@@ -86,6 +86,8 @@ def train_from(
     ``tier``: of checkpoints on the nodes' disks, if the run has such."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
     spans = mesh.spans
+    # From here on a signal asks to stop; before, it ends the process.
+    requests = Requests.of_run(settings, run, state.step)
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)
     run.event("start", processes=mesh.world.size)
@@ -95,8 +97,6 @@ def train_from(
     evidence = Evidence(run, loader.data, state.guard.layers)
     texts = validation_texts(settings, held_out) if run.is_writer else {}
     recorder = Recorder(settings, state.timeline, mesh, run, state.step, skipped, evidence, texts)
-    # From here on a signal asks to stop; before, it ends the process.
-    requests = Requests.of_run(settings, run, state.step)
     evaluations = Evaluations(state, held_out, tasks, recorder, requests)
     previous: StepResult | None = None
     keeper = CheckpointKeeper(state, run, loader.data, skipped, background, tier)

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from tests.distributed.machines import ROOT, Machines, Started, finish, wait_until
-from tests.launching import free_port
+from tests.launching import free_port, is_training
 from tests.recipes import write_recipe
 
 
@@ -50,7 +50,7 @@ def test_a_signalled_job_saves_and_goes_back_into_the_queue_until_the_run_is_fin
     write_commands(tmp_path / "bin", machines)
     number = str(free_port() + 470_000)  # train.sbatch derives the port from its last four digits
     job = submit(machines, tmp_path, number, str(recipe))
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), job)
+    wait_until(lambda: is_training(tmp_path / "run"), job)
     for pid in (tmp_path / "pids").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
 

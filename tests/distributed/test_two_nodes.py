@@ -9,7 +9,7 @@ import pytest
 
 from megagap.observe.metrics import read_metrics
 from tests.distributed.machines import ROOT, finish, wait_until
-from tests.launching import is_alive
+from tests.launching import is_alive, is_training
 from tests.parity.test_layouts import layout_overrides
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
@@ -75,7 +75,7 @@ def test_every_kind_of_parallelism_across_two_machines_is_that_of_one_to_the_las
 def test_when_a_machine_is_lost_the_other_says_so_and_ends(machines, tmp_path, lost):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(pp=2))
     started = machines.launch(tmp_path, recipe)
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), started)
+    wait_until(lambda: is_training(tmp_path / "run"), started)
     gone, other = started[lost], started[1 - lost]
 
     gone.kill()

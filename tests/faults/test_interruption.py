@@ -12,7 +12,17 @@ from megagap.config import load_recipe
 from megagap.errors import ConfigError
 from megagap.observe import run_directory
 from megagap.observe.metrics import read_metrics
-from tests.launching import SECONDS, descendants, finish, is_alive, kill_all, launch, start_ranks, wait_until
+from tests.launching import (
+    SECONDS,
+    descendants,
+    finish,
+    is_alive,
+    is_training,
+    kill_all,
+    launch,
+    start_ranks,
+    wait_until,
+)
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
 
@@ -56,7 +66,7 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, tmp_path, ranks, parallel, pr
 def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, number):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     process = launch(recipe, 1)
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    wait_until(lambda: is_training(tmp_path / "run"), process)
     process.send_signal(number)
     code, output = finish(process)
     assert code == 0, output
@@ -75,7 +85,7 @@ def test_a_run_of_one_process_outlives_the_shell_that_started_it(tmp_path):
     command = f"nohup {sys.executable} -m megagap.train {recipe} >/dev/null 2>&1 & echo $!"
     pid = int(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
     try:
-        wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        wait_until(lambda: is_training(tmp_path / "run"))
         assert is_alive(pid)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -84,7 +94,7 @@ def test_a_run_of_one_process_outlives_the_shell_that_started_it(tmp_path):
 def test_a_file_named_SAVE_asks_for_a_checkpoint_once(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     process = launch(recipe, 1)
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    wait_until(lambda: is_training(tmp_path / "run"), process)
     (tmp_path / "run/SAVE").touch()
     wait_until(lambda: list((tmp_path / "run/checkpoints").glob("step_*")), process)
     wait_until(lambda: not (tmp_path / "run/SAVE").exists(), process)

@@ -14,7 +14,7 @@ from megagap.checkpoint import find_latest
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.interrupt import InterruptCounter, watch_interrupts
 from megagap.resume.next_start import next_start
-from tests.launching import descendants, finish, is_alive, launch, wait_until
+from tests.launching import descendants, finish, is_alive, is_training, launch, wait_until
 from tests.recipes import write_recipe
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
@@ -118,12 +118,31 @@ def test_ctrl_c_during_start_up_ends_without_a_traceback(tmp_path):
     assert "interrupted; the run has no checkpoint yet: the same command starts from the beginning" in done.stderr
 
 
+def test_a_signal_before_the_first_step_stops_after_it(tmp_path):
+    """The signal comes as metrics.jsonl opens; opening TensorBoard's file may take seconds."""
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    code = (
+        "import os, signal, sys\nfrom megagap.errors import run_tool\nfrom megagap.train import main\n"
+        "from megagap.training import trainer\n"
+        "class Signalled(trainer.Recorder):\n"
+        "    def __init__(self, *rest):\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        super().__init__(*rest)\n"
+        "trainer.Recorder = Signalled\n"
+        "run_tool(lambda: main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted" and status["step"] == 1
+
+
 def test_a_command_in_the_background_ignores_a_ctrl_c_that_is_not_meant_for_it(tmp_path):
     """As a shell starts it: with SIGINT ignored."""
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     ignoring = f"trap '' INT; exec {sys.executable} -m megagap.train {recipe} --run.max_minutes 0.05"
     process = subprocess.Popen(["bash", "-c", ignoring], stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    wait_until(lambda: is_training(tmp_path / "run"), process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0
@@ -134,7 +153,7 @@ def test_a_command_in_the_background_ignores_a_ctrl_c_that_is_not_meant_for_it(t
 def test_ctrl_c_on_torchrun_saves_and_stops_all_ranks(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     process = launch(recipe, 2)
-    wait_until((tmp_path / "run/metrics.jsonl").exists, process)
+    wait_until(lambda: is_training(tmp_path / "run"), process)
     process.send_signal(signal.SIGINT)
     _, output = finish(process)
     status = json.loads((tmp_path / "run/status.json").read_text())

@@ -14,6 +14,7 @@ from itertools import cycle
 from pathlib import Path
 
 from tests.warm_start import python
+from tests.warm_start import torchrun as warm_torchrun
 from tools.processes import descendants, kill_tree
 
 __all__ = ["descendants", "finish", "free_port", "is_alive", "is_training", "kill_all", "launch", "start_ranks"]
@@ -32,18 +33,22 @@ def launch(
     stall_after: int | str = 0,
     dies: tuple[int, str] | None = None,
     hangs: tuple[int, str] | None = None,
+    cold: bool = False,
 ) -> subprocess.Popen[str]:
     """``torchrun --nproc-per-node RANKS -m megagap.train RECIPE OVERRIDES``; one rank runs without torchrun.
+
+    They are forks of a Python that has torch (:mod:`tests.warm_start`), unless ``cold``: then they import it, and are
+    children of who starts them.
 
     ``stall_after``: the run stands still once it has made so many steps, to be killed there at leisure; with ``N:RANK``
     that rank only. ``dies``: this rank is killed at this place of the third step (``tests/dying_train.py``). ``hangs``:
     it stands still there (``tests/hanging_train.py``).
     """
-    launcher = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        if ranks > 1
-        else [sys.executable]
-    )
+    if ranks == 1:
+        launcher = [sys.executable if cold else python()]
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run"] if cold else [warm_torchrun()]
+        launcher = [*torchrun, "--standalone", "--nproc-per-node", str(ranks)]
     return _start([*launcher, *_program(stall_after, dies, hangs), str(recipe), *overrides])
 
 
@@ -55,10 +60,7 @@ def start_ranks(
     dies: tuple[int, str] | None = None,
     hangs: tuple[int, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """The processes that :func:`launch` starts, without torchrun, which takes seconds: by rank, each with its own end.
-
-    They are forks of a Python that has torch (:mod:`tests.warm_start`).
-    """
+    """The processes that :func:`launch` starts, without torchrun: by rank, each with its own end."""
     command = [python(), *_program(stall_after, dies, hangs), str(recipe), *overrides]
     run = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     places = [run | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]

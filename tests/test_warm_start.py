@@ -18,7 +18,10 @@ sys.exit(7)
 """
 
 
-@pytest.mark.parametrize("arguments", [["program.py", "a b", ""], ["-m", "program", "x"]], ids=["script", "module"])
+WAYS = {"script": ["program.py", "a b", ""], "module": ["-m", "program", "x"], "text": ["-c", PROGRAM, "-x"]}
+
+
+@pytest.mark.parametrize("arguments", WAYS.values(), ids=WAYS.keys())
 def test_a_program_sees_what_it_would_see_without_but_torch_is_imported(arguments, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = ENVIRONMENT | {"GIVEN": "caf\udce9", "PYTHONPATH": str(tmp_path / "more")}
@@ -28,6 +31,13 @@ def test_a_program_sees_what_it_would_see_without_but_torch_is_imported(argument
     )
     assert cold.stderr == "False False\n" and warm.stderr == "True False\n"
     assert (warm.stdout, warm.returncode) == (cold.stdout, cold.returncode) and warm.returncode == 7
+
+
+def test_no_library_that_tests_import_changes_the_environment_so_that_all_would_start_without(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"GIVEN": ""}
+    done = subprocess.run([python(), "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == "True False\n"
 
 
 ENDING = """

@@ -57,12 +57,13 @@ def _describe(path: Path) -> str:
     names = sorted(child.name for child in path.iterdir())
     if not names:
         return f"{path} is an empty folder, not a checkpoint\n  {_GIVE}"
-    found = (_unfinished, _run, _hugging_face, _of_others, _runs_within)
+    found = (_unfinished, _run, _hugging_face, _of_others, _runs_within, _token_files)
     text = next(filter(None, (kind(path, names) for kind in found)), f"{path} is not a checkpoint")
     return text if "\n" in text else f"{text}\n  {_GIVE}"
 
 
 _GIVE = "give a run, or a folder such as RUN/checkpoints/step_00000100."
+_INSPECT = f"what a token file contains is shown by {typed('inspect')}"
 
 
 def _missing(path: Path) -> str:
@@ -88,6 +89,8 @@ def _file(path: Path) -> str:
         return f"{path} is one file of a checkpoint\n  give its folder: {path.parent}"
     if path.suffix == ".safetensors" or path.name in (CONFIG, "model.safetensors.index.json"):
         return f"{path} is one file of a Hugging Face model\n  {_import_advice(path.parent)}"
+    if _is_token_file(path):
+        return f"{path} is a token file, not a checkpoint\n  {_INSPECT} {path.with_suffix('')}"
     if path.suffix in _PICKLES:
         return f"{path} was written by torch.save: a pickle\n  {_NO_PICKLES}"
     return f"{path} is not a folder\n  {_GIVE}"
@@ -127,6 +130,10 @@ def _hugging_face(path: Path, names: list[str]) -> str | None:
             "  merge it into its model: with peft, model.merge_and_unload().save_pretrained(DIR); then\n"
             f"  {_import_advice()}"
         )
+    if CONFIG in names and not (path / CONFIG).is_file():
+        return (
+            f"{path / CONFIG} is not a file, or a link to none\n  copy or download the model again with all its files."
+        )
     if CONFIG in names:
         return f"{path} is a Hugging Face model, not yet a checkpoint\n  {_import_advice(path)}"
     if any(name.endswith(".safetensors") for name in names):
@@ -161,8 +168,20 @@ def _of_others(path: Path, names: list[str]) -> str | None:
             "  save it as a Hugging Face model with the program that wrote it; then\n"
             f"  {_import_advice()}"
         )
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(_PICKLES) and not _is_token_file(path / name)]
     return f"{path} has {pickles[0]}, which torch.save wrote: a pickle\n  {_NO_PICKLES}" if pickles else None
+
+
+def _token_files(path: Path, names: list[str]) -> str | None:
+    found = [name for name in names if _is_token_file(path / name)]
+    if not found:
+        return None
+    return f"{path} has token files, not a checkpoint\n  {_INSPECT} {(path / found[0]).with_suffix('')}"
+
+
+def _is_token_file(path: Path) -> bool:
+    """Whether it is one of a pair of files that hold the tokens of a corpus."""
+    return path.suffix in (".bin", ".idx") and path.with_suffix(".bin").is_file() and path.with_suffix(".idx").is_file()
 
 
 def _runs_within(path: Path, names: list[str]) -> str | None:

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megagap.commands.parser import make_parser
@@ -30,7 +31,7 @@ from megagap.data.search import as_stored, search, search_table
 from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import ConfigError, DataError, counted
 from megagap.terminal.console import Console
-from megagap.terminal.programs import CalledAs
+from megagap.terminal.programs import CalledAs, typed
 from megagap.tokenizer import Tokenizer, load_tokenizer
 
 EXAMPLES = """
@@ -74,8 +75,18 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
         else:
             inspect_step(given.target, overrides, given.step, given.tokenizer, given.json)
     else:
+        require_no_run(Path(given.target))
         require_prefix_options(parser, given, overrides)
         inspect_pair(given)
+
+
+def require_no_run(target: Path) -> None:
+    """Raises :class:`DataError` if it is a run's directory, whose data is that of its config.toml."""
+    if (target / "config.toml").is_file() and (target / "status.json").is_file():
+        raise DataError(
+            f"{target} is a run, not a token file\n"
+            f"  for what its step N reads: {typed('inspect')} {target / 'config.toml'} --step N (or --plan for all)"
+        )
 
 
 def options_parser(called_as: CalledAs) -> argparse.ArgumentParser:

@@ -57,6 +57,12 @@ GRID = {
     "an adapter": (lambda f: touch(f, "adapter_config.json", "adapter_model.safetensors"), ["LoRA", "merge"]),
     "torch.save": (lambda f: touch(f / "m", "model.pt") / "model.pt", ["a pickle", "safetensors", FROM_HF]),
     "a .bin": (lambda f: touch(f, "pytorch_model.bin"), ["pytorch_model.bin", "a pickle", FROM_HF]),
+    "token files": (lambda f: touch(f, "fr.bin", "fr.idx"), ["has token files", "inspect_data.py {path}/fr"]),
+    "a token file": (
+        lambda f: touch(f, "fr.bin", "fr.idx") / "fr.bin",
+        ["is a token file", "inspect_data.py {parent}/fr"],
+    ),
+    "a config that is a folder": (lambda f: touch(f, "config.json/x"), ["{path}/config.json is not a file"]),
     "torch's DCP": (lambda f: touch(f, ".metadata", "__0_0.distcp"), ["torch.distributed.checkpoint", FROM_HF]),
     "Meta's form": (lambda f: touch(f, "params.json", "consolidated.00.pth"), ["Meta's own format", FROM_HF]),
     "Megatron": (lambda f: touch(f, "latest_checkpointed_iteration.txt", "iter_0000010/x"), ["Megatron-LM", FROM_HF]),

@@ -118,7 +118,7 @@ def test_a_rank_that_keeps_pythons_lock_is_named_with_its_stack(tmp_path):
 @pytest.mark.long
 def test_a_frozen_rank_is_named_and_torchrun_ends_it(tmp_path):
     recipe = recipe_that_hangs(tmp_path / "frozen", "frozen")
-    process = launch(recipe, 2, hangs=(1, "frozen"))
+    process = launch(recipe, 2, hangs=(1, "frozen"), cold=True)
     code, output = finish(process)
     assert code == 1 and "rank 1 gives no sign of life" in output, output
 

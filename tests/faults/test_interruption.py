@@ -113,7 +113,7 @@ def test_max_minutes_stops_like_a_signal_and_the_run_goes_on(workers, tmp_path):
 
 def test_workers_end_with_a_killed_launcher(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    process = launch(recipe, 2)
+    process = launch(recipe, 2, cold=True)
     wait_until(lambda: (tmp_path / "run/status.json").exists(), process)
     pids = descendants(process.pid)
     assert len(pids) >= 2
@@ -125,7 +125,7 @@ def test_workers_end_with_a_killed_launcher(tmp_path):
 def test_workers_end_with_a_launcher_that_is_killed_as_they_start(tmp_path):
     """Before they have imported torch, or told the kernel whom to end with."""
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    process = launch(recipe, 2)
+    process = launch(recipe, 2, cold=True)
     wait_until(lambda: len(descendants(process.pid)) >= 2, process)
     pids = descendants(process.pid)
     process.kill()
@@ -170,7 +170,7 @@ def test_a_finished_run_says_so_and_exits_0(workers, tmp_path):
 
 def test_a_second_writer_is_refused_and_names_the_holder(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    first = launch(recipe, 1)
+    first = launch(recipe, 1, cold=True)
     wait_until(lambda: (tmp_path / "run/status.json").exists(), first)
     monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.5)
     with pytest.raises(ConfigError, match=rf"is being written by process {first.pid} on"):

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,5 +50,5 @@ def test_a_wrong_switch_is_refused(program):
 def test_operations_refuse_a_wrong_switch_where_no_tool_has():
     program = "import torch; from megagap import ops; ops.rms_norm(torch.ones(1, 4), torch.ones(4))"
     environment = {**os.environ, OPS_SWITCH: "fast"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run([python(), "-c", program], env=environment, capture_output=True, text=True)
     assert "config error: MEGAGAP_OPS=fast" in done.stderr

@@ -24,6 +24,7 @@ from megagap.preprocess import job, preprocess
 from megagap.preprocess.listing import find_inputs
 from megagap.preprocess.units import Unit, read_units
 from tests.launching import SECONDS
+from tests.warm_start import python
 
 # Writes a journal entry after each unit, cuts inputs into small ones, and kills itself at the n-th call of those that
 # make something durable or visible, so also between two of them.
@@ -63,7 +64,7 @@ ENDINGS = (".bin", ".idx", ".json", ".origins")
 def start(folder: Path, calls: int, arguments: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, program, str(calls), json.dumps(arguments)]
+    command = [python(), program, str(calls), json.dumps(arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
 
 

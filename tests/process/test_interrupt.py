@@ -16,6 +16,7 @@ from megagap.process.interrupt import InterruptCounter, watch_interrupts
 from megagap.resume.next_start import next_start
 from tests.launching import descendants, finish, is_alive, is_training, launch, wait_until
 from tests.recipes import write_recipe
+from tests.warm_start import python
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
@@ -40,7 +41,7 @@ def test_signals_are_counted_from_what_a_process_receives(under_torchrun, receiv
 
 
 def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
-    process = launch(write_recipe(tmp_path), 1)
+    process = launch(write_recipe(tmp_path), 1, cold=True)
     wait_until(lambda: b"libtorch" in Path(f"/proc/{process.pid}/maps").read_bytes(), process)
     process.send_signal(INT)
     code, output = finish(process)
@@ -62,7 +63,7 @@ def test_the_first_and_the_second_ctrl_c_are_each_answered_once():
 
 def launch_stalled(tmp_path, recipe, ranks, place):
     """A run that stands still there."""
-    process = launch(recipe, ranks, stall_after=place)
+    process = launch(recipe, ranks, stall_after=place, cold=ranks > 1)
     wait_until((tmp_path / "run/stalled").exists, process)
     return process
 
@@ -113,7 +114,7 @@ def test_ctrl_c_during_start_up_ends_without_a_traceback(tmp_path):
         "trainer.build_state = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "run_tool(lambda: main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True)
+    done = subprocess.run([python(), "-c", code, str(recipe)], capture_output=True, text=True)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "interrupted; the run has no checkpoint yet: the same command starts from the beginning" in done.stderr
 
@@ -131,7 +132,7 @@ def test_a_signal_before_the_first_step_stops_after_it(tmp_path):
         "trainer.Recorder = Signalled\n"
         "run_tool(lambda: main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True)
+    done = subprocess.run([python(), "-c", code, str(recipe)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted" and status["step"] == 1

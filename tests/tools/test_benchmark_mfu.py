@@ -3,7 +3,6 @@
 import json
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from megagap.training.trainer import build_state
 from tests.huggingface import reference_model
 from tests.recipes import write_recipe
 from tests.training_run import train_recipe
-from tests.warm_start import python
+from tests.warm_start import python, torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +84,7 @@ def test_it_runs_under_torchrun_and_without_data_files(tmp_path):
     recipe = write_recipe(tmp_path)
     for file in tmp_path.glob("*_document.*"):
         file.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [torchrun(), "--standalone", "--nproc-per-node", "2"]
     command += [ROOT / "tools/benchmark_mfu.py", recipe, "--steps", "2", "--parallel.tp", "2", "--output", tmp_path]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

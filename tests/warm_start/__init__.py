@@ -20,9 +20,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | {name: value for name, value in os.envi
 
 @cache
 def python() -> str:
-    """A program to call like ``sys.executable``, with ``torchrun`` beside it. Starts the server.
+    """A program to call like ``sys.executable``, with a ``torchrun`` beside it whose workers start so too. Starts the
+    server, which all of them are children of, not of whoever started them.
 
-    What it cannot start this way, such as ``-c``, or with other settings of the libraries in the environment, it leaves
+    What it cannot start this way, such as ``-I``, or with other settings of the libraries in the environment, it leaves
     to the Python that runs the tests.
     """
     folder = tempfile.TemporaryDirectory(prefix="megagap-python-")
@@ -37,8 +38,15 @@ def python() -> str:
     atexit.register(server.wait)
     atexit.register(os.close, ours)
     client = ["exec", sys.executable, "-I", "-S", str(HERE / "client.py"), sys.executable, str(socket)]
-    for name, program in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
-        script = Path(folder.name, name)
-        script.write_text(f'#!/bin/sh\n{shlex.join([*client, *program])} "$@"\n')
+    python, torchrun = Path(folder.name, "python"), Path(folder.name, "torchrun")
+    python.write_text(f'#!/bin/sh\n{shlex.join(client)} "$@"\n')
+    workers = f"export PYTHON_EXEC={shlex.quote(str(python))}"
+    torchrun.write_text(f'#!/bin/sh\n{workers}\n{shlex.join([*client, "-m", "torch.distributed.run"])} "$@"\n')
+    for script in (python, torchrun):
         script.chmod(0o700)
-    return str(Path(folder.name, "python"))
+    return str(python)
+
+
+def torchrun() -> str:
+    """The one beside :func:`python`."""
+    return str(Path(python()).with_name("torchrun"))

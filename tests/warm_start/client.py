@@ -14,14 +14,19 @@ import time
 
 SETTINGS = ("OMP_", "MKL_", "KMP_", "ATEN_", "TORCH", "PYTORCH", "CUDA", "HF_", "TRANSFORMERS_", "MPL", "XDG_", "HOME")
 SETTINGS += ("PYTHON", "LD_", "LC_", "LANG", "TZ")
-CHANGEABLE = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "TORCH_WARM_POOL")
-"""Taken on by each program: the first by the server, the others by torch, which sets them itself where it compiles."""
+CHANGEABLE = ("PYTHONPATH", "PYTHON_EXEC", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "TORCH_WARM_POOL")
+CHANGEABLE += ("HF_XET_HIGH_PERFORMANCE",)
+"""Taken on by each program: the first by the server, the second by torchrun, the others by torch, which sets them
+itself where it compiles; the last is set by lm-eval as it is imported."""
+OF_WORKERS = ("TORCHELASTIC_", "TORCH_NCCL_")
+"""What torchrun tells its workers, who read it when they meet."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def settings_of(environment):
     """What Python and the libraries read as they start, which the server cannot change later."""
-    return {name: value for name, value in environment.items() if name.startswith(SETTINGS) and name not in CHANGEABLE}
+    later = {name for name in environment if name in CHANGEABLE or name.startswith(OF_WORKERS)}
+    return {name: value for name, value in environment.items() if name.startswith(SETTINGS) and name not in later}
 
 
 def ignored():
@@ -47,7 +52,7 @@ def connect(path):
 
 def main():
     python, path, *arguments = sys.argv[1:]
-    is_program = arguments and (arguments[0] == "-m" or not arguments[0].startswith("-"))
+    is_program = arguments and (arguments[0] in ("-m", "-c") or not arguments[0].startswith("-"))
     if not is_program or any(map(os.isatty, range(3))):
         os.execv(python, [python, *arguments])
     os.umask(umask := os.umask(0))

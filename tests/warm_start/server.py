@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 from client import ignored, settings_of
@@ -111,6 +112,10 @@ def run(request: Request) -> None:
     if first == "-m":
         sys.path[0], sys.argv = os.getcwd(), rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.path[0], sys.argv = "", ["-c", *rest[1:]]
+        sys.modules["__main__"] = main = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     else:
         sys.path[0], sys.argv = os.path.dirname(os.path.realpath(first)), [first, *rest]
         runpy.run_path(first, run_name="__main__")

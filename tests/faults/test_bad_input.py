@@ -147,7 +147,7 @@ def require_that_others_say_so(processes, lost):
 @pytest.mark.slow
 def test_under_torchrun_the_message_is_told_before_all_are_ended(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), parallel=dict(pp=2))
-    process = launch(recipe, 2, dies=(0, "backward"))
+    process = launch(recipe, 2, dies=(0, "backward"), cold=True)
     ranks: set[int] = set()
     wait_until(lambda: ranks.update(descendants(process.pid)) or process.poll() is not None)
     code, output = finish(process)

@@ -12,12 +12,11 @@ import socket
 import sys
 import time
 
-SETTINGS = ("OMP_", "MKL_", "KMP_", "ATEN_", "TORCH", "PYTORCH", "CUDA", "HF_", "TRANSFORMERS_", "MPL", "XDG_", "HOME")
+SETTINGS = ("OMP_", "MKL_", "KMP_", "ATEN_", "TORCH", "PYTORCH", "CUDA", "MPL", "XDG_", "HOME")
 SETTINGS += ("PYTHON", "LD_", "LC_", "LANG", "TZ")
 CHANGEABLE = ("PYTHONPATH", "PYTHON_EXEC", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "TORCH_WARM_POOL")
-CHANGEABLE += ("HF_XET_HIGH_PERFORMANCE",)
 """Taken on by each program: the first by the server, the second by torchrun, the others by torch, which sets them
-itself where it compiles; the last is set by lm-eval as it is imported."""
+itself where it compiles."""
 OF_WORKERS = ("TORCHELASTIC_", "TORCH_NCCL_")
 """What torchrun tells its workers, who read it when they meet."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

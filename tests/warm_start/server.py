@@ -24,7 +24,8 @@ LIBRARIES = (
     *("xxhash", "zstandard", "tokenizers"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboard.summary.writer.record_writer"),
 )
-"""None of megagap's own modules: each program imports them, as it would without the server."""
+"""None of megagap's own modules: each program imports them, as it would without the server. Nor any of Hugging Face's
+that reads HF_… as it is imported: tests, and what they import, change such variables."""
 
 Request = dict[str, Any]
 

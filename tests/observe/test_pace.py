@@ -102,7 +102,7 @@ def train_with_a_slow_rank(rank, ranks, recipe, overrides):
         return train_recipe(rank, ranks, recipe, overrides)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [pytest.param({}, marks=pytest.mark.long), {"tp": 2}], ids=str)
 def test_a_rank_that_is_slowed_is_named_in_events_and_log(workers, tmp_path: Path, parallel):
     for attempt in range(3):  # what else the machine does may hold up the other rank as much
         folder = tmp_path / str(attempt)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -164,33 +165,35 @@ def test_gaperon_1b_takes_on_an_h200_what_was_measured(sequences):
     assert memory.total == pytest.approx(MEASURED_PEAK_BYTES[sequences], rel=0.01)
 
 
+ON_A_GPU = [
+    (1, {}),
+    (2, {"parallel.tp": 2}),
+    (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
+    (8, {"parallel.tp": 8, "train.micro_batch_size": 1}),  # more ranks than key/value heads
+    (8, {"parallel.tp": 2, "train.micro_batch_size": 1}),
+    (1, {"train.precision": "fp32"}),
+    (1, {"train.precision": "bf16-pure"}),
+    (1, {"train.precision": "fp16-mixed"}),
+    (1, {"train.recompute": "selective"}),
+    (1, {"train.recompute": "full"}),
+    (2, {"parallel.tp": 2, "train.recompute": "selective"}),
+    (2, {"parallel.tp": 2, "train.recompute": "full"}),
+    (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
+    (1, HEADLESS),
+    (2, {"parallel.tp": 2, **HEADLESS}),
+    (1, {"optim.name": "muon"}),
+    (8, {"optim.name": "muon", "parallel.tp": 2, "train.micro_batch_size": 1}),
+    (1, {"train.precision": "fp32", "model.vocab_size": 64, **OLMO2}),
+    (8, {"parallel.tp": 8, "train.micro_batch_size": 1, "train.recompute": "full", **OLMO2}),
+]
+
+
 @needs_kernels
 @pytest.mark.parametrize(
-    ("ranks", "changes"),
-    [
-        (1, {}),
-        (2, {"parallel.tp": 2}),
-        (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
-        (8, {"parallel.tp": 8, "train.micro_batch_size": 1}),  # more ranks than key/value heads
-        (8, {"parallel.tp": 2, "train.micro_batch_size": 1}),
-        (1, {"train.precision": "fp32"}),
-        (1, {"train.precision": "bf16-pure"}),
-        (1, {"train.precision": "fp16-mixed"}),
-        (1, {"train.recompute": "selective"}),
-        (1, {"train.recompute": "full"}),
-        (2, {"parallel.tp": 2, "train.recompute": "selective"}),
-        (2, {"parallel.tp": 2, "train.recompute": "full"}),
-        (1, {"model.tie_word_embeddings": True, "train.micro_batch_size": 1, "model.vocab_size": 50_000}),
-        (1, HEADLESS),
-        (2, {"parallel.tp": 2, **HEADLESS}),
-        (1, {"optim.name": "muon"}),
-        (8, {"optim.name": "muon", "parallel.tp": 2, "train.micro_batch_size": 1}),
-        (1, {"train.precision": "fp32", "model.vocab_size": 64, **OLMO2}),
-        (8, {"parallel.tp": 8, "train.micro_batch_size": 1, "train.recompute": "full", **OLMO2}),
-    ],
+    ("device", "ranks", "changes"),
+    [(device, *case) for device, case in zip(cycle(["h100", "mi250x"]), ON_A_GPU, strict=False)],
     ids=str,
 )
-@pytest.mark.parametrize("device", ["h100", "mi250x"])
 def test_on_a_gpu_the_formula_agrees_with_the_traced_step(tmp_path, device, ranks, changes):
     settings = settings_of(tmp_path, ranks, {"train.precision": "bf16-mixed", **changes})
     traced = trace_step(settings, load_device(device), ranks)

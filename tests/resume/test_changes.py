@@ -49,6 +49,17 @@ def seeds(workers, tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def fresh(workers, tmp_path_factory, seeds):
+    """By whether embeddings are tied: a new run with the larger vocabulary."""
+    found = {}
+    for tied, recipe in seeds.items():
+        found[tied] = tmp_path_factory.mktemp("fresh")
+        grown = [f"model.vocab_size={GROWN}", "train.steps=1", *STILL]
+        workers.run(1, train_recipe, recipe, [*grown, f"run.dir={found[tied]}"])
+    return found
+
+
 def refused_before_it_is_built(rank, ranks, recipe, overrides):
     """The message of the refusal. Building any model would be an AssertionError."""
     not_reached = patch("megagap.training.trainer.build_state", side_effect=AssertionError)
@@ -74,21 +85,16 @@ def test_a_model_that_a_checkpoint_does_not_fit_is_refused_before_it_is_built(wo
     ids=["one", "tp2", "pp2", "tp2 pp2", "dp2"],
 )
 def test_a_larger_vocabulary_keeps_all_rows_and_starts_new_ones_like_a_new_model(
-    workers, tmp_path, seeds, ranks, layout, tied, mode
+    workers, tmp_path, seeds, fresh, ranks, layout, tied, mode
 ):
     recipe = seeds[tied]
     steps = 3 if mode == "continue" else 1
     grown = [f"model.vocab_size={GROWN}", f"train.steps={steps}", *STILL, *layout]
     loading = [f"checkpoint.load={recipe.parent / 'run'}", f"checkpoint.load_mode={mode}"]
     workers.run(ranks, train_recipe, recipe, [*grown, *loading, f"run.dir={tmp_path / 'grown'}"])
-    fresh = [f"model.vocab_size={GROWN}", "train.steps=1", *STILL, f"run.dir={tmp_path / 'fresh'}"]
-    workers.run(1, train_recipe, recipe, fresh)
 
-    before, after, new = (
-        stored(recipe.parent / "run", 2),
-        stored(tmp_path / "grown", steps),
-        stored(tmp_path / "fresh", 1),
-    )
+    before, after = stored(recipe.parent / "run", 2), stored(tmp_path / "grown", steps)
+    new = stored(fresh[tied], 1)
     assert before.keys() == after.keys() == new.keys()
     names = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
     for name, tensor in after.items():

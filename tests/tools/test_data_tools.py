@@ -190,6 +190,14 @@ def test_a_step_names_the_lines_of_its_documents_and_says_which_source_does_not(
     assert "unknown" in printed and "en_text_document has no manifest" in printed
 
 
+def test_of_a_run_its_recipe_is_asked_for(tmp_path: Path) -> None:
+    for name in ("config.toml", "status.json"):
+        (tmp_path / name).touch()
+    done = run("inspect_data.py", tmp_path)
+    assert done.returncode == 2 and f"{tmp_path} is a run, not a token file" in done.stderr
+    assert f"inspect_data.py {tmp_path / 'config.toml'} --step N" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [

@@ -274,7 +274,7 @@ def largest_layer(rank, ranks, recipe, folder, at):
     return largest, norms[largest] ** 0.5
 
 
-@pytest.mark.parametrize("layout", ["dp2, zero 3", "tp2", "pp2", "cp2"])
+@pytest.mark.parametrize("layout", ["dp2, zero 3", "tp2", "pp2", pytest.param("cp2", marks=pytest.mark.long)])
 def test_every_layout_skips_the_same_steps(workers, spiky, tmp_path, layout):
     workers.run(2, train_recipe, spiky, [*LAYOUTS[layout], f"run.dir={tmp_path}"])
     records = read_metrics(tmp_path / "metrics.jsonl")

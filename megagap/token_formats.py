@@ -37,6 +37,12 @@ def format_of(prefix: str) -> TokenFormat:
     return find_format(prefix) or FORMATS[0]
 
 
+def is_of_a_pair(path: Path) -> bool:
+    """Whether it is one of the two files of a token file, both of which are there."""
+    pairs = ((known.index, known.tokens) for known in FORMATS)
+    return any(path.suffix in pair and all(path.with_suffix(ending).is_file() for ending in pair) for pair in pairs)
+
+
 def pair_prefix(name: str | Path) -> str:
     """The prefix of a token file, given that prefix or the name of one of its files."""
     require_name(name)

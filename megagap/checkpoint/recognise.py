@@ -11,6 +11,7 @@ from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import CHECKPOINTS, LATEST, STEP_FOLDER, UNFINISHED
 from megagap.errors import CheckpointError, system_reason
 from megagap.terminal.programs import typed
+from megagap.token_formats import is_of_a_pair
 
 CONFIG = "config.json"
 _RANK_FILE = re.compile(r"rank_[0-9]{5,9}\.safetensors")
@@ -89,7 +90,7 @@ def _file(path: Path) -> str:
         return f"{path} is one file of a checkpoint\n  give its folder: {path.parent}"
     if path.suffix == ".safetensors" or path.name in (CONFIG, "model.safetensors.index.json"):
         return f"{path} is one file of a Hugging Face model\n  {_import_advice(path.parent)}"
-    if _is_token_file(path):
+    if is_of_a_pair(path):
         return f"{path} is a token file, not a checkpoint\n  {_INSPECT} {path.with_suffix('')}"
     if path.suffix in _PICKLES:
         return f"{path} was written by torch.save: a pickle\n  {_NO_PICKLES}"
@@ -168,24 +169,19 @@ def _of_others(path: Path, names: list[str]) -> str | None:
             "  save it as a Hugging Face model with the program that wrote it; then\n"
             f"  {_import_advice()}"
         )
-    pickles = [name for name in names if name.endswith(_PICKLES) and not _is_token_file(path / name)]
+    pickles = [name for name in names if name.endswith(_PICKLES) and not is_of_a_pair(path / name)]
     return f"{path} has {pickles[0]}, which torch.save wrote: a pickle\n  {_NO_PICKLES}" if pickles else None
 
 
 def _token_files(path: Path, names: list[str]) -> str | None:
-    found = [name for name in names if _is_token_file(path / name)]
+    found = [name for name in names if is_of_a_pair(path / name)]
     if not found:
         return None
     return f"{path} has token files, not a checkpoint\n  {_INSPECT} {(path / found[0]).with_suffix('')}"
 
 
-def _is_token_file(path: Path) -> bool:
-    """Whether it is one of a pair of files that hold the tokens of a corpus."""
-    return path.suffix in (".bin", ".idx") and path.with_suffix(".bin").is_file() and path.with_suffix(".idx").is_file()
-
-
 def _runs_within(path: Path, names: list[str]) -> str | None:
-    runs = [name for name in names if any((path / name).glob(f"checkpoints/step_*/{INDEX_NAME}"))]
+    runs = [name for name in names if any((path / name).glob(f"{CHECKPOINTS}/step_*/{INDEX_NAME}"))]
     return f"{path} is a folder of runs: {', '.join(runs[:5])}\n  give one of them." if runs else None
 
 

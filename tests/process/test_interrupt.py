@@ -105,16 +105,19 @@ def test_a_second_sigterm_stops_at_once_and_one_that_comes_twice_does_not(tmp_pa
     assert find_latest(tmp_path / "run/checkpoints").name == "step_00000002"
 
 
+def train_with(change, recipe):
+    """A run whose process executes ``change`` first, with the module of the training loop as ``trainer``."""
+    code = (
+        "import os, signal, sys\nfrom megagap.errors import run_tool\nfrom megagap.train import main\n"
+        f"from megagap.training import trainer\n{change}\nrun_tool(lambda: main(sys.argv[1:]))"
+    )
+    return subprocess.run([python(), "-c", code, str(recipe)], capture_output=True, text=True)
+
+
 def test_ctrl_c_during_start_up_ends_without_a_traceback(tmp_path):
     """The signal comes as the run directory opens."""
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    code = (
-        "import os, signal, sys\nfrom megagap.errors import run_tool\nfrom megagap.train import main\n"
-        "from megagap.training import trainer\n"
-        "trainer.build_state = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
-        "run_tool(lambda: main(sys.argv[1:]))"
-    )
-    done = subprocess.run([python(), "-c", code, str(recipe)], capture_output=True, text=True)
+    done = train_with("trainer.build_state = lambda *_: os.kill(os.getpid(), signal.SIGINT)", recipe)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert "interrupted; the run has no checkpoint yet: the same command starts from the beginning" in done.stderr
 
@@ -122,17 +125,14 @@ def test_ctrl_c_during_start_up_ends_without_a_traceback(tmp_path):
 def test_a_signal_before_the_first_step_stops_after_it(tmp_path):
     """The signal comes as metrics.jsonl opens; opening TensorBoard's file may take seconds."""
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    code = (
-        "import os, signal, sys\nfrom megagap.errors import run_tool\nfrom megagap.train import main\n"
-        "from megagap.training import trainer\n"
+    signalled = (
         "class Signalled(trainer.Recorder):\n"
         "    def __init__(self, *rest):\n"
         "        os.kill(os.getpid(), signal.SIGUSR1)\n"
         "        super().__init__(*rest)\n"
-        "trainer.Recorder = Signalled\n"
-        "run_tool(lambda: main(sys.argv[1:]))"
+        "trainer.Recorder = Signalled"
     )
-    done = subprocess.run([python(), "-c", code, str(recipe)], capture_output=True, text=True)
+    done = train_with(signalled, recipe)
     assert done.returncode == 0, done.stderr
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted" and status["step"] == 1

@@ -38,13 +38,16 @@ def python() -> str:
     atexit.register(server.wait)
     atexit.register(os.close, ours)
     client = ["exec", sys.executable, "-I", "-S", str(HERE / "client.py"), sys.executable, str(socket)]
-    python, torchrun = Path(folder.name, "python"), Path(folder.name, "torchrun")
-    python.write_text(f'#!/bin/sh\n{shlex.join(client)} "$@"\n')
-    workers = f"export PYTHON_EXEC={shlex.quote(str(python))}"
-    torchrun.write_text(f'#!/bin/sh\n{workers}\n{shlex.join([*client, "-m", "torch.distributed.run"])} "$@"\n')
-    for script in (python, torchrun):
+    program = Path(folder.name, "python")
+    workers = f"export PYTHON_EXEC={shlex.quote(str(program))}"
+    scripts = {
+        program: shlex.join(client),
+        program.with_name("torchrun"): f"{workers}\n{shlex.join([*client, '-m', 'torch.distributed.run'])}",
+    }
+    for script, command in scripts.items():
+        script.write_text(f'#!/bin/sh\n{command} "$@"\n')
         script.chmod(0o700)
-    return str(python)
+    return str(program)
 
 
 def torchrun() -> str:

@@ -6,10 +6,11 @@ One process without torchrun is a run like any other. Reading order: this file, 
 
 if __name__ == "__main__":
     # Before torch is imported: a launcher that is killed in these seconds must not leave this process behind.
-    from megagap.process.parent import end_on_interrupt, end_with_parent
+    from megagap.process.parent import end_on_interrupt, end_with_parent, hold_notices
 
     end_with_parent()
     end_on_interrupt()
+    hold_notices()
 
 import argparse
 import logging

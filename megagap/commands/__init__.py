@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 
 from megagap.errors import MegagapError, run_tool
-from megagap.process.parent import end_on_interrupt, end_with_parent, handle_interrupts
+from megagap.process.parent import end_on_interrupt, end_with_parent, handle_interrupts, hold_notices
 from megagap.terminal.programs import TOOLS, CalledAs
 
 SUMMARIES = {
@@ -119,7 +119,10 @@ def unknown(name: str, called_as: CalledAs) -> str:
 
 def call(subcommand: str, called_as: CalledAs, arguments: list[str] | None = None) -> None:
     """Import a subcommand and call it; ``arguments`` are the process's own by default."""
-    module = "megagap.train" if subcommand == "train" else f"{__name__}.{subcommand.replace('-', '_')}"
+    module = f"{__name__}.{subcommand.replace('-', '_')}"
+    if subcommand == "train":
+        module = "megagap.train"
+        hold_notices()  # which a run answers
     with missing_packages(called_as.program(subcommand)):
         command: Callable[[list[str], CalledAs], None] = import_module(module).main
         handle_interrupts()

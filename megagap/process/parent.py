@@ -1,4 +1,7 @@
-"""A worker exits with its launcher. Imports nothing heavy: this runs before torch, whose import takes seconds."""
+"""How a process takes signals, and the end of its launcher, from its first moment on.
+
+Imports nothing heavy: this runs before torch, whose import takes seconds.
+"""
 
 import ctypes
 import os
@@ -8,6 +11,9 @@ from pathlib import Path
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Set in the environment of torchrun's workers."""
+
+NOTICE = signal.SIGUSR1
+"""A scheduler's notice that the time is nearly over, as Slurm's ``--signal`` asks for it."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -36,6 +42,17 @@ def handle_interrupts() -> None:
     """The opposite of :func:`end_on_interrupt`."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def hold_notices() -> None:
+    """Have a scheduler's notice, :data:`NOTICE`, wait until the run can answer it. It comes once, and would end a
+    process that loads a model, or be lost where the launcher has it ignored."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [NOTICE])
+
+
+def take_notices() -> None:
+    """The opposite of :func:`hold_notices`, for the main thread: one that waits is handled at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [NOTICE])
 
 
 def end_with_starter() -> None:

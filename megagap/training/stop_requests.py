@@ -15,12 +15,13 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from megagap.config import Settings
 from megagap.observe.run_directory import RunDirectory
+from megagap.process.parent import NOTICE, take_notices
 from megagap.process.rendezvous import is_one_of_several_nodes
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C (SIGINT)"}
-"""What asks to stop, as messages call it: SIGUSR1 is a scheduler's notice."""
+STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", NOTICE: NOTICE.name, signal.SIGINT: "Ctrl-C (SIGINT)"}
+"""What asks to stop, as messages call it."""
 
 STEPS_TO_ANSWER = {"cpu": 2, "cuda": 4}
 """Most steps from a signal to the save, by device type. A rank polls once per step. On a GPU the host is then a step
@@ -96,6 +97,7 @@ class Requests:
             # A shell starts commands in the background with Ctrl-C ignored: it is not meant for them.
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
+        take_notices()
 
     @classmethod
     def of_run(cls, settings: Settings, run: RunDirectory, step: int) -> "Requests":

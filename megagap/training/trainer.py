@@ -86,7 +86,7 @@ def train_from(
     ``tier``: of checkpoints on the nodes' disks, if the run has such."""
     settings, mesh, steps = state.settings, state.mesh, state.settings.train.steps
     spans = mesh.spans
-    # From here on a signal asks to stop; before, it ends the process.
+    # From here on a signal asks to stop, and a notice that came before is taken; other signals ended the process.
     requests = Requests.of_run(settings, run, state.step)
     record_changes(start, settings, mesh, run)
     run.begin(settings, mesh)

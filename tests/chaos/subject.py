@@ -7,10 +7,11 @@ that this knows nothing of how checkpoints are written. An empty PHASE pauses no
 """
 
 if __name__ == "__main__":
-    from megagap.process.parent import end_on_interrupt, end_with_parent
+    from megagap.process.parent import end_on_interrupt, end_with_parent, hold_notices
 
     end_with_parent()
     end_on_interrupt()
+    hold_notices()
 
 import os
 import sys

@@ -67,6 +67,21 @@ def test_a_signalled_job_saves_and_goes_back_into_the_queue_until_the_run_is_fin
     assert (tmp_path / "requeued").read_text() == f"{number}\n"
 
 
+def test_a_notice_that_comes_before_the_workers_reaches_them(machines, tmp_path):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    machine = machines.machines[0]
+    options = ["--first", f"{machine.address}:{free_port()}", "--nodes", "1", "--processes", "1", *machine.options]
+    task = [*machine.enter, str(ROOT / "examples/slurm/task.sh"), *options, str(recipe)]
+    job = (machines.start(task, tmp_path / "job.out"),)
+    wait_until(lambda: "launch:" in job[0].output, job)  # torchrun starts next
+    job[0].process.send_signal(signal.SIGUSR1)
+
+    assert finish(job) == [0], job[0].output
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted" and "SIGUSR1" in status["message"]
+    assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
+
+
 def test_a_job_with_a_faulty_recipe_ends_before_any_node_is_busy(machines, tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=-1))
     write_commands(tmp_path / "bin", machines)

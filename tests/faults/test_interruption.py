@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,28 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, num
     assert folder.exists() and f"resume from {folder}" in status["message"]
     assert f"run directory {tmp_path / 'run'}" in output
     assert ("press it again to stop at once" in output) == (number == signal.SIGINT)
+
+
+@pytest.mark.parametrize("program", ["megagap.train", "megagap"])
+def test_a_notice_before_the_run_starts_is_answered_once_it_has(tmp_path, program):
+    recipe = write_recipe(tmp_path, train=dict(steps=100_000))
+    command = [sys.executable, "-m", program, *(["train"] if program == "megagap" else []), str(recipe)]
+    # As a child of examples/slurm/task.sh, which ignores it.
+    ignoring = ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh", *command]
+    process = subprocess.Popen(ignoring, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: is_held(process.pid, signal.SIGUSR1) or is_training(tmp_path / "run"), process)
+    process.send_signal(signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == 0, output
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted" and "SIGUSR1" in status["message"]
+    assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
+
+
+def is_held(pid: int, number: signal.Signals) -> bool:
+    """Whether a process holds this signal back."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["SigBlk"], 16) >> number - 1 & 1)
 
 
 def test_a_run_of_one_process_outlives_the_shell_that_started_it(tmp_path):

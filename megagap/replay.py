@@ -25,10 +25,11 @@ from megagap.config import Guard, Model, Settings, load_recipe, timeline_of
 from megagap.errors import ConfigError, DataError, MegagapError, counted
 from megagap.files import file_errors
 from megagap.observe.metrics import read_metrics
-from megagap.observe.run_directory import CONFIG, ENVIRONMENT, EVENTS, RunDirectory, environment
+from megagap.observe.run_directory import RunDirectory, environment
 from megagap.optim.gradient_hash import as_text
 from megagap.parallel.mesh import Mesh
 from megagap.resume.persistence import load, require_loadable
+from megagap.run_files import CONFIG, ENVIRONMENT, EVENTS
 from megagap.training.datasets import training_data
 from megagap.training.guard import StepGuard, Verdict
 from megagap.training.step import train_step

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "megagap"
 
 # Rooms from the bottom up; rooms of one level may import each other, but not in a circle (checked by importing them).
 LEVELS = [
-    {"errors", "files", "terminal", "timeline", "token_formats"},
+    {"errors", "files", "run_files", "terminal", "timeline", "token_formats"},
     {"ops", "parallel"},
     {"config", "tokenizer"},
     {"model", "data", "optim", "observe", "checkpoint"},

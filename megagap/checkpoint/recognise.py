@@ -10,6 +10,7 @@ from pathlib import Path
 from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import CHECKPOINTS, LATEST, STEP_FOLDER, UNFINISHED
 from megagap.errors import CheckpointError, system_reason
+from megagap.run_files import STATUS
 from megagap.terminal.programs import typed
 from megagap.token_formats import is_of_a_pair
 
@@ -110,10 +111,10 @@ def _unfinished(path: Path, names: list[str]) -> str | None:
 
 def _run(path: Path, names: list[str]) -> str | None:
     run = path.parent if path.name == CHECKPOINTS else path
-    if not (run / "status.json").is_file():
+    if not (run / STATUS).is_file():
         return None
     try:
-        status = json.loads((run / "status.json").read_bytes())
+        status = json.loads((run / STATUS).read_bytes())
         state = f": it is {status['state']}, at step {status['step']}"
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         state = ""

@@ -30,6 +30,7 @@ from megagap.data.mixture_plan import draw_mixture_plan, mixture_plan, mixture_p
 from megagap.data.search import as_stored, search, search_table
 from megagap.data.token_file import TokenFile, open_tokens
 from megagap.errors import ConfigError, DataError, counted
+from megagap.run_files import CONFIG, is_run
 from megagap.terminal.console import Console
 from megagap.terminal.programs import CalledAs, typed
 from megagap.tokenizer import Tokenizer, load_tokenizer
@@ -82,10 +83,10 @@ def main(arguments: list[str], called_as: CalledAs) -> None:
 
 def require_no_run(target: Path) -> None:
     """Raises :class:`DataError` if it is a run's directory, whose data is that of its config.toml."""
-    if (target / "config.toml").is_file() and (target / "status.json").is_file():
+    if is_run(target):
         raise DataError(
             f"{target} is a run, not a token file\n"
-            f"  for what its step N reads: {typed('inspect')} {target / 'config.toml'} --step N (or --plan for all)"
+            f"  for what its step N reads: {typed('inspect')} {target / CONFIG} --step N (or --plan for all)"
         )
 
 

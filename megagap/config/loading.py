@@ -29,6 +29,7 @@ from megagap.config.settings import (
 from megagap.config.timeline import run_length, timeline_of_data
 from megagap.errors import CheckpointError, ConfigError, system_reason
 from megagap.parallel.schedule import choose
+from megagap.run_files import CONFIG
 from megagap.token_formats import FORMATS, find_format, matching_prefixes, pair_prefix
 
 MAX_RECIPE_BYTES = 1 << 24
@@ -152,7 +153,7 @@ def _unexpected(argument: str, name: str) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     if os.path.isdir(path):
-        within = path / "config.toml"
+        within = path / CONFIG
         hint = f"; the recipe of that run is {within}" if within.is_file() else ""
         raise ConfigError(f"cannot read the recipe {path}: it is a folder\n  name a TOML file{hint}.")
     try:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megagap.errors import DataError
 from megagap.observe.metrics import read_metrics
+from megagap.run_files import METRICS
 
 Axis = Literal["step", "tokens", "samples", "hours"]
 """What a curve is drawn over. Hours are those of the steps (``step_seconds``): pauses between starts do not count."""
@@ -87,7 +88,7 @@ def read_curves(run: Path, key: str, axis: Axis = "step") -> RunCurves:
     Raises :class:`DataError` where there are no records, no numbers named ``key`` (naming those that there are), or
     none for ``axis``.
     """
-    path = run / "metrics.jsonl" if run.is_dir() else run
+    path = run / METRICS if run.is_dir() else run
     if not path.exists():
         raise DataError(f"{path} does not exist\n  give a run directory, such as the run.dir of a recipe.")
     records = [record for record in read_metrics(path) if _is_number(record["step"])]

@@ -13,6 +13,7 @@ from typing import Any
 
 from megagap.errors import DataError
 from megagap.files import LineFile, file_errors, write_text, writing
+from megagap.run_files import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             reason = _not_json(line, error)
         if not reason:
             records.append(record)
-        elif path.name == "metrics.jsonl" or any(map(_holds_record, lines)):
+        elif path.name == METRICS or any(map(_holds_record, lines)):
             raise DataError(f"{path}:{number} {reason}\n  {_cure(path, number)}")
         else:
             raise DataError(f"{path} is not a run's metrics.jsonl: no line of it is the record of a step")

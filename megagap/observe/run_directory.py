@@ -51,8 +51,8 @@ from megagap.observe.utilisation import peak_tflops
 from megagap.optim.precision import PRECISIONS
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
+from megagap.run_files import CONFIG, ENVIRONMENT, EVENTS, LOCK, METRICS, STATUS
 
-CONFIG, ENVIRONMENT, EVENTS, LOCK, STATUS = "config.toml", "environment.json", "events.jsonl", "lock", "status.json"
 LOCK_SECONDS = 10.0
 """How long a second run waits for the first to leave the directory."""
 
@@ -85,7 +85,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def logs(self) -> Path:

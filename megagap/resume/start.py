@@ -13,9 +13,10 @@ from megagap.checkpoint.index import INDEX_NAME
 from megagap.checkpoint.save import step_folders, step_of
 from megagap.config import Settings, timeline_of
 from megagap.errors import DataError
-from megagap.observe.run_directory import CONFIG, RunDirectory, layout
+from megagap.observe.run_directory import RunDirectory, layout
 from megagap.parallel.mesh import Mesh
 from megagap.resume.differences import Change, differences
+from megagap.run_files import CONFIG
 from megagap.timeline import Timeline
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from megagap.parallel.collectives import all_reduce
 from megagap.parallel.communicator import DistributedCommunicator
 from megagap.parallel.mesh import Mesh
 from megagap.resume.next_start import newest_checkpoint, start_over
+from megagap.run_files import EVENTS
 from megagap.timeline import Timeline
 from megagap.training.datasets import skipped_ranges
 from megagap.training.step import TrainState, next_step_is_finite
@@ -105,7 +106,7 @@ def _read_events(run: RunDirectory) -> tuple[int, int, int]:
     Events that cannot be read, such as one that a full disk has cut short, are ignored.
     """
     try:
-        lines = (run.path / "events.jsonl").read_bytes().splitlines()
+        lines = (run.path / EVENTS).read_bytes().splitlines()
     except OSError:
         return 0, 0, 0
     count, first, last = 0, 0, 0

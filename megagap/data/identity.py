@@ -88,7 +88,11 @@ class Watch:
         stamps = self._look()
         if stamps == self._stamps:
             return
-        changes = differences(self.identity, identify(self.prefix))
+        try:
+            now = identify(self.prefix)
+        except DataError as error:  # as between the two files of a pair that is being replaced
+            raise DataError(f"source {source} was changed while the run reads it: {error.args[0]}") from None
+        changes = differences(self.identity, now)
         if changes or [s and s.size for s in stamps] != [s and s.size for s in self._stamps]:
             raise DataError(
                 f"source {source} was rebuilt while the run reads it: {self.prefix}: {'; '.join(changes)}\n"

@@ -15,6 +15,7 @@ from megagap.config import Settings, load_recipe, parse_overrides
 from megagap.data.validation import ValidationData
 from megagap.errors import DataError, MegagapError, run_tool
 from megagap.observe.metrics import read_metrics
+from megagap.run_files import METRICS
 from megagap.training.datasets import validation_data
 
 LARGEST_DIFFERENCE = 1e-5
@@ -140,7 +141,7 @@ def _checkpointed_step(run: Path) -> int:
 
 
 def _last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     records = read_metrics(path) if path.exists() else []
     return int(records[-1]["step"]) if records else 0
 
@@ -187,9 +188,9 @@ def write_continuations(model_folder: Path, sources: list[str]) -> None:
 
 
 def compare_losses(run: Path, entropies: dict[str, float]) -> None:
-    evaluated = [record for record in read_metrics(run / "metrics.jsonl") if "validation_loss" in record]
+    evaluated = [record for record in read_metrics(run / METRICS) if "validation_loss" in record]
     if not evaluated:
-        raise StepFailed(f"{run / 'metrics.jsonl'} has no validation loss")
+        raise StepFailed(f"{run / METRICS} has no validation loss")
     first, last = evaluated[0], evaluated[-1]
     print(
         f"\n{'held-out loss':<14} {'step ' + str(first['step']):>10} {'step ' + str(last['step']):>10} {'unigram':>10}"

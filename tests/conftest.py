@@ -46,3 +46,16 @@ def nothing_is_left_running() -> Iterator[None]:
     """A test that fails must not leave a run behind that slows the next ones down."""
     yield
     launching.kill_what_is_left()
+
+
+@pytest.fixture(autouse=True)
+def signals_are_left_as_they_were() -> Iterator[None]:
+    """What starts in later tests would inherit which are blocked and which are ignored."""
+    before = _blocked_and_ignored()
+    yield
+    assert _blocked_and_ignored() == before
+
+
+def _blocked_and_ignored() -> tuple[set[signal.Signals | int], set[signal.Signals]]:
+    ignored = {number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN}
+    return signal.pthread_sigmask(signal.SIG_BLOCK, []), ignored

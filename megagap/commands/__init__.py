@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 
 from megagap.errors import MegagapError, run_tool
-from megagap.process.parent import end_on_interrupt, end_with_parent, handle_interrupts, hold_notices
+from megagap.process.parent import end_on_interrupt, end_with_parent, handle_interrupts, hold_notices, take_notices
 from megagap.terminal.programs import TOOLS, CalledAs
 
 SUMMARIES = {
@@ -74,11 +74,12 @@ def main() -> None:
 def run(program: Callable[[], None]) -> None:
     """Run ``program`` as this process and exit, as :func:`megagap.errors.run_tool` does.
 
-    Ctrl-C ends the process without a word until :func:`call` has imported the subcommand: an extension module that is
-    interrupted while it is imported may raise anything.
+    Until :func:`call` has imported the subcommand, Ctrl-C ends the process without a word (an extension module that is
+    interrupted while it is imported may raise anything), and a scheduler's notice waits.
     """
     end_with_parent()
     end_on_interrupt()
+    hold_notices()
     run_tool(program)
 
 
@@ -119,13 +120,12 @@ def unknown(name: str, called_as: CalledAs) -> str:
 
 def call(subcommand: str, called_as: CalledAs, arguments: list[str] | None = None) -> None:
     """Import a subcommand and call it; ``arguments`` are the process's own by default."""
-    module = f"{__name__}.{subcommand.replace('-', '_')}"
-    if subcommand == "train":
-        module = "megagap.train"
-        hold_notices()  # which a run answers
+    module = "megagap.train" if subcommand == "train" else f"{__name__}.{subcommand.replace('-', '_')}"
     with missing_packages(called_as.program(subcommand)):
         command: Callable[[list[str], CalledAs], None] = import_module(module).main
         handle_interrupts()
+        if subcommand != "train":  # which takes them once it can answer
+            take_notices()
         command(sys.argv[1:] if arguments is None else arguments, called_as)
 
 

@@ -145,16 +145,25 @@ def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(subcommand, cal
     assert process.returncode == -signal.SIGINT and said == ""
 
 
-def test_ctrl_c_after_the_imports_is_answered_as_before(tmp_path):
+def signalled_in_gather(number, tmp_path):
+    """``megagap gather-text``, which gets the signal of this name in the place of its work."""
     script = (
         "import os, signal, sys; from functools import partial; import megagap.gather\n"
-        "megagap.gather.gather = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"megagap.gather.gather = lambda *_: os.kill(os.getpid(), signal.{number})\n"
         "from megagap.commands import CalledAs, dispatch, run\n"
         "run(partial(dispatch, sys.argv[1:], CalledAs.COMMAND))"
     )
     arguments = ["gather-text", "--output", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+
+
+def test_ctrl_c_after_the_imports_is_answered_as_before(tmp_path):
+    done = signalled_in_gather("SIGINT", tmp_path)
     assert done.returncode == 130 and done.stderr == "interrupted\n"
+
+
+def test_a_notice_ends_a_command_that_does_not_train(tmp_path):
+    assert signalled_in_gather("SIGUSR1", tmp_path).returncode == -signal.SIGUSR1
 
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):

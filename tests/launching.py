@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from tests.warm_start import python
 from tests.warm_start import torchrun as warm_torchrun
 from tools.processes import descendants, kill_tree
 
-__all__ = ["descendants", "finish", "free_port", "is_alive", "is_training", "kill_all", "launch", "start_ranks"]
-__all__ += ["wait_until"]
+__all__ = ["descendants", "finish", "free_port", "interrupt_torchrun", "is_alive", "is_training", "kill_all"]
+__all__ += ["launch", "start_ranks", "wait_until"]
 
 SECONDS = 900.0
 """Upper bound of every wait, only to end what hangs: a busy machine takes many times as long as a free one."""
@@ -145,10 +146,25 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def is_alive(pid: int) -> bool:
+    return _state(pid) not in ("", "Z")
+
+
+def _state(pid: int) -> str:
+    """Of a process's main thread, as ps has it; empty if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
+
+
+def interrupt_torchrun(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C for a torchrun of its own (``cold``), while it sleeps between two looks at its workers.
+
+    One that comes as it calls a function makes it pass SIGTERM on instead: in torch 2.13's ``elastic/metrics/api.py``
+    the wrapper of functions then raises an UnboundLocalError, in the place of what tells of the signal.
+    """
+    wait_until(lambda: _state(process.pid) == "S", process)
+    process.send_signal(signal.SIGINT)
 
 
 def is_training(run: Path) -> bool:

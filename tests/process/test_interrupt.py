@@ -14,7 +14,7 @@ from megagap.checkpoint import find_latest
 from megagap.observe.run_directory import RunDirectory
 from megagap.process.interrupt import InterruptCounter, watch_interrupts
 from megagap.resume.next_start import next_start
-from tests.launching import descendants, finish, is_alive, is_training, launch, wait_until
+from tests.launching import descendants, finish, interrupt_torchrun, is_alive, is_training, launch, wait_until
 from tests.recipes import write_recipe
 from tests.warm_start import python
 
@@ -153,9 +153,9 @@ def test_a_command_in_the_background_ignores_a_ctrl_c_that_is_not_meant_for_it(t
 @pytest.mark.slow
 def test_ctrl_c_on_torchrun_saves_and_stops_all_ranks(tmp_path):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
-    process = launch(recipe, 2)
+    process = launch(recipe, 2, cold=True)
     wait_until(lambda: is_training(tmp_path / "run"), process)
-    process.send_signal(signal.SIGINT)
+    interrupt_torchrun(process)
     _, output = finish(process)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted" and "stopped by Ctrl-C (SIGINT)" in status["message"], output
@@ -168,10 +168,10 @@ def test_a_second_ctrl_c_on_torchrun_stops_all_ranks_at_once_even_in_a_collectiv
     recipe = write_recipe(tmp_path, train=dict(steps=100_000), checkpoint=dict(every=2))
     process = launch_stalled(tmp_path, recipe, 2, "3:1")
     pids = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
+    interrupt_torchrun(process)
     time.sleep(2)
     assert all(map(is_alive, pids))
-    process.send_signal(signal.SIGINT)
+    interrupt_torchrun(process)
     _, output = finish(process)
     wait_until(lambda: not any(map(is_alive, pids)))
     status = json.loads((tmp_path / "run/status.json").read_text())

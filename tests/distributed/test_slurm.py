@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.distributed.machines import ROOT, Machines, Started, finish, wait_until
@@ -14,10 +16,13 @@ from tests.recipes import write_recipe
 def write_commands(folder: Path, machines: Machines) -> None:
     """srun starts the task on each machine and waits; scontrol knows the machines and notes a requeue."""
     tasks = [
-        f'{shlex.join(machine.enter)} "$task" {shlex.join(machine.options)} --processes 1 "$@" & echo $! >>"$PIDS"'
+        f'{shlex.join(machine.enter)} "${{task[@]}}" {shlex.join(machine.options)} --processes 1 "$@" & pids+=($!)'
         for machine in machines.machines
     ]
-    lines = ["while [[ $1 == -* ]]; do shift; done", "task=$1; shift", *tasks, "wait -n && wait -n"]
+    options = ["while [[ $1 == -* ]]; do shift; done", 'task=("${@:1:2}"); shift ${#task[@]}']
+    # Each by its number: "wait -n" does not know of one that ended as another did.
+    wait = ['printf "%s\\n" "${pids[@]}" >>"$PIDS"', 'for pid in "${pids[@]}"; do wait "$pid" || exit; done']
+    lines = [*options, *tasks, *wait]
     addresses = " ".join(machine.address for machine in machines.machines)
     commands = {
         "srun": lines,
@@ -71,7 +76,7 @@ def test_a_notice_that_comes_before_the_workers_reaches_them(machines, tmp_path)
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     machine = machines.machines[0]
     options = ["--first", f"{machine.address}:{free_port()}", "--nodes", "1", "--processes", "1", *machine.options]
-    task = [*machine.enter, str(ROOT / "examples/slurm/task.sh"), *options, str(recipe)]
+    task = [*machine.enter, sys.executable, str(ROOT / "examples/slurm/task.py"), *options, str(recipe)]
     job = (machines.start(task, tmp_path / "job.out"),)
     wait_until(lambda: "launch:" in job[0].output, job)  # torchrun starts next
     job[0].process.send_signal(signal.SIGUSR1)
@@ -80,6 +85,21 @@ def test_a_notice_that_comes_before_the_workers_reaches_them(machines, tmp_path)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "preempted" and "SIGUSR1" in status["message"]
     assert (tmp_path / f"run/checkpoints/step_{status['step']:08}").exists()
+
+
+def test_a_task_ends_as_what_it_starts_even_if_a_signal_comes_then(tmp_path):
+    """launch.sh is a stand-in here, which ends at once with a code of its own, while signals come."""
+    script = tmp_path / "slurm/task.py"
+    script.parent.mkdir()
+    script.write_text((ROOT / "examples/slurm/task.py").read_text())
+    launch = tmp_path / "multi_node/launch.sh"
+    launch.parent.mkdir()
+    launch.write_text("#!/bin/sh\nkill -USR1 $PPID\nkill -USR1 $$\n(sleep 0.01; kill -USR1 $PPID) &\nexit $1\n")
+    launch.chmod(0o755)
+    for code in (0, 7):
+        assert subprocess.run([sys.executable, script, str(code)]).returncode == code
+    launch.write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 60\n")
+    assert subprocess.run([sys.executable, script]).returncode == 128 + signal.SIGTERM
 
 
 def test_a_job_with_a_faulty_recipe_ends_before_any_node_is_busy(machines, tmp_path):

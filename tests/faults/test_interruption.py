@@ -85,7 +85,7 @@ def test_a_stop_signal_saves_at_the_next_step_and_exits_0(workers, tmp_path, num
 def test_a_notice_before_the_run_starts_is_answered_once_it_has(tmp_path, program):
     recipe = write_recipe(tmp_path, train=dict(steps=100_000))
     command = [sys.executable, "-m", program, *(["train"] if program == "megagap" else []), str(recipe)]
-    # As a child of examples/slurm/task.sh, which ignores it.
+    # As a child of examples/slurm/task.py, which ignores it.
     ignoring = ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh", *command]
     process = subprocess.Popen(ignoring, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: is_held(process.pid, signal.SIGUSR1) or is_training(tmp_path / "run"), process)

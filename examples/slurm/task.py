@@ -22,14 +22,16 @@ def main() -> None:
     notice = False  # which the workers have not got yet; Slurm sends it once
     while torchrun.poll() is None:
         received = signal.sigtimedwait(AWAITED, 1)
-        if received and received.si_signo == signal.SIGTERM:
+        number = received.si_signo if received else None
+        if number == signal.SIGTERM:
             torchrun.terminate()
-        notice = notice or bool(received and received.si_signo == signal.SIGUSR1)
-        if notice and (workers := that_take_notices(torchrun.pid)):
+        notice = notice or number == signal.SIGUSR1
+        if notice:
+            workers = children_that_take_notices(torchrun.pid)
             for worker in workers:
                 with suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGUSR1)
-            notice = False
+            notice = not workers
     code = torchrun.returncode
     sys.exit(code if code >= 0 else 128 - code)
 
@@ -40,9 +42,8 @@ def take_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
 
 
-def that_take_notices(parent: int) -> list[int]:
-    """The children of a process that hold or handle SIGUSR1. Workers do soon after they start; before, they would
-    ignore it."""
+def children_that_take_notices(parent: int) -> list[int]:
+    """Those that hold or handle SIGUSR1. Workers do soon after they start; before, they would ignore it."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended since

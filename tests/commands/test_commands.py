@@ -145,11 +145,11 @@ def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(subcommand, cal
     assert process.returncode == -signal.SIGINT and said == ""
 
 
-def signalled_in_gather(number, tmp_path):
+def signalled_in_gather(name, tmp_path):
     """``megagap gather-text``, which gets the signal of this name in the place of its work."""
     script = (
         "import os, signal, sys; from functools import partial; import megagap.gather\n"
-        f"megagap.gather.gather = lambda *_: os.kill(os.getpid(), signal.{number})\n"
+        f"megagap.gather.gather = lambda *_: os.kill(os.getpid(), signal.{name})\n"
         "from megagap.commands import CalledAs, dispatch, run\n"
         "run(partial(dispatch, sys.argv[1:], CalledAs.COMMAND))"
     )

@@ -98,7 +98,7 @@ def test_a_task_ends_as_what_it_starts_even_if_a_signal_comes_then(tmp_path):
     launch.chmod(0o755)
     for code in (0, 7):
         assert subprocess.run([sys.executable, script, str(code)]).returncode == code
-    launch.write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 60\n")
+    launch.write_text("#!/bin/sh\nkill -TERM $PPID\nexec sleep 60\n")
     assert subprocess.run([sys.executable, script]).returncode == 128 + signal.SIGTERM
 
 

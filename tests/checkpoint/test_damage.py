@@ -31,6 +31,12 @@ def checkpoint(folder: Path, ranks: int = 3) -> list[Slice]:
     return parts
 
 
+def open_files(folder: Path) -> list[Path]:
+    """What this process has open in `folder`. Whatever else it has may be collected at any time."""
+    opened = [descriptor.resolve() for descriptor in Path("/proc/self/fd").iterdir()]
+    return [path for path in opened if path.is_relative_to(folder.resolve())]
+
+
 def is_found(folder: Path) -> bool:
     """By the verifier. Anything but a CheckpointError goes through."""
     try:
@@ -115,15 +121,16 @@ def test_files_are_closed_when_a_load_fails_and_when_it_is_given_up(tmp_path: Pa
     checkpoint(folder)
     index = Index.read(folder)
     chunks = sorted(((c, "w") for t in index.tensors for c in t.chunks), key=lambda each: (each[0].file, each[0].begin))
-    before = len(os.listdir("/proc/self/fd"))
+    assert not open_files(folder)
     reading = read_verified(folder, {file.name: file for file in index.files}, chunks)
     next(reading)
+    assert open_files(folder)
     reading.close()
+    assert not open_files(folder)
     broken = [(chunk.model_copy(update={"checksum": "0" * 16}), name) for chunk, name in chunks]
     with pytest.raises(CheckpointError):
         list(read_verified(folder, {file.name: file for file in index.files}, broken))
-    del reading
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_files(folder)
 
 
 @pytest.mark.parametrize("many", [20_000, pytest.param(100_000, marks=pytest.mark.long)])
